@@ -1,0 +1,1 @@
+"""Benchmarks: a timing harness, providers side by side, results with provenance."""

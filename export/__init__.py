@@ -1,0 +1,1 @@
+"""From an adapted model to files that can be deployed: one step a file."""

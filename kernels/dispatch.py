@@ -1,0 +1,52 @@
+"""What every operation needs before it starts: which backend runs it, and in which dtype."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call; the message says why."""
+
+
+def choose_backend(backend: str, why_not_triton: str | None) -> str:
+    """Returns ``"triton"`` or ``"reference"``.
+
+    Args:
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``. The environment variable
+            ``FASTADAPT_BACKEND`` takes the place of ``"auto"``.
+        why_not_triton: the reason why the kernels cannot run this call, ``None`` if they can.
+
+    Raises:
+        ValueError: ``backend`` is none of the three.
+        BackendError: ``"triton"`` was asked for and cannot be had.
+    """
+    if backend == "auto":
+        backend = os.environ.get("FASTADAPT_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "triton" and why_not_triton is not None:
+        raise BackendError(
+            f"backend 'triton' cannot run this call: {why_not_triton}. "
+            "Use backend='auto' to fall back to the reference."
+        )
+    if backend == "auto":
+        return "reference" if why_not_triton is not None else "triton"
+    return backend
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that an operation on ``x`` computes in: autocast's where autocast is on."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
