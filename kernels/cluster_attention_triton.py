@@ -1,0 +1,997 @@
+"""Triton kernels of cluster attention and their launchers; imported on first use only.
+
+Forward, channel mode (names as in ``cluster_attention``; h = x @ downᵀ + down_bias):
+
+    project     h, and on the side the sums of x over the tokens of each sample
+    attend      q, cosine similarities, softmax: one program per sample
+    mix         T_b for all samples, a [B, K] @ [K, R·R] product
+    transform   z = h @ T_b and, while z is still on chip, y = z @ upᵀ + up_bias
+
+Backward (g = dy):
+
+    project     gz = g @ up, and the sum of g over all rows (up_bias)
+    outer       G_b = hᵀ @ gz, the gradient of T_b, in the compute dtype
+    unmix       one pass over G: dtransforms = aᵀ @ G and da = <G_b, transforms>
+    transform   z = h @ T_b (for dup = gᵀ @ z) and gh = gz @ T_bᵀ, row sums for down_bias
+    unattend    softmax, cosine and mean backward: one program per sample
+    transform   dx = gh @ down + dq / N
+
+The two weight gradients are plain products and go to cuBLAS. Rows are tiled over all B·N tokens:
+tiles per sample would pad 196 tokens to 256. A tile that straddles samples is loaded once per
+sample through a [B, N, R] descriptor, whose out-of-range rows read as zero, and the products add.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+NORM_EPS = tl.constexpr(1e-12)  # F.normalize's
+
+
+@triton.jit
+def _sample_of_row(row, first, tokens, BM: tl.constexpr, BS: tl.constexpr):
+    """One-hot rows [BM, BS]: which of the samples from ``first`` on a row belongs to."""
+    o_m = row + tl.arange(0, BM)
+    return (o_m // tokens - first)[:, None] == tl.arange(0, BS)[None, :]
+
+
+@triton.jit
+def _project_kernel(
+    x0_desc,  # [rows, C], blocks of [BM0, BK]
+    x1_desc,  # the same, blocks of [BM1, BK]
+    w_desc,  # [R, C] or, transposed, [C, R]
+    out0_desc,  # [rows, R], blocks of [BM0, BN]
+    out1_desc,
+    bias_ptr,  # [R]
+    sums_ptr,  # [tiles, slots, C] fp32: column sums of each sample's rows within the tile
+    rows,
+    width,
+    rank,
+    tokens,
+    slots,
+    BM0: tl.constexpr,
+    BM1: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    SUMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+    tile = tl.program_id(0)
+    col = tl.program_id(1) * BN
+    row = tile * (BM0 + BM1)
+    first = row // tokens
+    o_s = tl.arange(0, BS)
+    dtype = out0_desc.dtype
+    # Summing rows is a product with the one-hot matrix "row belongs to the tile's s-th sample".
+    hot0 = _sample_of_row(row, first, tokens, BM0, BS).to(dtype)
+    acc0 = tl.zeros((BM0, BN), tl.float32)
+    if BM1 > 0:
+        hot1 = _sample_of_row(row + BM0, first, tokens, BM1, BS).to(dtype)
+        acc1 = tl.zeros((BM1, BN), tl.float32)
+    present = (tl.minimum(row + BM0 + BM1, rows) - 1) // tokens - first
+    p_sums = sums_ptr + (tile.to(tl.int64) * slots + o_s[None, :]) * width
+    m_sums = (o_s[None, :] <= present) & (tl.program_id(1) == 0)
+    for k in range(0, width, BK):
+        x0 = x0_desc.load([row, k])
+        if TRANSPOSED:
+            w = w_desc.load([k, col])
+        else:
+            w = w_desc.load([col, k]).T
+        acc0 = tl.dot(x0, w, acc0)
+        if BM1 > 0:
+            x1 = x1_desc.load([row + BM0, k])
+            acc1 = tl.dot(x1, w, acc1)
+        if SUMS:
+            sums = tl.dot(x0.T, hot0)
+            if BM1 > 0:
+                sums = tl.dot(x1.T, hot1, sums)
+            o_k = k + tl.arange(0, BK)
+            tl.store(p_sums + o_k[:, None], sums, mask=m_sums & (o_k[:, None] < width))
+    if PDL:
+        gdc_launch_dependents()
+    if BIAS:
+        o_n = col + tl.arange(0, BN)
+        bias = tl.load(bias_ptr + o_n, mask=o_n < rank, other=0.0).to(tl.float32)[None, :]
+        acc0 += bias
+        if BM1 > 0:
+            acc1 += bias
+    out0_desc.store([row, col], acc0.to(dtype))
+    if BM1 > 0:
+        out1_desc.store([row + BM0, col], acc1.to(dtype))
+
+
+@triton.jit
+def _attend_kernel(
+    sums_ptr,  # [tiles, slots, C]
+    centers_ptr,  # [C, K]
+    a_ptr,  # [B, K] softmax
+    s_ptr,  # [B, K] cosine similarities
+    q_ptr,  # [B, C] mean tokens
+    q_norm_ptr,  # [B]
+    c_norm_ptr,  # [K]
+    tokens,
+    width,
+    num_centers,
+    tile_rows,
+    slots,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    sample = tl.program_id(0)
+    row = sample * tokens
+    o_k = tl.arange(0, BK)
+    m_k = o_k < num_centers
+    dots = tl.zeros((BK,), tl.float32)
+    c_square = tl.zeros((BK,), tl.float32)
+    q_square = tl.zeros((BC,), tl.float32)
+    for c in range(0, width, BC):
+        o_c = c + tl.arange(0, BC)
+        m_c = o_c < width
+        m_ck = m_c[:, None] & m_k[None, :]
+        p_c = centers_ptr + o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
+        centers = tl.load(p_c, mask=m_ck, other=0.0).to(tl.float32)
+        q = tl.zeros((BC,), tl.float32)
+        for tile in range(row // tile_rows, (row + tokens - 1) // tile_rows + 1):
+            slot = sample - (tile * tile_rows) // tokens
+            p_q = sums_ptr + (tile.to(tl.int64) * slots + slot) * width + o_c
+            q += tl.load(p_q, mask=m_c, other=0.0)
+        q = q / tokens
+        tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
+        dots += tl.sum(q[:, None] * centers, 0)
+        c_square += tl.sum(centers * centers, 0)
+        q_square += q * q
+    q_norm = tl.sqrt(tl.sum(q_square, 0))
+    c_norm = tl.sqrt(c_square)
+    s = dots / (tl.maximum(q_norm, NORM_EPS) * tl.maximum(c_norm, NORM_EPS))
+    e = tl.where(m_k, tl.exp(s - 1.0), 0.0)  # a cosine: 1 bounds it, no running maximum needed
+    o_a = sample.to(tl.int64) * num_centers + o_k
+    tl.store(a_ptr + o_a, e / tl.sum(e, 0), mask=m_k)
+    tl.store(s_ptr + o_a, s, mask=m_k)
+    tl.store(q_norm_ptr + sample, q_norm)
+    if sample == 0:
+        tl.store(c_norm_ptr + o_k, c_norm, mask=m_k)
+
+
+@triton.jit
+def _dot_split(a, b, acc):
+    """a @ b with an fp32 ``a`` in two parts of b's dtype, the high bits and what they leave."""
+    if b.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    high = a.to(b.dtype)
+    low = (a - high.to(tl.float32)).to(b.dtype)
+    return tl.dot(low, b, tl.dot(high, b, acc))
+
+
+@triton.jit
+def _mix_kernel(
+    a_ptr,  # [B, K] fp32
+    transforms_ptr,  # [K, size]
+    mixed_ptr,  # [B, size]
+    batch,
+    num_centers,
+    size,
+    BB: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    o_b = tl.program_id(1) * BB + tl.arange(0, BB)
+    o_k = tl.arange(0, BK)
+    m_s = o_s[None, :] < size
+    m_k = o_k < num_centers
+    dtype = mixed_ptr.dtype.element_ty
+    p_t = transforms_ptr + o_k[:, None].to(tl.int64) * size + o_s[None, :]
+    t = tl.load(p_t, mask=m_k[:, None] & m_s, other=0.0).to(dtype)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    p_a = a_ptr + o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
+    a = tl.load(p_a, mask=(o_b[:, None] < batch) & m_k[None, :], other=0.0)
+    mixed = _dot_split(a, t, tl.zeros((BB, BS), tl.float32))
+    p_m = mixed_ptr + o_b[:, None].to(tl.int64) * size + o_s[None, :]
+    tl.store(p_m, mixed.to(dtype), mask=(o_b[:, None] < batch) & m_s)
+
+
+@triton.jit
+def _transform_rows(
+    h_desc,
+    t_desc,
+    row,
+    rows,
+    tokens,
+    rank,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Rows [row, row + BM) of h, each times its sample's T_b (or T_bᵀ): [BM, BR] fp32."""
+    first = row // tokens
+    last = (tl.minimum(row + BM, rows) - 1) // tokens
+    steps = tl.cdiv(rank, BK)
+    acc = tl.zeros((BM, BR), tl.float32)
+    for i in range((last - first + 1) * steps):
+        sample = first + i // steps
+        k = (i % steps) * BK
+        h = h_desc.load([sample, row - sample * tokens, k]).reshape(BM, BK)
+        if TRANSPOSED:
+            t = t_desc.load([sample, 0, k]).reshape(BR, BK).T
+        else:
+            t = t_desc.load([sample, k, 0]).reshape(BK, BR)
+        acc = tl.dot(h, t, acc)
+    return acc
+
+
+@triton.jit
+def _transform_kernel(
+    h0_desc,  # [B, N, R], blocks of [1, BM0, BK]; without MIX [rows, R], blocks of [BM0, BR]
+    h1_desc,
+    t_desc,  # [B, R, R]
+    w_desc,  # [C, R] or, transposed, [R, C]
+    z0_desc,  # [rows, R], blocks of [BM0, BR]
+    z1_desc,
+    y0_desc,  # [rows, C], blocks of [BM0, BC]
+    y1_desc,
+    bias_ptr,  # [C], or with ROW_BIAS [B, C] fp32
+    sums_ptr,  # [tiles, R] fp32: column sums of z
+    rows,
+    tokens,
+    rank,
+    width,
+    cols_per_program,
+    BM0: tl.constexpr,
+    BM1: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    MIX: tl.constexpr,  # z = h @ T_b, or z = h
+    T_TRANSPOSED: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    UP: tl.constexpr,  # y = z @ w + bias
+    W_TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROW_BIAS: tl.constexpr,
+    SUMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+    tile = tl.program_id(0)
+    row0 = tile * (BM0 + BM1)
+    row1 = row0 + BM0
+    dtype = h0_desc.dtype
+    if MIX:
+        acc0 = _transform_rows(
+            h0_desc, t_desc, row0, rows, tokens, rank, BM0, BR, BK, T_TRANSPOSED
+        )
+        if SUMS:
+            sums = tl.sum(acc0, 0)
+        z0 = acc0.to(dtype)
+        if STORE_Z:
+            z0_desc.store([row0, 0], z0)
+        if BM1 > 0:
+            acc1 = _transform_rows(
+                h1_desc, t_desc, row1, rows, tokens, rank, BM1, BR, BK, T_TRANSPOSED
+            )
+            if SUMS:
+                sums += tl.sum(acc1, 0)
+            z1 = acc1.to(dtype)
+            if STORE_Z:
+                z1_desc.store([row1, 0], z1)
+        if SUMS:
+            o_r = tl.arange(0, BR)
+            tl.store(sums_ptr + tile.to(tl.int64) * rank + o_r, sums, mask=o_r < rank)
+    else:
+        z0 = h0_desc.load([row0, 0])
+        if BM1 > 0:
+            z1 = h1_desc.load([row1, 0])
+    if UP:
+        if ROW_BIAS:
+            samples = rows // tokens
+            first = row0 // tokens
+            o_s = tl.arange(0, BS)
+            hot0 = _sample_of_row(row0, first, tokens, BM0, BS).to(dtype)
+            if BM1 > 0:
+                hot1 = _sample_of_row(row1, first, tokens, BM1, BS).to(dtype)
+        start = tl.program_id(1) * cols_per_program
+        for c in range(start, tl.minimum(start + cols_per_program, width), BC):
+            if W_TRANSPOSED:
+                w = w_desc.load([0, c])
+            else:
+                w = w_desc.load([c, 0]).T
+            o_c = c + tl.arange(0, BC)
+            y0 = tl.zeros((BM0, BC), tl.float32)
+            if BM1 > 0:
+                y1 = tl.zeros((BM1, BC), tl.float32)
+            if ROW_BIAS:
+                m_b = (first + o_s < samples)[:, None] & (o_c < width)[None, :]
+                p_b = bias_ptr + (first + o_s)[:, None].to(tl.int64) * width + o_c[None, :]
+                bias = tl.load(p_b, mask=m_b, other=0.0).to(dtype)
+                y0 = tl.dot(hot0, bias, y0)
+                if BM1 > 0:
+                    y1 = tl.dot(hot1, bias, y1)
+            y0 = tl.dot(z0, w, y0)
+            if BM1 > 0:
+                y1 = tl.dot(z1, w, y1)
+            if BIAS:
+                bias = tl.load(bias_ptr + o_c, mask=o_c < width, other=0.0).to(tl.float32)[None, :]
+                y0 += bias
+                if BM1 > 0:
+                    y1 += bias
+            y0_desc.store([row0, c], y0.to(dtype))
+            if BM1 > 0:
+                y1_desc.store([row1, c], y1.to(dtype))
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _outer_kernel(
+    h_desc,  # [B, N, R], blocks of [1, BK, BI]
+    g_desc,  # [B, N, R], blocks of [1, BK, BJ]
+    out_desc,  # [B, R, R], blocks of [1, BI, BJ]
+    tokens,
+    tiles_j,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+    i = (tl.program_id(0) // tiles_j) * BI
+    j = (tl.program_id(0) % tiles_j) * BJ
+    sample = tl.program_id(1)
+    acc = tl.zeros((BI, BJ), tl.float32)
+    for n in range(0, tokens, BK):
+        h = h_desc.load([sample, n, i]).reshape(BK, BI)
+        g = g_desc.load([sample, n, j]).reshape(BK, BJ)
+        acc = tl.dot(h.T, g, acc)
+    if PDL:
+        gdc_launch_dependents()
+    out_desc.store([sample, i, j], acc.to(out_desc.dtype).reshape(1, BI, BJ))
+
+
+@triton.jit
+def _unmix_kernel(
+    g_desc,  # [B, size], blocks of [BB, BS]: gradients of the mixed transforms
+    a_ptr,  # [B, K] fp32
+    transforms_ptr,  # [K, size]
+    d_transforms_ptr,  # [K, size]
+    da_ptr,  # [programs, B, K] fp32 partial sums
+    batch,
+    num_centers,
+    size,
+    BB: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    NEED_T: tl.constexpr,
+    NEED_A: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < num_centers
+    dtype = g_desc.dtype
+    for block in range(program, tl.cdiv(size, BS), programs):
+        o_s = block * BS + tl.arange(0, BS)
+        m_ks = m_k[:, None] & (o_s[None, :] < size)
+        o_t = o_k[:, None].to(tl.int64) * size + o_s[None, :]
+        if NEED_A:
+            t = tl.load(transforms_ptr + o_t, mask=m_ks, other=0.0).to(dtype)
+        acc = tl.zeros((BS, BK), tl.float32)
+        for b in range(0, batch, BB):
+            g = g_desc.load([b, block * BS])
+            o_b = b + tl.arange(0, BB)
+            o_a = o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
+            m_a = (o_b[:, None] < batch) & m_k[None, :]
+            if NEED_T:
+                a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)
+                high = a.to(dtype)
+                low = (a - high.to(tl.float32)).to(dtype)
+                acc = tl.dot(g.T, high, acc)
+                acc = tl.dot(g.T, low, acc)
+            if NEED_A:
+                da = tl.dot(g, t.T)
+                p_da = da_ptr + program.to(tl.int64) * batch * num_centers + o_a
+                if block != program:
+                    tl.debug_barrier()  # this program wrote these sums on its last turn
+                    da += tl.load(p_da, mask=m_a, other=0.0)
+                    tl.debug_barrier()
+                tl.store(p_da, da, mask=m_a)
+        if NEED_T:
+            d_t = acc.T.to(d_transforms_ptr.dtype.element_ty)
+            tl.store(d_transforms_ptr + o_t, d_t, mask=m_ks)
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _unattend_kernel(
+    da_ptr,  # [programs, B, K]
+    a_ptr,  # [B, K]
+    s_ptr,  # [B, K]
+    q_ptr,  # [B, C]
+    q_norm_ptr,  # [B]
+    c_norm_ptr,  # [K]
+    centers_ptr,  # [C, K]
+    ds_ptr,  # [B, K] gradient of the cosine similarities
+    dq_ptr,  # [B, C] gradient of the mean token, divided by N
+    programs,
+    batch,
+    tokens,
+    width,
+    num_centers,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    NEED_X: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    sample = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < num_centers
+    o_a = sample * num_centers + o_k
+    da = tl.zeros((BP, BK), tl.float32)
+    for p in range(0, programs, BP):
+        o_p = p + tl.arange(0, BP)
+        p_da = da_ptr + o_p[:, None].to(tl.int64) * batch * num_centers + o_a[None, :]
+        da += tl.load(p_da, mask=(o_p < programs)[:, None] & m_k[None, :], other=0.0)
+    da = tl.sum(da, 0)
+    a = tl.load(a_ptr + o_a, mask=m_k, other=0.0)
+    ds = a * (da - tl.sum(a * da, 0))
+    tl.store(ds_ptr + o_a, ds, mask=m_k)
+    if NEED_X:
+        s = tl.load(s_ptr + o_a, mask=m_k, other=0.0)
+        c_norm = tl.maximum(tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0), NORM_EPS)
+        q_norm = tl.load(q_norm_ptr + sample)
+        # Below eps F.normalize divides by a constant: no derivative through the norm there.
+        along = tl.where(q_norm >= NORM_EPS, tl.sum(ds * s, 0), 0.0)
+        q_norm = tl.maximum(q_norm, NORM_EPS)
+        ds_c = ds / c_norm
+        for c in range(0, width, BC):
+            o_c = c + tl.arange(0, BC)
+            m_c = o_c < width
+            p_c = centers_ptr + o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
+            centers = tl.load(p_c, mask=m_c[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            q = tl.load(q_ptr + sample * width + o_c, mask=m_c, other=0.0) / q_norm
+            dq = (tl.sum(centers * ds_c[None, :], 1) - q * along) / q_norm
+            tl.store(dq_ptr + sample * width + o_c, dq / tokens, mask=m_c)
+
+
+@triton.jit
+def _reduce_kernel(
+    ds_ptr,  # [B, K]
+    s_ptr,  # [B, K]
+    q_ptr,  # [B, C]
+    q_norm_ptr,  # [B]
+    c_norm_ptr,  # [K]
+    centers_ptr,  # [C, K]
+    d_centers_ptr,  # [C, K]
+    up_sums_ptr,  # [tiles, C]
+    d_up_bias_ptr,  # [C]
+    down_sums_ptr,  # [tiles, R]
+    d_down_bias_ptr,  # [R]
+    batch,
+    width,
+    num_centers,
+    rank,
+    up_tiles,
+    down_tiles,
+    BB: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    NEED_CENTERS: tl.constexpr,
+    NEED_UP: tl.constexpr,
+    NEED_DOWN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The sums over the batch: centers and biases. Programs of C first, then those of R."""
+    if PDL:
+        gdc_wait()
+    program = tl.program_id(0)
+    programs_c = tl.cdiv(width, BC)
+    if program < programs_c:
+        o_c = program * BC + tl.arange(0, BC)
+        m_c = o_c < width
+        if NEED_UP:
+            _sum_rows(up_sums_ptr, d_up_bias_ptr, up_tiles, width, o_c, m_c, BB, BC)
+        if NEED_CENTERS:
+            o_k = tl.arange(0, BK)
+            m_k = o_k < num_centers
+            acc = tl.zeros((BC, BK), tl.float32)
+            along = tl.zeros((BB, BK), tl.float32)
+            for b in range(0, batch, BB):
+                o_b = b + tl.arange(0, BB)
+                m_b = o_b < batch
+                p_q = q_ptr + o_b[:, None].to(tl.int64) * width + o_c[None, :]
+                q = tl.load(p_q, mask=m_b[:, None] & m_c[None, :], other=0.0)
+                q_norm = tl.load(q_norm_ptr + o_b, mask=m_b, other=1.0)
+                o_a = o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
+                m_a = m_b[:, None] & m_k[None, :]
+                ds = tl.load(ds_ptr + o_a, mask=m_a, other=0.0)
+                along += ds * tl.load(s_ptr + o_a, mask=m_a, other=0.0)
+                q = q / tl.maximum(q_norm, NORM_EPS)[:, None]
+                acc = tl.dot(q.T, ds, acc, input_precision="ieee")
+            c_norm = tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0)
+            along = tl.where(c_norm >= NORM_EPS, tl.sum(along, 0), 0.0)
+            c_norm = tl.maximum(c_norm, NORM_EPS)[None, :]
+            o_ck = o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
+            m_ck = m_c[:, None] & m_k[None, :]
+            centers = tl.load(centers_ptr + o_ck, mask=m_ck, other=0.0).to(tl.float32)
+            d_centers = (acc - centers / c_norm * along[None, :]) / c_norm
+            tl.store(
+                d_centers_ptr + o_ck, d_centers.to(d_centers_ptr.dtype.element_ty), mask=m_ck
+            )
+    else:
+        if NEED_DOWN:
+            o_r = (program - programs_c) * BC + tl.arange(0, BC)
+            _sum_rows(down_sums_ptr, d_down_bias_ptr, down_tiles, rank, o_r, o_r < rank, BB, BC)
+
+
+@triton.jit
+def _sum_rows(in_ptr, out_ptr, rows, width, o_c, m_c, BB: tl.constexpr, BC: tl.constexpr):
+    acc = tl.zeros((BB, BC), tl.float32)
+    for r in range(0, rows, BB):
+        o_r = r + tl.arange(0, BB)
+        p = in_ptr + o_r[:, None].to(tl.int64) * width + o_c[None, :]
+        acc += tl.load(p, mask=(o_r < rows)[:, None] & m_c[None, :], other=0.0)
+    tl.store(out_ptr + o_c, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=m_c)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch configuration of one kernel: rows (in two parts), columns, depth; warps, stages."""
+
+    rows: int
+    extra_rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows + self.extra_rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch configurations for one problem size."""
+
+    project: Tile
+    transform: Tile
+    expand: Tile  # `transform` without T_b
+    outer: Tile
+    unmix_rows: int
+    unmix_cols: int
+    multiprocessors: int
+    pdl: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def default_config(
+    rows: int,
+    tokens: int,
+    width: int,
+    rank: int,
+    multiprocessors: int,
+    shared: int,
+    hopper: bool,
+) -> Config:
+    """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
+    block_rank = _block(rank)
+    big = shared >= 200_000 and block_rank <= 256
+
+    def waves(m: int) -> int:
+        # 24 rows' worth of work is what a tile costs beside its rows (fill, weights, drain).
+        return -(-rows // (m * multiprocessors)) * (m + 24)
+
+    # Short samples: a tall tile would hold too many of them.
+    tall = min((192, 128, 64), key=waves) if big and tokens >= 16 else 64
+    if tall == 64:
+        project = Tile(64, 0, block_rank if big else min(block_rank, 128), 64, 4, 4 if big else 3)
+        transform = Tile(64, 0, 128 if big else 64 if shared >= 150_000 else 32, 64, 8, 2)
+    else:
+        project = Tile(128, tall - 128, block_rank, 64, 8, 3)
+        transform = Tile(128, tall - 128, 128, 64, 8, 2)
+    tiles = -(-rows // project.all_rows)
+    if tiles * 2 <= multiprocessors:
+        project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
+        transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
+    expand = Tile(128, 0, min(128, transform.cols), 64, 8, 2) if big else transform
+    half = min(block_rank, 128)
+    outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
+    return Config(project, transform, expand, outer, 64, 256 if big else 128, multiprocessors, hopper)
+
+
+def _block(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.lru_cache
+def _device(index: int | None) -> tuple[int, int, bool]:
+    if index is None:  # the interpreter
+        return 132, 232_448, False
+    p = torch.cuda.get_device_properties(index)
+    return p.multi_processor_count, p.shared_memory_per_block_optin, p.major >= 9
+
+
+def _slots(tile: Tile, tokens: int) -> int:
+    """How many samples the rows of one tile can belong to."""
+    return min((tile.all_rows - 2) // tokens + 2, tile.all_rows)
+
+
+def config_for(x: Tensor, rank: int) -> Config:
+    batch, tokens, width = x.shape
+    return default_config(batch * tokens, tokens, width, rank, *_device(x.device.index))
+
+
+def _rows_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
+    """Descriptors of a [rows, cols] matrix for the two parts of a row tile."""
+    first = TensorDescriptor(t, t.shape, t.stride(), [tile.rows, cols])
+    if not tile.extra_rows:
+        return first, None
+    return first, TensorDescriptor(t, t.shape, t.stride(), [tile.extra_rows, cols])
+
+
+def _samples_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
+    first = TensorDescriptor(t, t.shape, t.stride(), [1, tile.rows, cols])
+    if not tile.extra_rows:
+        return first, None
+    return first, TensorDescriptor(t, t.shape, t.stride(), [1, tile.extra_rows, cols])
+
+
+def project(x, weight, bias, tokens, config, *, transposed, sums):
+    """x [rows, C] times weight ([R, C], or [C, R] if transposed) plus bias, and x's token sums.
+
+    Returns:
+        [rows, R], and the sums as [tiles, slots, C] fp32 (``None`` unless ``sums``).
+    """
+    rows, width = x.shape
+    rank = weight.shape[1 if transposed else 0]
+    tile = config.project
+    out = x.new_empty(rows, rank)
+    tiles = -(-rows // tile.all_rows)
+    slots = _slots(tile, tokens)
+    partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
+    block = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
+    _project_kernel[tiles, -(-rank // tile.cols)](
+        *_rows_desc(x, tile, tile.depth),
+        TensorDescriptor(weight, weight.shape, weight.stride(), block),
+        *_rows_desc(out, tile, tile.cols),
+        bias,
+        partial,
+        rows,
+        width,
+        rank,
+        tokens,
+        slots,
+        BM0=tile.rows,
+        BM1=tile.extra_rows,
+        BN=tile.cols,
+        BK=tile.depth,
+        BS=_block(slots),
+        TRANSPOSED=transposed,
+        BIAS=bias is not None,
+        SUMS=sums,
+        PDL=config.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_pdl(config),
+    )
+    return out, partial
+
+
+def _pdl(config: Config) -> dict:
+    return {"launch_pdl": True} if config.pdl else {}
+
+
+def attend(sums, centers, tokens, tile_rows, batch, config):
+    """Token sums and centers to (a, s, q, q_norm, c_norm), all fp32."""
+    width, num_centers = centers.shape
+    a = sums.new_empty(batch, num_centers)
+    s = torch.empty_like(a)
+    q = sums.new_empty(batch, width)
+    q_norm = sums.new_empty(batch)
+    c_norm = sums.new_empty(num_centers)
+    block_k = _block(num_centers)
+    _attend_kernel[(batch,)](
+        sums,
+        centers,
+        a,
+        s,
+        q,
+        q_norm,
+        c_norm,
+        tokens,
+        width,
+        num_centers,
+        tile_rows,
+        sums.shape[1],
+        BC=max(16, min(_block(width), 32768 // block_k)),
+        BK=block_k,
+        PDL=config.pdl,
+        num_warps=8,
+        **_pdl(config),
+    )
+    return a, s, q, q_norm, c_norm
+
+
+def mix(a, transforms, dtype, config):
+    """T_b [B, R, R] in ``dtype`` from a [B, K] and transforms [K, R, R]."""
+    batch, num_centers = a.shape
+    size = transforms[0].numel()
+    mixed = transforms.new_empty(batch, *transforms.shape[1:], dtype=dtype)
+    bb = min(64, _block(batch))
+    bs = 256 if dtype != torch.float32 else 64
+    _mix_kernel[-(-size // bs), -(-batch // bb)](
+        a,
+        transforms,
+        mixed,
+        batch,
+        num_centers,
+        size,
+        BB=bb,
+        BK=_block(num_centers),
+        BS=bs,
+        PDL=config.pdl,
+        num_warps=4,
+        **_pdl(config),
+    )
+    return mixed
+
+
+def transform(
+    h,
+    batch,
+    config,
+    *,
+    mixed=None,
+    t_transposed=False,
+    z=None,
+    weight=None,
+    w_transposed=False,
+    bias=None,
+    row_bias=False,
+    sums=False,
+):
+    """z = h @ T_b (or T_bᵀ), then y = z @ weightᵀ (or weight) + bias, each part if asked for.
+
+    Args:
+        h: [rows, R].
+        mixed: [B, R, R], or ``None`` for z = h.
+        z: [rows, R] to write z to; may be ``h``.
+        weight: [C, R], or [R, C] if ``w_transposed``; ``None`` for no y.
+        bias: [C], or [B, C] fp32 with ``row_bias``.
+        sums: also the column sums of z over each row tile.
+
+    Returns:
+        y [rows, C] or ``None``; sums [tiles, R] fp32 or ``None``.
+    """
+    rows, rank = h.shape
+    tokens = rows // batch
+    tile = config.expand if mixed is None else config.transform
+    block_rank = _block(rank)
+    tiles = -(-rows // tile.all_rows)
+    width = cols = 0
+    y, parts = None, 1
+    if weight is not None:
+        width = weight.shape[1 if w_transposed else 0]
+        y = h.new_empty(rows, width)
+        # Few row tiles: several programs share the columns of one.
+        parts = max(1, min(-(-width // tile.cols), config.multiprocessors // tiles))
+        cols = tile.cols * -(-width // (tile.cols * parts))
+        parts = -(-width // cols)
+    partial = h.new_empty(tiles, rank, dtype=torch.float32) if sums else None
+    depth = min(tile.depth, block_rank)
+    none = (None, None)
+    _transform_kernel[tiles, parts](
+        *(
+            _rows_desc(h, tile, block_rank)
+            if mixed is None
+            else _samples_desc(h.view(batch, tokens, rank), tile, depth)
+        ),
+        None
+        if mixed is None
+        else TensorDescriptor(
+            mixed,
+            mixed.shape,
+            mixed.stride(),
+            [1, block_rank, depth] if t_transposed else [1, depth, block_rank],
+        ),
+        None
+        if weight is None
+        else TensorDescriptor(
+            weight,
+            weight.shape,
+            weight.stride(),
+            [block_rank, tile.cols] if w_transposed else [tile.cols, block_rank],
+        ),
+        *(none if z is None else _rows_desc(z, tile, block_rank)),
+        *(none if y is None else _rows_desc(y, tile, tile.cols)),
+        bias,
+        partial,
+        rows,
+        tokens,
+        rank,
+        width,
+        cols,
+        BM0=tile.rows,
+        BM1=tile.extra_rows,
+        BR=block_rank,
+        BK=depth,
+        BC=tile.cols,
+        BS=_block(_slots(tile, tokens)),
+        MIX=mixed is not None,
+        T_TRANSPOSED=t_transposed,
+        STORE_Z=z is not None,
+        UP=y is not None,
+        W_TRANSPOSED=w_transposed,
+        BIAS=bias is not None and not row_bias,
+        ROW_BIAS=row_bias,
+        SUMS=sums,
+        PDL=config.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_pdl(config),
+    )
+    return y, partial
+
+
+def outer(h, g, batch, config):
+    """hᵀ @ g for each sample: [B, R, R] in their dtype."""
+    rows, rank = h.shape
+    tokens = rows // batch
+    tile = config.outer
+    depth = min(tile.depth, _block(tokens))
+    out = h.new_empty(batch, rank, rank)
+    tiles_j = -(-rank // tile.cols)
+    h = h.view(batch, tokens, rank)
+    g = g.view(batch, tokens, rank)
+    _outer_kernel[-(-rank // tile.rows) * tiles_j, batch](
+        TensorDescriptor(h, h.shape, h.stride(), [1, depth, tile.rows]),
+        TensorDescriptor(g, g.shape, g.stride(), [1, depth, tile.cols]),
+        TensorDescriptor(out, out.shape, out.stride(), [1, tile.rows, tile.cols]),
+        tokens,
+        tiles_j,
+        BI=tile.rows,
+        BJ=tile.cols,
+        BK=depth,
+        PDL=config.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_pdl(config),
+    )
+    return out
+
+
+def unmix(d_mixed, a, transforms, config, *, need_transforms, need_a):
+    """Gradients of ``mix``: dtransforms (transforms' dtype) and da as [programs, B, K] sums."""
+    batch, num_centers = a.shape
+    size = transforms[0].numel()
+    bs = config.unmix_cols
+    blocks = -(-size // bs)
+    # The partial sums of da stay under 64 MB; more samples or centers get fewer programs.
+    programs = min(blocks, max(16, (1 << 24) // (batch * num_centers)))
+    d_transforms = torch.empty_like(transforms) if need_transforms else None
+    da = a.new_empty(programs, batch, num_centers) if need_a else None
+    flat = d_mixed.view(batch, size)
+    bb = min(config.unmix_rows, _block(batch))
+    _unmix_kernel[(programs,)](
+        TensorDescriptor(flat, flat.shape, flat.stride(), [bb, bs]),
+        a,
+        transforms,
+        d_transforms,
+        da,
+        batch,
+        num_centers,
+        size,
+        BB=bb,
+        BK=_block(num_centers),
+        BS=bs,
+        NEED_T=need_transforms,
+        NEED_A=need_a,
+        PDL=config.pdl,
+        num_warps=4,
+        num_stages=3,
+        **_pdl(config),
+    )
+    return d_transforms, da
+
+
+def unattend(da, a, s, q, q_norm, c_norm, centers, tokens, config, *, need_x):
+    """Gradients of ``attend``: ds [B, K], and dq / N [B, C] (``None`` unless ``need_x``)."""
+    batch, num_centers = a.shape
+    width = centers.shape[0]
+    ds = torch.empty_like(a)
+    dq = torch.empty_like(q) if need_x else None
+    block_k = _block(num_centers)
+    _unattend_kernel[(batch,)](
+        da,
+        a,
+        s,
+        q,
+        q_norm,
+        c_norm,
+        centers,
+        ds,
+        dq,
+        da.shape[0],
+        batch,
+        tokens,
+        width,
+        num_centers,
+        BP=min(_block(da.shape[0]), 8192 // block_k),
+        BC=max(16, min(_block(width), 16384 // block_k)),
+        BK=block_k,
+        NEED_X=need_x,
+        PDL=config.pdl,
+        num_warps=8,
+        **_pdl(config),
+    )
+    return ds, dq
+
+
+def reduce(
+    ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config, d_centers, d_up, d_down
+):
+    """The sums over samples and tiles, written to whichever of the last three is not ``None``."""
+    batch, num_centers = s.shape
+    width = centers.shape[0]
+    rank = 0 if d_down is None else d_down.shape[0]
+    bc = 32
+    programs = -(-width // bc) + -(-rank // bc)
+    _reduce_kernel[(programs,)](
+        ds,
+        s,
+        q,
+        q_norm,
+        c_norm,
+        centers,
+        d_centers,
+        up_sums,
+        d_up,
+        down_sums,
+        d_down,
+        batch,
+        width,
+        num_centers,
+        rank,
+        0 if up_sums is None else up_sums.shape[0],
+        0 if down_sums is None else down_sums.shape[0],
+        BB=32,
+        BC=bc,
+        BK=_block(num_centers),
+        NEED_CENTERS=d_centers is not None,
+        NEED_UP=d_up is not None,
+        NEED_DOWN=d_down is not None,
+        PDL=config.pdl,
+        num_warps=4,
+        **_pdl(config),
+    )
