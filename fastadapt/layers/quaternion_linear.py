@@ -79,15 +79,11 @@ class QuaternionLinear(nn.Module):
         s = 1 / math.sqrt(2 * (rows if self.init == "he" else rows + cols))
 
         def uniform(low: float, high: float) -> Tensor:
-            drawn = torch.rand(
-                rows, cols, dtype=torch.float64, generator=generator, device=device
-            )
+            drawn = torch.rand(rows, cols, dtype=torch.float64, generator=generator, device=device)
             return low + (high - low) * drawn
 
         device = self.r_weight.device if generator is None else generator.device
-        normal = torch.randn(
-            4, rows, cols, dtype=torch.float64, generator=generator, device=device
-        )
+        normal = torch.randn(4, rows, cols, dtype=torch.float64, generator=generator, device=device)
         modulus = s * normal.square().sum(0).sqrt()
         axis = torch.stack([uniform(-1, 1) for _ in range(3)])
         axis = axis / (axis.square().sum(0) + 1e-4).sqrt()
