@@ -52,7 +52,7 @@ def main() -> None:
 
 def _fail(message: str, code: int = 1) -> None:
     if os.environ.get("FASTADAPT_DEBUG") and sys.exc_info()[0] is not None:
-        raise  # noqa: PLE0704 (called from an except block only)
+        raise
     print(f"fastadapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -242,8 +242,8 @@ def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
-            f"{folder} was initialised with {init}, which also changes the base weights; convert it "
-            "to plain LoRA with PEFT (path_initial_model_for_weight_conversion) and load that"
+            f"{folder} was initialised with {init}, which also changes the base weights; "
+            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) and load that"
         )
     for key in tensors:
         if "lora_magnitude_vector" in key:
