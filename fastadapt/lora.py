@@ -243,7 +243,7 @@ def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder:
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
             f"{folder} was initialised with {init}, which also changes the base weights; "
-            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) and load that"
+            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
     for key in tensors:
         if "lora_magnitude_vector" in key:
