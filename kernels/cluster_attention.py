@@ -1,11 +1,11 @@
 """Cluster attention (CLAdapter, Li et al. 2025, section 3; upstream ``Cluster_Attention``).
 
-    q   = mean over tokens of x                                          [B, C]
-    a   = softmax(normalize(q) @ normalize(centers, dim=0))              [B, K]
-    T_b = sum_k a[b, k] * transforms[k]                                  [B, R, R] or [B, N, N]
+q   = mean over tokens of x                                          [B, C]
+a   = softmax(normalize(q) @ normalize(centers, dim=0))              [B, K]
+T_b = sum_k a[b, k] * transforms[k]                                  [B, R, R] or [B, N, N]
 
-    channel mode:  y = ((x @ downᵀ + down_bias) @ T_b) @ upᵀ + up_bias   [B, N, C]
-    token mode:    y = T_b @ x                                           [B, N, C]
+channel mode:  y = ((x @ downᵀ + down_bias) @ T_b) @ upᵀ + up_bias   [B, N, C]
+token mode:    y = T_b @ x                                           [B, N, C]
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias) -
             f"x has shape {tuple(x.shape)}; expected [B, N, C]. "
             "Flatten a map [B, C, H, W] with x.flatten(2).transpose(1, 2)."
         )
-    b, n, c = x.shape
+    _, n, c = x.shape
     if centers.dim() != 2 or centers.shape[0] != c:
         raise ValueError(
             f"centers has shape {tuple(centers.shape)}; expected [C={c}, K] for x {tuple(x.shape)}"

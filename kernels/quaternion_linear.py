@@ -1,4 +1,4 @@
-"""Quaternion linear layers (GDPL, Cao et al.; Parcollet et al. 2019; upstream ``QuaternionLinear``).
+"""Quaternion linear layers (GDPL, Cao et al.; Parcollet et al. 2019; upstream ``core_qnn``).
 
 A feature vector of width 4·I is read as I quaternions, its four components side by side. The
 layer multiplies them with a matrix of quaternions: a dense layer with a quarter of the weights.
@@ -76,9 +76,7 @@ def quaternion_linear_reference(
         scale=None if scale is None else scale.to(wide),
     )
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(
-            x.to(dtype), matrix.to(dtype).t(), None if bias is None else bias.to(dtype)
-        )
+        return F.linear(x.to(dtype), matrix.to(dtype).t(), None if bias is None else bias.to(dtype))
 
 
 def quaternion_linear(

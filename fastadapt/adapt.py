@@ -1,0 +1,295 @@
+"""A frozen backbone, a trainable adapter behind it, a head behind that."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastadapt import backbones
+from fastadapt.backbones import FeatureFn, FeatureSpec, Layout
+from fastadapt.errors import InputError
+from fastadapt.layers import CLAdapter
+from fastadapt.lora import LoRAConfig, apply_lora, lora_layers
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """What is added to a backbone, and what the backbone does not say of itself.
+
+    Attributes:
+        adapter: ``"cladapter"``, or ``"none"`` for the head alone (a linear probe).
+        depth, num_centers, rank, mlp_ratio, mode, proj_drop: as for :class:`fastadapt.CLAdapter`.
+        lora: low-rank adapters inside the backbone, too.
+        features: a method's name, or a function of (backbone, images) that gives features before
+            pooling; found by itself for timm models and open_clip towers.
+        layout: ``"tokens"``, ``"channels_first"`` or ``"channels_last"``; found by itself where
+            the features' shape tells it.
+        num_prefix_tokens: tokens to drop in front; found by itself for timm and open_clip.
+        input_size: [C, H, W] or [C, D, H, W] of the images, in pixels; the backbone's own if
+            ``None``.
+    """
+
+    adapter: Literal["cladapter", "none"] = "cladapter"
+    depth: int = 1
+    num_centers: int = 20
+    rank: int = 256
+    mlp_ratio: float = 4.0
+    mode: Literal["channel", "token"] = "channel"
+    proj_drop: float = 0.0
+    lora: LoRAConfig | None = None
+    features: str | FeatureFn | None = None
+    layout: Layout | None = None
+    num_prefix_tokens: int | None = None
+    input_size: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if self.adapter not in ("cladapter", "none"):
+            raise InputError(f"adapter is {self.adapter!r}; expected 'cladapter' or 'none'")
+        if self.input_size is not None and len(self.input_size) not in (3, 4):
+            raise InputError(f"input_size is {self.input_size}; expected (C, H, W) or (C, D, H, W)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; a ``features`` function is left out and must be given again on loading."""
+        lora = None if self.lora is None else asdict(self.lora)
+        features = self.features if isinstance(self.features, str) else None
+        plain = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return {**plain, "lora": lora, "features": features}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AdaptConfig:
+        """Raises InputError for a key that this version does not know."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise InputError(
+                f"the adapter's configuration has {sorted(unknown)[0]!r}, which this version of "
+                "fastadapt does not know: update fastadapt"
+            )
+        values = dict(values)
+        if values.get("lora") is not None:
+            values["lora"] = LoRAConfig(**values["lora"])
+        if values.get("input_size") is not None:
+            values["input_size"] = tuple(values["input_size"])
+        return cls(**values)
+
+
+class AdaptedModel(nn.Module):
+    """Backbone, adapter and head, with timm's interface; made by :func:`adapt`.
+
+    While ``frozen``, the backbone gets no gradients and keeps no graph (unless it carries
+    low-rank adapters), and its batch norms and dropouts stay in evaluation mode, also after
+    ``train()``.
+
+    Attributes:
+        backbone: the model that was given.
+        adapter: a :class:`fastadapt.CLAdapter`, or nn.Identity.
+        head: nn.Linear, or nn.Identity without classes.
+        spec: what the backbone gives (:class:`fastadapt.backbones.FeatureSpec`).
+        config: the :class:`AdaptConfig`.
+        frozen: whether the backbone is frozen now.
+        backbone_trained: whether it was ever unfrozen, so that a checkpoint must hold it.
+        source: how the backbone was made, for checkpoints.
+        num_classes, num_features, pretrained_cfg: as in timm.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        spec: FeatureSpec,
+        feature_fn: FeatureFn,
+        config: AdaptConfig,
+        num_classes: int,
+        source: dict[str, Any],
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.spec = spec
+        self.config = config
+        self.source = source
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = spec.dim
+        self.grad_checkpointing = False
+        self.backbone_trained = False
+        self._feature_fn = feature_fn
+        self.adapter = nn.Identity()
+        if config.adapter == "cladapter":
+            self.adapter = CLAdapter(
+                spec.dim,
+                depth=config.depth,
+                num_centers=config.num_centers,
+                rank=config.rank,
+                mlp_ratio=config.mlp_ratio,
+                mode=config.mode,
+                num_tokens=spec.num_tokens if config.mode == "token" else None,
+                proj_drop=config.proj_drop,
+                channels_last=spec.layout == "channels_last",
+            )
+        self.head = nn.Linear(spec.dim, num_classes) if num_classes else nn.Identity()
+        self.freeze()
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's configuration of the input, with the size that this model was adapted for."""
+        config = backbones.pretrained_cfg(self.backbone)
+        return {**config, "input_size": self.spec.input_size, "num_classes": self.num_classes}
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return self.pretrained_cfg
+
+    def freeze(self) -> AdaptedModel:
+        """Stage 1: adapter, head and low-rank adapters train; the backbone does not."""
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        for layer in lora_layers(self.backbone).values():
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
+        return self.train(self.training)
+
+    def unfreeze(self) -> AdaptedModel:
+        """Stage 2: everything trains, batch norms included."""
+        self.frozen = False
+        self.backbone_trained = True
+        self.backbone.requires_grad_(True)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+            for layer in lora_layers(self.backbone).values():
+                layer.dropout.train(mode)
+        return self
+
+    def backbone_features(self, x: Tensor) -> Tensor:
+        """What the adapter sees: the backbone's features without prefix tokens.
+
+        Args:
+            x: images [B, C, H, W] or volumes [B, C, D, H, W].
+
+        Returns:
+            [B, N, dim], [B, dim, H, W] (or 3D), or channels last, as ``spec.layout`` says.
+        """
+        if self.frozen and not lora_layers(self.backbone):
+            with torch.no_grad():
+                features = self._feature_fn(self.backbone, x)
+        else:
+            features = self._feature_fn(self.backbone, x)
+        return (
+            features[:, self.spec.num_prefix_tokens :] if self.spec.num_prefix_tokens else features
+        )
+
+    def adapt_features(self, features: Tensor) -> Tensor:
+        """The adapter alone, on :meth:`backbone_features` (cached ones, say); same layout out."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self.adapter, features, use_reentrant=False)
+        return self.adapter(features)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to adapted features, in the backbone's layout."""
+        return self.adapt_features(self.backbone_features(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Adapted features to logits [B, num_classes]; pooled features [B, dim] on request."""
+        if self.spec.layout == "channels_first":
+            pooled = x.flatten(2).mean(-1)
+        else:
+            pooled = x.flatten(1, -2).mean(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes`` (0: none). Pooling is the mean, as in the paper."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool is {global_pool!r}; an adapted model pools by 'avg'")
+        like = next(p for p in self.parameters() if p.is_floating_point())
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(
+                self.num_features, num_classes, device=like.device, dtype=like.dtype
+            )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass: in adapter and, if it can, backbone."""
+        self.grad_checkpointing = enable
+        if hasattr(self.backbone, "set_grad_checkpointing"):
+            self.backbone.set_grad_checkpointing(enable)
+
+
+def adapt(
+    backbone: str | nn.Module,
+    config: AdaptConfig | None = None,
+    num_classes: int = 0,
+    *,
+    pretrained: bool = True,
+    weights: str | None = None,
+) -> AdaptedModel:
+    """Puts an adapter and a head behind a backbone, and freezes the backbone.
+
+    Args:
+        backbone: a timm name, a timm model, an open_clip model or visual tower, or any module
+            with a feature function (see :class:`AdaptConfig`), for images or volumes. A module is
+            used as it is, not copied; its parameters stop requiring gradients.
+        config: what to add; the defaults if ``None``.
+        num_classes: outputs of the head; 0 for none.
+        pretrained: for a name: fetch timm's weights.
+        weights: for a name: a local file of weights instead.
+
+    Returns:
+        An :class:`AdaptedModel` on the backbone's device and dtype.
+
+    Raises:
+        InputError: an unknown name, weights that do not fit, features that are no tokens, map or
+            volume, LoRA targets that match nothing.
+
+    Source: CLAdapter (Li et al. 2025), sections 3 and 4; upstream ``build_model.py``.
+    """
+    config = config or AdaptConfig()
+    if num_classes < 0:
+        raise InputError(f"num_classes is {num_classes}; expected 0 or more")
+    size = config.input_size
+    if isinstance(backbone, str):
+        source = {
+            "kind": "timm",
+            "name": backbone,
+            "pretrained": pretrained and weights is None,
+            "weights": None if weights is None else str(weights),
+        }
+        backbone = backbones.create_backbone(
+            backbone,
+            pretrained=pretrained,
+            weights=weights,
+            image_size=None if size is None else size[-1],
+        )
+    elif isinstance(backbone, nn.Module):
+        source = {"kind": "module", "name": type(backbone).__name__}
+        backbone = backbones.unwrap(backbone)
+    else:
+        raise InputError(
+            f"backbone is a {type(backbone).__name__}; expected a timm name or an nn.Module"
+        )
+    feature_fn = backbones.feature_function(backbone, config.features)
+    spec = backbones.probe(
+        backbone,
+        feature_fn,
+        input_size=size,
+        layout=config.layout,
+        num_prefix_tokens=config.num_prefix_tokens,
+    )
+    if config.lora is not None:
+        apply_lora(backbone, config.lora)
+    model = AdaptedModel(backbone, spec, feature_fn, config, num_classes, source)
+    like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        model.adapter.to(device=like.device, dtype=like.dtype)
+        model.head.to(device=like.device, dtype=like.dtype)
+    return model

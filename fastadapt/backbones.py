@@ -1,0 +1,282 @@
+"""Backbones: made by name, or taken as they are, and asked what features they give."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import InputError, nearest
+from fastadapt.files import check_finite, read_state_dict
+
+FeatureFn = Callable[[nn.Module, Tensor], Tensor]
+Layout = Literal["tokens", "channels_first", "channels_last"]
+LAYOUTS = ("tokens", "channels_first", "channels_last")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a backbone's feature function gives.
+
+    Attributes:
+        dim: channels C.
+        layout: ``tokens`` [B, N, C], ``channels_first`` [B, C, (D,) H, W] or ``channels_last``.
+        num_prefix_tokens: class and register tokens in front of the patches.
+        num_tokens: patches at ``input_size``, prefix tokens not counted.
+        input_size: [C, H, W] or [C, D, H, W] of the probe.
+    """
+
+    dim: int
+    layout: Layout
+    num_prefix_tokens: int
+    num_tokens: int
+    input_size: tuple[int, ...]
+
+
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | None = None,
+    image_size: int | None = None,
+) -> nn.Module:
+    """Makes a timm model without its classifier.
+
+    Args:
+        name: timm's name, with or without a tag (``vit_base_patch16_224.augreg_in21k``).
+        pretrained: fetch timm's weights; ignored if ``weights`` is given.
+        weights: a local file of weights (.safetensors, .pth); classifier weights in it are unused.
+        image_size: for models that are built for one size (ViT, Swin).
+
+    Raises:
+        InputError: unknown name, weights that cannot be had, or that do not fit.
+    """
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+        raise InputError(f"timm has no model {name!r}. Nearest: {nearest(name, known)}")
+    kwargs: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained and weights is None}
+    try:
+        if image_size is not None:
+            try:
+                model = timm.create_model(name, img_size=image_size, **kwargs)
+            except TypeError:  # convolutional models take any size, and no such argument
+                model = timm.create_model(name, **kwargs)
+        else:
+            model = timm.create_model(name, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        if "pretrained" not in str(error).lower():
+            raise
+        known = timm.list_models(pretrained=True)
+        raise InputError(
+            f"no pretrained weights for {name!r} ({error}). Nearest with weights: "
+            f"{nearest(name, known)}. Or give a local file with --weights."
+        ) from None
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"the weights of {name!r} could not be downloaded ({reason}). "
+            "Give a local file with --weights FILE."
+        ) from None
+    if weights is not None:
+        load_backbone_weights(model, read_state_dict(weights), weights)
+    return model
+
+
+def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads weights into a backbone; a classifier's, which it does not have, are left out.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or is not finite.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    if missing:
+        raise InputError(
+            f"{source} lacks {len(missing)} of the backbone's {len(own)} tensors, {missing[0]!r} "
+            f"first. It holds, for example, {next(iter(state), 'nothing')!r}: is it another model?"
+        )
+    for key, tensor in own.items():
+        if state[key].shape != tensor.shape:
+            raise InputError(
+                f"{source}: {key} has shape {tuple(state[key].shape)}; "
+                f"the backbone expects {tuple(tensor.shape)}"
+            )
+    state = {key: state[key] for key in own}
+    check_finite(state, source)
+    model.load_state_dict(state)
+
+
+def unwrap(backbone: nn.Module) -> nn.Module:
+    """The part of a model that makes image features: open_clip towers hide timm models."""
+    if hasattr(backbone, "visual") and hasattr(backbone, "encode_image"):
+        backbone = backbone.visual  # a whole CLIP model
+    if hasattr(backbone, "trunk") and hasattr(backbone.trunk, "forward_features"):
+        config = pretrained_cfg(backbone)
+        backbone = backbone.trunk
+        if config.get("mean"):
+            # CLIP's normalisation belongs to the tower, not to the trunk's timm configuration.
+            backbone.pretrained_cfg = {**dict(pretrained_cfg(backbone)), **config}
+    return backbone
+
+
+def _clip_vit_features(visual: nn.Module, x: Tensor) -> Tensor:
+    x = visual.transformer(visual._embeds(x))
+    pooled_first = visual.final_ln_after_pool or visual.attn_pool is not None
+    return x if pooled_first else visual.ln_post(x)
+
+
+def _clip_resnet_features(visual: nn.Module, x: Tensor) -> Tensor:
+    x = visual.stem(x)
+    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        x = stage(x)
+    return x
+
+
+def _forward_features(backbone: nn.Module, x: Tensor) -> Tensor:
+    return backbone.forward_features(x)
+
+
+def _forward(backbone: nn.Module, x: Tensor) -> Tensor:
+    return backbone(x)
+
+
+def feature_function(backbone: nn.Module, features: str | FeatureFn | None) -> FeatureFn:
+    """The function that makes features of images with this backbone.
+
+    ``features`` may be a function of (backbone, images), the name of a method, or ``None``: then
+    it is ``forward_features`` (timm, and any module that has it), the tokens of an open_clip
+    tower, or the module's own forward.
+    """
+    if callable(features):
+        return features
+    if isinstance(features, str):
+        if not callable(getattr(backbone, features, None)):
+            raise InputError(
+                f"features={features!r}, but {type(backbone).__name__} has no such method. "
+                "Give a method's name or a function of (backbone, images)."
+            )
+        return lambda module, x: getattr(module, features)(x)
+    if hasattr(backbone, "forward_features"):
+        return _forward_features
+    if all(hasattr(backbone, part) for part in ("_embeds", "transformer", "ln_post")):
+        return _clip_vit_features
+    if all(hasattr(backbone, part) for part in ("stem", "layer4", "attnpool")):
+        return _clip_resnet_features
+    return _forward
+
+
+def pretrained_cfg(backbone: nn.Module) -> dict[str, Any]:
+    """timm's configuration of a backbone's input, or an equal one for an open_clip tower."""
+    config = getattr(backbone, "pretrained_cfg", None)
+    if config is not None:
+        config = config if isinstance(config, dict) else config.to_dict()
+        return dict(config)
+    size = getattr(backbone, "image_size", None)
+    if size is None:
+        return {}
+    height, width = (size, size) if isinstance(size, int) else size
+    result = {"input_size": (3, height, width), "interpolation": "bicubic", "crop_pct": 1.0}
+    if getattr(backbone, "image_mean", None) is not None:
+        result |= {"mean": tuple(backbone.image_mean), "std": tuple(backbone.image_std)}
+    return result
+
+
+def default_input_size(backbone: nn.Module) -> tuple[int, ...] | None:
+    """The input [C, H, W] that a backbone was built for, as far as it says."""
+    config = pretrained_cfg(backbone)
+    size = config.get("input_size")
+    built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if built_for is not None and size is not None:
+        return (size[0], *built_for)
+    return None if size is None else tuple(size)
+
+
+def probe(
+    backbone: nn.Module,
+    feature_fn: FeatureFn,
+    *,
+    input_size: tuple[int, ...] | None = None,
+    layout: Layout | None = None,
+    num_prefix_tokens: int | None = None,
+) -> FeatureSpec:
+    """Runs the backbone once, on one image of zeros, and reads off what it gives.
+
+    Raises:
+        InputError: no input size is known, the features are no tokens, map or volume, or their
+            layout cannot be told from their shape.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    input_size = input_size or default_input_size(backbone)
+    name = type(backbone).__name__
+    if input_size is None:
+        raise InputError(
+            f"{name} does not say which input it takes: give AdaptConfig(input_size=(3, 224, 224)) "
+            "or, for volumes, (C, D, H, W)"
+        )
+    parameter = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+    like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            features = feature_fn(backbone, torch.zeros(1, *input_size, **like))
+    except Exception as error:
+        raise InputError(
+            f"{name} does not take an input of [1, {', '.join(map(str, input_size))}]: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+    finally:
+        backbone.train(was_training)
+    if not isinstance(features, Tensor) or features.dim() not in (3, 4, 5):
+        got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
+        raise InputError(
+            f"the features of {name} have {got}; expected tokens [B, N, C], a map [B, C, H, W] or "
+            "a volume [B, C, D, H, W]. Give AdaptConfig(features=...): a method's name, or a "
+            "function of (backbone, images) that stops before pooling."
+        )
+    shape = tuple(features.shape)
+    if layout is None:
+        layout = _layout(backbone, shape)
+    elif (layout == "tokens") != (len(shape) == 3):
+        raise InputError(f"layout={layout!r} does not fit features of shape {shape}")
+    if layout == "tokens":
+        prefix = num_prefix_tokens
+        if prefix is None:
+            prefix = 1 if feature_fn is _clip_vit_features else 0
+            prefix = getattr(backbone, "num_prefix_tokens", prefix)
+        if not 0 <= prefix < shape[1]:
+            raise InputError(f"num_prefix_tokens is {prefix}; the features have {shape[1]} tokens")
+        return FeatureSpec(shape[2], layout, prefix, shape[1] - prefix, input_size)
+    dim, *spatial = (
+        (shape[1], *shape[2:]) if layout == "channels_first" else (shape[-1], *shape[1:-1])
+    )
+    return FeatureSpec(dim, layout, 0, int(torch.tensor(spatial).prod()), input_size)
+
+
+def _layout(backbone: nn.Module, shape: tuple[int, ...]) -> Layout:
+    if len(shape) == 3:
+        return "tokens"
+    stated = str(getattr(backbone, "output_fmt", "")).upper()
+    if stated in ("NHWC", "NCHW"):
+        return "channels_last" if stated == "NHWC" else "channels_first"
+    # Images are rarely square in channels: the two equal sizes are height and width.
+    first, last = shape[-2] == shape[-1], shape[-3] == shape[-2]
+    if first == last:
+        width = getattr(backbone, "num_features", None)
+        first, last = shape[1] == width, shape[-1] == width
+    if first == last:
+        raise InputError(
+            f"the features of {type(backbone).__name__} have shape {shape}: which dimension holds "
+            "the channels? Give AdaptConfig(layout='channels_first') or 'channels_last'."
+        )
+    return "channels_first" if first else "channels_last"

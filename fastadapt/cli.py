@@ -1,0 +1,61 @@
+"""The command line. Every command imports what it needs when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fastadapt",
+    help="Adapt frozen vision models to small scientific data sets, and ship the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if debug:
+        os.environ["FASTADAPT_DEBUG"] = "1"
+
+
+@app.command()
+def info() -> None:
+    """Say which versions, devices, backends and runtimes are here."""
+    from rich.console import Console
+
+    from fastadapt.info import environment_table
+
+    Console().print(environment_table())
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 1, not a traceback."""
+    from fastadapt.errors import InputError
+    from fastadapt.kernels import BackendError
+
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    except (InputError, BackendError, OSError) as error:
+        _fail(str(error))
+    except Exception as error:
+        _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _fail(message: str, code: int = 1) -> None:
+    if os.environ.get("FASTADAPT_DEBUG") and sys.exc_info()[0] is not None:
+        raise
+    print(f"fastadapt: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

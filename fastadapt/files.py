@@ -1,0 +1,161 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadapt.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``; renames it to ``path`` if the block succeeds.
+
+    A failure or an interrupt removes the temporary file and leaves what was at ``path`` alone.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result is as readable as any file the user makes.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: the file is missing, or is no JSON object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file; tensors may live on any device and share memory."""
+    from safetensors.torch import save_file
+
+    owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(owned, temporary, metadata=metadata)
+        except Exception as error:  # safetensors wraps a full disk in an error of its own
+            if "No space left" in str(error):
+                raise OSError(28, "No space left on device", str(path)) from error
+            raise
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: its tensors and its metadata.
+
+    Raises:
+        InputError: the file is missing, truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is no complete safetensors file ({error}). It may be truncated: copy it again."
+        ) from None
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads weights from a .safetensors, .pth, .pt or .bin file, never running code from it.
+
+    A state dict nested under ``state_dict``, ``model`` or ``model_state_dict`` is unpacked.
+
+    Raises:
+        InputError: the file is missing or damaged, needs unpickling of more than tensors, or
+            holds no state dict.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{path} cannot be read as weights alone ({reason}). Files that need more than tensors "
+            "unpickled could run code and are refused: save model.state_dict() and give that."
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
+        raise InputError(f"{path} holds no state dict (names to tensors)")
+    return value
+
+
+def check_finite(tensors: dict[str, Tensor], source: str) -> None:
+    """Raises InputError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{source}: {name} holds {bad} values that are NaN or infinite, out of "
+                f"{tensor.numel()}. The training that made it diverged; lower its learning rate."
+            )
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tensors(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and values, whatever the order and the device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

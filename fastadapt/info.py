@@ -1,0 +1,76 @@
+"""What is here: versions, devices, backends, runtimes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.table import Table
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "timm",
+    "open_clip_torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "safetensors",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Installed packages that matter here, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("fastadapt", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def devices() -> list[str]:
+    """The CPU and every GPU, in words."""
+    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    return found
+
+
+def providers() -> list[str]:
+    """ONNX Runtime's execution providers that this installation was built with."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    return onnxruntime.get_available_providers()
+
+
+def environment_table() -> Table:
+    """All of it, for the terminal."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, version in versions().items():
+        table.add_row(name, version)
+    table.add_row("", "")
+    for line in devices():
+        table.add_row("device", line)
+    backend = os.environ.get("FASTADAPT_BACKEND", "auto")
+    kernels = "Triton on CUDA tensors" if torch.cuda.is_available() else "reference (no GPU)"
+    table.add_row(
+        "backend", f"{backend}: {kernels if backend == 'auto' else 'as FASTADAPT_BACKEND says'}"
+    )
+    table.add_row("ONNX Runtime", ", ".join(providers()) or "not installed")
+    return table

@@ -1,0 +1,131 @@
+"""CLAdapter: cluster-attention blocks between a frozen backbone and its head."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadapt.layers.cluster_attention import ClusterAttention
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between; [..., C] to [..., C]."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class CLAdapterBlock(nn.Module):
+    """One block: cluster attention, then a residual MLP; [B, N, C] to [B, N, C].
+
+    There is no residual around the attention: upstream has none, and its checkpoints depend on it.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, **attention):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = ClusterAttention(dim, **attention)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class CLAdapter(nn.Module):
+    """The whole adapter: LayerNorm, ``depth`` blocks, LayerNorm (upstream's ``post``).
+
+    Args:
+        dim: channels C.
+        depth: number of blocks.
+        num_centers, rank, mode, num_tokens, proj_drop: as for :class:`ClusterAttention`.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        channels_last: maps and volumes come as [B, H, W, C] or [B, D, H, W, C], as from timm's
+            Swin; ignored for tokens.
+
+    Shape:
+        Tokens [B, N, C], maps [B, C, H, W] or volumes [B, C, D, H, W]; the output has the
+        input's layout.
+
+    Raises:
+        ValueError: the input has no such layout, or its channels are not ``dim``.
+
+    Source: CLAdapter (Li et al. 2025), section 3; upstream ``Post_vit``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 1,
+        num_centers: int = 20,
+        rank: int = 256,
+        mlp_ratio: float = 4.0,
+        mode: Literal["channel", "token"] = "channel",
+        num_tokens: int | None = None,
+        proj_drop: float = 0.0,
+        channels_last: bool = False,
+    ):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; expected at least 1 block")
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio is {mlp_ratio}; dim {dim} × mlp_ratio must be at least 1")
+        self.dim = dim
+        self.channels_last = channels_last
+        self.norm1 = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(
+            CLAdapterBlock(
+                dim,
+                mlp_ratio,
+                num_centers=num_centers,
+                rank=rank,
+                mode=mode,
+                num_tokens=num_tokens,
+                proj_drop=proj_drop,
+            )
+            for _ in range(depth)
+        )
+        self.norm2 = nn.LayerNorm(dim)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew, as at construction."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """The adapter on tokens [B, N, C]."""
+        x = self.norm1(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm2(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (3, 4, 5):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected tokens [B, N, C], a map [B, C, H, W] "
+                "or a volume [B, C, D, H, W]"
+            )
+        channel = -1 if x.dim() == 3 or self.channels_last else 1
+        if x.shape[channel] != self.dim:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} with {x.shape[channel]} channels in dimension "
+                f"{channel}; this adapter has dim={self.dim}"
+            )
+        if x.dim() == 3:
+            return self.forward_tokens(x)
+        if self.channels_last:
+            return self.forward_tokens(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
+        y = self.forward_tokens(x.flatten(2).transpose(1, 2))
+        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, channels_last={self.channels_last}"

@@ -1,0 +1,101 @@
+"""Cluster attention as a module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.kernels import cluster_attention
+
+MODES = ("channel", "token")
+
+
+class ClusterAttention(nn.Module):
+    """Sends every sample's tokens through its own mixture of learned transforms.
+
+    The mean token is compared with ``num_centers`` cluster centers; the softmax of the cosines
+    mixes as many transforms, which act on the channels (between a projection down to ``rank``
+    and one up again) or on the tokens.
+
+    Args:
+        dim: channels C of the tokens.
+        num_centers: cluster centers K.
+        rank: width R of the transforms in channel mode (upstream: ``temp_dim``); unused in
+            token mode.
+        mode: ``"channel"`` or ``"token"``.
+        num_tokens: N, fixed; needed in token mode only.
+        proj_drop: dropout on the output.
+
+    Shape:
+        [B, N, C] to [B, N, C].
+
+    Raises:
+        ValueError: a size is not positive, or token mode has no ``num_tokens``.
+
+    Source: CLAdapter (Li et al. 2025), section 3; upstream ``Cluster_Attention``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_centers: int = 20,
+        rank: int = 256,
+        mode: Literal["channel", "token"] = "channel",
+        num_tokens: int | None = None,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected 'channel' or 'token'")
+        if mode == "token" and num_tokens is None:
+            raise ValueError("mode='token' needs num_tokens: its transforms are [N, N]")
+        sizes = {"dim": dim, "num_centers": num_centers, "rank": rank, "num_tokens": num_tokens}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; expected a positive number")
+        self.dim = dim
+        self.num_centers = num_centers
+        self.mode = mode
+        self.rank = rank if mode == "channel" else None
+        self.num_tokens = num_tokens if mode == "token" else None
+
+        width = rank if mode == "channel" else num_tokens
+        self.centers = nn.Parameter(torch.empty(dim, num_centers))
+        self.transforms = nn.Parameter(torch.empty(num_centers, width, width))
+        self.down = nn.Linear(dim, rank) if mode == "channel" else None
+        self.up = nn.Linear(rank, dim) if mode == "channel" else None
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Centers and transforms standard normal, projections PyTorch's default (upstream's)."""
+        nn.init.normal_(self.centers)
+        nn.init.normal_(self.transforms)
+        if self.mode == "channel":
+            self.down.reset_parameters()
+            self.up.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "token":
+            if x.dim() == 3 and x.shape[1] != self.num_tokens:
+                raise ValueError(
+                    f"x has {x.shape[1]} tokens; this token-mode layer was made for "
+                    f"{self.num_tokens}. Use mode='channel' for inputs of several sizes."
+                )
+            return self.proj_drop(cluster_attention(x, self.centers, self.transforms))
+        y = cluster_attention(
+            x,
+            self.centers,
+            self.transforms,
+            self.down.weight,
+            self.down.bias,
+            self.up.weight,
+            self.up.bias,
+        )
+        return self.proj_drop(y)
+
+    def extra_repr(self) -> str:
+        size = f"rank={self.rank}" if self.mode == "channel" else f"num_tokens={self.num_tokens}"
+        return f"dim={self.dim}, num_centers={self.num_centers}, {size}, mode={self.mode}"

@@ -1,0 +1,288 @@
+"""LoRA on chosen linear layers of a backbone, made new or loaded from a PEFT folder."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import InputError, nearest
+from fastadapt.files import check_finite, read_json, read_tensors
+from fastadapt.layers.lora import LoRALinear, LoRASlice
+
+# Names of attention projections across timm, open_clip and transformers, and what they compute.
+PROJECTIONS = {
+    "q": ("q", "q_proj", "query", "to_q", "wq"),
+    "k": ("k", "k_proj", "key", "to_k", "wk"),
+    "v": ("v", "v_proj", "value", "to_v", "wv"),
+}
+FUSED = {"qkv": "qkv", "kv": "kv", "in_proj": "qkv"}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers get a low-rank adapter, and of which rank.
+
+    Attributes:
+        r: rank.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the input of the low-rank path.
+        targets: last parts of module names (``"qkv"``, ``"attn.proj"``, ``"mlp.fc1"``), or
+            ``"all-linear"``. Default: the attention's q, k and v projections, fused or not.
+        parts: which of q, k and v get an adapter; applies to fused and to separate projections.
+        rank_pattern, alpha_pattern: exceptions, by regular expression on the end of the name.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
+
+    Source: LoRA (Hu et al. 2021); names as in PEFT's ``LoraConfig``.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = (
+        "qkv",
+        "kv",
+        *PROJECTIONS["q"],
+        *PROJECTIONS["k"],
+        *PROJECTIONS["v"],
+    )
+    parts: str = "qkv"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise InputError(f"LoRA rank r is {self.r}; expected at least 1")
+        if not self.parts or set(self.parts) - set("qkv"):
+            raise InputError(f"LoRA parts is {self.parts!r}; expected some of the letters q, k, v")
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Wraps the chosen linear layers of ``model`` in place; returns their names.
+
+    Raises:
+        InputError: no layer matches, or a matching one cannot take an adapter.
+    """
+    slices = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not _is_target(name, config.targets):
+            continue
+        rows = _chosen_rows(name, module, config.parts)
+        if not rows:
+            continue
+        r = int(_by_pattern(config.rank_pattern, name, config.r))
+        scaling = _scaling(
+            _by_pattern(config.alpha_pattern, name, config.alpha), r, config.use_rslora
+        )
+        slices[name] = [LoRASlice(part, start, stop, r, scaling) for part, start, stop in rows]
+    if not slices:
+        found = sorted(
+            {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise InputError(
+            f"LoRA targets {config.targets} with parts {config.parts!r} match no linear layer. "
+            f"The backbone's linear layers end in: {', '.join(found) or 'it has none'}"
+        )
+    for name, chosen in slices.items():
+        wrap(model, name, chosen, config.dropout)
+    return list(slices)
+
+
+def wrap(model: nn.Module, name: str, slices: list[LoRASlice], dropout: float = 0.0) -> LoRALinear:
+    """Replaces the linear layer ``name`` of ``model`` by one with low-rank adapters."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    layer = getattr(parent, leaf)
+    if isinstance(layer, LoRALinear):
+        raise InputError(f"{name} has low-rank adapters already: merge them first (fa.fold)")
+    if not isinstance(layer, nn.Linear):
+        raise InputError(
+            f"{name} is a {type(layer).__name__}; low-rank adapters are for nn.Linear layers"
+        )
+    wrapped = LoRALinear(layer, slices, dropout).train(layer.training)
+    setattr(parent, leaf, wrapped)
+    return wrapped
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers of ``model`` that have low-rank adapters, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
+    """Puts a LoRA that PEFT saved onto a timm model (or any module), in place.
+
+    Reads ``adapter_config.json`` (r, lora_alpha, rank_pattern, alpha_pattern, use_rslora, bias,
+    modules_to_save) and ``adapter_model.safetensors``. ``fan_in_fan_out`` is for layers that
+    keep their weight transposed; on nn.Linear PEFT switches it off, and so does this.
+
+    Args:
+        model: the module that PEFT wrapped, without PEFT; fused qkv layers are ordinary targets.
+        folder: what ``PeftModel.save_pretrained`` wrote.
+
+    Returns:
+        The names of the layers that got an adapter.
+
+    Raises:
+        InputError: the folder is no LoRA of a supported kind (the variant is named), a tensor
+            does not fit, or the layer that it belongs to is not there. The model is unchanged then.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    if (
+        not (folder / "adapter_model.safetensors").is_file()
+        and (folder / "adapter_model.bin").is_file()
+    ):
+        raise InputError(
+            f"{folder} holds adapter_model.bin, a pickle: save it again with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+    _refuse_variants(config, tensors, folder)
+    check_finite(tensors, str(folder / "adapter_model.safetensors"))
+
+    pairs: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.")
+        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        if match:
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            plain[re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)] = tensor
+
+    modules = dict(model.named_modules())
+    own = model.state_dict()
+    slices = {}
+    for name, pair in pairs.items():
+        layer = modules.get(name)
+        if layer is None:
+            raise InputError(
+                f"{folder} adapts {name!r}, which {type(model).__name__} does not have. "
+                f"Nearest: {nearest(name, modules)}"
+            )
+        if not isinstance(layer, nn.Linear) or isinstance(layer, LoRALinear):
+            raise InputError(
+                f"{folder} adapts {name!r}, a {type(layer).__name__}; only LoRA on nn.Linear "
+                "layers is supported"
+            )
+        if set(pair) != {"A", "B"}:
+            raise InputError(f"{folder}: {name} has lora_{next(iter(pair))} without its partner")
+        r = pair["A"].shape[0]
+        want = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
+        for side, shape in want.items():
+            if tuple(pair[side].shape) != shape:
+                raise InputError(
+                    f"{folder}: {name}.lora_{side} has shape {tuple(pair[side].shape)}; "
+                    f"the layer expects {shape}"
+                )
+        stated = int(_by_pattern(config.get("rank_pattern") or {}, name, config.get("r", r)))
+        if stated != r:
+            raise InputError(
+                f"{folder}: adapter_config.json gives {name} rank {stated}, its tensors have {r}: "
+                "the scaling alpha / r cannot be trusted"
+            )
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", r))
+        scaling = _scaling(alpha, r, config.get("use_rslora", False))
+        slices[name] = [LoRASlice("all", 0, layer.out_features, r, scaling)]
+    for key, tensor in plain.items():
+        if key not in own:
+            raise InputError(
+                f"{folder} holds {key!r}, which {type(model).__name__} does not have "
+                "(a classifier in modules_to_save needs the model with its classifier)"
+            )
+        if own[key].shape != tensor.shape:
+            raise InputError(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}; "
+                f"the model expects {tuple(own[key].shape)}"
+            )
+
+    with torch.no_grad():
+        for key, tensor in plain.items():
+            own[key].copy_(tensor)
+        for name, chosen in slices.items():
+            layer = wrap(model, name, chosen, config.get("lora_dropout", 0.0))
+            layer.lora_A["all"].copy_(pairs[name]["A"])
+            layer.lora_B["all"].copy_(pairs[name]["B"])
+    # Weights that are no longer the pretrained ones: an adapter's checkpoint must carry them.
+    model.fastadapt_changed = sorted({*getattr(model, "fastadapt_changed", ()), *plain})
+    return list(slices)
+
+
+def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{folder} is a PEFT adapter of type {kind!r}; only LORA is supported")
+    named = {
+        "use_dora": "DoRA",
+        "use_qalora": "QALoRA",
+        "megatron_config": "Megatron LoRA",
+        "layer_replication": "layer replication",
+        "alora_invocation_tokens": "activated LoRA",
+        "target_parameters": "LoRA on bare parameters",
+        "trainable_token_indices": "trainable tokens",
+        "lora_bias": "a bias on lora_B",
+        "arrow_config": "Arrow routing",
+        "use_bdlora": "block-diagonal LoRA",
+        "monteclora_config": "MonteCLoRA",
+        "kasa_config": "KaSA",
+        "velora_config": "VeLoRA",
+    }
+    for key, variant in named.items():
+        if config.get(key):
+            raise InputError(f"{folder} uses {variant} ({key}), which is not supported")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise InputError(
+            f"{folder} was initialised with {init}, which also changes the base weights; "
+            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) first"
+        )
+    for key in tensors:
+        if "lora_magnitude_vector" in key:
+            raise InputError(f"{folder} uses DoRA ({key}), which is not supported")
+        if "lora_embedding" in key:
+            raise InputError(f"{folder} adapts an embedding ({key}), which is not supported")
+
+
+def _is_target(name: str, targets: tuple[str, ...] | str) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or name == targets or name.endswith(f".{targets}")
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def _chosen_rows(name: str, layer: nn.Linear, parts: str) -> list[tuple[str, int, int]]:
+    """(pair name, first row, end) of each low-rank pair that a linear layer gets."""
+    leaf = name.rpartition(".")[2]
+    fused = FUSED.get(leaf)
+    if fused and parts != "qkv":
+        if layer.out_features % len(fused):
+            raise InputError(
+                f"{name} has {layer.out_features} outputs, not {len(fused)} equal parts for "
+                f"{', '.join(fused)}: adapt it whole (parts='qkv')"
+            )
+        width = layer.out_features // len(fused)
+        return [(part, i * width, (i + 1) * width) for i, part in enumerate(fused) if part in parts]
+    for part, names in PROJECTIONS.items():
+        if leaf in names and part not in parts:
+            return []
+    return [("all", 0, layer.out_features)]
+
+
+def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name, on a module boundary."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _scaling(alpha: float, r: int, rslora: bool) -> float:
+    return alpha / math.sqrt(r) if rslora else alpha / r
