@@ -81,15 +81,14 @@ def _project_kernel(
     if BM1 > 0:
         hot1 = _sample_of_row(row + BM0, first, tokens, BM1, BS).to(dtype)
         acc1 = tl.zeros((BM1, BN), tl.float32)
-    present = (tl.minimum(row + BM0 + BM1, rows) - 1) // tokens - first
+    # The samples in this tile; the first column of programs writes their sums, the others none.
+    present = (tl.minimum(row + BM0 + BM1, rows) - 1) // tokens - first + 1
+    present = tl.where(col == 0, present, 0)
     p_sums = sums_ptr + (tile.to(tl.int64) * slots + o_s[None, :]) * width
-    m_sums = (o_s[None, :] <= present) & (tl.program_id(1) == 0)
+    m_sums = o_s[None, :] < present
     for k in range(0, width, BK):
         x0 = x0_desc.load([row, k])
-        if TRANSPOSED:
-            w = w_desc.load([k, col])
-        else:
-            w = w_desc.load([col, k]).T
+        w = w_desc.load([k, col]) if TRANSPOSED else w_desc.load([col, k]).T
         acc0 = tl.dot(x0, w, acc0)
         if BM1 > 0:
             x1 = x1_desc.load([row + BM0, k])
@@ -150,7 +149,7 @@ def _attend_kernel(
         q = tl.zeros((BC,), tl.float32)
         for tile in range(row // tile_rows, (row + tokens - 1) // tile_rows + 1):
             slot = sample - (tile * tile_rows) // tokens
-            p_q = sums_ptr + (tile.to(tl.int64) * slots + slot) * width + o_c
+            p_q = sums_ptr + (tl.cast(tile, tl.int64) * slots + slot) * width + o_c
             q += tl.load(p_q, mask=m_c, other=0.0)
         q = q / tokens
         tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
@@ -314,10 +313,7 @@ def _transform_kernel(
                 hot1 = _sample_of_row(row1, first, tokens, BM1, BS).to(dtype)
         start = tl.program_id(1) * cols_per_program
         for c in range(start, tl.minimum(start + cols_per_program, width), BC):
-            if W_TRANSPOSED:
-                w = w_desc.load([0, c])
-            else:
-                w = w_desc.load([c, 0]).T
+            w = w_desc.load([0, c]) if W_TRANSPOSED else w_desc.load([c, 0]).T
             o_c = c + tl.arange(0, BC)
             y0 = tl.zeros((BM0, BC), tl.float32)
             if BM1 > 0:
@@ -624,10 +620,11 @@ def default_config(
     if tiles * 2 <= multiprocessors:
         project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
         transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
-    expand = Tile(128, 0, min(128, transform.cols), 64, 8, 2) if big else transform
+    expand = Tile(128, 0, 64, 64, 8, 3) if big and tiles * 2 > multiprocessors else transform
     half = min(block_rank, 128)
     outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
-    return Config(project, transform, expand, outer, 64, 256 if big else 128, multiprocessors, hopper)
+    cols = 256 if big else 128
+    return Config(project, transform, expand, outer, 64, cols, multiprocessors, hopper)
 
 
 def _block(n: int, least: int = 16) -> int:
@@ -642,9 +639,9 @@ def _device(index: int | None) -> tuple[int, int, bool]:
     return p.multi_processor_count, p.shared_memory_per_block_optin, p.major >= 9
 
 
-def _slots(tile: Tile, tokens: int) -> int:
+def _slots(tile: Tile, rows: int, tokens: int) -> int:
     """How many samples the rows of one tile can belong to."""
-    return min((tile.all_rows - 2) // tokens + 2, tile.all_rows)
+    return min((tile.all_rows - 2) // tokens + 2, tile.all_rows, rows // tokens)
 
 
 def config_for(x: Tensor, rank: int) -> Config:
@@ -678,7 +675,7 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     tile = config.project
     out = x.new_empty(rows, rank)
     tiles = -(-rows // tile.all_rows)
-    slots = _slots(tile, tokens)
+    slots = _slots(tile, rows, tokens)
     partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
     block = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
     _project_kernel[tiles, -(-rank // tile.cols)](
@@ -847,7 +844,7 @@ def transform(
         BR=block_rank,
         BK=depth,
         BC=tile.cols,
-        BS=_block(_slots(tile, tokens)),
+        BS=_block(_slots(tile, rows, tokens)),
         MIX=mixed is not None,
         T_TRANSPOSED=t_transposed,
         STORE_Z=z is not None,
@@ -995,3 +992,75 @@ def reduce(
         num_warps=4,
         **_pdl(config),
     )
+
+
+def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+    """Channel mode in half precision; x [B, N, C] and the projections contiguous, one dtype.
+
+    Returns:
+        y [B, N, C], and what the backward needs: h [B·N, R], T_b [B, R, R], then a, s, q,
+        q_norm, c_norm of ``attend``.
+    """
+    batch, tokens, width = x.shape
+    config = config_for(x, down_weight.shape[0])
+    h, sums = project(
+        x.view(-1, width), down_weight, down_bias, tokens, config, transposed=False, sums=True
+    )
+    attention = attend(sums, centers, tokens, config.project.all_rows, batch, config)
+    mixed = mix(attention[0], transforms, x.dtype, config)
+    y, _ = transform(h, batch, config, mixed=mixed, weight=up_weight, bias=up_bias)
+    return y.view(x.shape), (h, mixed, *attention)
+
+
+def backward(g, x, saved, centers, transforms, down_weight, up_weight, needs, bias_dtypes):
+    """Gradients in the order of the arguments, ``None`` where ``needs`` says no."""
+    batch, tokens, width = x.shape
+    rank = down_weight.shape[0]
+    need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
+    need_a = need_x or need_centers
+    h, mixed, a, s, q, q_norm, c_norm = saved
+    config = config_for(x, rank)
+    g = g.view(-1, width)
+    x = x.view(-1, width)
+    dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = None
+    ds = dq = down_sums = None
+
+    gz, up_sums = project(
+        g, up_weight, None, g.shape[0], config, transposed=True, sums=need_up_bias
+    )
+    if need_a or need_transforms:
+        d_mixed = outer(h, gz, batch, config)
+        d_transforms, da = unmix(
+            d_mixed, a, transforms, config, need_transforms=need_transforms, need_a=need_a
+        )
+        del d_mixed
+    if need_up:
+        z = torch.empty_like(h)
+        transform(h, batch, config, mixed=mixed, z=z)
+        d_up = torch.mm(g.t(), z)
+        del z
+    if need_x or need_down or need_down_bias:
+        # A program reads and writes its own rows only: gh can take the place of gz.
+        _, down_sums = transform(
+            gz, batch, config, mixed=mixed, t_transposed=True, z=gz, sums=need_down_bias
+        )
+    if need_down:
+        d_down = torch.mm(gz.t(), x)
+    if need_a:
+        ds, dq = unattend(
+            da, a, s, q, q_norm, c_norm, centers, tokens, config, need_x=need_x
+        )
+    d_centers = torch.empty_like(centers) if need_centers else None
+    d_up_bias = g.new_empty(width, dtype=bias_dtypes[1]) if need_up_bias else None
+    d_down_bias = g.new_empty(rank, dtype=bias_dtypes[0]) if need_down_bias else None
+    if need_centers or need_up_bias or need_down_bias:
+        reduce(
+            ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config,
+            d_centers, d_up_bias, d_down_bias,
+        )
+    if need_x:
+        dx, _ = transform(
+            gz, batch, config, weight=down_weight, w_transposed=True, bias=dq, row_bias=True
+        )
+        dx = dx.view(batch, tokens, width)
+    return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
