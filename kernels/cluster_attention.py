@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.kernels.dispatch import accumulate_dtype, choose_backend, compute_dtype
+from fastadapt.kernels.dispatch import (
+    accumulate_dtype,
+    choose_backend,
+    compute_dtype,
+    on_device,
+    why_not_device,
+)
 
 
 def center_attention(x: Tensor, centers: Tensor) -> Tensor:
@@ -97,10 +103,160 @@ def cluster_attention(
     Source: CLAdapter, equations 1-4; upstream ``models/modules.py``, ``Cluster_Attention``.
     """
     _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    choose_backend(backend, "cluster_attention has no Triton kernels in this version")
-    return cluster_attention_reference(
-        x, centers, transforms, down_weight, down_bias, up_weight, up_bias
+    chosen = choose_backend(backend, _why_not_triton(x, centers, transforms, down_weight))
+    if chosen == "reference":
+        return cluster_attention_reference(
+            x, centers, transforms, down_weight, down_bias, up_weight, up_bias
+        )
+    dtype = compute_dtype(x)
+    x = x.to(dtype)
+    if down_weight is not None:
+        down_weight = down_weight.to(dtype)
+        up_weight = up_weight.to(dtype)
+    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    if torch.compiler.is_compiling():
+        return _forward_op(*args)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        return _Function.apply(*args)
+    return _forward(*args)[0]
+
+
+# The kernels as operators. Eager calls go through _Function instead, which does the same with
+# less on the way.
+
+_SAVED = 7  # h, T_b, a, s, q, q_norm, c_norm
+
+
+def _launch():
+    """The launchers: Triton is imported with the first call."""
+    from fastadapt.kernels import cluster_attention_launch
+
+    return cluster_attention_launch
+
+
+def _forward(x, *rest) -> tuple[Tensor, ...]:
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
+        y, saved = _launch().forward(x, *rest)
+    return (y, *saved)
+
+
+def _backward(g, needs, x, centers, transforms, down_weight, down_bias, up_weight, up_bias, *saved):
+    h, mixed, *attention = saved
+    biases = [None if bias is None else bias.dtype for bias in (down_bias, up_bias)]
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
+        return _launch().backward(
+            g, x, h, mixed, attention, centers, transforms, down_weight, up_weight, biases, needs
+        )
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, *saved = _forward(*args)
+        ctx.save_for_backward(*args, *saved)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return _backward(g, ctx.needs_input_grad, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("fastadapt::cluster_attention", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    centers: Tensor,
+    transforms: Tensor,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+
+
+@_forward_op.register_fake
+def _(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+    b, n, c = x.shape
+    k = centers.shape[1]
+    m = transforms.shape[1]
+    h = x.new_empty(0)
+    if down_weight is not None:
+        if x.dtype != torch.float32:
+            m = (m + 7) // 8 * 8  # the kernels' padding
+        h = x.new_empty(b * n, m)
+    small = {"dtype": torch.float32}
+    return (
+        x.new_empty(b, n, c),
+        h,
+        x.new_empty(b, m, m),
+        x.new_empty(b, k, **small),
+        x.new_empty(b, k, **small),
+        x.new_empty(b, c, **small),
+        x.new_empty(b, **small),
+        x.new_empty(k, **small),
     )
+
+
+@torch.library.custom_op("fastadapt::cluster_attention_backward", mutates_args=())
+def _backward_op(
+    g: Tensor,
+    needs: list[bool],
+    x: Tensor,
+    centers: Tensor,
+    transforms: Tensor,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    saved: list[Tensor],
+) -> list[Tensor]:
+    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    grads = _backward(g, needs, *args, *saved)
+    return [grad for grad in grads if grad is not None]
+
+
+@_backward_op.register_fake
+def _(g, needs, x, centers, transforms, down_weight, down_bias, up_weight, up_bias, saved):
+    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    return [
+        t.new_empty(t.shape) for t, need in zip(args, needs, strict=True) if t is not None and need
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _op_backward(ctx, g, *_):
+    args, saved = ctx.saved_tensors[:-_SAVED], ctx.saved_tensors[-_SAVED:]
+    needs = list(ctx.needs_input_grad)
+    grads = iter(_backward_op(g, needs, *args, list(saved)))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _why_not_triton(x, centers, transforms, down_weight) -> str | None:
+    reason = why_not_device(x)
+    if reason is not None:
+        return reason
+    dtype = compute_dtype(x)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
+    for name, t in (("centers", centers), ("transforms", transforms)):
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} has dtype {t.dtype}"
+    if x.numel() == 0:
+        return f"x is empty: {tuple(x.shape)}"
+    if x.shape[0] * x.shape[1] >= 2**31 - 256:
+        return f"{x.shape[0] * x.shape[1]} tokens; the kernels take fewer than 2³¹"
+    if centers.shape[1] > 128:
+        return f"{centers.shape[1]} centers; the kernels take up to 128"
+    if down_weight is not None and dtype != torch.float32 and down_weight.shape[0] > 512:
+        return f"rank {down_weight.shape[0]}; the kernels take up to 512"
+    return None
 
 
 def _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias) -> None:

@@ -23,15 +23,9 @@ sample through a [B, N, R] descriptor, whose out-of-range rows read as zero, and
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 NORM_EPS = tl.constexpr(1e-12)  # F.normalize's
 
@@ -44,7 +38,7 @@ def _sample_of_row(row, first, tokens, BM: tl.constexpr, BS: tl.constexpr):
 
 
 @triton.jit
-def _project_kernel(
+def project_kernel(
     x0_desc,  # [rows, C], blocks of [BM0, BK]
     x1_desc,  # the same, blocks of [BM1, BK]
     w_desc,  # [R, C] or, transposed, [C, R]
@@ -113,7 +107,7 @@ def _project_kernel(
 
 
 @triton.jit
-def _attend_kernel(
+def attend_kernel(
     sums_ptr,  # [tiles, slots, C]
     centers_ptr,  # [C, K]
     a_ptr,  # [B, K] softmax
@@ -179,7 +173,7 @@ def _dot_split(a, b, acc):
 
 
 @triton.jit
-def _mix_kernel(
+def mix_kernel(
     a_ptr,  # [B, K] fp32
     transforms_ptr,  # [K, size]
     mixed_ptr,  # [B, size]
@@ -240,7 +234,7 @@ def _transform_rows(
 
 
 @triton.jit
-def _transform_kernel(
+def transform_kernel(
     h0_desc,  # [B, N, R], blocks of [1, BM0, BK]; without MIX [rows, R], blocks of [BM0, BR]
     h1_desc,
     t_desc,  # [B, R, R]
@@ -279,9 +273,7 @@ def _transform_kernel(
     row1 = row0 + BM0
     dtype = h0_desc.dtype
     if MIX:
-        acc0 = _transform_rows(
-            h0_desc, t_desc, row0, rows, tokens, rank, BM0, BR, BK, T_TRANSPOSED
-        )
+        acc0 = _transform_rows(h0_desc, t_desc, row0, rows, tokens, rank, BM0, BR, BK, T_TRANSPOSED)
         if SUMS:
             sums = tl.sum(acc0, 0)
         z0 = acc0.to(dtype)
@@ -341,7 +333,7 @@ def _transform_kernel(
 
 
 @triton.jit
-def _outer_kernel(
+def outer_kernel(
     h_desc,  # [B, N, R], blocks of [1, BK, BI]
     g_desc,  # [B, N, R], blocks of [1, BK, BJ]
     out_desc,  # [B, R, R], blocks of [1, BI, BJ]
@@ -368,8 +360,9 @@ def _outer_kernel(
 
 
 @triton.jit
-def _unmix_kernel(
-    g_desc,  # [B, size], blocks of [BB, BS]: gradients of the mixed transforms
+def unmix_kernel(
+    g_ptr,  # [B, size]: gradients of the mixed transforms
+    g_desc,  # the same, blocks of [BB, BS], or None if its rows are not aligned
     a_ptr,  # [B, K] fp32
     transforms_ptr,  # [K, size]
     d_transforms_ptr,  # [K, size]
@@ -390,7 +383,7 @@ def _unmix_kernel(
     programs = tl.num_programs(0)
     o_k = tl.arange(0, BK)
     m_k = o_k < num_centers
-    dtype = g_desc.dtype
+    dtype = g_ptr.dtype.element_ty
     for block in range(program, tl.cdiv(size, BS), programs):
         o_s = block * BS + tl.arange(0, BS)
         m_ks = m_k[:, None] & (o_s[None, :] < size)
@@ -399,18 +392,25 @@ def _unmix_kernel(
             t = tl.load(transforms_ptr + o_t, mask=m_ks, other=0.0).to(dtype)
         acc = tl.zeros((BS, BK), tl.float32)
         for b in range(0, batch, BB):
-            g = g_desc.load([b, block * BS])
             o_b = b + tl.arange(0, BB)
+            if g_desc is None:
+                p_g = g_ptr + o_b[:, None].to(tl.int64) * size + o_s[None, :]
+                m_g = (o_b[:, None] < batch) & (o_s[None, :] < size)
+                g = tl.load(p_g, mask=m_g, other=0.0)
+            else:
+                g = g_desc.load([b, block * BS])
             o_a = o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
             m_a = (o_b[:, None] < batch) & m_k[None, :]
             if NEED_T:
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)
-                high = a.to(dtype)
-                low = (a - high.to(tl.float32)).to(dtype)
-                acc = tl.dot(g.T, high, acc)
-                acc = tl.dot(g.T, low, acc)
+                if dtype == tl.float32:
+                    acc = tl.dot(g.T, a, acc, input_precision="ieee")
+                else:
+                    high = a.to(dtype)
+                    low = (a - high.to(tl.float32)).to(dtype)
+                    acc = tl.dot(g.T, low, tl.dot(g.T, high, acc))
             if NEED_A:
-                da = tl.dot(g, t.T)
+                da = tl.dot(g, t.T, input_precision="ieee")
                 p_da = da_ptr + program.to(tl.int64) * batch * num_centers + o_a
                 if block != program:
                     tl.debug_barrier()  # this program wrote these sums on its last turn
@@ -425,7 +425,7 @@ def _unmix_kernel(
 
 
 @triton.jit
-def _unattend_kernel(
+def unattend_kernel(
     da_ptr,  # [programs, B, K]
     a_ptr,  # [B, K]
     s_ptr,  # [B, K]
@@ -481,7 +481,7 @@ def _unattend_kernel(
 
 
 @triton.jit
-def _reduce_kernel(
+def reduce_kernel(
     ds_ptr,  # [B, K]
     s_ptr,  # [B, K]
     q_ptr,  # [B, C]
@@ -541,9 +541,7 @@ def _reduce_kernel(
             m_ck = m_c[:, None] & m_k[None, :]
             centers = tl.load(centers_ptr + o_ck, mask=m_ck, other=0.0).to(tl.float32)
             d_centers = (acc - centers / c_norm * along[None, :]) / c_norm
-            tl.store(
-                d_centers_ptr + o_ck, d_centers.to(d_centers_ptr.dtype.element_ty), mask=m_ck
-            )
+            tl.store(d_centers_ptr + o_ck, d_centers.to(d_centers_ptr.dtype.element_ty), mask=m_ck)
     else:
         if NEED_DOWN:
             o_r = (program - programs_c) * BC + tl.arange(0, BC)
@@ -558,509 +556,3 @@ def _sum_rows(in_ptr, out_ptr, rows, width, o_c, m_c, BB: tl.constexpr, BC: tl.c
         p = in_ptr + o_r[:, None].to(tl.int64) * width + o_c[None, :]
         acc += tl.load(p, mask=(o_r < rows)[:, None] & m_c[None, :], other=0.0)
     tl.store(out_ptr + o_c, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=m_c)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Launch configuration of one kernel: rows (in two parts), columns, depth; warps, stages."""
-
-    rows: int
-    extra_rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-
-    @property
-    def all_rows(self) -> int:
-        return self.rows + self.extra_rows
-
-
-@dataclass(frozen=True)
-class Config:
-    """Launch configurations for one problem size."""
-
-    project: Tile
-    transform: Tile
-    expand: Tile  # `transform` without T_b
-    outer: Tile
-    unmix_rows: int
-    unmix_cols: int
-    multiprocessors: int
-    pdl: bool
-
-
-@functools.lru_cache(maxsize=4096)
-def default_config(
-    rows: int,
-    tokens: int,
-    width: int,
-    rank: int,
-    multiprocessors: int,
-    shared: int,
-    hopper: bool,
-) -> Config:
-    """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
-    block_rank = _block(rank)
-    big = shared >= 200_000 and block_rank <= 256
-
-    def waves(m: int) -> int:
-        # 24 rows' worth of work is what a tile costs beside its rows (fill, weights, drain).
-        return -(-rows // (m * multiprocessors)) * (m + 24)
-
-    # Short samples: a tall tile would hold too many of them.
-    tall = min((192, 128, 64), key=waves) if big and tokens >= 16 else 64
-    if tall == 64:
-        project = Tile(64, 0, block_rank if big else min(block_rank, 128), 64, 4, 4 if big else 3)
-        transform = Tile(64, 0, 128 if big else 64 if shared >= 150_000 else 32, 64, 8, 2)
-    else:
-        project = Tile(128, tall - 128, block_rank, 64, 8, 3)
-        transform = Tile(128, tall - 128, 128, 64, 8, 2)
-    tiles = -(-rows // project.all_rows)
-    if tiles * 2 <= multiprocessors:
-        project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
-        transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
-    expand = Tile(128, 0, 64, 64, 8, 3) if big and tiles * 2 > multiprocessors else transform
-    half = min(block_rank, 128)
-    outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
-    cols = 256 if big else 128
-    return Config(project, transform, expand, outer, 64, cols, multiprocessors, hopper)
-
-
-def _block(n: int, least: int = 16) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
-@functools.lru_cache
-def _device(index: int | None) -> tuple[int, int, bool]:
-    if index is None:  # the interpreter
-        return 132, 232_448, False
-    p = torch.cuda.get_device_properties(index)
-    return p.multi_processor_count, p.shared_memory_per_block_optin, p.major >= 9
-
-
-def _slots(tile: Tile, rows: int, tokens: int) -> int:
-    """How many samples the rows of one tile can belong to."""
-    return min((tile.all_rows - 2) // tokens + 2, tile.all_rows, rows // tokens)
-
-
-def config_for(x: Tensor, rank: int) -> Config:
-    batch, tokens, width = x.shape
-    return default_config(batch * tokens, tokens, width, rank, *_device(x.device.index))
-
-
-def _rows_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
-    """Descriptors of a [rows, cols] matrix for the two parts of a row tile."""
-    first = TensorDescriptor(t, t.shape, t.stride(), [tile.rows, cols])
-    if not tile.extra_rows:
-        return first, None
-    return first, TensorDescriptor(t, t.shape, t.stride(), [tile.extra_rows, cols])
-
-
-def _samples_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
-    first = TensorDescriptor(t, t.shape, t.stride(), [1, tile.rows, cols])
-    if not tile.extra_rows:
-        return first, None
-    return first, TensorDescriptor(t, t.shape, t.stride(), [1, tile.extra_rows, cols])
-
-
-def project(x, weight, bias, tokens, config, *, transposed, sums):
-    """x [rows, C] times weight ([R, C], or [C, R] if transposed) plus bias, and x's token sums.
-
-    Returns:
-        [rows, R], and the sums as [tiles, slots, C] fp32 (``None`` unless ``sums``).
-    """
-    rows, width = x.shape
-    rank = weight.shape[1 if transposed else 0]
-    tile = config.project
-    out = x.new_empty(rows, rank)
-    tiles = -(-rows // tile.all_rows)
-    slots = _slots(tile, rows, tokens)
-    partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
-    block = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
-    _project_kernel[tiles, -(-rank // tile.cols)](
-        *_rows_desc(x, tile, tile.depth),
-        TensorDescriptor(weight, weight.shape, weight.stride(), block),
-        *_rows_desc(out, tile, tile.cols),
-        bias,
-        partial,
-        rows,
-        width,
-        rank,
-        tokens,
-        slots,
-        BM0=tile.rows,
-        BM1=tile.extra_rows,
-        BN=tile.cols,
-        BK=tile.depth,
-        BS=_block(slots),
-        TRANSPOSED=transposed,
-        BIAS=bias is not None,
-        SUMS=sums,
-        PDL=config.pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_pdl(config),
-    )
-    return out, partial
-
-
-def _pdl(config: Config) -> dict:
-    return {"launch_pdl": True} if config.pdl else {}
-
-
-def attend(sums, centers, tokens, tile_rows, batch, config):
-    """Token sums and centers to (a, s, q, q_norm, c_norm), all fp32."""
-    width, num_centers = centers.shape
-    a = sums.new_empty(batch, num_centers)
-    s = torch.empty_like(a)
-    q = sums.new_empty(batch, width)
-    q_norm = sums.new_empty(batch)
-    c_norm = sums.new_empty(num_centers)
-    block_k = _block(num_centers)
-    _attend_kernel[(batch,)](
-        sums,
-        centers,
-        a,
-        s,
-        q,
-        q_norm,
-        c_norm,
-        tokens,
-        width,
-        num_centers,
-        tile_rows,
-        sums.shape[1],
-        BC=max(16, min(_block(width), 32768 // block_k)),
-        BK=block_k,
-        PDL=config.pdl,
-        num_warps=8,
-        **_pdl(config),
-    )
-    return a, s, q, q_norm, c_norm
-
-
-def mix(a, transforms, dtype, config):
-    """T_b [B, R, R] in ``dtype`` from a [B, K] and transforms [K, R, R]."""
-    batch, num_centers = a.shape
-    size = transforms[0].numel()
-    mixed = transforms.new_empty(batch, *transforms.shape[1:], dtype=dtype)
-    bb = min(64, _block(batch))
-    bs = 256 if dtype != torch.float32 else 64
-    _mix_kernel[-(-size // bs), -(-batch // bb)](
-        a,
-        transforms,
-        mixed,
-        batch,
-        num_centers,
-        size,
-        BB=bb,
-        BK=_block(num_centers),
-        BS=bs,
-        PDL=config.pdl,
-        num_warps=4,
-        **_pdl(config),
-    )
-    return mixed
-
-
-def transform(
-    h,
-    batch,
-    config,
-    *,
-    mixed=None,
-    t_transposed=False,
-    z=None,
-    weight=None,
-    w_transposed=False,
-    bias=None,
-    row_bias=False,
-    sums=False,
-):
-    """z = h @ T_b (or T_bᵀ), then y = z @ weightᵀ (or weight) + bias, each part if asked for.
-
-    Args:
-        h: [rows, R].
-        mixed: [B, R, R], or ``None`` for z = h.
-        z: [rows, R] to write z to; may be ``h``.
-        weight: [C, R], or [R, C] if ``w_transposed``; ``None`` for no y.
-        bias: [C], or [B, C] fp32 with ``row_bias``.
-        sums: also the column sums of z over each row tile.
-
-    Returns:
-        y [rows, C] or ``None``; sums [tiles, R] fp32 or ``None``.
-    """
-    rows, rank = h.shape
-    tokens = rows // batch
-    tile = config.expand if mixed is None else config.transform
-    block_rank = _block(rank)
-    tiles = -(-rows // tile.all_rows)
-    width = cols = 0
-    y, parts = None, 1
-    if weight is not None:
-        width = weight.shape[1 if w_transposed else 0]
-        y = h.new_empty(rows, width)
-        # Few row tiles: several programs share the columns of one.
-        parts = max(1, min(-(-width // tile.cols), config.multiprocessors // tiles))
-        cols = tile.cols * -(-width // (tile.cols * parts))
-        parts = -(-width // cols)
-    partial = h.new_empty(tiles, rank, dtype=torch.float32) if sums else None
-    depth = min(tile.depth, block_rank)
-    none = (None, None)
-    _transform_kernel[tiles, parts](
-        *(
-            _rows_desc(h, tile, block_rank)
-            if mixed is None
-            else _samples_desc(h.view(batch, tokens, rank), tile, depth)
-        ),
-        None
-        if mixed is None
-        else TensorDescriptor(
-            mixed,
-            mixed.shape,
-            mixed.stride(),
-            [1, block_rank, depth] if t_transposed else [1, depth, block_rank],
-        ),
-        None
-        if weight is None
-        else TensorDescriptor(
-            weight,
-            weight.shape,
-            weight.stride(),
-            [block_rank, tile.cols] if w_transposed else [tile.cols, block_rank],
-        ),
-        *(none if z is None else _rows_desc(z, tile, block_rank)),
-        *(none if y is None else _rows_desc(y, tile, tile.cols)),
-        bias,
-        partial,
-        rows,
-        tokens,
-        rank,
-        width,
-        cols,
-        BM0=tile.rows,
-        BM1=tile.extra_rows,
-        BR=block_rank,
-        BK=depth,
-        BC=tile.cols,
-        BS=_block(_slots(tile, rows, tokens)),
-        MIX=mixed is not None,
-        T_TRANSPOSED=t_transposed,
-        STORE_Z=z is not None,
-        UP=y is not None,
-        W_TRANSPOSED=w_transposed,
-        BIAS=bias is not None and not row_bias,
-        ROW_BIAS=row_bias,
-        SUMS=sums,
-        PDL=config.pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_pdl(config),
-    )
-    return y, partial
-
-
-def outer(h, g, batch, config):
-    """hᵀ @ g for each sample: [B, R, R] in their dtype."""
-    rows, rank = h.shape
-    tokens = rows // batch
-    tile = config.outer
-    depth = min(tile.depth, _block(tokens))
-    out = h.new_empty(batch, rank, rank)
-    tiles_j = -(-rank // tile.cols)
-    h = h.view(batch, tokens, rank)
-    g = g.view(batch, tokens, rank)
-    _outer_kernel[-(-rank // tile.rows) * tiles_j, batch](
-        TensorDescriptor(h, h.shape, h.stride(), [1, depth, tile.rows]),
-        TensorDescriptor(g, g.shape, g.stride(), [1, depth, tile.cols]),
-        TensorDescriptor(out, out.shape, out.stride(), [1, tile.rows, tile.cols]),
-        tokens,
-        tiles_j,
-        BI=tile.rows,
-        BJ=tile.cols,
-        BK=depth,
-        PDL=config.pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_pdl(config),
-    )
-    return out
-
-
-def unmix(d_mixed, a, transforms, config, *, need_transforms, need_a):
-    """Gradients of ``mix``: dtransforms (transforms' dtype) and da as [programs, B, K] sums."""
-    batch, num_centers = a.shape
-    size = transforms[0].numel()
-    bs = config.unmix_cols
-    blocks = -(-size // bs)
-    # The partial sums of da stay under 64 MB; more samples or centers get fewer programs.
-    programs = min(blocks, max(16, (1 << 24) // (batch * num_centers)))
-    d_transforms = torch.empty_like(transforms) if need_transforms else None
-    da = a.new_empty(programs, batch, num_centers) if need_a else None
-    flat = d_mixed.view(batch, size)
-    bb = min(config.unmix_rows, _block(batch))
-    _unmix_kernel[(programs,)](
-        TensorDescriptor(flat, flat.shape, flat.stride(), [bb, bs]),
-        a,
-        transforms,
-        d_transforms,
-        da,
-        batch,
-        num_centers,
-        size,
-        BB=bb,
-        BK=_block(num_centers),
-        BS=bs,
-        NEED_T=need_transforms,
-        NEED_A=need_a,
-        PDL=config.pdl,
-        num_warps=4,
-        num_stages=3,
-        **_pdl(config),
-    )
-    return d_transforms, da
-
-
-def unattend(da, a, s, q, q_norm, c_norm, centers, tokens, config, *, need_x):
-    """Gradients of ``attend``: ds [B, K], and dq / N [B, C] (``None`` unless ``need_x``)."""
-    batch, num_centers = a.shape
-    width = centers.shape[0]
-    ds = torch.empty_like(a)
-    dq = torch.empty_like(q) if need_x else None
-    block_k = _block(num_centers)
-    _unattend_kernel[(batch,)](
-        da,
-        a,
-        s,
-        q,
-        q_norm,
-        c_norm,
-        centers,
-        ds,
-        dq,
-        da.shape[0],
-        batch,
-        tokens,
-        width,
-        num_centers,
-        BP=min(_block(da.shape[0]), 8192 // block_k),
-        BC=max(16, min(_block(width), 16384 // block_k)),
-        BK=block_k,
-        NEED_X=need_x,
-        PDL=config.pdl,
-        num_warps=8,
-        **_pdl(config),
-    )
-    return ds, dq
-
-
-def reduce(
-    ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config, d_centers, d_up, d_down
-):
-    """The sums over samples and tiles, written to whichever of the last three is not ``None``."""
-    batch, num_centers = s.shape
-    width = centers.shape[0]
-    rank = 0 if d_down is None else d_down.shape[0]
-    bc = 32
-    programs = -(-width // bc) + -(-rank // bc)
-    _reduce_kernel[(programs,)](
-        ds,
-        s,
-        q,
-        q_norm,
-        c_norm,
-        centers,
-        d_centers,
-        up_sums,
-        d_up,
-        down_sums,
-        d_down,
-        batch,
-        width,
-        num_centers,
-        rank,
-        0 if up_sums is None else up_sums.shape[0],
-        0 if down_sums is None else down_sums.shape[0],
-        BB=32,
-        BC=bc,
-        BK=_block(num_centers),
-        NEED_CENTERS=d_centers is not None,
-        NEED_UP=d_up is not None,
-        NEED_DOWN=d_down is not None,
-        PDL=config.pdl,
-        num_warps=4,
-        **_pdl(config),
-    )
-
-
-def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
-    """Channel mode in half precision; x [B, N, C] and the projections contiguous, one dtype.
-
-    Returns:
-        y [B, N, C], and what the backward needs: h [B·N, R], T_b [B, R, R], then a, s, q,
-        q_norm, c_norm of ``attend``.
-    """
-    batch, tokens, width = x.shape
-    config = config_for(x, down_weight.shape[0])
-    h, sums = project(
-        x.view(-1, width), down_weight, down_bias, tokens, config, transposed=False, sums=True
-    )
-    attention = attend(sums, centers, tokens, config.project.all_rows, batch, config)
-    mixed = mix(attention[0], transforms, x.dtype, config)
-    y, _ = transform(h, batch, config, mixed=mixed, weight=up_weight, bias=up_bias)
-    return y.view(x.shape), (h, mixed, *attention)
-
-
-def backward(g, x, saved, centers, transforms, down_weight, up_weight, needs, bias_dtypes):
-    """Gradients in the order of the arguments, ``None`` where ``needs`` says no."""
-    batch, tokens, width = x.shape
-    rank = down_weight.shape[0]
-    need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
-    need_a = need_x or need_centers
-    h, mixed, a, s, q, q_norm, c_norm = saved
-    config = config_for(x, rank)
-    g = g.view(-1, width)
-    x = x.view(-1, width)
-    dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = None
-    ds = dq = down_sums = None
-
-    gz, up_sums = project(
-        g, up_weight, None, g.shape[0], config, transposed=True, sums=need_up_bias
-    )
-    if need_a or need_transforms:
-        d_mixed = outer(h, gz, batch, config)
-        d_transforms, da = unmix(
-            d_mixed, a, transforms, config, need_transforms=need_transforms, need_a=need_a
-        )
-        del d_mixed
-    if need_up:
-        z = torch.empty_like(h)
-        transform(h, batch, config, mixed=mixed, z=z)
-        d_up = torch.mm(g.t(), z)
-        del z
-    if need_x or need_down or need_down_bias:
-        # A program reads and writes its own rows only: gh can take the place of gz.
-        _, down_sums = transform(
-            gz, batch, config, mixed=mixed, t_transposed=True, z=gz, sums=need_down_bias
-        )
-    if need_down:
-        d_down = torch.mm(gz.t(), x)
-    if need_a:
-        ds, dq = unattend(
-            da, a, s, q, q_norm, c_norm, centers, tokens, config, need_x=need_x
-        )
-    d_centers = torch.empty_like(centers) if need_centers else None
-    d_up_bias = g.new_empty(width, dtype=bias_dtypes[1]) if need_up_bias else None
-    d_down_bias = g.new_empty(rank, dtype=bias_dtypes[0]) if need_down_bias else None
-    if need_centers or need_up_bias or need_down_bias:
-        reduce(
-            ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config,
-            d_centers, d_up_bias, d_down_bias,
-        )
-    if need_x:
-        dx, _ = transform(
-            gz, batch, config, weight=down_weight, w_transposed=True, bias=dq, row_bias=True
-        )
-        dx = dx.view(batch, tokens, width)
-    return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias

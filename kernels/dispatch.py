@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
 import os
 
 import torch
@@ -37,6 +40,38 @@ def choose_backend(backend: str, why_not_triton: str | None) -> str:
     if backend == "auto":
         return "reference" if why_not_triton is not None else "triton"
     return backend
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not_device(x: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot run on the device of ``x``; ``None`` if they can.
+
+    Under ``TRITON_INTERPRET=1`` they run on the CPU, to be tested there.
+    """
+    if not _has_triton():
+        return "triton is not installed"
+    if x.device.type == "cuda":
+        major, minor = _capability(x.device.index)
+        return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"x is on device {x.device}"
+
+
+def on_device(x: torch.Tensor):
+    """Makes the GPU of ``x`` the current one, where it is not: Triton launches on that."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -1,0 +1,662 @@
+"""Launchers of the cluster attention kernels, and the forward and backward made of them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastadapt.kernels import cluster_attention_triton as kernels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch configuration of one kernel: rows (in two parts), columns, depth; warps, stages."""
+
+    rows: int
+    extra_rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows + self.extra_rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch configurations for one problem size."""
+
+    project: Tile
+    transform: Tile
+    expand: Tile  # `transform` without T_b
+    outer: Tile
+    unmix_rows: int
+    unmix_cols: int
+    multiprocessors: int
+    pdl: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def default_config(
+    rows: int,
+    tokens: int,
+    width: int,
+    rank: int,
+    multiprocessors: int,
+    shared: int,
+    hopper: bool,
+) -> Config:
+    """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
+    block_rank = _block(rank)
+    big = shared >= 200_000 and block_rank <= 256
+
+    def waves(m: int) -> int:
+        # 24 rows' worth of work is what a tile costs beside its rows (fill, weights, drain).
+        return -(-rows // (m * multiprocessors)) * (m + 24)
+
+    # Short samples: a tall tile would hold too many of them.
+    tall = min((192, 128, 64), key=waves) if big and tokens >= 16 else 64
+    if tall == 64:
+        project = Tile(64, 0, block_rank if big else min(block_rank, 128), 64, 4, 4 if big else 3)
+        transform = Tile(64, 0, 128 if big else 64 if shared >= 150_000 else 32, 64, 8, 2)
+    else:
+        project = Tile(128, tall - 128, block_rank, 64, 8, 3)
+        transform = Tile(128, tall - 128, 128, 64, 8, 2)
+    tiles = -(-rows // project.all_rows)
+    if tiles * 2 <= multiprocessors:
+        project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
+        transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
+    expand = Tile(128, 0, 64, 64, 8, 3) if big and tiles * 2 > multiprocessors else transform
+    half = min(block_rank, 128)
+    outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
+    cols = 256 if big else 128
+    return Config(project, transform, expand, outer, 64, cols, multiprocessors, hopper)
+
+
+def _block(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.lru_cache
+def _device(index: int | None) -> tuple[int, int, bool]:
+    if index is None:  # the interpreter
+        return 132, 232_448, False
+    p = torch.cuda.get_device_properties(index)
+    return p.multi_processor_count, p.shared_memory_per_block_optin, p.major >= 9
+
+
+def _slots(tile: Tile, rows: int, tokens: int) -> int:
+    """How many samples the rows of one tile can belong to."""
+    return min((tile.all_rows - 2) // tokens + 2, tile.all_rows, rows // tokens)
+
+
+def config_for(x: Tensor, rank: int) -> Config:
+    batch, tokens, width = x.shape
+    return default_config(batch * tokens, tokens, width, rank, *_device(x.device.index))
+
+
+def _rows_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
+    """Descriptors of a [rows, cols] matrix for the two parts of a row tile."""
+    first = TensorDescriptor(t, t.shape, t.stride(), [tile.rows, cols])
+    if not tile.extra_rows:
+        return first, None
+    return first, TensorDescriptor(t, t.shape, t.stride(), [tile.extra_rows, cols])
+
+
+def _samples_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
+    first = TensorDescriptor(t, t.shape, t.stride(), [1, tile.rows, cols])
+    if not tile.extra_rows:
+        return first, None
+    return first, TensorDescriptor(t, t.shape, t.stride(), [1, tile.extra_rows, cols])
+
+
+def project(x, weight, bias, tokens, config, *, transposed, sums):
+    """x [rows, C] times weight ([R, C], or [C, R] if transposed) plus bias, and x's token sums.
+
+    Returns:
+        [rows, R], and the sums as [tiles, slots, C] fp32 (``None`` unless ``sums``).
+    """
+    rows, width = x.shape
+    rank = weight.shape[1 if transposed else 0]
+    tile = config.project
+    out = x.new_empty(rows, rank)
+    tiles = -(-rows // tile.all_rows)
+    slots = _slots(tile, rows, tokens)
+    partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
+    block = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
+    kernels.project_kernel[tiles, -(-rank // tile.cols)](
+        *_rows_desc(x, tile, tile.depth),
+        TensorDescriptor(weight, weight.shape, weight.stride(), block),
+        *_rows_desc(out, tile, tile.cols),
+        bias,
+        partial,
+        rows,
+        width,
+        rank,
+        tokens,
+        slots,
+        BM0=tile.rows,
+        BM1=tile.extra_rows,
+        BN=tile.cols,
+        BK=tile.depth,
+        BS=_block(slots),
+        TRANSPOSED=transposed,
+        BIAS=bias is not None,
+        SUMS=sums,
+        PDL=config.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_pdl(config),
+    )
+    return out, partial
+
+
+def _pdl(config: Config) -> dict:
+    return {"launch_pdl": True} if config.pdl else {}
+
+
+def attend(sums, centers, tokens, tile_rows, batch, config):
+    """Token sums and centers to (a, s, q, q_norm, c_norm), all fp32."""
+    width, num_centers = centers.shape
+    a = sums.new_empty(batch, num_centers)
+    s = torch.empty_like(a)
+    q = sums.new_empty(batch, width)
+    q_norm = sums.new_empty(batch)
+    c_norm = sums.new_empty(num_centers)
+    block_k = _block(num_centers)
+    kernels.attend_kernel[(batch,)](
+        sums,
+        centers,
+        a,
+        s,
+        q,
+        q_norm,
+        c_norm,
+        tokens,
+        width,
+        num_centers,
+        tile_rows,
+        sums.shape[1],
+        BC=max(16, min(_block(width), 32768 // block_k)),
+        BK=block_k,
+        PDL=config.pdl,
+        num_warps=8,
+        **_pdl(config),
+    )
+    return a, s, q, q_norm, c_norm
+
+
+def mix(a, transforms, dtype, config):
+    """T_b [B, R, R] in ``dtype`` from a [B, K] and transforms [K, R, R]."""
+    batch, num_centers = a.shape
+    size = transforms[0].numel()
+    mixed = transforms.new_empty(batch, *transforms.shape[1:], dtype=dtype)
+    bb = min(64, _block(batch))
+    bs = 256 if dtype != torch.float32 else 64
+    kernels.mix_kernel[-(-size // bs), -(-batch // bb)](
+        a,
+        transforms,
+        mixed,
+        batch,
+        num_centers,
+        size,
+        BB=bb,
+        BK=_block(num_centers),
+        BS=bs,
+        PDL=config.pdl,
+        num_warps=4,
+        **_pdl(config),
+    )
+    return mixed
+
+
+def transform(
+    h,
+    batch,
+    config,
+    *,
+    mixed=None,
+    t_transposed=False,
+    z=None,
+    weight=None,
+    w_transposed=False,
+    bias=None,
+    row_bias=False,
+    sums=False,
+):
+    """z = h @ T_b (or T_bᵀ), then y = z @ weightᵀ (or weight) + bias, each part if asked for.
+
+    Args:
+        h: [rows, R].
+        mixed: [B, R, R], or ``None`` for z = h.
+        z: [rows, R] to write z to; may be ``h``.
+        weight: [C, R], or [R, C] if ``w_transposed``; ``None`` for no y.
+        bias: [C], or [B, C] fp32 with ``row_bias``.
+        sums: also the column sums of z over each row tile.
+
+    Returns:
+        y [rows, C] or ``None``; sums [tiles, R] fp32 or ``None``.
+    """
+    rows, rank = h.shape
+    tokens = rows // batch
+    tile = config.expand if mixed is None else config.transform
+    block_rank = _block(rank)
+    tiles = -(-rows // tile.all_rows)
+    width = cols = 0
+    y, parts = None, 1
+    if weight is not None:
+        width = weight.shape[1 if w_transposed else 0]
+        y = h.new_empty(rows, width)
+        # Few row tiles: several programs share the columns of one.
+        parts = max(1, min(-(-width // tile.cols), config.multiprocessors // tiles))
+        cols = tile.cols * -(-width // (tile.cols * parts))
+        parts = -(-width // cols)
+    partial = h.new_empty(tiles, rank, dtype=torch.float32) if sums else None
+    depth = min(tile.depth, block_rank)
+    none = (None, None)
+    kernels.transform_kernel[tiles, parts](
+        *(
+            _rows_desc(h, tile, block_rank)
+            if mixed is None
+            else _samples_desc(h.view(batch, tokens, rank), tile, depth)
+        ),
+        None
+        if mixed is None
+        else TensorDescriptor(
+            mixed,
+            mixed.shape,
+            mixed.stride(),
+            [1, block_rank, depth] if t_transposed else [1, depth, block_rank],
+        ),
+        None
+        if weight is None
+        else TensorDescriptor(
+            weight,
+            weight.shape,
+            weight.stride(),
+            [block_rank, tile.cols] if w_transposed else [tile.cols, block_rank],
+        ),
+        *(none if z is None else _rows_desc(z, tile, block_rank)),
+        *(none if y is None else _rows_desc(y, tile, tile.cols)),
+        bias,
+        partial,
+        rows,
+        tokens,
+        rank,
+        width,
+        cols,
+        BM0=tile.rows,
+        BM1=tile.extra_rows,
+        BR=block_rank,
+        BK=depth,
+        BC=tile.cols,
+        BS=_block(_slots(tile, rows, tokens)),
+        MIX=mixed is not None,
+        T_TRANSPOSED=t_transposed,
+        STORE_Z=z is not None,
+        UP=y is not None,
+        W_TRANSPOSED=w_transposed,
+        BIAS=bias is not None and not row_bias,
+        ROW_BIAS=row_bias,
+        SUMS=sums,
+        PDL=config.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_pdl(config),
+    )
+    return y, partial
+
+
+def outer(h, g, batch, config):
+    """hᵀ @ g for each sample: [B, R, R] in their dtype."""
+    rows, rank = h.shape
+    tokens = rows // batch
+    tile = config.outer
+    depth = min(tile.depth, _block(tokens))
+    out = h.new_empty(batch, rank, rank)
+    tiles_j = -(-rank // tile.cols)
+    h = h.view(batch, tokens, rank)
+    g = g.view(batch, tokens, rank)
+    kernels.outer_kernel[-(-rank // tile.rows) * tiles_j, batch](
+        TensorDescriptor(h, h.shape, h.stride(), [1, depth, tile.rows]),
+        TensorDescriptor(g, g.shape, g.stride(), [1, depth, tile.cols]),
+        TensorDescriptor(out, out.shape, out.stride(), [1, tile.rows, tile.cols]),
+        tokens,
+        tiles_j,
+        BI=tile.rows,
+        BJ=tile.cols,
+        BK=depth,
+        PDL=config.pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_pdl(config),
+    )
+    return out
+
+
+def unmix(d_mixed, a, transforms, config, *, need_transforms, need_a):
+    """Gradients of ``mix``: dtransforms (transforms' dtype) and da as [programs, B, K] sums."""
+    batch, num_centers = a.shape
+    size = transforms[0].numel()
+    bs = config.unmix_cols if d_mixed.dtype != torch.float32 else 64
+    blocks = -(-size // bs)
+    # The partial sums of da stay under 64 MB; more samples or centers get fewer programs.
+    programs = min(blocks, max(16, (1 << 24) // (batch * num_centers)))
+    d_transforms = torch.empty_like(transforms) if need_transforms else None
+    da = a.new_empty(programs, batch, num_centers) if need_a else None
+    flat = d_mixed.view(batch, size)
+    bb = min(config.unmix_rows if d_mixed.dtype != torch.float32 else 32, _block(batch))
+    aligned = size * flat.element_size() % 16 == 0
+    kernels.unmix_kernel[(programs,)](
+        flat,
+        TensorDescriptor(flat, flat.shape, flat.stride(), [bb, bs]) if aligned else None,
+        a,
+        transforms,
+        d_transforms,
+        da,
+        batch,
+        num_centers,
+        size,
+        BB=bb,
+        BK=_block(num_centers),
+        BS=bs,
+        NEED_T=need_transforms,
+        NEED_A=need_a,
+        PDL=config.pdl,
+        num_warps=4,
+        num_stages=3,
+        **_pdl(config),
+    )
+    return d_transforms, da
+
+
+def unattend(da, a, s, q, q_norm, c_norm, centers, tokens, config, *, need_x):
+    """Gradients of ``attend``: ds [B, K], and dq / N [B, C] (``None`` unless ``need_x``)."""
+    batch, num_centers = a.shape
+    width = centers.shape[0]
+    ds = torch.empty_like(a)
+    dq = torch.empty_like(q) if need_x else None
+    block_k = _block(num_centers)
+    kernels.unattend_kernel[(batch,)](
+        da,
+        a,
+        s,
+        q,
+        q_norm,
+        c_norm,
+        centers,
+        ds,
+        dq,
+        da.shape[0],
+        batch,
+        tokens,
+        width,
+        num_centers,
+        BP=min(_block(da.shape[0]), 8192 // block_k),
+        BC=max(16, min(_block(width), 16384 // block_k)),
+        BK=block_k,
+        NEED_X=need_x,
+        PDL=config.pdl,
+        num_warps=8,
+        **_pdl(config),
+    )
+    return ds, dq
+
+
+def reduce(ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config, d_centers, d_up, d_down):
+    """The sums over samples and tiles, written to whichever of the last three is not ``None``."""
+    batch, num_centers = s.shape
+    width = centers.shape[0]
+    rank = 0 if d_down is None else d_down.shape[0]
+    bc = 32
+    programs = -(-width // bc) + -(-rank // bc)
+    kernels.reduce_kernel[(programs,)](
+        ds,
+        s,
+        q,
+        q_norm,
+        c_norm,
+        centers,
+        d_centers,
+        up_sums,
+        d_up,
+        down_sums,
+        d_down,
+        batch,
+        width,
+        num_centers,
+        rank,
+        0 if up_sums is None else up_sums.shape[0],
+        0 if down_sums is None else down_sums.shape[0],
+        BB=32,
+        BC=bc,
+        BK=_block(num_centers),
+        NEED_CENTERS=d_centers is not None,
+        NEED_UP=d_up is not None,
+        NEED_DOWN=d_down is not None,
+        PDL=config.pdl,
+        num_warps=4,
+        **_pdl(config),
+    )
+
+
+def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+    """Cluster attention; x [B, N, C] and the projections have one dtype, the rest any.
+
+    Returns:
+        y [B, N, C], and what the backward needs: h [B·N, R] (empty in token mode), T_b
+        [B, R, R], then a, s, q, q_norm, c_norm of ``attend``.
+    """
+    batch, tokens, width = x.shape
+    centers = centers.contiguous()
+    transforms = transforms.contiguous()
+    if down_weight is None or x.dtype == torch.float32:
+        return _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    rank = down_weight.shape[0]
+    config = config_for(x, rank)
+    x = _pad(x, 1)
+    h, sums = project(
+        x.view(-1, x.shape[2]),
+        _pad(down_weight, 2),
+        None if down_bias is None else _pad(down_bias, 1),
+        tokens,
+        config,
+        transposed=False,
+        sums=True,
+    )
+    sums = _unpad(sums, width)
+    attention = attend(sums, centers, tokens, config.project.all_rows, batch, config)
+    mixed = mix(attention[0], _pad(transforms, 2), x.dtype, config)
+    y, _ = transform(
+        h,
+        batch,
+        config,
+        mixed=mixed,
+        weight=_pad(up_weight, 2),
+        bias=None if up_bias is None else _pad(up_bias, 1),
+    )
+    return _unpad(y, width).view(batch, tokens, width), (h, mixed, *attention)
+
+
+def backward(
+    g, x, h, mixed, attention, centers, transforms, down_weight, up_weight, bias_dtypes, needs
+):
+    """Gradients of ``forward`` in the order of its arguments, ``None`` where ``needs`` has none.
+
+    Args:
+        g: [B, N, C], the gradient of y.
+        h, mixed, attention: as ``forward`` returned them.
+        bias_dtypes: of down_bias and up_bias.
+        needs: seven booleans.
+    """
+    centers = centers.contiguous()
+    transforms = transforms.contiguous()
+    if down_weight is None or x.dtype == torch.float32:
+        return _backward_unfused(
+            g,
+            x,
+            h,
+            mixed,
+            attention,
+            centers,
+            transforms,
+            down_weight,
+            up_weight,
+            bias_dtypes,
+            needs,
+        )
+    need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
+    need_a = need_x or need_centers
+    need_gh = need_x or need_down or need_down_bias
+    batch, tokens, width = x.shape
+    rank = down_weight.shape[0]
+    config = config_for(x, rank)
+    g = _pad(g, 1)
+    padded = g.shape[2]
+    g = g.view(-1, padded)
+    dx = d_transforms = d_down = d_up = da = ds = dq = down_sums = None
+
+    gz, up_sums = project(
+        g, _pad(up_weight, 2), None, g.shape[0], config, transposed=True, sums=need_up_bias
+    )
+    if need_a or need_transforms:
+        d_mixed = outer(h, gz, batch, config)
+        d_transforms, da = unmix(
+            d_mixed,
+            attention[0],
+            _pad(transforms, 2),
+            config,
+            need_transforms=need_transforms,
+            need_a=need_a,
+        )
+        del d_mixed
+    if need_up:
+        z = torch.empty_like(h)
+        transform(h, batch, config, mixed=mixed, z=z)
+        d_up = torch.mm(g.t(), z)
+        del z
+    if need_gh:
+        # A program reads and writes its own rows only: gh can take the place of gz.
+        _, down_sums = transform(
+            gz, batch, config, mixed=mixed, t_transposed=True, z=gz, sums=need_down_bias
+        )
+    if need_down:
+        d_down = torch.mm(gz.t(), _pad(x, 1).view(-1, padded))
+    if need_a:
+        ds, dq = unattend(da, *attention, centers, tokens, config, need_x=need_x)
+    d_centers = torch.empty_like(centers) if need_centers else None
+    d_down_bias = g.new_empty(rank, dtype=bias_dtypes[0]) if need_down_bias else None
+    d_up_bias = g.new_empty(width, dtype=bias_dtypes[1]) if need_up_bias else None
+    if need_centers or need_down_bias or need_up_bias:
+        up_sums = None if up_sums is None else _unpad(up_sums.flatten(0, 1), width)
+        down_sums = None if down_sums is None else _unpad(down_sums, rank)
+        reduce(
+            ds,
+            *attention[1:],
+            centers,
+            up_sums,
+            down_sums,
+            config,
+            d_centers,
+            d_up_bias,
+            d_down_bias,
+        )
+    if need_x:
+        dx, _ = transform(
+            gz,
+            batch,
+            config,
+            weight=_pad(down_weight, 2),
+            w_transposed=True,
+            bias=_pad(dq, 1),
+            row_bias=True,
+        )
+        dx = _unpad(dx, width).view(batch, tokens, width)
+    if d_transforms is not None:
+        d_transforms = _unpad(d_transforms, rank, 2)
+    if d_down is not None:
+        d_down = d_down[:rank, :width].contiguous()
+    if d_up is not None:
+        d_up = d_up[:width, :rank].contiguous()
+    return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
+
+
+def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+    """Token mode and fp32: the products are cuBLAS's, attention and mixing ours."""
+    batch, tokens, _ = x.shape
+    config = config_for(x, 16)
+    sums = x.sum(1, dtype=torch.float32).unsqueeze(1)
+    attention = attend(sums, centers, tokens, tokens, batch, config)
+    mixed = mix(attention[0], transforms, x.dtype, config)
+    if down_weight is None:
+        return torch.bmm(mixed, x), (x.new_empty(0), mixed, *attention)
+    h = F.linear(x, down_weight, down_bias)
+    return F.linear(torch.bmm(h, mixed), up_weight, up_bias), (h.flatten(0, 1), mixed, *attention)
+
+
+def _backward_unfused(
+    g, x, h, mixed, attention, centers, transforms, down_weight, up_weight, bias_dtypes, needs
+):
+    need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
+    need_a = need_x or need_centers
+    batch, tokens, width = x.shape
+    config = config_for(x, 16)
+    d_centers = torch.empty_like(centers) if need_centers else None
+    dx = d_transforms = d_down = d_down_bias = d_up = d_up_bias = dq = None
+    if down_weight is not None:
+        h = h.view(batch, tokens, -1)
+        gz = g @ up_weight
+        if need_up:
+            d_up = g.flatten(0, 1).t() @ torch.bmm(h, mixed).flatten(0, 1)
+        if need_up_bias:
+            d_up_bias = g.sum((0, 1)).to(bias_dtypes[1])
+        gh = torch.bmm(gz, mixed.transpose(1, 2))
+        if need_down:
+            d_down = gh.flatten(0, 1).t() @ x.flatten(0, 1)
+        if need_down_bias:
+            d_down_bias = gh.sum((0, 1)).to(bias_dtypes[0])
+    if need_a or need_transforms:
+        d_mixed = torch.bmm(g, x.mT) if down_weight is None else torch.bmm(h.mT, gz)
+        d_transforms, da = unmix(
+            d_mixed,
+            attention[0],
+            transforms,
+            config,
+            need_transforms=need_transforms,
+            need_a=need_a,
+        )
+        del d_mixed
+    if need_a:
+        ds, dq = unattend(da, *attention, centers, tokens, config, need_x=need_x)
+        if need_centers:
+            reduce(ds, *attention[1:], centers, None, None, config, d_centers, None, None)
+    if need_x:
+        dx = torch.bmm(mixed.mT, g) if down_weight is None else gh @ down_weight
+        dx += dq.to(dx.dtype).unsqueeze(1)
+    return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
+
+
+# The bulk copies need rows of whole 16 bytes: other widths are padded with zeros, which change
+# nothing, and cut off again.
+
+
+def _pad(t: Tensor, dims: int) -> Tensor:
+    """t contiguous, aligned, its last ``dims`` dimensions padded to multiples of 8."""
+    pad = [-n % 8 for n in t.shape[: -dims - 1 : -1]]
+    if any(pad):
+        return F.pad(t, [p for n in pad for p in (0, n)])
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _unpad(t: Tensor, width: int, dims: int = 1) -> Tensor:
+    if t.shape[-1] == width:
+        return t
+    return (t[..., :width] if dims == 1 else t[..., :width, :width]).contiguous()
