@@ -41,6 +41,8 @@ class Config:
     unmix_cols: int
     multiprocessors: int
     pdl: bool
+    specialised_project: bool
+    specialised_transform: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,7 +53,7 @@ def default_config(
     rank: int,
     multiprocessors: int,
     shared: int,
-    hopper: bool,
+    major: int,
 ) -> Config:
     """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
     block_rank = _block(rank)
@@ -76,8 +78,21 @@ def default_config(
     expand = Tile(128, 0, 64, 64, 8, 3) if big and tiles * 2 > multiprocessors else transform
     half = min(block_rank, 128)
     outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
-    cols = 256 if big else 128
-    return Config(project, transform, expand, outer, 64, cols, multiprocessors, hopper)
+    # Gluon's kernels have fixed tiles: 128 rows, 64 columns, all of R.
+    special = major == 9 and rank in (64, 128, 256) and tokens >= 5 and _gluon() is not None
+    tiles = -(-rows // 128)
+    return Config(
+        project=project,
+        transform=transform,
+        expand=expand,
+        outer=outer,
+        unmix_rows=64,
+        unmix_cols=256 if big else 128,
+        multiprocessors=multiprocessors,
+        pdl=major >= 9,
+        specialised_project=special and 5 * tiles > 3 * multiprocessors,
+        specialised_transform=special and 4 * tiles > multiprocessors,
+    )
 
 
 def _block(n: int, least: int = 16) -> int:
@@ -85,11 +100,11 @@ def _block(n: int, least: int = 16) -> int:
 
 
 @functools.lru_cache
-def _device(index: int | None) -> tuple[int, int, bool]:
+def _device(index: int | None) -> tuple[int, int, int]:
     if index is None:  # the interpreter
-        return 132, 232_448, False
+        return 132, 232_448, 0
     p = torch.cuda.get_device_properties(index)
-    return p.multi_processor_count, p.shared_memory_per_block_optin, p.major >= 9
+    return p.multi_processor_count, p.shared_memory_per_block_optin, p.major
 
 
 def _slots(tile: Tile, rows: int, tokens: int) -> int:
@@ -121,10 +136,13 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     """x [rows, C] times weight ([R, C], or [C, R] if transposed) plus bias, and x's token sums.
 
     Returns:
-        [rows, R], and the sums as [tiles, slots, C] fp32 (``None`` unless ``sums``).
+        [rows, R], the sums as [tiles, slots, C] fp32 (``None`` unless ``sums``), and how many
+        rows a tile of the sums has.
     """
     rows, width = x.shape
     rank = weight.shape[1 if transposed else 0]
+    if config.specialised_project:
+        return _project_specialised(x, weight, bias, tokens, config, transposed, sums)
     tile = config.project
     out = x.new_empty(rows, rank)
     tiles = -(-rows // tile.all_rows)
@@ -155,7 +173,101 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
         num_stages=tile.stages,
         **_pdl(config),
     )
-    return out, partial
+    return out, partial, tile.all_rows
+
+
+def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
+    rows, width = x.shape
+    rank = weight.shape[1 if transposed else 0]
+    out = x.new_empty(rows, rank)
+    tiles = -(-rows // 128)
+    slots = _slots(_GROUP, rows, tokens)
+    partial = x.new_empty(2 * tiles, slots, width, dtype=torch.float32) if sums else None
+    _gluon().project_kernel[(min(tiles, config.multiprocessors),)](
+        _gluon_desc(x, [64, 64]),
+        _gluon_desc(weight, [64, rank] if transposed else [rank, 64]),
+        _gluon_desc(out, [64, rank]),
+        bias,
+        partial,
+        rows,
+        width,
+        rank,
+        tokens,
+        slots,
+        tiles,
+        TRANSPOSED=transposed,
+        BIAS=bias is not None,
+        SUMS=sums,
+        STAGES=3 if rank == 256 else 4,
+        BR=rank,
+        PDL=config.pdl,
+        num_warps=4,
+        **_pdl(config),
+    )
+    return out, partial, 64
+
+
+def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bias, tokens):
+    rows, rank = h.shape
+    width = weight.shape[1 if w_transposed else 0]
+    y = h.new_empty(rows, width)
+    # Whole waves of 128-row tiles, then one wave in which both groups share 64 rows.
+    tiles = -(-rows // 128)
+    rest = tiles % config.multiprocessors
+    full = tiles - rest if 2 * rest <= config.multiprocessors else tiles
+    tiles = full + -(-max(0, rows - 128 * full) // 64)
+    t = weight if mixed is None else mixed.view(-1, rank)
+    _gluon().transform_kernel[(min(tiles, config.multiprocessors),)](
+        _gluon_desc(h, [64, rank]),
+        _gluon_desc(t, [rank, 64]),
+        _gluon_desc(weight, [rank, 64] if w_transposed else [64, rank]),
+        _gluon_desc(y, [64, 64]),
+        bias,
+        rows,
+        tokens,
+        width,
+        tiles,
+        full,
+        MIX=mixed is not None,
+        W_TRANSPOSED=w_transposed,
+        BIAS=bias is not None and not row_bias,
+        ROW_BIAS=row_bias,
+        STAGES=4,
+        BR=rank,
+        BC=64,
+        PDL=config.pdl,
+        num_warps=4,
+        **_pdl(config),
+    )
+    return y
+
+
+_GROUP = Tile(64, 0, 0, 0, 4, 0)  # the rows of one group of warps
+
+
+@functools.lru_cache
+def _gluon():
+    """The kernels for Hopper; ``None`` where this Triton has another Gluon than they need."""
+    try:
+        from fastadapt.kernels import cluster_attention_gluon
+    except (ImportError, AttributeError):
+        return None
+    return cluster_attention_gluon
+
+
+@functools.lru_cache
+def _gluon_layout(block: tuple[int, int], dtype: torch.dtype):
+    from triton.experimental.gluon import language as gl
+
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)
+
+
+def _gluon_desc(t: Tensor, block: list[int]):
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _gluon_layout(tuple(block), t.dtype)
+    return TensorDescriptor(t, t.shape, t.stride(), block, layout)
 
 
 def _pdl(config: Config) -> dict:
@@ -171,6 +283,7 @@ def attend(sums, centers, tokens, tile_rows, batch, config):
     q_norm = sums.new_empty(batch)
     c_norm = sums.new_empty(num_centers)
     block_k = _block(num_centers)
+    block_c = min(_block(width), 65536 // block_k)
     kernels.attend_kernel[(batch,)](
         sums,
         centers,
@@ -184,10 +297,12 @@ def attend(sums, centers, tokens, tile_rows, batch, config):
         num_centers,
         tile_rows,
         sums.shape[1],
-        BC=max(16, min(_block(width), 32768 // block_k)),
+        BC=block_c,
         BK=block_k,
+        BT=min(8, _block((tokens - 2) // tile_rows + 2, 1)),
+        ONE_BLOCK=block_c >= width,
         PDL=config.pdl,
-        num_warps=8,
+        num_warps=16 if block_c * block_k >= 16384 else 4,
         **_pdl(config),
     )
     return a, s, q, q_norm, c_norm
@@ -200,10 +315,13 @@ def mix(a, transforms, dtype, config):
     mixed = transforms.new_empty(batch, *transforms.shape[1:], dtype=dtype)
     bb = min(64, _block(batch))
     bs = 256 if dtype != torch.float32 else 64
+    flat = mixed.view(batch, size)
+    aligned = size * mixed.element_size() % 16 == 0
     kernels.mix_kernel[-(-size // bs), -(-batch // bb)](
         a,
         transforms,
         mixed,
+        TensorDescriptor(flat, flat.shape, flat.stride(), [bb, bs]) if aligned else None,
         batch,
         num_centers,
         size,
@@ -246,6 +364,11 @@ def transform(
     """
     rows, rank = h.shape
     tokens = rows // batch
+    if config.specialised_transform and weight is not None and z is None:
+        y = _transform_specialised(
+            h, config, mixed, weight, w_transposed, bias, row_bias, tokens
+        )
+        return y, None
     tile = config.expand if mixed is None else config.transform
     block_rank = _block(rank)
     tiles = -(-rows // tile.all_rows)
@@ -462,7 +585,7 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
     rank = down_weight.shape[0]
     config = config_for(x, rank)
     x = _pad(x, 1)
-    h, sums = project(
+    h, sums, tile_rows = project(
         x.view(-1, x.shape[2]),
         _pad(down_weight, 2),
         None if down_bias is None else _pad(down_bias, 1),
@@ -472,7 +595,7 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
         sums=True,
     )
     sums = _unpad(sums, width)
-    attention = attend(sums, centers, tokens, config.project.all_rows, batch, config)
+    attention = attend(sums, centers, tokens, tile_rows, batch, config)
     mixed = mix(attention[0], _pad(transforms, 2), x.dtype, config)
     y, _ = transform(
         h,
@@ -523,7 +646,7 @@ def backward(
     g = g.view(-1, padded)
     dx = d_transforms = d_down = d_up = da = ds = dq = down_sums = None
 
-    gz, up_sums = project(
+    gz, up_sums, _ = project(
         g, _pad(up_weight, 2), None, g.shape[0], config, transposed=True, sums=need_up_bias
     )
     if need_a or need_transforms:

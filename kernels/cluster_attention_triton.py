@@ -107,6 +107,15 @@ def project_kernel(
 
 
 @triton.jit
+def _load_centers(ptr, c, width, num_centers, BC: tl.constexpr, BK: tl.constexpr):
+    o_c = c + tl.arange(0, BC)
+    o_k = tl.arange(0, BK)
+    p = ptr + o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
+    mask = (o_c < width)[:, None] & (o_k < num_centers)[None, :]
+    return tl.load(p, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def attend_kernel(
     sums_ptr,  # [tiles, slots, C]
     centers_ptr,  # [C, K]
@@ -122,29 +131,36 @@ def attend_kernel(
     slots,
     BC: tl.constexpr,
     BK: tl.constexpr,
+    BT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # BC >= C
     PDL: tl.constexpr,
 ):
+    sample = tl.program_id(0)
+    o_k = tl.arange(0, BK)
+    m_k = o_k < num_centers
+    if ONE_BLOCK:
+        # A parameter: nothing that still runs writes it, so the load need not wait.
+        centers = _load_centers(centers_ptr, 0, width, num_centers, BC, BK)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    sample = tl.program_id(0)
-    row = sample * tokens
-    o_k = tl.arange(0, BK)
-    m_k = o_k < num_centers
+    first = sample * tokens // tile_rows
+    tiles = (sample * tokens + tokens - 1) // tile_rows - first + 1
     dots = tl.zeros((BK,), tl.float32)
     c_square = tl.zeros((BK,), tl.float32)
     q_square = tl.zeros((BC,), tl.float32)
     for c in range(0, width, BC):
+        if not ONE_BLOCK:
+            centers = _load_centers(centers_ptr, c, width, num_centers, BC, BK)
         o_c = c + tl.arange(0, BC)
         m_c = o_c < width
-        m_ck = m_c[:, None] & m_k[None, :]
-        p_c = centers_ptr + o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
-        centers = tl.load(p_c, mask=m_ck, other=0.0).to(tl.float32)
         q = tl.zeros((BC,), tl.float32)
-        for tile in range(row // tile_rows, (row + tokens - 1) // tile_rows + 1):
-            slot = sample - (tile * tile_rows) // tokens
-            p_q = sums_ptr + (tl.cast(tile, tl.int64) * slots + slot) * width + o_c
-            q += tl.load(p_q, mask=m_c, other=0.0)
+        for t in range(0, tiles, BT):
+            o_t = t + tl.arange(0, BT)
+            slot = sample - (first + o_t) * tile_rows // tokens
+            p_q = ((first + o_t).to(tl.int64) * slots + slot) * width
+            m_q = (o_t < tiles)[:, None] & m_c[None, :]
+            q += tl.sum(tl.load(sums_ptr + p_q[:, None] + o_c[None, :], mask=m_q, other=0.0), 0)
         q = q / tokens
         tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
         dots += tl.sum(q[:, None] * centers, 0)
@@ -177,6 +193,7 @@ def mix_kernel(
     a_ptr,  # [B, K] fp32
     transforms_ptr,  # [K, size]
     mixed_ptr,  # [B, size]
+    mixed_desc,  # the same, blocks of [BB, BS], or None if its rows are not aligned
     batch,
     num_centers,
     size,
@@ -199,8 +216,11 @@ def mix_kernel(
     p_a = a_ptr + o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
     a = tl.load(p_a, mask=(o_b[:, None] < batch) & m_k[None, :], other=0.0)
     mixed = _dot_split(a, t, tl.zeros((BB, BS), tl.float32))
-    p_m = mixed_ptr + o_b[:, None].to(tl.int64) * size + o_s[None, :]
-    tl.store(p_m, mixed.to(dtype), mask=(o_b[:, None] < batch) & m_s)
+    if mixed_desc is None:
+        p_m = mixed_ptr + o_b[:, None].to(tl.int64) * size + o_s[None, :]
+        tl.store(p_m, mixed.to(dtype), mask=(o_b[:, None] < batch) & m_s)
+    else:
+        mixed_desc.store([tl.program_id(1) * BB, tl.program_id(0) * BS], mixed.to(dtype))
 
 
 @triton.jit
