@@ -1,5 +1,6 @@
 """What an installation brings along."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,9 +10,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_wheel_holds_one_package_and_all_its_rooms(tmp_path):
-    """Nothing may be installed as `kernels` or `export`: other people's packages have these names."""
+    """Nothing may be installed as `kernels` or `export`: others' packages have these names."""
+    source = tmp_path / "source"  # building leaves files behind
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fastadapt", "kernels", "export", "bench"):
+        shutil.copytree(ROOT / name, source / name)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, cwd=tmp_path)
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.partition("/")[0] for name in names}
