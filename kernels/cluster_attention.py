@@ -124,7 +124,7 @@ def cluster_attention(
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
 # less on the way.
 
-_SAVED = 7  # h, T_b, a, s, q, q_norm, c_norm
+_SAVED = 3  # h, T_b, and a, q, norms packed
 
 
 def _launch():
@@ -141,11 +141,11 @@ def _forward(x, *rest) -> tuple[Tensor, ...]:
 
 
 def _backward(g, needs, x, centers, transforms, down_weight, down_bias, up_weight, up_bias, *saved):
-    h, mixed, *attention = saved
+    h, mixed, state = saved
     biases = [None if bias is None else bias.dtype for bias in (down_bias, up_bias)]
     with on_device(x), torch.autocast(x.device.type, enabled=False):
         return _launch().backward(
-            g, x, h, mixed, attention, centers, transforms, down_weight, up_weight, biases, needs
+            g, x, h, mixed, state, centers, transforms, down_weight, up_weight, biases, needs
         )
 
 
@@ -171,7 +171,7 @@ def _forward_op(
     down_bias: Tensor | None,
     up_weight: Tensor | None,
     up_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
 
 
@@ -185,17 +185,8 @@ def _(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
         if x.dtype != torch.float32:
             m = (m + 7) // 8 * 8  # the kernels' padding
         h = x.new_empty(b * n, m)
-    small = {"dtype": torch.float32}
-    return (
-        x.new_empty(b, n, c),
-        h,
-        x.new_empty(b, m, m),
-        x.new_empty(b, k, **small),
-        x.new_empty(b, k, **small),
-        x.new_empty(b, c, **small),
-        x.new_empty(b, **small),
-        x.new_empty(k, **small),
-    )
+    state = x.new_empty(b * (2 * k + c + 1) + k, dtype=torch.float32)
+    return x.new_empty(b, n, c), h, x.new_empty(b, m, m), state
 
 
 @torch.library.custom_op("fastadapt::cluster_attention_backward", mutates_args=())

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastadapt.kernels import cluster_attention_triton as kernels
+from fastadapt.kernels.launch import Descriptor, Device, block, device_of, launch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     outer: Tile
     unmix_rows: int
     unmix_cols: int
-    multiprocessors: int
+    device: Device
     pdl: bool
     specialised_project: bool
     specialised_transform: bool
@@ -51,12 +51,11 @@ def default_config(
     tokens: int,
     width: int,
     rank: int,
-    multiprocessors: int,
-    shared: int,
-    major: int,
+    device: Device,
 ) -> Config:
     """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
-    block_rank = _block(rank)
+    multiprocessors, shared, major = device[1:]
+    block_rank = block(rank)
     big = shared >= 200_000 and block_rank <= 256
 
     def waves(m: int) -> int:
@@ -88,23 +87,11 @@ def default_config(
         outer=outer,
         unmix_rows=64,
         unmix_cols=256 if big else 128,
-        multiprocessors=multiprocessors,
+        device=device,
         pdl=major >= 9,
         specialised_project=special and 5 * tiles > 3 * multiprocessors,
         specialised_transform=special and 4 * tiles > multiprocessors,
     )
-
-
-def _block(n: int, least: int = 16) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
-@functools.lru_cache
-def _device(index: int | None) -> tuple[int, int, int]:
-    if index is None:  # the interpreter
-        return 132, 232_448, 0
-    p = torch.cuda.get_device_properties(index)
-    return p.multi_processor_count, p.shared_memory_per_block_optin, p.major
 
 
 def _slots(tile: Tile, rows: int, tokens: int) -> int:
@@ -114,22 +101,22 @@ def _slots(tile: Tile, rows: int, tokens: int) -> int:
 
 def config_for(x: Tensor, rank: int) -> Config:
     batch, tokens, width = x.shape
-    return default_config(batch * tokens, tokens, width, rank, *_device(x.device.index))
+    return default_config(batch * tokens, tokens, width, rank, device_of(x.device.index))
 
 
 def _rows_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
     """Descriptors of a [rows, cols] matrix for the two parts of a row tile."""
-    first = TensorDescriptor(t, t.shape, t.stride(), [tile.rows, cols])
+    first = Descriptor(t, [tile.rows, cols])
     if not tile.extra_rows:
         return first, None
-    return first, TensorDescriptor(t, t.shape, t.stride(), [tile.extra_rows, cols])
+    return first, Descriptor(t, [tile.extra_rows, cols])
 
 
 def _samples_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
-    first = TensorDescriptor(t, t.shape, t.stride(), [1, tile.rows, cols])
+    first = Descriptor(t, [1, tile.rows, cols])
     if not tile.extra_rows:
         return first, None
-    return first, TensorDescriptor(t, t.shape, t.stride(), [1, tile.extra_rows, cols])
+    return first, Descriptor(t, [1, tile.extra_rows, cols])
 
 
 def project(x, weight, bias, tokens, config, *, transposed, sums):
@@ -148,10 +135,13 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     tiles = -(-rows // tile.all_rows)
     slots = _slots(tile, rows, tokens)
     partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
-    block = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
-    kernels.project_kernel[tiles, -(-rank // tile.cols)](
+    box = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
+    launch(
+        kernels.project_kernel,
+        (tiles, -(-rank // tile.cols)),
+        config.device,
         *_rows_desc(x, tile, tile.depth),
-        TensorDescriptor(weight, weight.shape, weight.stride(), block),
+        Descriptor(weight, box),
         *_rows_desc(out, tile, tile.cols),
         bias,
         partial,
@@ -164,14 +154,13 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
         BM1=tile.extra_rows,
         BN=tile.cols,
         BK=tile.depth,
-        BS=_block(slots),
+        BS=block(slots),
         TRANSPOSED=transposed,
         BIAS=bias is not None,
         SUMS=sums,
-        PDL=config.pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return out, partial, tile.all_rows
 
@@ -183,7 +172,10 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
     tiles = -(-rows // 128)
     slots = _slots(_GROUP, rows, tokens)
     partial = x.new_empty(2 * tiles, slots, width, dtype=torch.float32) if sums else None
-    _gluon().project_kernel[(min(tiles, config.multiprocessors),)](
+    launch(
+        _gluon().project_kernel,
+        (min(tiles, config.device.multiprocessors),),
+        config.device,
         _gluon_desc(x, [64, 64]),
         _gluon_desc(weight, [64, rank] if transposed else [rank, 64]),
         _gluon_desc(out, [64, rank]),
@@ -200,9 +192,8 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
         SUMS=sums,
         STAGES=3 if rank == 256 else 4,
         BR=rank,
-        PDL=config.pdl,
-        num_warps=4,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=4,
     )
     return out, partial, 64
 
@@ -213,11 +204,14 @@ def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bia
     y = h.new_empty(rows, width)
     # Whole waves of 128-row tiles, then one wave in which both groups share 64 rows.
     tiles = -(-rows // 128)
-    rest = tiles % config.multiprocessors
-    full = tiles - rest if 2 * rest <= config.multiprocessors else tiles
+    rest = tiles % config.device.multiprocessors
+    full = tiles - rest if 2 * rest <= config.device.multiprocessors else tiles
     tiles = full + -(-max(0, rows - 128 * full) // 64)
     t = weight if mixed is None else mixed.view(-1, rank)
-    _gluon().transform_kernel[(min(tiles, config.multiprocessors),)](
+    launch(
+        _gluon().transform_kernel,
+        (min(tiles, config.device.multiprocessors),),
+        config.device,
         _gluon_desc(h, [64, rank]),
         _gluon_desc(t, [rank, 64]),
         _gluon_desc(weight, [rank, 64] if w_transposed else [64, rank]),
@@ -235,9 +229,8 @@ def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bia
         STAGES=4,
         BR=rank,
         BC=64,
-        PDL=config.pdl,
-        num_warps=4,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=4,
     )
     return y
 
@@ -263,74 +256,66 @@ def _gluon_layout(block: tuple[int, int], dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for(list(block), element)
 
 
-def _gluon_desc(t: Tensor, block: list[int]):
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = _gluon_layout(tuple(block), t.dtype)
-    return TensorDescriptor(t, t.shape, t.stride(), block, layout)
-
-
-def _pdl(config: Config) -> dict:
-    return {"launch_pdl": True} if config.pdl else {}
+def _gluon_desc(t: Tensor, box: list[int]) -> Descriptor:
+    return Descriptor(t, box, _gluon_layout(tuple(box), t.dtype))
 
 
 def attend(sums, centers, tokens, tile_rows, batch, config):
-    """Token sums and centers to (a, s, q, q_norm, c_norm), all fp32."""
+    """Token sums and centers to the packed state, fp32: a, s, q, |q|, |centers|."""
     width, num_centers = centers.shape
-    a = sums.new_empty(batch, num_centers)
-    s = torch.empty_like(a)
-    q = sums.new_empty(batch, width)
-    q_norm = sums.new_empty(batch)
-    c_norm = sums.new_empty(num_centers)
-    block_k = _block(num_centers)
-    block_c = min(_block(width), 65536 // block_k)
-    kernels.attend_kernel[(batch,)](
+    state = sums.new_empty(batch * (2 * num_centers + width + 1) + num_centers)
+    block_k = block(num_centers)
+    # More samples than multiprocessors: leave room for two programs on each.
+    crowded = batch > config.device.multiprocessors
+    block_c = min(block(width), (16384 if crowded else 32768) // block_k)
+    launch(
+        kernels.attend_kernel,
+        (batch,),
+        config.device,
         sums,
         centers,
-        a,
-        s,
-        q,
-        q_norm,
-        c_norm,
+        state,
+        batch,
         tokens,
         width,
-        num_centers,
         tile_rows,
         sums.shape[1],
+        num_centers=num_centers,
         BC=block_c,
         BK=block_k,
-        BT=min(8, _block((tokens - 2) // tile_rows + 2, 1)),
+        BT=min(8, block((tokens - 2) // tile_rows + 2, 1)),
         ONE_BLOCK=block_c >= width,
-        PDL=config.pdl,
-        num_warps=16 if block_c * block_k >= 16384 else 4,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=8,
     )
-    return a, s, q, q_norm, c_norm
+    return state
 
 
-def mix(a, transforms, dtype, config):
-    """T_b [B, R, R] in ``dtype`` from a [B, K] and transforms [K, R, R]."""
-    batch, num_centers = a.shape
+def mix(state, transforms, batch, dtype, config):
+    """T_b [B, R, R] in ``dtype`` from a [B, K], where the state begins, and the transforms."""
+    num_centers = transforms.shape[0]
     size = transforms[0].numel()
     mixed = transforms.new_empty(batch, *transforms.shape[1:], dtype=dtype)
-    bb = min(64, _block(batch))
+    bb = min(64, block(batch))
     bs = 256 if dtype != torch.float32 else 64
     flat = mixed.view(batch, size)
     aligned = size * mixed.element_size() % 16 == 0
-    kernels.mix_kernel[-(-size // bs), -(-batch // bb)](
-        a,
+    launch(
+        kernels.mix_kernel,
+        (-(-size // bs), -(-batch // bb)),
+        config.device,
+        state,
         transforms,
         mixed,
-        TensorDescriptor(flat, flat.shape, flat.stride(), [bb, bs]) if aligned else None,
+        Descriptor(flat, [bb, bs]) if aligned else None,
         batch,
         num_centers,
         size,
         BB=bb,
-        BK=_block(num_centers),
+        BK=block(num_centers),
         BS=bs,
-        PDL=config.pdl,
-        num_warps=4,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=4,
     )
     return mixed
 
@@ -365,12 +350,10 @@ def transform(
     rows, rank = h.shape
     tokens = rows // batch
     if config.specialised_transform and weight is not None and z is None:
-        y = _transform_specialised(
-            h, config, mixed, weight, w_transposed, bias, row_bias, tokens
-        )
+        y = _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bias, tokens)
         return y, None
     tile = config.expand if mixed is None else config.transform
-    block_rank = _block(rank)
+    block_rank = block(rank)
     tiles = -(-rows // tile.all_rows)
     width = cols = 0
     y, parts = None, 1
@@ -378,13 +361,16 @@ def transform(
         width = weight.shape[1 if w_transposed else 0]
         y = h.new_empty(rows, width)
         # Few row tiles: several programs share the columns of one.
-        parts = max(1, min(-(-width // tile.cols), config.multiprocessors // tiles))
+        parts = max(1, min(-(-width // tile.cols), config.device.multiprocessors // tiles))
         cols = tile.cols * -(-width // (tile.cols * parts))
         parts = -(-width // cols)
     partial = h.new_empty(tiles, rank, dtype=torch.float32) if sums else None
     depth = min(tile.depth, block_rank)
     none = (None, None)
-    kernels.transform_kernel[tiles, parts](
+    launch(
+        kernels.transform_kernel,
+        (tiles, parts),
+        config.device,
         *(
             _rows_desc(h, tile, block_rank)
             if mixed is None
@@ -392,18 +378,14 @@ def transform(
         ),
         None
         if mixed is None
-        else TensorDescriptor(
+        else Descriptor(
             mixed,
-            mixed.shape,
-            mixed.stride(),
             [1, block_rank, depth] if t_transposed else [1, depth, block_rank],
         ),
         None
         if weight is None
-        else TensorDescriptor(
+        else Descriptor(
             weight,
-            weight.shape,
-            weight.stride(),
             [block_rank, tile.cols] if w_transposed else [tile.cols, block_rank],
         ),
         *(none if z is None else _rows_desc(z, tile, block_rank)),
@@ -420,7 +402,7 @@ def transform(
         BR=block_rank,
         BK=depth,
         BC=tile.cols,
-        BS=_block(_slots(tile, rows, tokens)),
+        BS=block(_slots(tile, rows, tokens)),
         MIX=mixed is not None,
         T_TRANSPOSED=t_transposed,
         STORE_Z=z is not None,
@@ -429,10 +411,9 @@ def transform(
         BIAS=bias is not None and not row_bias,
         ROW_BIAS=row_bias,
         SUMS=sums,
-        PDL=config.pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return y, partial
 
@@ -442,45 +423,50 @@ def outer(h, g, batch, config):
     rows, rank = h.shape
     tokens = rows // batch
     tile = config.outer
-    depth = min(tile.depth, _block(tokens))
+    depth = min(tile.depth, block(tokens))
     out = h.new_empty(batch, rank, rank)
     tiles_j = -(-rank // tile.cols)
     h = h.view(batch, tokens, rank)
     g = g.view(batch, tokens, rank)
-    kernels.outer_kernel[-(-rank // tile.rows) * tiles_j, batch](
-        TensorDescriptor(h, h.shape, h.stride(), [1, depth, tile.rows]),
-        TensorDescriptor(g, g.shape, g.stride(), [1, depth, tile.cols]),
-        TensorDescriptor(out, out.shape, out.stride(), [1, tile.rows, tile.cols]),
+    launch(
+        kernels.outer_kernel,
+        (-(-rank // tile.rows) * tiles_j, batch),
+        config.device,
+        Descriptor(h, [1, depth, tile.rows]),
+        Descriptor(g, [1, depth, tile.cols]),
+        Descriptor(out, [1, tile.rows, tile.cols]),
         tokens,
         tiles_j,
         BI=tile.rows,
         BJ=tile.cols,
         BK=depth,
-        PDL=config.pdl,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return out
 
 
-def unmix(d_mixed, a, transforms, config, *, need_transforms, need_a):
+def unmix(d_mixed, state, transforms, config, *, need_transforms, need_a):
     """Gradients of ``mix``: dtransforms (transforms' dtype) and da as [programs, B, K] sums."""
-    batch, num_centers = a.shape
+    batch, num_centers = d_mixed.shape[0], transforms.shape[0]
     size = transforms[0].numel()
     bs = config.unmix_cols if d_mixed.dtype != torch.float32 else 64
     blocks = -(-size // bs)
     # The partial sums of da stay under 64 MB; more samples or centers get fewer programs.
     programs = min(blocks, max(16, (1 << 24) // (batch * num_centers)))
     d_transforms = torch.empty_like(transforms) if need_transforms else None
-    da = a.new_empty(programs, batch, num_centers) if need_a else None
+    da = state.new_empty(programs, batch, num_centers) if need_a else None
     flat = d_mixed.view(batch, size)
-    bb = min(config.unmix_rows if d_mixed.dtype != torch.float32 else 32, _block(batch))
+    bb = min(config.unmix_rows if d_mixed.dtype != torch.float32 else 32, block(batch))
     aligned = size * flat.element_size() % 16 == 0
-    kernels.unmix_kernel[(programs,)](
+    launch(
+        kernels.unmix_kernel,
+        (programs,),
+        config.device,
         flat,
-        TensorDescriptor(flat, flat.shape, flat.stride(), [bb, bs]) if aligned else None,
-        a,
+        Descriptor(flat, [bb, bs]) if aligned else None,
+        state,
         transforms,
         d_transforms,
         da,
@@ -488,32 +474,30 @@ def unmix(d_mixed, a, transforms, config, *, need_transforms, need_a):
         num_centers,
         size,
         BB=bb,
-        BK=_block(num_centers),
+        BK=block(num_centers),
         BS=bs,
         NEED_T=need_transforms,
         NEED_A=need_a,
-        PDL=config.pdl,
-        num_warps=4,
-        num_stages=3,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=4,
+        stages=3,
     )
     return d_transforms, da
 
 
-def unattend(da, a, s, q, q_norm, c_norm, centers, tokens, config, *, need_x):
+def unattend(da, state, centers, tokens, config, *, need_x):
     """Gradients of ``attend``: ds [B, K], and dq / N [B, C] (``None`` unless ``need_x``)."""
-    batch, num_centers = a.shape
-    width = centers.shape[0]
-    ds = torch.empty_like(a)
-    dq = torch.empty_like(q) if need_x else None
-    block_k = _block(num_centers)
-    kernels.unattend_kernel[(batch,)](
+    batch = da.shape[1]
+    width, num_centers = centers.shape
+    ds = da.new_empty(batch, num_centers)
+    dq = da.new_empty(batch, width) if need_x else None
+    block_k = block(num_centers)
+    launch(
+        kernels.unattend_kernel,
+        (batch,),
+        config.device,
         da,
-        a,
-        s,
-        q,
-        q_norm,
-        c_norm,
+        state,
         centers,
         ds,
         dq,
@@ -521,31 +505,29 @@ def unattend(da, a, s, q, q_norm, c_norm, centers, tokens, config, *, need_x):
         batch,
         tokens,
         width,
-        num_centers,
-        BP=min(_block(da.shape[0]), 8192 // block_k),
-        BC=max(16, min(_block(width), 16384 // block_k)),
+        num_centers=num_centers,
+        BP=min(block(da.shape[0]), 8192 // block_k),
+        BC=max(16, min(block(width), 16384 // block_k)),
         BK=block_k,
         NEED_X=need_x,
-        PDL=config.pdl,
-        num_warps=8,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=8,
     )
     return ds, dq
 
 
-def reduce(ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config, d_centers, d_up, d_down):
+def reduce(ds, state, batch, centers, up_sums, down_sums, config, d_centers, d_up, d_down):
     """The sums over samples and tiles, written to whichever of the last three is not ``None``."""
-    batch, num_centers = s.shape
-    width = centers.shape[0]
+    width, num_centers = centers.shape
     rank = 0 if d_down is None else d_down.shape[0]
     bc = 32
     programs = -(-width // bc) + -(-rank // bc)
-    kernels.reduce_kernel[(programs,)](
+    launch(
+        kernels.reduce_kernel,
+        (programs,),
+        config.device,
         ds,
-        s,
-        q,
-        q_norm,
-        c_norm,
+        state,
         centers,
         d_centers,
         up_sums,
@@ -554,19 +536,18 @@ def reduce(ds, s, q, q_norm, c_norm, centers, up_sums, down_sums, config, d_cent
         d_down,
         batch,
         width,
-        num_centers,
         rank,
         0 if up_sums is None else up_sums.shape[0],
         0 if down_sums is None else down_sums.shape[0],
+        num_centers=num_centers,
         BB=32,
         BC=bc,
-        BK=_block(num_centers),
+        BK=block(num_centers),
         NEED_CENTERS=d_centers is not None,
         NEED_UP=d_up is not None,
         NEED_DOWN=d_down is not None,
-        PDL=config.pdl,
-        num_warps=4,
-        **_pdl(config),
+        pdl=config.pdl,
+        warps=4,
     )
 
 
@@ -575,7 +556,7 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
 
     Returns:
         y [B, N, C], and what the backward needs: h [B·N, R] (empty in token mode), T_b
-        [B, R, R], then a, s, q, q_norm, c_norm of ``attend``.
+        [B, R, R] and the state of ``attend``.
     """
     batch, tokens, width = x.shape
     centers = centers.contiguous()
@@ -595,8 +576,8 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
         sums=True,
     )
     sums = _unpad(sums, width)
-    attention = attend(sums, centers, tokens, tile_rows, batch, config)
-    mixed = mix(attention[0], _pad(transforms, 2), x.dtype, config)
+    state = attend(sums, centers, tokens, tile_rows, batch, config)
+    mixed = mix(state, _pad(transforms, 2), batch, x.dtype, config)
     y, _ = transform(
         h,
         batch,
@@ -605,17 +586,17 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
         weight=_pad(up_weight, 2),
         bias=None if up_bias is None else _pad(up_bias, 1),
     )
-    return _unpad(y, width).view(batch, tokens, width), (h, mixed, *attention)
+    return _unpad(y, width).view(batch, tokens, width), (h, mixed, state)
 
 
 def backward(
-    g, x, h, mixed, attention, centers, transforms, down_weight, up_weight, bias_dtypes, needs
+    g, x, h, mixed, state, centers, transforms, down_weight, up_weight, bias_dtypes, needs
 ):
     """Gradients of ``forward`` in the order of its arguments, ``None`` where ``needs`` has none.
 
     Args:
         g: [B, N, C], the gradient of y.
-        h, mixed, attention: as ``forward`` returned them.
+        h, mixed, state: as ``forward`` returned them.
         bias_dtypes: of down_bias and up_bias.
         needs: seven booleans.
     """
@@ -627,7 +608,7 @@ def backward(
             x,
             h,
             mixed,
-            attention,
+            state,
             centers,
             transforms,
             down_weight,
@@ -653,7 +634,7 @@ def backward(
         d_mixed = outer(h, gz, batch, config)
         d_transforms, da = unmix(
             d_mixed,
-            attention[0],
+            state,
             _pad(transforms, 2),
             config,
             need_transforms=need_transforms,
@@ -673,7 +654,7 @@ def backward(
     if need_down:
         d_down = torch.mm(gz.t(), _pad(x, 1).view(-1, padded))
     if need_a:
-        ds, dq = unattend(da, *attention, centers, tokens, config, need_x=need_x)
+        ds, dq = unattend(da, state, centers, tokens, config, need_x=need_x)
     d_centers = torch.empty_like(centers) if need_centers else None
     d_down_bias = g.new_empty(rank, dtype=bias_dtypes[0]) if need_down_bias else None
     d_up_bias = g.new_empty(width, dtype=bias_dtypes[1]) if need_up_bias else None
@@ -682,7 +663,8 @@ def backward(
         down_sums = None if down_sums is None else _unpad(down_sums, rank)
         reduce(
             ds,
-            *attention[1:],
+            state,
+            batch,
             centers,
             up_sums,
             down_sums,
@@ -716,20 +698,20 @@ def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, 
     batch, tokens, _ = x.shape
     config = config_for(x, 16)
     sums = x.sum(1, dtype=torch.float32).unsqueeze(1)
-    attention = attend(sums, centers, tokens, tokens, batch, config)
-    mixed = mix(attention[0], transforms, x.dtype, config)
+    state = attend(sums, centers, tokens, tokens, batch, config)
+    mixed = mix(state, transforms, batch, x.dtype, config)
     if down_weight is None:
-        return torch.bmm(mixed, x), (x.new_empty(0), mixed, *attention)
+        return torch.bmm(mixed, x), (x.new_empty(0), mixed, state)
     h = F.linear(x, down_weight, down_bias)
-    return F.linear(torch.bmm(h, mixed), up_weight, up_bias), (h.flatten(0, 1), mixed, *attention)
+    return F.linear(torch.bmm(h, mixed), up_weight, up_bias), (h.flatten(0, 1), mixed, state)
 
 
 def _backward_unfused(
-    g, x, h, mixed, attention, centers, transforms, down_weight, up_weight, bias_dtypes, needs
+    g, x, h, mixed, state, centers, transforms, down_weight, up_weight, bias_dtypes, needs
 ):
     need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
     need_a = need_x or need_centers
-    batch, tokens, width = x.shape
+    batch, tokens, _ = x.shape
     config = config_for(x, 16)
     d_centers = torch.empty_like(centers) if need_centers else None
     dx = d_transforms = d_down = d_down_bias = d_up = d_up_bias = dq = None
@@ -749,7 +731,7 @@ def _backward_unfused(
         d_mixed = torch.bmm(g, x.mT) if down_weight is None else torch.bmm(h.mT, gz)
         d_transforms, da = unmix(
             d_mixed,
-            attention[0],
+            state,
             transforms,
             config,
             need_transforms=need_transforms,
@@ -757,9 +739,9 @@ def _backward_unfused(
         )
         del d_mixed
     if need_a:
-        ds, dq = unattend(da, *attention, centers, tokens, config, need_x=need_x)
+        ds, dq = unattend(da, state, centers, tokens, config, need_x=need_x)
         if need_centers:
-            reduce(ds, *attention[1:], centers, None, None, config, d_centers, None, None)
+            reduce(ds, state, batch, centers, None, None, config, d_centers, None, None)
     if need_x:
         dx = torch.bmm(mixed.mT, g) if down_weight is None else gh @ down_weight
         dx += dq.to(dx.dtype).unsqueeze(1)

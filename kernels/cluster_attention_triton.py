@@ -107,10 +107,21 @@ def project_kernel(
 
 
 @triton.jit
-def _load_centers(ptr, c, width, num_centers, BC: tl.constexpr, BK: tl.constexpr):
+def _state(ptr, batch, width, num_centers):
+    """Where a [B, K], s [B, K], q [B, C], |q| [B] and |centers| [K] lie in the packed state."""
+    batch = tl.cast(batch, tl.int64)
+    s_ptr = ptr + batch * num_centers
+    q_ptr = s_ptr + batch * num_centers
+    q_norm_ptr = q_ptr + batch * width
+    return s_ptr, q_ptr, q_norm_ptr, q_norm_ptr + batch
+
+
+@triton.jit
+def _load_centers(ptr, c, width, num_centers: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr):
+    # num_centers is a constant here, so that the compiler knows how far rows are aligned.
     o_c = c + tl.arange(0, BC)
     o_k = tl.arange(0, BK)
-    p = ptr + o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
+    p = ptr + o_c[:, None] * num_centers + o_k[None, :]
     mask = (o_c < width)[:, None] & (o_k < num_centers)[None, :]
     return tl.load(p, mask=mask, other=0.0).to(tl.float32)
 
@@ -119,16 +130,13 @@ def _load_centers(ptr, c, width, num_centers, BC: tl.constexpr, BK: tl.constexpr
 def attend_kernel(
     sums_ptr,  # [tiles, slots, C]
     centers_ptr,  # [C, K]
-    a_ptr,  # [B, K] softmax
-    s_ptr,  # [B, K] cosine similarities
-    q_ptr,  # [B, C] mean tokens
-    q_norm_ptr,  # [B]
-    c_norm_ptr,  # [K]
+    state_ptr,  # fp32: softmax a [B, K], cosines s [B, K], mean tokens q [B, C], |q|, |centers|
+    batch,
     tokens,
     width,
-    num_centers,
     tile_rows,
     slots,
+    num_centers: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
@@ -136,6 +144,7 @@ def attend_kernel(
     PDL: tl.constexpr,
 ):
     sample = tl.program_id(0)
+    s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
     o_k = tl.arange(0, BK)
     m_k = o_k < num_centers
     if ONE_BLOCK:
@@ -171,7 +180,7 @@ def attend_kernel(
     s = dots / (tl.maximum(q_norm, NORM_EPS) * tl.maximum(c_norm, NORM_EPS))
     e = tl.where(m_k, tl.exp(s - 1.0), 0.0)  # a cosine: 1 bounds it, no running maximum needed
     o_a = sample.to(tl.int64) * num_centers + o_k
-    tl.store(a_ptr + o_a, e / tl.sum(e, 0), mask=m_k)
+    tl.store(state_ptr + o_a, e / tl.sum(e, 0), mask=m_k)
     tl.store(s_ptr + o_a, s, mask=m_k)
     tl.store(q_norm_ptr + sample, q_norm)
     if sample == 0:
@@ -447,11 +456,7 @@ def unmix_kernel(
 @triton.jit
 def unattend_kernel(
     da_ptr,  # [programs, B, K]
-    a_ptr,  # [B, K]
-    s_ptr,  # [B, K]
-    q_ptr,  # [B, C]
-    q_norm_ptr,  # [B]
-    c_norm_ptr,  # [K]
+    state_ptr,  # as in `attend`
     centers_ptr,  # [C, K]
     ds_ptr,  # [B, K] gradient of the cosine similarities
     dq_ptr,  # [B, C] gradient of the mean token, divided by N
@@ -459,7 +464,7 @@ def unattend_kernel(
     batch,
     tokens,
     width,
-    num_centers,
+    num_centers: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -469,6 +474,7 @@ def unattend_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
     sample = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_k = o_k < num_centers
@@ -479,7 +485,7 @@ def unattend_kernel(
         p_da = da_ptr + o_p[:, None].to(tl.int64) * batch * num_centers + o_a[None, :]
         da += tl.load(p_da, mask=(o_p < programs)[:, None] & m_k[None, :], other=0.0)
     da = tl.sum(da, 0)
-    a = tl.load(a_ptr + o_a, mask=m_k, other=0.0)
+    a = tl.load(state_ptr + o_a, mask=m_k, other=0.0)
     ds = a * (da - tl.sum(a * da, 0))
     tl.store(ds_ptr + o_a, ds, mask=m_k)
     if NEED_X:
@@ -493,8 +499,7 @@ def unattend_kernel(
         for c in range(0, width, BC):
             o_c = c + tl.arange(0, BC)
             m_c = o_c < width
-            p_c = centers_ptr + o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
-            centers = tl.load(p_c, mask=m_c[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+            centers = _load_centers(centers_ptr, c, width, num_centers, BC, BK)
             q = tl.load(q_ptr + sample * width + o_c, mask=m_c, other=0.0) / q_norm
             dq = (tl.sum(centers * ds_c[None, :], 1) - q * along) / q_norm
             tl.store(dq_ptr + sample * width + o_c, dq / tokens, mask=m_c)
@@ -503,10 +508,7 @@ def unattend_kernel(
 @triton.jit
 def reduce_kernel(
     ds_ptr,  # [B, K]
-    s_ptr,  # [B, K]
-    q_ptr,  # [B, C]
-    q_norm_ptr,  # [B]
-    c_norm_ptr,  # [K]
+    state_ptr,  # as in `attend`
     centers_ptr,  # [C, K]
     d_centers_ptr,  # [C, K]
     up_sums_ptr,  # [tiles, C]
@@ -515,10 +517,10 @@ def reduce_kernel(
     d_down_bias_ptr,  # [R]
     batch,
     width,
-    num_centers,
     rank,
     up_tiles,
     down_tiles,
+    num_centers: tl.constexpr,
     BB: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -538,6 +540,7 @@ def reduce_kernel(
         if NEED_UP:
             _sum_rows(up_sums_ptr, d_up_bias_ptr, up_tiles, width, o_c, m_c, BB, BC)
         if NEED_CENTERS:
+            s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
             o_k = tl.arange(0, BK)
             m_k = o_k < num_centers
             acc = tl.zeros((BC, BK), tl.float32)
@@ -557,9 +560,9 @@ def reduce_kernel(
             c_norm = tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0)
             along = tl.where(c_norm >= NORM_EPS, tl.sum(along, 0), 0.0)
             c_norm = tl.maximum(c_norm, NORM_EPS)[None, :]
-            o_ck = o_c[:, None].to(tl.int64) * num_centers + o_k[None, :]
+            o_ck = o_c[:, None] * num_centers + o_k[None, :]
             m_ck = m_c[:, None] & m_k[None, :]
-            centers = tl.load(centers_ptr + o_ck, mask=m_ck, other=0.0).to(tl.float32)
+            centers = _load_centers(centers_ptr, program * BC, width, num_centers, BC, BK)
             d_centers = (acc - centers / c_norm * along[None, :]) / c_norm
             tl.store(d_centers_ptr + o_ck, d_centers.to(d_centers_ptr.dtype.element_ty), mask=m_ck)
     else:
