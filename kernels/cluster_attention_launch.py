@@ -41,6 +41,7 @@ class Config:
     unmix_cols: int
     device: Device
     pdl: bool
+    tall_project: bool
     specialised_project: bool
     specialised_transform: bool
 
@@ -89,6 +90,7 @@ def default_config(
         unmix_cols=256 if big else 128,
         device=device,
         pdl=major >= 9,
+        tall_project=special and tall == 192 and tokens >= 14,
         specialised_project=special and 5 * tiles > 3 * multiprocessors,
         specialised_transform=special and 4 * tiles > multiprocessors,
     )
@@ -128,6 +130,8 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     """
     rows, width = x.shape
     rank = weight.shape[1 if transposed else 0]
+    if config.tall_project:
+        return _project_tall(x, weight, bias, tokens, config, transposed, sums)
     if config.specialised_project:
         return _project_specialised(x, weight, bias, tokens, config, transposed, sums)
     tile = config.project
@@ -198,6 +202,85 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
     return out, partial, 64
 
 
+def _project_tall(x, weight, bias, tokens, config, transposed, sums):
+    rows, width = x.shape
+    rank = weight.shape[1 if transposed else 0]
+    out = x.new_empty(rows, rank)
+    tiles = -(-rows // 192)
+    slots = _slots(_TALL, rows, tokens)
+    partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
+    launch(
+        _gluon().project_tall_kernel,
+        (tiles,),
+        config.device,
+        _gluon_desc(x, [128, 64]),
+        _gluon_desc(x, [64, 64]),
+        _gluon_desc(weight, [64, rank] if transposed else [rank, 64]),
+        out,
+        bias,
+        partial,
+        rows,
+        width,
+        rank,
+        tokens,
+        slots,
+        TRANSPOSED=transposed,
+        BIAS=bias is not None,
+        SUMS=sums,
+        STAGES=3,
+        BR=rank,
+        pdl=config.pdl,
+        warps=8,
+    )
+    return out, partial, 192
+
+
+def mix_rows(h, g, mixed, z, config, *, sums):
+    """z = h @ T_b into ``z`` and g = g @ T_bᵀ in place, each unless it is ``None``.
+
+    Returns:
+        The column sums of the new g over row tiles, [tiles, R] fp32, or ``None``.
+    """
+    batch, rank, _ = mixed.shape
+    rows = (h if g is None else g).shape[0]
+    if not config.specialised_transform:
+        if z is not None:
+            transform(h, batch, config, mixed=mixed, z=z)
+        if g is None:
+            return None
+        # A program reads and writes its own rows only: the result can take the place of g.
+        return transform(g, batch, config, mixed=mixed, t_transposed=True, z=g, sums=sums)[1]
+    tiles = -(-rows // 128)
+    t = mixed.view(-1, rank)
+    partial = t.new_empty(2 * tiles, rank, dtype=torch.float32) if sums else None
+    in_z, out_z = (g, g) if z is None else (h, z)
+    in_g, out_g = (h, z) if g is None else (g, g)
+    items = tiles * ((z is not None) + (g is not None))
+    launch(
+        _gluon().mix_rows_kernel,
+        (min(items, config.device.multiprocessors),),
+        config.device,
+        _gluon_desc(in_z, [64, rank]),
+        _gluon_desc(in_g, [64, rank]),
+        _gluon_desc(t, [rank, 64]),
+        _gluon_desc(t, [64, rank]),
+        _gluon_desc(out_z, [64, 64]),
+        _gluon_desc(out_g, [64, 64]),
+        partial,
+        rows,
+        rows // batch,
+        tiles,
+        FORWARD=z is not None,
+        BACKWARD=g is not None,
+        SUMS=sums,
+        STAGES=4,
+        BR=rank,
+        pdl=config.pdl,
+        warps=4,
+    )
+    return partial
+
+
 def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bias, tokens):
     rows, rank = h.shape
     width = weight.shape[1 if w_transposed else 0]
@@ -236,6 +319,7 @@ def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bia
 
 
 _GROUP = Tile(64, 0, 0, 0, 4, 0)  # the rows of one group of warps
+_TALL = Tile(128, 64, 0, 0, 8, 0)
 
 
 @functools.lru_cache
@@ -641,16 +725,12 @@ def backward(
             need_a=need_a,
         )
         del d_mixed
+    z = torch.empty_like(h) if need_up else None
+    if need_up or need_gh:
+        down_sums = mix_rows(h, gz if need_gh else None, mixed, z, config, sums=need_down_bias)
     if need_up:
-        z = torch.empty_like(h)
-        transform(h, batch, config, mixed=mixed, z=z)
         d_up = torch.mm(g.t(), z)
         del z
-    if need_gh:
-        # A program reads and writes its own rows only: gh can take the place of gz.
-        _, down_sums = transform(
-            gz, batch, config, mixed=mixed, t_transposed=True, z=gz, sums=need_down_bias
-        )
     if need_down:
         d_down = torch.mm(gz.t(), _pad(x, 1).view(-1, padded))
     if need_a:

@@ -538,7 +538,7 @@ def reduce_kernel(
         o_c = program * BC + tl.arange(0, BC)
         m_c = o_c < width
         if NEED_UP:
-            _sum_rows(up_sums_ptr, d_up_bias_ptr, up_tiles, width, o_c, m_c, BB, BC)
+            _sum_rows(up_sums_ptr, d_up_bias_ptr, up_tiles, width, o_c, m_c, BC)
         if NEED_CENTERS:
             s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
             o_k = tl.arange(0, BK)
@@ -568,11 +568,12 @@ def reduce_kernel(
     else:
         if NEED_DOWN:
             o_r = (program - programs_c) * BC + tl.arange(0, BC)
-            _sum_rows(down_sums_ptr, d_down_bias_ptr, down_tiles, rank, o_r, o_r < rank, BB, BC)
+            _sum_rows(down_sums_ptr, d_down_bias_ptr, down_tiles, rank, o_r, o_r < rank, BC)
 
 
 @triton.jit
-def _sum_rows(in_ptr, out_ptr, rows, width, o_c, m_c, BB: tl.constexpr, BC: tl.constexpr):
+def _sum_rows(in_ptr, out_ptr, rows, width, o_c, m_c, BC: tl.constexpr):
+    BB: tl.constexpr = 128
     acc = tl.zeros((BB, BC), tl.float32)
     for r in range(0, rows, BB):
         o_r = r + tl.arange(0, BB)
