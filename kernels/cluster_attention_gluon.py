@@ -415,9 +415,23 @@ def transform_kernel(
 
 @gluon.jit
 def _copy_mix(
-    h_desc, g_desc, t_desc, tt_desc, h_smem, ring, h_full, h_empty, full_bars, empty_bars,
-    rows, tokens, tiles,
-    FORWARD: gl.constexpr, BACKWARD: gl.constexpr, STAGES: gl.constexpr, BR: gl.constexpr,
+    h_desc,
+    g_desc,
+    t_desc,
+    tt_desc,
+    h_smem,
+    ring,
+    h_full,
+    h_empty,
+    full_bars,
+    empty_bars,
+    rows,
+    tokens,
+    tiles,
+    FORWARD: gl.constexpr,
+    BACKWARD: gl.constexpr,
+    STAGES: gl.constexpr,
+    BR: gl.constexpr,
 ):
     jobs: gl.constexpr = FORWARD + BACKWARD
     slot = 0
@@ -453,10 +467,26 @@ def _copy_mix(
 
 @gluon.jit
 def _multiply_mix(
-    group: gl.constexpr, z_desc, gh_desc, tt_desc, sums_ptr,
-    h_smem, z_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles,
-    FORWARD: gl.constexpr, BACKWARD: gl.constexpr, SUMS: gl.constexpr,
-    STAGES: gl.constexpr, BR: gl.constexpr,
+    group: gl.constexpr,
+    z_desc,
+    gh_desc,
+    tt_desc,
+    sums_ptr,
+    h_smem,
+    z_smem,
+    ring,
+    h_full,
+    h_empty,
+    full_bars,
+    empty_bars,
+    rows,
+    tokens,
+    tiles,
+    FORWARD: gl.constexpr,
+    BACKWARD: gl.constexpr,
+    SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BR: gl.constexpr,
 ):
     jobs: gl.constexpr = FORWARD + BACKWARD
     dtype: gl.constexpr = tt_desc.dtype
@@ -547,9 +577,78 @@ def mix_rows_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_multiply_mix, (0, z_desc, gh_desc, tt_desc, sums_ptr, h_smem, z_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles, FORWARD, BACKWARD, SUMS, STAGES, BR)),
-            (_multiply_mix, (1, z_desc, gh_desc, tt_desc, sums_ptr, h_smem, z_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles, FORWARD, BACKWARD, SUMS, STAGES, BR)),
-            (_copy_mix, (h_desc, g_desc, t_desc, tt_desc, h_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles, FORWARD, BACKWARD, STAGES, BR)),
+            (
+                _multiply_mix,
+                (
+                    0,
+                    z_desc,
+                    gh_desc,
+                    tt_desc,
+                    sums_ptr,
+                    h_smem,
+                    z_smem,
+                    ring,
+                    h_full,
+                    h_empty,
+                    full_bars,
+                    empty_bars,
+                    rows,
+                    tokens,
+                    tiles,
+                    FORWARD,
+                    BACKWARD,
+                    SUMS,
+                    STAGES,
+                    BR,
+                ),
+            ),
+            (
+                _multiply_mix,
+                (
+                    1,
+                    z_desc,
+                    gh_desc,
+                    tt_desc,
+                    sums_ptr,
+                    h_smem,
+                    z_smem,
+                    ring,
+                    h_full,
+                    h_empty,
+                    full_bars,
+                    empty_bars,
+                    rows,
+                    tokens,
+                    tiles,
+                    FORWARD,
+                    BACKWARD,
+                    SUMS,
+                    STAGES,
+                    BR,
+                ),
+            ),
+            (
+                _copy_mix,
+                (
+                    h_desc,
+                    g_desc,
+                    t_desc,
+                    tt_desc,
+                    h_smem,
+                    ring,
+                    h_full,
+                    h_empty,
+                    full_bars,
+                    empty_bars,
+                    rows,
+                    tokens,
+                    tiles,
+                    FORWARD,
+                    BACKWARD,
+                    STAGES,
+                    BR,
+                ),
+            ),
         ],
         [4, 1],
         [232, 40],
@@ -774,143 +873,3 @@ def project_kernel(
         [4, 1],
         [232, 40],
     )
-
-
-@gluon.jit
-def project_tall_kernel(
-    x0_desc,  # [rows, C], blocks of [128, 64]
-    x1_desc,  # the same, blocks of [64, 64]
-    w_desc,  # [R, C], blocks of [BR, 64], or transposed [C, R], blocks of [64, BR]
-    out_ptr,  # [rows, R]
-    bias_ptr,  # [R]
-    sums_ptr,  # [tiles, slots, C] fp32
-    rows,
-    width,
-    rank,
-    tokens,
-    slots,
-    TRANSPOSED: gl.constexpr,
-    BIAS: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    """As `project_kernel`, in tiles of 192 rows: the weights travel from L2 less often.
-
-    The accumulators fill the registers of eight warps, so nobody is left to copy: the loop keeps
-    two steps of products in flight and refills what the one before has read.
-    """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    dtype: gl.constexpr = x0_desc.dtype
-    hot_layout: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-    layout0: gl.constexpr = _tall_layout(8, 1, BR)
-    layout1: gl.constexpr = _tall_layout(4, 2, BR // 2)
-    s_layout: gl.constexpr = _tall_layout(4, 2, 8)
-    hot0_layout: gl.constexpr = _tall_layout(8, 1, 16)
-    x0_ring = gl.allocate_shared_memory(dtype, [STAGES, 128, 64], x0_desc.layout)
-    x1_ring = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], x1_desc.layout)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
-    hot0_smem = gl.allocate_shared_memory(dtype, [128, 16], hot_layout)
-    hot1_smem = gl.allocate_shared_memory(dtype, [64, 16], hot_layout)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(bars.index(i), count=1)
-    tile = gl.program_id(0)
-    row = tile * 192
-    first = row // tokens
-    present = (gl.minimum(row + 192, rows) - 1) // tokens - first + 1
-    o_k = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-    o_s = gl.arange(0, 16, layout=gl.SliceLayout(0, s_layout))
-    p_sums = sums_ptr + gl.cast(tile, gl.int64) * slots * width
-    p_sums = p_sums + o_k[:, None] + (o_s * width)[None, :]
-    if SUMS:
-        o_h0 = row + gl.arange(0, 128, layout=gl.SliceLayout(1, hot0_layout))
-        o_hs = gl.arange(0, 16, layout=gl.SliceLayout(0, hot0_layout))
-        hot0_smem.store(((o_h0 // tokens - first)[:, None] == o_hs[None, :]).to(dtype))
-        o_h1 = row + 128 + o_k
-        hot1_smem.store(((o_h1 // tokens - first)[:, None] == o_s[None, :]).to(dtype))
-    fence_async_shared()
-    for i in gl.static_range(STAGES - 1):
-        _load_step(
-            x0_desc, x1_desc, w_desc, x0_ring, x1_ring, w_ring, bars, row, i * 64, i, width,
-            TRANSPOSED, BR,
-        )
-    acc0 = gl.zeros([128, BR], gl.float32, layout0)
-    acc1 = gl.zeros([64, BR], gl.float32, layout1)
-    no_sums = gl.zeros([64, 16], gl.float32, s_layout)
-    prev = no_sums
-    slot = 0
-    phase = 0
-    for k in range(0, width, 64):
-        mbarrier.wait(bars.index(slot), phase)
-        x0 = x0_ring.index(slot)
-        x1 = x1_ring.index(slot)
-        w = w_ring.index(slot)
-        if not TRANSPOSED:
-            w = w.permute((1, 0))
-        acc0 = warpgroup_mma(x0, w, acc0, is_async=True)
-        acc1 = warpgroup_mma(x1, w, acc1, is_async=True)
-        if SUMS:
-            sums = warpgroup_mma(x0.permute((1, 0)), hot0_smem, no_sums, use_acc=False, is_async=True)
-            sums = warpgroup_mma(x1.permute((1, 0)), hot1_smem, sums, is_async=True)
-            acc0, acc1, sums, prev = warpgroup_mma_wait(4, [acc0, acc1, sums, prev])
-            m_sums = (k - 64 + o_k >= 0)[:, None] & (o_s < present)[None, :]
-            gl.store(p_sums + (k - 64), prev, mask=m_sums)
-            prev = sums
-        else:
-            acc0, acc1 = warpgroup_mma_wait(2, [acc0, acc1])
-        # The step before has been read: its place is free for the one STAGES - 1 ahead.
-        refill = slot + STAGES - 1
-        refill = gl.where(refill >= STAGES, refill - STAGES, refill)
-        _load_step(
-            x0_desc, x1_desc, w_desc, x0_ring, x1_ring, w_ring, bars, row,
-            k + 64 * (STAGES - 1), refill, width, TRANSPOSED, BR,
-        )
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-    acc0, acc1, prev = warpgroup_mma_wait(0, [acc0, acc1, prev])
-    if SUMS:
-        last = (width - 1) // 64 * 64
-        m_sums = (last + o_k < width)[:, None] & (o_s < present)[None, :]
-        gl.store(p_sums + last, prev, mask=m_sums)
-    _store_rows(acc0, out_ptr, bias_ptr, row, rows, rank, layout0, 128, BIAS, BR)
-    _store_rows(acc1, out_ptr, bias_ptr, row + 128, rows, rank, layout1, 64, BIAS, BR)
-
-
-@gluon.constexpr_function
-def _tall_layout(warps_m, warps_n, cols):
-    return gl.NVMMADistributedLayout([3, 0], [warps_m, warps_n], [16, cols, 16])
-
-
-@gluon.jit
-def _load_step(
-    x0_desc, x1_desc, w_desc, x0_ring, x1_ring, w_ring, bars, row, k, slot, width,
-    TRANSPOSED: gl.constexpr, BR: gl.constexpr,
-):
-    if k < width:
-        bar = bars.index(slot)
-        mbarrier.expect(bar, (192 + BR) * 64 * 2)
-        _load(x0_desc, [row, k], bar, x0_ring.index(slot))
-        _load(x1_desc, [row + 128, k], bar, x1_ring.index(slot))
-        if TRANSPOSED:
-            _load(w_desc, [k, 0], bar, w_ring.index(slot))
-        else:
-            _load(w_desc, [0, k], bar, w_ring.index(slot))
-
-
-@gluon.jit
-def _store_rows(
-    acc, out_ptr, bias_ptr, row, rows, rank,
-    layout: gl.constexpr, M: gl.constexpr, BIAS: gl.constexpr, BR: gl.constexpr,
-):
-    o_m = row + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
-    o_r = gl.arange(0, BR, layout=gl.SliceLayout(0, layout))
-    if BIAS:
-        acc += gl.load(bias_ptr + o_r).to(gl.float32)[None, :]
-    p = out_ptr + (o_m.to(gl.int64) * BR)[:, None] + o_r[None, :]
-    gl.store(p, acc.to(out_ptr.dtype.element_ty), mask=(o_m < rows)[:, None])

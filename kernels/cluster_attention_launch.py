@@ -41,7 +41,6 @@ class Config:
     unmix_cols: int
     device: Device
     pdl: bool
-    tall_project: bool
     specialised_project: bool
     specialised_transform: bool
 
@@ -90,7 +89,6 @@ def default_config(
         unmix_cols=256 if big else 128,
         device=device,
         pdl=major >= 9,
-        tall_project=special and tall == 192 and tokens >= 14,
         specialised_project=special and 5 * tiles > 3 * multiprocessors,
         specialised_transform=special and 4 * tiles > multiprocessors,
     )
@@ -130,8 +128,6 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     """
     rows, width = x.shape
     rank = weight.shape[1 if transposed else 0]
-    if config.tall_project:
-        return _project_tall(x, weight, bias, tokens, config, transposed, sums)
     if config.specialised_project:
         return _project_specialised(x, weight, bias, tokens, config, transposed, sums)
     tile = config.project
@@ -175,7 +171,8 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
     out = x.new_empty(rows, rank)
     tiles = -(-rows // 128)
     slots = _slots(_GROUP, rows, tokens)
-    partial = x.new_empty(2 * tiles, slots, width, dtype=torch.float32) if sums else None
+    groups = -(-rows // 64)
+    partial = x.new_empty(groups, slots, width, dtype=torch.float32) if sums else None
     launch(
         _gluon().project_kernel,
         (min(tiles, config.device.multiprocessors),),
@@ -200,39 +197,6 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
         warps=4,
     )
     return out, partial, 64
-
-
-def _project_tall(x, weight, bias, tokens, config, transposed, sums):
-    rows, width = x.shape
-    rank = weight.shape[1 if transposed else 0]
-    out = x.new_empty(rows, rank)
-    tiles = -(-rows // 192)
-    slots = _slots(_TALL, rows, tokens)
-    partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
-    launch(
-        _gluon().project_tall_kernel,
-        (tiles,),
-        config.device,
-        _gluon_desc(x, [128, 64]),
-        _gluon_desc(x, [64, 64]),
-        _gluon_desc(weight, [64, rank] if transposed else [rank, 64]),
-        out,
-        bias,
-        partial,
-        rows,
-        width,
-        rank,
-        tokens,
-        slots,
-        TRANSPOSED=transposed,
-        BIAS=bias is not None,
-        SUMS=sums,
-        STAGES=3,
-        BR=rank,
-        pdl=config.pdl,
-        warps=8,
-    )
-    return out, partial, 192
 
 
 def mix_rows(h, g, mixed, z, config, *, sums):
@@ -319,7 +283,6 @@ def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bia
 
 
 _GROUP = Tile(64, 0, 0, 0, 4, 0)  # the rows of one group of warps
-_TALL = Tile(128, 64, 0, 0, 8, 0)
 
 
 @functools.lru_cache
