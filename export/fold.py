@@ -125,7 +125,9 @@ class FoldedClusterAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = accumulate_dtype(x.dtype)
-        q = F.normalize(x.mean(dim=1, dtype=wide), dim=-1)
+        q = x.mean(dim=1, dtype=wide)
+        # F.normalize, whose expansion of the norm would be an operator of its own.
+        q = q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
         a = (q @ self.centers.to(wide)).softmax(dim=-1).to(x.dtype)
         mixed = (a @ self.transforms).unflatten(1, (self.width, self.width))
         return mixed @ x if self.down is None else self.up(self.down(x) @ mixed)
@@ -294,7 +296,7 @@ def _with_weights(module: nn.Module) -> list[str]:
 def _activations(
     model: nn.Module, example: Tensor, layers: dict[str, nn.Module]
 ) -> dict[str, list[Tensor]]:
-    """What reaches the layers when the model runs on an example; nothing where one is not called."""
+    """What reaches the layers when the model runs on an example; nothing, if one is not called."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keep(name: str):
