@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -86,11 +88,20 @@ class FoldReport:
     def max_error(self) -> float:
         return max((layer.error for layer in self.layers), default=0.0)
 
+    @property
+    def summary(self) -> str:
+        """One line: how many layers of which kind, and the largest error."""
+        if not self.layers:
+            return "no layers to fold"
+        kinds = Counter(row.kind for row in self.layers)
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return f"{counted}; largest error {self.max_error:.1e}"
+
     def to_dict(self) -> dict[str, Any]:
         return {"layers": [asdict(row) for row in self.layers], "dropped": list(self.dropped)}
 
     def __rich__(self) -> Table:
-        table = Table(title=None if self.layers else "no layers to fold")
+        table = Table(title=self.summary, title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("layer", "kind", "folded into"):
             table.add_column(column)
         for column in ("weight change", "error", "measured on"):
