@@ -304,7 +304,7 @@ def verify_bundle(bundle: str | Path, *, speed: bool = True) -> Verification:
     session = onnx_session(bundle / MODEL)
     classes = bool(manifest["labels"])
     expected = tensors["expected"].numpy()
-    parities = compare_onnx(session, images, {"golden samples": expected}, classes)
+    parities = compare_onnx(session, images, {"golden": expected}, classes)
     speeds = {}
     if speed and all(parity.passed for parity in parities):
         for batch in SPEED_BATCHES:
