@@ -252,10 +252,12 @@ def throughput(call: Callable[[], Any], batch: int, seconds: float = 1.0) -> flo
     """Images per second of a function that handles ``batch`` images; the median of its calls."""
     call()
     times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
-        start = time.perf_counter()
+    begin = start = time.perf_counter()
+    while start < begin + seconds or len(times) < 3:
         call()
-        times.append(time.perf_counter() - start)
+        end = time.perf_counter()
+        times.append(end - start)
+        start = end
     return batch / float(np.median(times))
 
 
