@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import errno
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ from fastadapt.files import read_json, sha256_file, write_json, write_tensors, w
 from fastadapt.info import versions
 from fastadapt.preprocess import Preprocess, is_image_file
 
-LABELS, SPLITS, FOLD_REPORT = "labels.txt", "splits.csv", "fold-report.json"
+LABELS, SPLITS = "labels.txt", "splits.csv"
 GOLDEN_SAMPLES = 16
 FEWEST_SAMPLES = max(BATCHES)
 
@@ -159,18 +161,10 @@ def export_run(
             expected = _outputs(model, normalized, batch=8)
             inputs = model_input(pixels.numpy(), preprocessing)
             parities = _gate(folder / MODEL, folded, normalized, inputs, expected, bool(labels))
-        problems = check_problems(parities)
         console.print(parity_table(parities))
-
         write_text(folder / LABELS, "".join(f"{label}\n" for label in labels))
-        write_json(folder / FOLD_REPORT, report.to_dict())
-        names = json.dumps([s.path.name for s in samples], ensure_ascii=False)
-        classes = json.dumps([s.label for s in samples], ensure_ascii=False)
-        write_tensors(
-            folder / GOLDEN,
-            {"images": pixels, "expected": torch.from_numpy(expected)},
-            {"files": names, "labels": classes},
-        )
+        _write_golden(folder / GOLDEN, samples, pixels, expected)
+        problems = check_problems(parities)
         manifest = {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -213,7 +207,19 @@ def _gate(
         outputs = _outputs(folded, normalized, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
     references = {"ONNX Runtime": outputs, "end to end": expected}
-    return parities + compare_onnx(onnx_session(file), inputs, references, classes)
+    try:
+        session = onnx_session(file)
+    except InputError as error:
+        return [*parities, Parity("ONNX Runtime", 0, len(inputs), problems=(str(error),))]
+    return parities + compare_onnx(session, inputs, references, classes)
+
+
+def _write_golden(path: Path, samples: list[_Sample], pixels: Tensor, expected: np.ndarray) -> None:
+    """The images as the model gets them, in uint8, and what the trained model says to them."""
+    files = json.dumps([sample.path.name for sample in samples], ensure_ascii=False)
+    labels = json.dumps([sample.label for sample in samples], ensure_ascii=False)
+    tensors = {"images": pixels, "expected": torch.from_numpy(expected)}
+    write_tensors(path, tensors, {"files": files, "labels": labels})
 
 
 @torch.no_grad()
@@ -310,6 +316,13 @@ def _staging(out: Path) -> Iterator[Path]:
         os.umask(umask)
         folder.chmod(0o777 & ~umask)
         yield folder
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"no space left on the disk of {out.parent.absolute()}: free some and export again. "
+            "Nothing was written."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -337,7 +350,7 @@ def _step(console: Console, what: str) -> Iterator[None]:
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:
-    table = Table(title=f"bundle {out}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"bundle {escape(str(out))}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("file")
     table.add_column("MB", justify="right")
     for name in (*manifest["files"], MANIFEST):

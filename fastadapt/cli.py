@@ -94,6 +94,23 @@ def verify(
         console.print(f"ONNX Runtime, CPU, batch {batch}: {speed:.3g} images/s")
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that is made.")] = Path("demo-out"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier demo's files.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=200, help="Use about this many of the 2,624 images.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 8,
+) -> None:
+    """Run the main job, end to end, on real images of solar cells (some minutes)."""
+    from fastadapt.demo import run
+
+    run(out, overwrite=overwrite, limit=limit, epochs=epochs)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 1, not a traceback."""
     from fastadapt.errors import InputError

@@ -107,8 +107,7 @@ def contents(folder):
 class TestBundle:
     def test_holds_what_deployment_needs(self, made):
         names = {path.name for path in (made / "bundle").iterdir()}
-        expected = {"model.onnx", "labels.txt", "golden.safetensors", "fold-report.json"}
-        assert names == {*expected, "manifest.json"}
+        assert names == {"model.onnx", "labels.txt", "golden.safetensors", "manifest.json"}
         assert (made / "bundle" / "labels.txt").read_text() == "crack\ngood\n"
         assert not [path for path in made.iterdir() if path.name.startswith(".")]
 
@@ -229,6 +228,16 @@ class TestGate:
             export_run(run, tmp_path / "b")
         assert not (tmp_path / "b").exists()
 
+    def test_a_file_that_does_not_load_is_rejected(self, run, tmp_path, monkeypatch):
+        def junk(folded, path, **kwargs):
+            path.write_bytes(b"junk")
+            return {"opset": 20, "inputs": [], "outputs": []}
+
+        monkeypatch.setattr(bundle_step, "export_onnx", junk)
+        with pytest.raises(GateError, match="ONNX Runtime cannot load"):
+            export_run(run, tmp_path / "b")
+        assert (tmp_path / "b.rejected" / "model.onnx").is_file()
+
     def test_outputs_that_do_not_vary_are_refused(self, run, tmp_path, quick):
         image = tmp_path / "same"
         image.mkdir()
@@ -281,7 +290,7 @@ class TestTarget:
         assert command(monkeypatch, "export", run, "--out", tmp_path / "b", "--overwrite") == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "No space left on device" in error
+        assert "no space left on the disk of" in error
         assert contents(tmp_path / "b") == kept
         assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "run"]
 
