@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastadapt import __version__
 from fastadapt.adapt import AdaptedModel
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.errors import InputError
@@ -151,7 +152,7 @@ def export_run(
                 labels=labels,
                 metadata={
                     "preprocessing": preprocessing,
-                    "fastadapt": versions()["fastadapt"],
+                    "fastadapt": __version__,
                     "backbone": config["backbone"]["name"],
                     "run_sha256": source["config_sha256"],
                     "adapter_sha256": source["adapter_sha256"],
@@ -185,6 +186,7 @@ def export_run(
             },
         }
         write_json(folder / MANIFEST, manifest)
+        manifest = read_json(folder / MANIFEST)
         _place(folder, rejected if problems else out)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -205,7 +205,7 @@ def fold_with_report(
             if child in swaps:
                 setattr(parent, key, swaps[child])
     folded = swaps.get(folded, folded)
-    _check_finite(folded, "the model", "its weights")
+    _check_finite(folded, "", "its weights")
 
     layers = {name: new for name, (new, _, _) in changes.items()}
     inputs = {} if example is None else _activations(folded, example, layers)
@@ -218,8 +218,8 @@ def fold_with_report(
         bound = ERROR_BOUNDS[_dtype(new)]
         if not error <= bound:
             raise InputError(
-                f"{name} ({type(layer).__name__}) was folded to {description}, which differs from "
-                f"it by {error:.1e} of its output's scale; at most {bound:.0e} is rounding. "
+                f"{name or 'the model'} ({type(layer).__name__}) was folded to {description}, "
+                f"which differs from it by {error:.1e} of its output's scale; at most {bound:.0e} is rounding. "
                 "Nothing was folded: please report this layer."
             )
         kind = type(layer).__name__
@@ -288,8 +288,8 @@ def _drop_unused(folded: nn.Module) -> list[str]:
     for name, module in list(folded.named_modules()):
         if not isinstance(module, AdaptedModel) or not hasattr(module.backbone, "get_classifier"):
             continue
-        # A feature function of the user's may call anything, the classifier included.
-        if module._feature_fn is not backbones.feature_function(module.backbone, None):
+        # Any other feature function may call the classifier.
+        if module._feature_fn is not backbones._forward_features:
             continue
         before = _with_weights(module.backbone)
         module.backbone.reset_classifier(0)
@@ -312,9 +312,15 @@ def _activations(
 
     def keep(name: str):
         # A copy: what follows may write to it.
-        return lambda _, args: inputs[name].append(args[0].detach().cpu().clone())
+        def hook(_, args, kwargs):
+            inputs[name].append((*args, *kwargs.values())[0].detach().cpu().clone())
 
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(keep(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         model(example)
     finally:
@@ -338,8 +344,8 @@ def _check_finite(module: nn.Module, name: str, what: str) -> None:
         if not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise InputError(
-                f"{name}: {what} are not finite: {key} holds {bad} NaN or infinite values "
-                f"out of {parameter.numel()}. Nothing was folded."
+                f"{name or 'the model'}: {what} are not finite: {key} holds {bad} NaN or infinite "
+                f"values out of {parameter.numel()}. Nothing was folded."
             )
 
 

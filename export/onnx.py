@@ -55,7 +55,7 @@ def export_onnx(
 
     Args:
         folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
-            maps images to one tensor [B, ...]; fp32.
+            maps images to one tensor [B, ...]; fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
         normalize: puts the normalisation into the graph: ``images`` are then RGB in [0, 1].
@@ -73,7 +73,7 @@ def export_onnx(
     path = Path(path)
     model = folded if normalize is None else _WithNormalization(folded, normalize, len(input_size))
     model = model.eval()
-    like = next((p for p in folded.parameters()), torch.empty(0))
+    like = next(folded.parameters(), torch.empty(0))
     model.to(like.device)
     # Seen with a batch of 1, sizes of 1 would be taken for constants.
     example = torch.rand(2, *input_size, device=like.device)

@@ -209,7 +209,8 @@ def onnx_session(path: str | Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise InputError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        name = Path(path).name
+        raise InputError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
 
 
 def run_onnx(session: Any, images: np.ndarray, batch: int) -> np.ndarray:

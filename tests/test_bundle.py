@@ -183,7 +183,7 @@ class TestSources:
             tmp_path / "plain", tmp_path / "b", images=made / "images", backbone=backbone
         )
         assert result.manifest["labels"] == ["0", "1", "2"]
-        assert result.manifest["preprocessing"]["input_size"] == (3, 16, 16)
+        assert result.manifest["preprocessing"]["input_size"] == [3, 16, 16]
         assert verify_bundle(tmp_path / "b", speed=False).passed
 
     def test_images_override_the_split(self, made, run, tmp_path, quick):

@@ -95,18 +95,19 @@ def test_generic_module_without_normalization(tmp_path):
     check_parity(model, onnx_session(tmp_path / "m.onnx"), (3, 12, 12), lambda x: x)
 
 
-class TestFile:
-    @pytest.fixture(scope="class")
-    def file(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("onnx")
-        torch.manual_seed(0)
-        model = fa.fold(fa.adapt(nn.Conv2d(3, 8, 4), fa.AdaptConfig(rank=4, input_size=(3, 8, 8))))
-        metadata = {"backbone": "conv", "preprocessing": {"mean": [0.5]}}
-        export_onnx(
-            model, folder / "m.onnx", input_size=(3, 8, 8), labels=["ä", "b"], metadata=metadata
-        )
-        return folder / "m.onnx"
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx")
+    torch.manual_seed(0)
+    model = fa.fold(fa.adapt(nn.Conv2d(3, 8, 4), fa.AdaptConfig(rank=4, input_size=(3, 8, 8))))
+    metadata = {"backbone": "conv", "preprocessing": {"mean": [0.5]}}
+    export_onnx(
+        model, folder / "m.onnx", input_size=(3, 8, 8), labels=["ä", "b"], metadata=metadata
+    )
+    return folder / "m.onnx"
 
+
+class TestFile:
     def test_is_one_file_and_passes_the_checker(self, file):
         assert [path.name for path in file.parent.iterdir()] == ["m.onnx"]
         onnx.checker.check_model(str(file), full_check=True)

@@ -124,11 +124,12 @@ def write_manifest(folder, **changes):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-class TestVerify:
-    @pytest.fixture(scope="class")
-    def pristine(self, tmp_path_factory):
-        return make_bundle(tmp_path_factory.mktemp("bundle"))
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
 
+
+class TestVerify:
     @pytest.fixture
     def bundle(self, pristine, tmp_path):
         for file in pristine.iterdir():
