@@ -219,7 +219,7 @@ class AdaptedModel(nn.Module):
             )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass: in the adapter, and in the backbone if it can."""
+        """Recompute activations in the backward pass: in adapter and, if it can, backbone."""
         self.grad_checkpointing = enable
         if hasattr(self.backbone, "set_grad_checkpointing"):
             self.backbone.set_grad_checkpointing(enable)

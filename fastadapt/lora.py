@@ -193,6 +193,12 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
         alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", r))
         scaling = _scaling(alpha, r, config.get("use_rslora", False))
         slices[name] = [LoRASlice("all", 0, layer.out_features, r, scaling)]
+    forgotten = sorted(_peft_targets(modules, config) - set(slices))
+    if forgotten:
+        raise InputError(
+            f"{folder} targets {forgotten[0]!r} (target_modules) and has no weights for it: "
+            f"it was trained on another model than this {type(model).__name__}"
+        )
     for key, tensor in plain.items():
         if key not in own:
             raise InputError(
@@ -215,6 +221,19 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
     # Weights that are no longer the pretrained ones: an adapter's checkpoint must carry them.
     model.fastadapt_changed = sorted({*getattr(model, "fastadapt_changed", ()), *plain})
     return list(slices)
+
+
+def _peft_targets(modules: dict[str, nn.Module], config: dict[str, Any]) -> set[str]:
+    """The linear layers that PEFT would adapt here, where its configuration lists them plainly."""
+    targets = config.get("target_modules")
+    narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    if not isinstance(targets, list) or any(config.get(key) for key in narrowed):
+        return set()
+    return {
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and _is_target(name, tuple(targets))
+    }
 
 
 def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
@@ -243,7 +262,7 @@ def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder:
     if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise InputError(
             f"{folder} was initialised with {init}, which also changes the base weights; "
-            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) and load that"
+            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) first"
         )
     for key in tensors:
         if "lora_magnitude_vector" in key:

@@ -1,0 +1,228 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+import fastadapt as fa
+from fastadapt.adapt import AdaptConfig
+
+SMALL = {"rank": 8, "num_centers": 3, "mlp_ratio": 0.5}
+
+# name -> (timm arguments, layout, prefix tokens); the sizes keep one forward under a second
+TIMM = {
+    "vit_tiny_patch16_224": ({"img_size": 64, "depth": 2}, "tokens", 1),
+    "deit3_small_patch16_224": ({"img_size": 64, "depth": 2}, "tokens", 1),
+    "deit_tiny_distilled_patch16_224": ({"img_size": 64, "depth": 2}, "tokens", 2),
+    "vit_small_patch14_reg4_dinov2": ({"img_size": 56, "depth": 2}, "tokens", 5),
+    "eva02_tiny_patch14_224": ({"img_size": 56, "depth": 2}, "tokens", 1),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 64, "depths": (1, 1), "window_size": 4},
+        "channels_last",
+        0,
+    ),
+    "convnext_atto": ({"depths": (1, 1, 1, 1)}, "channels_first", 0),
+    "tf_efficientnet_lite0": ({}, "channels_first", 0),
+    "resnet18": ({}, "channels_first", 0),
+    "mobilenetv3_small_050": ({}, "channels_first", 0),
+}
+
+
+def small_timm(name):
+    kwargs, *_ = TIMM[name]
+    return timm.create_model(name, pretrained=False, num_classes=0, **kwargs)
+
+
+def vit(**kwargs):
+    return timm.create_model("test_vit", pretrained=False, num_classes=0, **kwargs)
+
+
+def clip_tower():
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 2, "width": 32, "patch_size": 8, "image_size": 32, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+
+
+class TestBackbones:
+    @pytest.mark.parametrize("name", TIMM)
+    def test_timm_models(self, name):
+        _, layout, prefix = TIMM[name]
+        backbone = small_timm(name)
+        size = (3, 64, 64) if layout == "channels_first" else None
+        model = fa.adapt(backbone, AdaptConfig(**SMALL, input_size=size), 3)
+        assert model.spec.layout == layout
+        assert model.spec.num_prefix_tokens == prefix
+        x = torch.randn(2, *model.spec.input_size)
+        features = model.backbone_features(x)
+        raw = backbone.forward_features(x)
+        torch.testing.assert_close(features, raw[:, prefix:] if prefix else raw)
+        assert model.forward_features(x).shape == features.shape
+        tokens = features.numel() // 2 // model.spec.dim
+        assert model.spec.num_tokens == tokens
+        logits = model(x)
+        assert logits.shape == (2, 3)
+        logits.sum().backward()
+        assert all(p.grad is None for p in model.backbone.parameters())
+        assert all(p.grad is not None for p in model.adapter.parameters())
+
+    def test_open_clip_tower_and_whole_model(self):
+        clip = clip_tower()
+        x = torch.randn(2, 3, 32, 32)
+        clip.visual.output_tokens = True
+        _, tokens = clip.eval().visual(x)
+        for given in (clip, clip.visual):
+            model = fa.adapt(given, AdaptConfig(**SMALL), 3)
+            assert model.spec.num_tokens == 16
+            torch.testing.assert_close(model.backbone_features(x), tokens)
+        assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+    def test_video_backbone(self):
+        models = pytest.importorskip("torchvision.models.video")
+        video = models.r3d_18(weights=None)
+        trunk = nn.Sequential(*list(video.children())[:-2])
+        model = fa.adapt(trunk, AdaptConfig(**SMALL, input_size=(3, 4, 32, 32)), 2)
+        assert model.spec.layout == "channels_first"
+        assert model(torch.randn(2, 3, 4, 32, 32)).shape == (2, 2)
+        assert model.forward_features(torch.randn(1, 3, 4, 32, 32)).dim() == 5
+
+    def test_any_module_with_a_feature_function(self):
+        module = nn.Sequential(nn.Conv2d(1, 6, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2))
+        config = AdaptConfig(**SMALL, input_size=(1, 16, 16), features=lambda m, x: m[1](m[0](x)))
+        assert fa.adapt(module, config, 2)(torch.randn(3, 1, 16, 16)).shape == (3, 2)
+
+    def test_layout_that_the_shape_does_not_tell(self):
+        module = nn.Conv2d(3, 4, 4, 4)  # [4, 4, 4]: channels, height and width look alike
+        with pytest.raises(fa.InputError, match="channels_first"):
+            fa.adapt(module, AdaptConfig(**SMALL, input_size=(3, 16, 16)), 2)
+        config = AdaptConfig(**SMALL, input_size=(3, 16, 16), layout="channels_first")
+        assert fa.adapt(module, config, 2).spec.dim == 4
+
+    @pytest.mark.parametrize(
+        ("backbone", "config", "says"),
+        [
+            ("vit_base_patch61_224", {}, "vit_base_patch16_224"),
+            (42, {}, "expected a timm name"),
+            (nn.Conv2d(3, 4, 3), {}, "input_size"),
+            (nn.Conv2d(3, 4, 3), {"input_size": (1, 16, 16)}, "does not take an input"),
+            (nn.Flatten(), {"input_size": (3, 8, 8)}, r"shape \(1, 192\).*features"),
+            (nn.Conv2d(3, 4, 3), {"input_size": (3, 8, 8), "features": "tokens"}, "no such method"),
+            (nn.Conv2d(3, 4, 3), {"input_size": (3, 8, 8), "layout": "tokens"}, "does not fit"),
+        ],
+    )
+    def test_bad_backbones_are_explained(self, backbone, config, says):
+        with pytest.raises(fa.InputError, match=says):
+            fa.adapt(backbone, AdaptConfig(**config), 2, pretrained=False)
+
+    def test_weights_of_another_model_name_the_key_and_both_shapes(self, tmp_path):
+        file = tmp_path / "weights.pth"
+        torch.save(timm.create_model("test_vit2").state_dict(), file)
+        with pytest.raises(fa.InputError, match=r"lacks .* tensors|has shape .* expects"):
+            fa.adapt("test_vit", None, 2, weights=str(file))
+        state = timm.create_model("test_vit").state_dict()
+        state["patch_embed.proj.weight"] = torch.zeros(1, 2, 3)
+        torch.save({"state_dict": state}, file)
+        with pytest.raises(fa.InputError, match=r"patch_embed.proj.weight has shape \(1, 2, 3\)"):
+            fa.adapt("test_vit", None, 2, weights=str(file))
+
+
+class TestFreezing:
+    def test_batch_norms_and_dropout_stay_in_eval_after_train(self):
+        model = fa.adapt(
+            timm.create_model("test_resnet", drop_path_rate=0.5), AdaptConfig(**SMALL), 2
+        )
+        before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+        model.train()
+        assert model.adapter.training and model.head.training
+        assert not any(m.training for m in model.backbone.modules())
+        model(torch.randn(2, *model.spec.input_size))
+        after = model.backbone.state_dict()
+        assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+    def test_no_graph_is_kept_of_a_frozen_backbone(self):
+        model = fa.adapt(vit(), AdaptConfig(**SMALL), 2).train()
+        features = model.backbone_features(torch.randn(1, *model.spec.input_size))
+        assert features.grad_fn is None and not features.requires_grad
+
+    def test_stage_two_trains_everything(self):
+        model = (
+            fa.adapt(timm.create_model("test_resnet"), AdaptConfig(**SMALL), 2).train().unfreeze()
+        )
+        assert all(p.requires_grad for p in model.parameters())
+        assert all(m.training for m in model.backbone.modules())
+        model(torch.randn(2, *model.spec.input_size)).sum().backward()
+        assert next(model.backbone.parameters()).grad is not None
+        assert not any(p.requires_grad for p in model.freeze().backbone.parameters())
+
+
+class TestTimmInterface:
+    def test_forward_is_head_of_features(self):
+        model = fa.adapt(vit(), AdaptConfig(**SMALL), 3).eval()
+        x = torch.randn(2, *model.spec.input_size)
+        features = model.forward_features(x)
+        torch.testing.assert_close(model.forward_head(features), model(x))
+        pooled = model.forward_head(features, pre_logits=True)
+        torch.testing.assert_close(pooled, features.mean(1))
+        assert pooled.shape == (2, model.num_features)
+
+    def test_reset_classifier(self):
+        model = fa.adapt(vit().double(), AdaptConfig(**SMALL), 3)
+        model.reset_classifier(7)
+        assert model.get_classifier().weight.shape == (7, model.num_features)
+        assert model.get_classifier().weight.dtype == torch.float64
+        assert model.num_classes == 7
+        model.reset_classifier(0)
+        x = torch.randn(2, *model.spec.input_size, dtype=torch.float64)
+        assert model(x).shape == (2, model.num_features)
+        with pytest.raises(ValueError, match="'token'"):
+            model.reset_classifier(3, "token")
+
+    def test_pretrained_cfg_serves_timm_s_data_functions(self):
+        from timm.data import resolve_model_data_config
+
+        model = fa.adapt(vit(), AdaptConfig(**SMALL), 3)
+        config = resolve_model_data_config(model)
+        assert config["input_size"] == model.spec.input_size
+        assert len(config["mean"]) == 3
+
+    def test_grad_checkpointing_changes_nothing_but_memory(self):
+        model = fa.adapt(vit(), AdaptConfig(**SMALL), 3).train()
+        x = torch.randn(2, *model.spec.input_size)
+        model(x).sum().backward()
+        want = [p.grad.clone() for p in model.adapter.parameters()]
+        model.zero_grad()
+        model.set_grad_checkpointing()
+        assert model.backbone.grad_checkpointing
+        model(x).sum().backward()
+        for p, grad in zip(model.adapter.parameters(), want, strict=True):
+            torch.testing.assert_close(p.grad, grad)
+
+    def test_compiles_whole(self):
+        model = fa.adapt(vit(), AdaptConfig(**SMALL), 3).eval()
+        x = torch.randn(2, *model.spec.input_size)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x))
+
+    def test_token_mode_takes_its_size_from_the_backbone(self):
+        model = fa.adapt(vit(), AdaptConfig(**SMALL, mode="token"), 3)
+        n = model.spec.num_tokens
+        assert model.adapter.blocks[0].attn.transforms.shape == (3, n, n)
+
+    def test_no_adapter_is_a_linear_probe(self):
+        model = fa.adapt(vit(), AdaptConfig(adapter="none"), 3)
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trainable == ["head.weight", "head.bias"]
+
+
+def test_settings_survive_json():
+    config = AdaptConfig(depth=2, input_size=(3, 32, 32), lora=fa.LoRAConfig(r=4, parts="qv"))
+    assert AdaptConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(fa.InputError, match="'colour'"):
+        AdaptConfig.from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"), [({"adapter": "lora"}, "'lora'"), ({"input_size": (32, 32)}, r"\(32, 32\)")]
+)
+def test_impossible_settings_are_refused(kwargs, says):
+    with pytest.raises(fa.InputError, match=says):
+        AdaptConfig(**kwargs)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+import fastadapt as fa
+from tests.upstream import UpstreamPost
+
+SIZES = {"depth": 2, "num_centers": 5, "rank": 6, "mlp_ratio": 2.0}
+
+
+def adapter(dim=8, **kwargs):
+    return fa.CLAdapter(dim, **{**SIZES, **kwargs})
+
+
+def from_upstream(upstream, dim=8):
+    ours = adapter(dim)
+    ours.load_state_dict(fa.convert_cladapter_state_dict(upstream.state_dict(), part="adapter"))
+    return ours
+
+
+def test_equals_upstream_to_fp32_rounding():
+    upstream = UpstreamPost(8, depth=2, centers=5, rank=6, mlp_ratio=2.0)
+    x = torch.randn(3, 7, 8)
+    torch.testing.assert_close(from_upstream(upstream)(x), upstream(x), rtol=1e-5, atol=1e-5)
+    # What is left is rounding: in fp64 it is gone.
+    exact = from_upstream(upstream).double()(x.double())
+    torch.testing.assert_close(exact, upstream.double()(x.double()), rtol=1e-12, atol=1e-12)
+
+
+def test_maps_and_volumes_are_their_tokens():
+    layer = adapter()
+    for spatial in [(3, 4), (2, 3, 4)]:
+        x = torch.randn(2, 8, *spatial)
+        tokens = layer(x.flatten(2).transpose(1, 2))
+        want = tokens.transpose(1, 2).unflatten(2, spatial)
+        torch.testing.assert_close(layer(x), want)
+        last = adapter(channels_last=True)
+        last.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(last(x.movedim(1, -1)), want.movedim(1, -1))
+
+
+def test_token_mode_mixes_tokens():
+    layer = fa.ClusterAttention(8, num_centers=3, mode="token", num_tokens=5)
+    assert [name for name, _ in layer.named_parameters()] == ["centers", "transforms"]
+    assert layer.transforms.shape == (3, 5, 5)
+    x = torch.randn(2, 5, 8)
+    a = fa.kernels.center_attention(x, layer.centers)
+    mixed = torch.einsum("bk,knm->bnm", a, layer.transforms)
+    torch.testing.assert_close(layer(x), mixed @ x)
+    with pytest.raises(ValueError, match=r"4 tokens.*made for 5"):
+        layer(x[:, :4])
+
+
+def test_compiles_whole_and_under_autocast():
+    layer, x = adapter(), torch.randn(2, 7, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_every_parameter_gets_a_gradient():
+    layer = adapter()
+    layer(torch.randn(2, 7, 8)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+def test_reset_draws_anew():
+    layer = adapter()
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    layer.reset_parameters()
+    same = [name for name, p in layer.named_parameters() if torch.equal(p, before[name])]
+    assert all("norm" in name or "ln_" in name for name in same)
+
+
+def test_repr_is_short_and_says_the_sizes():
+    assert "dim=8" in repr(adapter())
+    assert "rank=6, mode=channel" in repr(adapter())
+    assert "num_tokens=5" in repr(fa.ClusterAttention(8, mode="token", num_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: fa.CLAdapter(8, depth=0), "depth is 0"),
+        (lambda: fa.CLAdapter(8, mlp_ratio=0.01), "mlp_ratio is 0.01"),
+        (lambda: fa.CLAdapter(8, rank=0), "rank is 0"),
+        (lambda: fa.ClusterAttention(8, mode="tokens"), "mode is 'tokens'"),
+        (lambda: fa.ClusterAttention(8, mode="token"), "needs num_tokens"),
+        (lambda: adapter()(torch.randn(2, 8)), r"shape \(2, 8\)"),
+        (lambda: adapter()(torch.randn(2, 4, 3, 3)), "4 channels in dimension 1.*dim=8"),
+    ],
+)
+def test_bad_input_is_named(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -1,0 +1,91 @@
+import errno
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastadapt import files
+from fastadapt.errors import InputError
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    target = tmp_path / "result.txt"
+    files.write_text(target, "old")
+    with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_no_debris(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise files_error
+
+    import safetensors.torch
+
+    files_error = Exception("Error while serializing: I/O error: No space left on device")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
+    target = tmp_path / "result.txt"
+    files.write_text(target, "old")
+    code = (
+        "import os, sys; from fastadapt import files\n"
+        "with files.atomic_path(sys.argv[1]) as t:\n"
+        "    t.write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert target.read_text() == "old"
+
+
+def test_results_are_as_readable_as_other_files(tmp_path):
+    files.write_text(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_tensors_round_trip_whatever_their_strides(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    files.write_tensors(tmp_path / "t", {"a": base.t(), "b": base[1:]}, {"note": "x"})
+    tensors, metadata = files.read_tensors(tmp_path / "t")
+    assert torch.equal(tensors["a"], base.t()) and torch.equal(tensors["b"], base[1:])
+    assert metadata == {"note": "x"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("{", "no valid JSON"), ("[1]", "expected an object")]
+)
+def test_bad_json(tmp_path, content, says):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(InputError, match=says):
+        files.read_json(tmp_path / "c.json")
+    with pytest.raises(InputError, match="does not exist"):
+        files.read_json(tmp_path / "d.json")
+
+
+def test_hash_depends_on_values_names_and_shapes_only(tmp_path):
+    a = {"x": torch.arange(6.0).view(2, 3), "y": torch.zeros(2, dtype=torch.bfloat16)}
+    same = {"y": a["y"].clone(), "x": torch.arange(6.0).view(3, 2).t().contiguous().view(2, 3)}
+    same["x"] = torch.arange(6.0).view(2, 3).t().contiguous().t()
+    assert files.sha256_tensors(a) == files.sha256_tensors(same)
+    assert files.sha256_tensors(a) != files.sha256_tensors(a | {"x": a["x"].view(3, 2)})
+    assert files.sha256_tensors(a) != files.sha256_tensors({"z": a["x"], "y": a["y"]})
+
+
+def test_state_dicts_are_unpacked_and_anything_else_refused(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "a.pth")
+    assert set(files.read_state_dict(tmp_path / "a.pth")) == {"w"}
+    torch.save([1, 2], tmp_path / "b.pth")
+    with pytest.raises(InputError, match="no state dict"):
+        files.read_state_dict(tmp_path / "b.pth")
+    with pytest.raises(InputError, match="does not exist"):
+        files.read_state_dict(tmp_path / "c.pth")
