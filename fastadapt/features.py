@@ -260,7 +260,12 @@ def _write_features(
     """Computes and writes every view; False if fp16 cannot hold a value."""
     views, count, tokens, dim = shape
     dtype = torch.float16 if fp16 else torch.float32
-    _check_space(path.parent, views * count * tokens * dim * dtype.itemsize)
+    needed = views * count * tokens * dim * dtype.itemsize
+    free = _check_space(path.parent, needed)
+    progress.console.print(
+        f"computing features ({name}): {views * count} images, {_size(needed)} on disk "
+        f"of {_size(free)} free"
+    )
     batch_size = BATCH_SIZE if images.device.type == "cpu" else GPU_BATCH_SIZE
     order = np.arange(count)
     task = progress.add_task(f"features ({name})", total=views * count, unit="images", note="")
@@ -306,16 +311,22 @@ def as_tokens(model: AdaptedModel, features: Tensor) -> Tensor:
     return features.flatten(1, -2)
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def _check_space(folder: Path, needed: int) -> int:
+    """Free bytes. Raises InputError if they are fewer than ``needed``."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"the cached features need {needed / 2**30:.1f} GiB, but {folder} has "
-            f"{free / 2**30:.1f} GiB free: give another --out, fewer --views, or --no-cache to "
+            f"the cached features need {_size(needed)}, but {folder} has "
+            f"{_size(free)} free: give another --out, fewer --views, or --no-cache to "
             "compute them anew in each epoch"
         )
+    return free
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

@@ -37,7 +37,7 @@ def progress_bars(quiet: bool = False) -> Progress:
 
     ``progress.console`` is for lines that stay.
     """
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
+from rich.table import Table
 from torch import nn
 
 from fastadapt.adapt import AdaptConfig, adapt
@@ -186,6 +187,24 @@ def train(
         finally:
             if not existed:
                 remove_if_empty(out)
+
+
+def summary_table(result: TrainResult) -> Table:
+    """The result, for the terminal."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("kept", f"epoch {result.best['epoch']} of stage {result.best['stage']}")
+    for split in ("val", "test"):
+        if split in result.results:
+            scores = result.results[split]
+            table.add_row(
+                split,
+                f"accuracy {scores['accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f} "
+                f"({scores['images']} images)",
+            )
+    table.add_row("run", str(result.out))
+    return table
 
 
 def parse_device(name: str) -> torch.device:

@@ -254,13 +254,12 @@ class Trainer:
     def _check_finite(self, loss: float, epoch: int, where: str) -> None:
         if math.isfinite(loss):
             return
-        stage = self.state.stage
-        option = "--lr" if stage == 1 else "--lr2"
+        stage, option = self.state.stage, "--lr" if self.state.stage == 1 else "--lr2"
+        _, peak, _ = self.config.of_stage(stage)
         kept = f"{STATE} keeps the epoch before" if self.state.history else "no epoch was completed"
         raise InputError(
-            f"the loss is {loss} in stage {stage}, epoch {epoch}, {where}: start anew (--overwrite) "
-            f"with a lower {option} (it is {self.config.of_stage(stage)[1]:g}), --clip-grad 1 or "
-            f"--amp off; {kept}"
+            f"the loss is {loss} in stage {stage}, epoch {epoch}, {where}: start anew with a lower "
+            f"{option} (it is {peak:g}), with --clip-grad 1, or with --amp off; {kept}"
         )
 
 
