@@ -241,14 +241,14 @@ def train(
             quiet=quiet,
         )
     except KeyboardInterrupt:
-        again = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
-        kept = (out / "state.safetensors").is_file()
-        again.append("--resume" if kept else "--overwrite" if overwrite else "")
-        print(
-            f"\nfastadapt: interrupted; {'all but' if kept else 'nothing before'} the epoch under "
-            f"way is kept. Continue: fastadapt {shlex.join(a for a in again if a)}",
-            file=sys.stderr,
-        )
+        again = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        if (out / "state.safetensors").is_file():
+            said = "the epochs before this one are kept. Continue"
+            again.append("--resume")
+        else:
+            said = "no epoch was completed. Start again"
+            again += ["--overwrite"] if overwrite else []
+        print(f"\nfastadapt: interrupted; {said}: fastadapt {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
     if not quiet:
         from rich.console import Console

@@ -187,7 +187,7 @@ def cached_source(
         InputError: the features do not fit on the disk, or are not finite.
         OSError: the disk got full; the unfinished file is removed.
     """
-    path = folder / f"{cache_key(model, images, settings)}.npy"
+    path = folder.absolute() / f"{cache_key(model, images, settings)}.npy"
     probe = next(images.batches(np.arange(1), None, 1))[0]
     with torch.inference_mode(), autocast():
         shape = tuple(model.backbone_features(probe).shape[1:])

@@ -17,6 +17,7 @@ from torch import nn
 from fastadapt.adapt import AdaptConfig, adapt
 from fastadapt.augment import check_augment
 from fastadapt.checkpoint import backbone_fingerprint, save_adapter
+from fastadapt.data import SPLITS as SPLIT_ORDER
 from fastadapt.data import Dataset, find_unreadable, first_few, read_dataset
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
@@ -150,6 +151,10 @@ def train(
             **images.to_dict(),
             **asdict(config),
         }
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
+        say(f"{len(dataset.classes)} classes, images: {counts}")
+        say(f"{model.source['name']} on {target}: {trainable:,} parameters train in stage 1")
         state = State()
         if resume and (out / STATE).is_file():
             state, then = load_state(out / STATE)
@@ -270,6 +275,7 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
     write_metrics(out, state.history)
     plot_curves(state.history, out / CURVES, state.best)
     write_json(out / RESULTS, results)
+    trainer.remove_unused_caches()
     # What it holds is in the files above, but for the optimizer's moments.
     (out / STATE).unlink(missing_ok=True)
     return TrainResult(out, best, results)

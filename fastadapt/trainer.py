@@ -19,7 +19,7 @@ from fastadapt.adapt import AdaptedModel
 from fastadapt.checkpoint import trained_state
 from fastadapt.data import Dataset
 from fastadapt.errors import InputError
-from fastadapt.features import CacheSettings, ImageSource, Source, cached_source
+from fastadapt.features import CacheSettings, FeatureSource, ImageSource, Source, cached_source
 from fastadapt.metrics import classification_metrics
 from fastadapt.preprocess import Preprocess
 from fastadapt.runfolder import CACHE, STATE, State, save_state, write_metrics
@@ -90,6 +90,14 @@ class Trainer:
         predictions = logits.argmax(1).numpy()
         metrics = classification_metrics(source.labels, predictions, self.dataset.classes)
         return {"loss": loss, **metrics}
+
+    def remove_unused_caches(self) -> None:
+        """Features that an earlier run in the same folder computed with other settings."""
+        sources = self._sources.values()
+        used = {Path(s.features.filename) for s in sources if isinstance(s, FeatureSource)}
+        for path in (self.out / CACHE).glob("*.npy"):
+            if path.absolute() not in used:
+                path.unlink()
 
     def _run_stage(self, stage: int) -> None:
         state, config = self.state, self.config
