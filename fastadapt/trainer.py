@@ -94,9 +94,13 @@ class Trainer:
     def remove_unused_caches(self) -> None:
         """Features that an earlier run in the same folder computed with other settings."""
         sources = self._sources.values()
-        used = {Path(s.features.filename) for s in sources if isinstance(s, FeatureSource)}
+        used = {
+            Path(s.features.filename).resolve() for s in sources if isinstance(s, FeatureSource)
+        }
+        if self.cached and not used:
+            return  # resumed in stage 2: stage 1's are unknown here
         for path in (self.out / CACHE).glob("*.npy"):
-            if path.absolute() not in used:
+            if path.resolve() not in used:
                 path.unlink()
 
     def _run_stage(self, stage: int) -> None:

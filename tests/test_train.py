@@ -266,6 +266,15 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_has_a_result(tmp_path, 
     assert (out / "adapter.safetensors").read_bytes() != old
 
 
+def test_only_features_in_use_stay_in_the_cache(tmp_path, data):
+    run(data, tmp_path / "run")
+    first = {path.name for path in (tmp_path / "run" / "cache").iterdir()}
+    run(data, tmp_path / "run", replace(QUICK, feature_dtype="fp32"), overwrite=True)
+    second = {path.name for path in (tmp_path / "run" / "cache").iterdir()}
+    assert len(first) == len(second) == 2
+    assert not first & second
+
+
 def test_full_disk_keeps_the_epoch_before(tmp_path, data, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
