@@ -1,4 +1,7 @@
-"""Pictures of a training run: curves and confusion matrices."""
+"""Pictures of a training run: curves and confusion matrices.
+
+Figures are made without pyplot: no global state, no window system.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fastadapt.files import atomic_path
 
@@ -21,12 +26,35 @@ def plot_curves(
         path: of the PNG, written whole or not at all.
         best: index of the epoch that was kept; marked if given.
     """
-    # Figure instead of pyplot: no global state, no window system.
-    from matplotlib.figure import Figure
-
-    epochs = np.arange(1, len(history) + 1)
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    loss, score = figure.subplots(1, 2)
+    draw_curves(*figure.subplots(1, 2), history, best)
+    save_figure(figure, path)
+
+
+def plot_confusion(
+    confusion: Sequence[Sequence[int]],
+    classes: Sequence[str],
+    path: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """A confusion matrix as a PNG; arguments as for :func:`draw_confusion`."""
+    size = min(max(4.0, 1.5 + 0.6 * len(classes)), 20.0)
+    figure = Figure(figsize=(size + 1, size), dpi=120, layout="constrained")
+    draw_confusion(figure.subplots(), confusion, classes, title)
+    save_figure(figure, path)
+
+
+def draw_curves(
+    loss: Axes, score: Axes, history: Sequence[dict[str, Any]], best: int | None = None
+) -> None:
+    """Draws losses on one axes, validation accuracy and macro-F1 on another.
+
+    Args:
+        loss, score: axes to draw on.
+        history: the lines of ``metrics.jsonl``.
+        best: index of the epoch that was kept; marked if given.
+    """
+    epochs = np.arange(1, len(history) + 1)
     marker = "o" if len(history) <= 30 else None
     for axes, keys in (
         (loss, {"train_loss": "training", "val_loss": "validation"}),
@@ -39,7 +67,7 @@ def plot_curves(
             axes.axvline(first + 0.5, color="0.5", linestyle="--", linewidth=1)
             axes.annotate(
                 f" stage {history[first]['stage']}",
-                (first + 0.5, 0.02),
+                (first + 0.5, 0.95),
                 xycoords=("data", "axes fraction"),
                 color="0.4",
             )
@@ -51,52 +79,39 @@ def plot_curves(
         axes.legend()
     loss.set_ylabel("loss")
     score.set_ylabel("validation score")
-    _save(figure, path)
 
 
-def plot_confusion(
-    confusion: Sequence[Sequence[int]],
-    classes: Sequence[str],
-    path: str | os.PathLike,
-    title: str = "",
+def draw_confusion(
+    axes: Axes, confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str = ""
 ) -> None:
-    """A confusion matrix as a PNG: counts, coloured by the share of the true class.
+    """Draws a confusion matrix: counts, coloured by the share of the true class.
 
     Args:
+        axes: to draw on.
         confusion: [K, K], true class in rows, predicted class in columns.
         classes: K names.
-        path: of the PNG, written whole or not at all.
         title: above the picture.
     """
-    from matplotlib.figure import Figure
-
     counts = np.asarray(confusion)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = min(max(4.0, 1.5 + 0.6 * len(classes)), 20.0)
-    figure = Figure(figsize=(size + 1, size), dpi=120, layout="constrained")
-    axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class")
+    axes.figure.colorbar(image, ax=axes, label="share of the true class")
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    if len(classes) <= 20:
-        for row, column in np.ndindex(*counts.shape):
-            axes.text(
-                column,
-                row,
-                counts[row, column],
-                ha="center",
-                va="center",
-                color="white" if share[row, column] > 0.5 else "black",
-            )
-    _save(figure, path)
+    if len(classes) > 20:
+        return  # the numbers would not be legible
+    for row, column in np.ndindex(*counts.shape):
+        color = "white" if share[row, column] > 0.5 else "black"
+        text = {"ha": "center", "va": "center", "color": color}
+        axes.text(column, row, counts[row, column], **text)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _stage_begins(history: Sequence[dict[str, Any]], index: int) -> bool:
     return history[index]["stage"] != history[index - 1]["stage"]
-
-
-def _save(figure, path: str | os.PathLike) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")

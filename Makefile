@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo   install, then adapt, fold, export and verify a real model (about 6 minutes)"
+	@echo "make test   install with the test extras, then linters and the whole CPU test suite"
+	@echo "make clean  remove the virtual environment and what the demo wrote"
+
+demo: $(VENV)/.demo
+	$(BIN)/fastadapt demo --out demo-out --overwrite
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A stamp for each set of extras: a second run installs nothing.
+$(VENV)/.demo: pyproject.toml | $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fastadapt needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	       "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) demo-out
