@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from fastadapt.cli_train import train
+
 app = typer.Typer(
     name="fastadapt",
     help="Adapt frozen vision models to small scientific data sets, and ship the result.",
@@ -34,6 +36,9 @@ def info() -> None:
     from fastadapt.info import environment_table
 
     Console().print(environment_table())
+
+
+app.command()(train)
 
 
 @app.command()
