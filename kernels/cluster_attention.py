@@ -20,6 +20,7 @@ from fastadapt.kernels.dispatch import (
     compute_dtype,
     on_device,
     why_not_device,
+    without_autocast,
 )
 
 
@@ -135,7 +136,7 @@ def _launch():
 
 
 def _forward(x, *rest) -> tuple[Tensor, ...]:
-    with on_device(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), without_autocast(x):
         y, saved = _launch().forward(x, *rest)
     return (y, *saved)
 
@@ -143,7 +144,7 @@ def _forward(x, *rest) -> tuple[Tensor, ...]:
 def _backward(g, needs, x, centers, transforms, down_weight, down_bias, up_weight, up_bias, *saved):
     h, mixed, state = saved
     biases = [None if bias is None else bias.dtype for bias in (down_bias, up_bias)]
-    with on_device(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), without_autocast(x):
         return _launch().backward(
             g, x, h, mixed, state, centers, transforms, down_weight, up_weight, biases, needs
         )

@@ -416,9 +416,7 @@ def transform_kernel(
 @gluon.jit
 def _copy_mix(
     h_desc,
-    g_desc,
     t_desc,
-    tt_desc,
     h_smem,
     ring,
     h_full,
@@ -428,37 +426,30 @@ def _copy_mix(
     rows,
     tokens,
     tiles,
-    FORWARD: gl.constexpr,
-    BACKWARD: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
     STAGES: gl.constexpr,
     BR: gl.constexpr,
 ):
-    jobs: gl.constexpr = FORWARD + BACKWARD
     slot = 0
     phase = 1
     h_phase = 1
-    for item in range(gl.program_id(0), tiles * jobs, gl.num_programs(0)):
-        row = item // jobs * 128
-        forward = FORWARD and (not BACKWARD or item % 2 == 0)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row = tile * 128
         mbarrier.wait(h_empty, h_phase)
         h_phase ^= 1
         mbarrier.expect(h_full, 128 * BR * 2)
-        for half in gl.static_range(2):
-            if forward:
-                _load(h_desc, [row + half * 64, 0], h_full, h_smem.index(half))
-            else:
-                _load(g_desc, [row + half * 64, 0], h_full, h_smem.index(half))
+        _load(h_desc, [row, 0], h_full, h_smem.index(0))
+        _load(h_desc, [row + 64, 0], h_full, h_smem.index(1))
         end = gl.minimum(row + 128, rows) - 1
         for n in range(0, BR, 64):
             for sample in range(row // tokens, end // tokens + 1):
                 full = full_bars.index(slot)
                 mbarrier.wait(empty_bars.index(slot), phase)
                 mbarrier.expect(full, 64 * BR * 2)
-                if forward:
-                    _load(t_desc, [sample * BR, n], full, ring.index(slot))
+                if TRANSPOSED:
+                    _load(t_desc, [sample * BR + n, 0], full, ring.index(slot))
                 else:
-                    t = _view(ring.index(slot), t_desc.dtype, [64, BR], tt_desc.layout)
-                    _load(tt_desc, [sample * BR + n, 0], full, t)
+                    _load(t_desc, [sample * BR, n], full, ring.index(slot))
                 slot += 1
                 if slot == STAGES:
                     slot = 0
@@ -469,8 +460,6 @@ def _copy_mix(
 def _multiply_mix(
     group: gl.constexpr,
     z_desc,
-    gh_desc,
-    tt_desc,
     sums_ptr,
     h_smem,
     z_smem,
@@ -482,14 +471,11 @@ def _multiply_mix(
     rows,
     tokens,
     tiles,
-    FORWARD: gl.constexpr,
-    BACKWARD: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
     SUMS: gl.constexpr,
     STAGES: gl.constexpr,
     BR: gl.constexpr,
 ):
-    jobs: gl.constexpr = FORWARD + BACKWARD
-    dtype: gl.constexpr = tt_desc.dtype
     layout: gl.constexpr = _accumulator_layout(64)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
@@ -497,27 +483,24 @@ def _multiply_mix(
     slot = 0
     phase = 0
     h_phase = 0
-    for item in range(gl.program_id(0), tiles * jobs, gl.num_programs(0)):
-        tile_row = item // jobs * 128
-        forward = FORWARD and (not BACKWARD or item % 2 == 0)
-        row = tile_row + group * 64
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row = tile * 128 + group * 64
         first = row // tokens
         last = (gl.minimum(row + 64, rows) - 1) // tokens
-        end = gl.minimum(tile_row + 128, rows) - 1
+        tile_last = (gl.minimum(tile * 128 + 128, rows) - 1) // tokens
         mbarrier.wait(h_full, h_phase)
         h_phase ^= 1
-        a = h_smem.index(group).load(gl.DotOperandLayout(0, layout, 2))
+        h = h_smem.index(group).load(gl.DotOperandLayout(0, layout, 2))
         mbarrier.arrive(h_empty, count=1)
         for n in range(0, BR, 64):
             z = zeros
-            for sample in range(tile_row // tokens, end // tokens + 1):
+            for sample in range(tile * 128 // tokens, tile_last + 1):
                 mbarrier.wait(full_bars.index(slot), phase)
                 if (sample >= first) & (sample <= last):
-                    if forward:
-                        acc = warpgroup_mma(a, ring.index(slot), zeros, use_acc=False)
-                    else:
-                        tt = _view(ring.index(slot), dtype, [64, BR], tt_desc.layout)
-                        acc = warpgroup_mma(a, tt.permute((1, 0)), zeros, use_acc=False)
+                    t = ring.index(slot)
+                    if TRANSPOSED:
+                        t = t.permute((1, 0))
+                    acc = warpgroup_mma(h, t, zeros, use_acc=False)
                     z = gl.where(((row + o_m) // tokens == sample)[:, None], acc, z)
                 mbarrier.arrive(empty_bars.index(slot), count=1)
                 slot += 1
@@ -525,45 +508,37 @@ def _multiply_mix(
                     slot = 0
                     phase ^= 1
             if SUMS:
-                if not forward:
-                    unit = gl.cast(item // jobs * 2 + group, gl.int64)
-                    gl.store(sums_ptr + unit * BR + n + o_n, gl.sum(z, 0))
+                unit = gl.cast(tile * 2 + group, gl.int64)
+                gl.store(sums_ptr + unit * BR + n + o_n, gl.sum(z, 0))
             tma.store_wait(0)
-            z_smem.index(group).store(z.to(dtype))
+            z_smem.index(group).store(z.to(z_desc.dtype))
             fence_async_shared()
-            if forward:
-                _store(z_desc, [row, n], z_smem.index(group))
-            else:
-                _store(gh_desc, [row, n], z_smem.index(group))
+            _store(z_desc, [row, n], z_smem.index(group))
     tma.store_wait(0)
 
 
 @gluon.jit
 def mix_rows_kernel(
     h_desc,  # [rows, R], blocks of [64, BR]
-    g_desc,  # [rows, R], blocks of [64, BR]
-    t_desc,  # [B·R, R], blocks of [BR, 64]
-    tt_desc,  # the same, blocks of [64, BR]
-    z_desc,  # [rows, R], blocks of [64, 64]: h @ T_b
-    gh_desc,  # [rows, R], blocks of [64, 64]: g @ T_bᵀ; may be g itself
-    sums_ptr,  # [2 * tiles, R] fp32: column sums of gh
+    t_desc,  # [B·R, R], blocks of [BR, 64], or for T_bᵀ of [64, BR]
+    z_desc,  # [rows, R], blocks of [64, 64]: h @ T_b or h @ T_bᵀ; may be h itself
+    sums_ptr,  # [2 * tiles, R] fp32: column sums of z
     rows,
     tokens,
     tiles,
-    FORWARD: gl.constexpr,
-    BACKWARD: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
     SUMS: gl.constexpr,
     STAGES: gl.constexpr,
     BR: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """Both products with T_b that the backward needs, one row tile of each in turn."""
+    """The first half of `transform` alone, as the backward needs it."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     dtype: gl.constexpr = t_desc.dtype
     h_smem = gl.allocate_shared_memory(dtype, [2, 64, BR], h_desc.layout)
-    ring = gl.allocate_shared_memory(dtype, [STAGES, BR, 64], t_desc.layout)
+    ring = gl.allocate_shared_memory(dtype, [STAGES] + t_desc.block_type.shape, t_desc.layout)
     z_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], z_desc.layout)
     h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     h_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -577,78 +552,9 @@ def mix_rows_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (
-                _multiply_mix,
-                (
-                    0,
-                    z_desc,
-                    gh_desc,
-                    tt_desc,
-                    sums_ptr,
-                    h_smem,
-                    z_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    tiles,
-                    FORWARD,
-                    BACKWARD,
-                    SUMS,
-                    STAGES,
-                    BR,
-                ),
-            ),
-            (
-                _multiply_mix,
-                (
-                    1,
-                    z_desc,
-                    gh_desc,
-                    tt_desc,
-                    sums_ptr,
-                    h_smem,
-                    z_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    tiles,
-                    FORWARD,
-                    BACKWARD,
-                    SUMS,
-                    STAGES,
-                    BR,
-                ),
-            ),
-            (
-                _copy_mix,
-                (
-                    h_desc,
-                    g_desc,
-                    t_desc,
-                    tt_desc,
-                    h_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    tiles,
-                    FORWARD,
-                    BACKWARD,
-                    STAGES,
-                    BR,
-                ),
-            ),
+            (_multiply_mix, (0, z_desc, sums_ptr, h_smem, z_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles, TRANSPOSED, SUMS, STAGES, BR)),
+            (_multiply_mix, (1, z_desc, sums_ptr, h_smem, z_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles, TRANSPOSED, SUMS, STAGES, BR)),
+            (_copy_mix, (h_desc, t_desc, h_smem, ring, h_full, h_empty, full_bars, empty_bars, rows, tokens, tiles, TRANSPOSED, STAGES, BR)),
         ],
         [4, 1],
         [232, 40],

@@ -199,43 +199,30 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
     return out, partial, 64
 
 
-def mix_rows(h, g, mixed, z, config, *, sums):
-    """z = h @ T_b into ``z`` and g = g @ T_bᵀ in place, each unless it is ``None``.
+def mix_rows(h, batch, mixed, z, config, *, transposed=False, sums=False):
+    """z = h @ T_b, or h @ T_bᵀ; ``z`` may be ``h``, since a program keeps to its own rows.
 
     Returns:
-        The column sums of the new g over row tiles, [tiles, R] fp32, or ``None``.
+        The column sums of z over row tiles, [tiles, R] fp32, or ``None``.
     """
-    batch, rank, _ = mixed.shape
-    rows = (h if g is None else g).shape[0]
     if not config.specialised_transform:
-        if z is not None:
-            transform(h, batch, config, mixed=mixed, z=z)
-        if g is None:
-            return None
-        # A program reads and writes its own rows only: the result can take the place of g.
-        return transform(g, batch, config, mixed=mixed, t_transposed=True, z=g, sums=sums)[1]
+        args = {"mixed": mixed, "t_transposed": transposed, "z": z, "sums": sums}
+        return transform(h, batch, config, **args)[1]
+    rows, rank = h.shape
     tiles = -(-rows // 128)
-    t = mixed.view(-1, rank)
-    partial = t.new_empty(2 * tiles, rank, dtype=torch.float32) if sums else None
-    in_z, out_z = (g, g) if z is None else (h, z)
-    in_g, out_g = (h, z) if g is None else (g, g)
-    items = tiles * ((z is not None) + (g is not None))
+    partial = h.new_empty(2 * tiles, rank, dtype=torch.float32) if sums else None
     launch(
         _gluon().mix_rows_kernel,
-        (min(items, config.device.multiprocessors),),
+        (min(tiles, config.device.multiprocessors),),
         config.device,
-        _gluon_desc(in_z, [64, rank]),
-        _gluon_desc(in_g, [64, rank]),
-        _gluon_desc(t, [rank, 64]),
-        _gluon_desc(t, [64, rank]),
-        _gluon_desc(out_z, [64, 64]),
-        _gluon_desc(out_g, [64, 64]),
+        _gluon_desc(h, [64, rank]),
+        _gluon_desc(mixed.view(-1, rank), [64, rank] if transposed else [rank, 64]),
+        _gluon_desc(z, [64, 64]),
         partial,
         rows,
         rows // batch,
         tiles,
-        FORWARD=z is not None,
-        BACKWARD=g is not None,
+        TRANSPOSED=transposed,
         SUMS=sums,
         STAGES=4,
         BR=rank,
@@ -688,12 +675,13 @@ def backward(
             need_a=need_a,
         )
         del d_mixed
-    z = torch.empty_like(h) if need_up else None
-    if need_up or need_gh:
-        down_sums = mix_rows(h, gz if need_gh else None, mixed, z, config, sums=need_down_bias)
     if need_up:
+        z = torch.empty_like(h)
+        mix_rows(h, batch, mixed, z, config)
         d_up = torch.mm(g.t(), z)
         del z
+    if need_gh:
+        down_sums = mix_rows(gz, batch, mixed, gz, config, transposed=True, sums=need_down_bias)
     if need_down:
         d_down = torch.mm(gz.t(), _pad(x, 1).view(-1, padded))
     if need_a:

@@ -78,8 +78,9 @@ def project_kernel(
     # The samples in this tile; the first column of programs writes their sums, the others none.
     present = (tl.minimum(row + BM0 + BM1, rows) - 1) // tokens - first + 1
     present = tl.where(col == 0, present, 0)
-    p_sums = sums_ptr + (tile.to(tl.int64) * slots + o_s[None, :]) * width
-    m_sums = o_s[None, :] < present
+    if SUMS:
+        p_sums = sums_ptr + (tile.to(tl.int64) * slots + o_s[None, :]) * width
+        m_sums = o_s[None, :] < present
     for k in range(0, width, BK):
         x0 = x0_desc.load([row, k])
         w = w_desc.load([k, col]) if TRANSPOSED else w_desc.load([col, k]).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 
@@ -42,14 +41,7 @@ def choose_backend(backend: str, why_not_triton: str | None) -> str:
     return backend
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def why_not_device(x: torch.Tensor) -> str | None:
@@ -57,10 +49,10 @@ def why_not_device(x: torch.Tensor) -> str | None:
 
     Under ``TRITON_INTERPRET=1`` they run on the CPU, to be tested there.
     """
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "triton is not installed"
     if x.device.type == "cuda":
-        major, minor = _capability(x.device.index)
+        major, minor = torch.cuda.get_device_capability(x.device.index)
         return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -72,6 +64,13 @@ def on_device(x: torch.Tensor):
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def without_autocast(x: torch.Tensor):
+    """Switches autocast off where it is on; entering its context costs as much as a launch."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
