@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.kernels import cluster_attention_triton as kernels
-from fastadapt.kernels.launch import Descriptor, Device, block, device_of, launch
+from fastadapt.kernels.launch import (
+    Descriptor,
+    Device,
+    block,
+    device_of,
+    gluon_descriptor,
+    launch,
+)
 
 
 @dataclass(frozen=True)
@@ -177,9 +184,9 @@ def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
         _gluon().project_kernel,
         (min(tiles, config.device.multiprocessors),),
         config.device,
-        _gluon_desc(x, [64, 64]),
-        _gluon_desc(weight, [64, rank] if transposed else [rank, 64]),
-        _gluon_desc(out, [64, rank]),
+        gluon_descriptor(x, [64, 64]),
+        gluon_descriptor(weight, [64, rank] if transposed else [rank, 64]),
+        gluon_descriptor(out, [64, rank]),
         bias,
         partial,
         rows,
@@ -215,9 +222,9 @@ def mix_rows(h, batch, mixed, z, config, *, transposed=False, sums=False):
         _gluon().mix_rows_kernel,
         (min(tiles, config.device.multiprocessors),),
         config.device,
-        _gluon_desc(h, [64, rank]),
-        _gluon_desc(mixed.view(-1, rank), [64, rank] if transposed else [rank, 64]),
-        _gluon_desc(z, [64, 64]),
+        gluon_descriptor(h, [64, rank]),
+        gluon_descriptor(mixed.view(-1, rank), [64, rank] if transposed else [rank, 64]),
+        gluon_descriptor(z, [64, 64]),
         partial,
         rows,
         rows // batch,
@@ -246,10 +253,10 @@ def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bia
         _gluon().transform_kernel,
         (min(tiles, config.device.multiprocessors),),
         config.device,
-        _gluon_desc(h, [64, rank]),
-        _gluon_desc(t, [rank, 64]),
-        _gluon_desc(weight, [rank, 64] if w_transposed else [64, rank]),
-        _gluon_desc(y, [64, 64]),
+        gluon_descriptor(h, [64, rank]),
+        gluon_descriptor(t, [rank, 64]),
+        gluon_descriptor(weight, [rank, 64] if w_transposed else [64, rank]),
+        gluon_descriptor(y, [64, 64]),
         bias,
         rows,
         tokens,
@@ -280,18 +287,6 @@ def _gluon():
     except (ImportError, AttributeError):
         return None
     return cluster_attention_gluon
-
-
-@functools.lru_cache
-def _gluon_layout(block: tuple[int, int], dtype: torch.dtype):
-    from triton.experimental.gluon import language as gl
-
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for(list(block), element)
-
-
-def _gluon_desc(t: Tensor, box: list[int]) -> Descriptor:
-    return Descriptor(t, box, _gluon_layout(tuple(box), t.dtype))
 
 
 def attend(sums, centers, tokens, tile_rows, batch, config):

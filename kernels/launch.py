@@ -55,6 +55,19 @@ class Descriptor:
         return GluonDescriptor(*args, self.layout)
 
 
+@functools.cache
+def _gluon_layout(box: tuple[int, ...], dtype: torch.dtype):
+    from triton.experimental.gluon import language as gl
+
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(box), element)
+
+
+def gluon_descriptor(t: Tensor, box: list[int]) -> Descriptor:
+    """A descriptor of a half-precision tensor for a Gluon kernel."""
+    return Descriptor(t, box, _gluon_layout(tuple(box), t.dtype))
+
+
 _compiled: dict[tuple, tuple | None] = {}
 
 
