@@ -37,7 +37,7 @@ def run(quick: bool = False, tune: bool = False) -> dict:
         times = {}
         with _backend("reference"):
             times["compiled"] = _times(torch.compile(block, dynamic=False), batch, tokens, width)
-        with _backend("triton"):
+        with _backend("auto"):
             times["ours"] = _times(block, batch, tokens, width)
         row = {"B × N × C": f"{batch} × {tokens} × {width}"}
         for i, part in enumerate(("forward", "forward + backward")):

@@ -141,13 +141,10 @@ def _forward(x, *rest) -> tuple[Tensor, ...]:
     return (y, *saved)
 
 
-def _backward(g, needs, x, centers, transforms, down_weight, down_bias, up_weight, up_bias, *saved):
-    h, mixed, state = saved
-    biases = [None if bias is None else bias.dtype for bias in (down_bias, up_bias)]
-    with on_device(x), without_autocast(x):
-        return _launch().backward(
-            g, x, h, mixed, state, centers, transforms, down_weight, up_weight, biases, needs
-        )
+def _backward(g, needs, args, saved: list[Tensor]):
+    """``saved`` is emptied, so that each of its tensors goes as soon as it has been used."""
+    with on_device(g), without_autocast(g):
+        return _launch().backward(g, needs, args, saved)
 
 
 class _Function(torch.autograd.Function):
@@ -160,7 +157,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        return _backward(g, ctx.needs_input_grad, *ctx.saved_tensors)
+        args, saved = ctx.saved_tensors[:-_SAVED], list(ctx.saved_tensors[-_SAVED:])
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        return _backward(g, ctx.needs_input_grad, args, saved)
 
 
 @torch.library.custom_op("fastadapt::cluster_attention", mutates_args=())
@@ -204,7 +203,7 @@ def _backward_op(
     saved: list[Tensor],
 ) -> list[Tensor]:
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    grads = _backward(g, needs, *args, *saved)
+    grads = _backward(g, needs, args, list(saved))
     return [grad for grad in grads if grad is not None]
 
 

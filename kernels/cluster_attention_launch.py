@@ -618,49 +618,51 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
     return _unpad(y, width).view(batch, tokens, width), (h, mixed, state)
 
 
-def backward(
-    g, x, h, mixed, state, centers, transforms, down_weight, up_weight, bias_dtypes, needs
-):
+def backward(g, needs, args, saved):
     """Gradients of ``forward`` in the order of its arguments, ``None`` where ``needs`` has none.
 
     Args:
         g: [B, N, C], the gradient of y.
-        h, mixed, state: as ``forward`` returned them.
-        bias_dtypes: of down_bias and up_bias.
         needs: seven booleans.
+        args: of ``forward``.
+        saved: what it returned beside y, as a list; it is emptied.
     """
+    x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
     centers = centers.contiguous()
     transforms = transforms.contiguous()
     if down_weight is None or x.dtype == torch.float32:
-        return _backward_unfused(
-            g,
-            x,
-            h,
-            mixed,
-            state,
-            centers,
-            transforms,
-            down_weight,
-            up_weight,
-            bias_dtypes,
-            needs,
-        )
+        args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+        return _backward_unfused(g, needs, args, saved)
     need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
     need_a = need_x or need_centers
-    need_gh = need_x or need_down or need_down_bias
     batch, tokens, width = x.shape
     rank = down_weight.shape[0]
     config = config_for(x, rank)
     g = _pad(g, 1)
     padded = g.shape[2]
     g = g.view(-1, padded)
-    dx = d_transforms = d_down = d_up = da = ds = dq = down_sums = None
+    dx = d_transforms = d_down = d_up = gh = da = ds = dq = down_sums = None
 
+    # In an order that lets every intermediate go before the next large one comes.
+    h, mixed, state = saved
+    saved.clear()
+    if need_up:
+        z = torch.empty_like(h)
+        mix_rows(h, batch, mixed, z, config)
+        d_up = torch.mm(g.t(), z)
+        del z
     gz, up_sums, _ = project(
         g, _pad(up_weight, 2), None, g.shape[0], config, transposed=True, sums=need_up_bias
     )
+    if need_x or need_down or need_down_bias:
+        gh = torch.empty_like(gz)
+        down_sums = mix_rows(gz, batch, mixed, gh, config, transposed=True, sums=need_down_bias)
+    del mixed
+    if need_down:
+        d_down = torch.mm(gh.t(), _pad(x, 1).view(-1, padded))
     if need_a or need_transforms:
         d_mixed = outer(h, gz, batch, config)
+        del h, gz
         d_transforms, da = unmix(
             d_mixed,
             state,
@@ -670,20 +672,11 @@ def backward(
             need_a=need_a,
         )
         del d_mixed
-    if need_up:
-        z = torch.empty_like(h)
-        mix_rows(h, batch, mixed, z, config)
-        d_up = torch.mm(g.t(), z)
-        del z
-    if need_gh:
-        down_sums = mix_rows(gz, batch, mixed, gz, config, transposed=True, sums=need_down_bias)
-    if need_down:
-        d_down = torch.mm(gz.t(), _pad(x, 1).view(-1, padded))
     if need_a:
         ds, dq = unattend(da, state, centers, tokens, config, need_x=need_x)
     d_centers = torch.empty_like(centers) if need_centers else None
-    d_down_bias = g.new_empty(rank, dtype=bias_dtypes[0]) if need_down_bias else None
-    d_up_bias = g.new_empty(width, dtype=bias_dtypes[1]) if need_up_bias else None
+    d_down_bias = torch.empty_like(down_bias) if need_down_bias else None
+    d_up_bias = torch.empty_like(up_bias) if need_up_bias else None
     if need_centers or need_down_bias or need_up_bias:
         up_sums = None if up_sums is None else _unpad(up_sums.flatten(0, 1), width)
         down_sums = None if down_sums is None else _unpad(down_sums, rank)
@@ -701,7 +694,7 @@ def backward(
         )
     if need_x:
         dx, _ = transform(
-            gz,
+            gh,
             batch,
             config,
             weight=_pad(down_weight, 2),
@@ -732,9 +725,10 @@ def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, 
     return F.linear(torch.bmm(h, mixed), up_weight, up_bias), (h.flatten(0, 1), mixed, state)
 
 
-def _backward_unfused(
-    g, x, h, mixed, state, centers, transforms, down_weight, up_weight, bias_dtypes, needs
-):
+def _backward_unfused(g, needs, args, saved):
+    x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
+    h, mixed, state = saved
+    saved.clear()
     need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
     need_a = need_x or need_centers
     batch, tokens, _ = x.shape
@@ -747,12 +741,12 @@ def _backward_unfused(
         if need_up:
             d_up = g.flatten(0, 1).t() @ torch.bmm(h, mixed).flatten(0, 1)
         if need_up_bias:
-            d_up_bias = g.sum((0, 1)).to(bias_dtypes[1])
+            d_up_bias = g.sum((0, 1)).to(up_bias.dtype)
         gh = torch.bmm(gz, mixed.transpose(1, 2))
         if need_down:
             d_down = gh.flatten(0, 1).t() @ x.flatten(0, 1)
         if need_down_bias:
-            d_down_bias = gh.sum((0, 1)).to(bias_dtypes[0])
+            d_down_bias = gh.sum((0, 1)).to(down_bias.dtype)
     if need_a or need_transforms:
         d_mixed = torch.bmm(g, x.mT) if down_weight is None else torch.bmm(h.mT, gz)
         d_transforms, da = unmix(

@@ -181,7 +181,8 @@ def attend_kernel(
     s = dots / (tl.maximum(q_norm, NORM_EPS) * tl.maximum(c_norm, NORM_EPS))
     e = tl.where(m_k, tl.exp(s - 1.0), 0.0)  # a cosine: 1 bounds it, no running maximum needed
     o_a = sample.to(tl.int64) * num_centers + o_k
-    tl.store(state_ptr + o_a, e / tl.sum(e, 0), mask=m_k)
+    # Rounded properly: one center gets exactly 1, and its gradient is exactly 0.
+    tl.store(state_ptr + o_a, tl.div_rn(e, tl.sum(e, 0)), mask=m_k)
     tl.store(s_ptr + o_a, s, mask=m_k)
     tl.store(q_norm_ptr + sample, q_norm)
     if sample == 0:

@@ -67,6 +67,8 @@ def assert_as_exact_as_pytorch(args, g, function=None):
     eps = torch.finfo(args[0].dtype).eps
     for name, mine, theirs, exact in zip(names, ours, reference, truth, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, name
+        if not torch.isfinite(theirs).all():
+            continue  # beyond fp16's range in PyTorch as well
         error, limit = relative_error(mine, exact), relative_error(theirs, exact)
         # Few values have a lucky rounding; half an ulp more is within any format's promise.
         assert error <= 2 * limit + eps / 2, f"{name}: {error:.2e}, PyTorch {limit:.2e}"
