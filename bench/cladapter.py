@@ -35,6 +35,7 @@ def run(quick: bool = False, tune: bool = False) -> dict:
         block = CLAdapterBlock(width, mlp_ratio=4.0, num_centers=CENTERS, rank=RANK)
         block = block.to("cuda", DTYPE)
         times = {}
+        torch.compiler.reset()
         with _backend("reference"):
             times["compiled"] = _times(torch.compile(block, dynamic=False), batch, tokens, width)
         with _backend("auto"):

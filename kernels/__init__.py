@@ -6,7 +6,6 @@ from fastadapt.kernels.cluster_attention import (
     cluster_attention_reference,
 )
 from fastadapt.kernels.dispatch import BackendError
-from fastadapt.kernels.mlp import residual_mlp, residual_mlp_reference
 from fastadapt.kernels.quaternion_linear import (
     quaternion_linear,
     quaternion_linear_reference,
@@ -21,6 +20,4 @@ __all__ = [
     "quaternion_linear",
     "quaternion_linear_reference",
     "quaternion_matrix",
-    "residual_mlp",
-    "residual_mlp_reference",
 ]

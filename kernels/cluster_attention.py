@@ -125,8 +125,6 @@ def cluster_attention(
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
 # less on the way.
 
-_SAVED = 3  # h, T_b, and a, q, norms packed
-
 
 def _launch():
     """The launchers: Triton is imported with the first call."""
@@ -157,7 +155,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        args, saved = ctx.saved_tensors[:-_SAVED], list(ctx.saved_tensors[-_SAVED:])
+        *args, h, mixed, state = ctx.saved_tensors
+        saved = [h, mixed, state]
+        del h, mixed, state
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         return _backward(g, ctx.needs_input_grad, args, saved)
 
@@ -220,9 +220,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_backward(ctx, g, *_):
-    args, saved = ctx.saved_tensors[:-_SAVED], ctx.saved_tensors[-_SAVED:]
+    *args, h, mixed, state = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
-    grads = iter(_backward_op(g, needs, *args, list(saved)))
+    grads = iter(_backward_op(g, needs, *args, [h, mixed, state]))
     return tuple(next(grads) if need else None for need in needs)
 
 

@@ -538,7 +538,7 @@ def mix_rows_kernel(
         gdc_launch_dependents()
     dtype: gl.constexpr = t_desc.dtype
     h_smem = gl.allocate_shared_memory(dtype, [2, 64, BR], h_desc.layout)
-    ring = gl.allocate_shared_memory(dtype, [STAGES] + t_desc.block_type.shape, t_desc.layout)
+    ring = gl.allocate_shared_memory(dtype, [STAGES] + t_desc.block_type.shape, t_desc.layout)  # noqa: RUF005
     z_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], z_desc.layout)
     h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     h_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -756,7 +756,7 @@ def project_kernel(
     dtype: gl.constexpr = x_desc.dtype
     hot_layout: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
     x_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], x_desc.layout)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
     hot_smem = gl.allocate_shared_memory(dtype, [2, 64, 16], hot_layout)
     out_smem = gl.allocate_shared_memory(dtype, [2, 64, BR], out_desc.layout)
     full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -81,7 +81,10 @@ def default_config(
     if tiles * 2 <= multiprocessors:
         project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
         transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
-    expand = Tile(128, 0, 64, 64, 8, 3) if big and tiles * 2 > multiprocessors else transform
+    if big and tokens >= 16 and tiles * 2 > multiprocessors:
+        expand = Tile(128, 0, 64, 64, 8, 3)
+    else:  # many samples to a tile, or a large rank: their tables take shared memory, too
+        expand = Tile(64, 0, 32, 64, transform.warps, 2)
     half = min(block_rank, 128)
     outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
     # Gluon's kernels have fixed tiles: 128 rows, 64 columns, all of R.
@@ -649,7 +652,7 @@ def backward(g, needs, args, saved):
     if need_up:
         z = torch.empty_like(h)
         mix_rows(h, batch, mixed, z, config)
-        d_up = torch.mm(g.t(), z)
+        d_up = _weight_gradient(g, z)
         del z
     gz, up_sums, _ = project(
         g, _pad(up_weight, 2), None, g.shape[0], config, transposed=True, sums=need_up_bias
@@ -659,7 +662,7 @@ def backward(g, needs, args, saved):
         down_sums = mix_rows(gz, batch, mixed, gh, config, transposed=True, sums=need_down_bias)
     del mixed
     if need_down:
-        d_down = torch.mm(gh.t(), _pad(x, 1).view(-1, padded))
+        d_down = _weight_gradient(gh, _pad(x, 1).view(-1, padded))
     if need_a or need_transforms:
         d_mixed = outer(h, gz, batch, config)
         del h, gz
@@ -710,6 +713,13 @@ def backward(g, needs, args, saved):
     if d_up is not None:
         d_up = d_up[:width, :rank].contiguous()
     return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
+
+
+def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """gᵀ @ x. cuBLAS may add up parts of a long sum in half precision unless asked for fp32."""
+    if g.device.type != "cuda":
+        return torch.mm(g.t(), x)
+    return torch.mm(g.t(), x, out_dtype=torch.float32).to(g.dtype)
 
 
 def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):

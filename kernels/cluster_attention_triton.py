@@ -171,14 +171,14 @@ def attend_kernel(
             p_q = ((first + o_t).to(tl.int64) * slots + slot) * width
             m_q = (o_t < tiles)[:, None] & m_c[None, :]
             q += tl.sum(tl.load(sums_ptr + p_q[:, None] + o_c[None, :], mask=m_q, other=0.0), 0)
-        q = q / tokens
+        q = tl.div_rn(q, tl.cast(tokens, tl.float32))
         tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
         dots += tl.sum(q[:, None] * centers, 0)
         c_square += tl.sum(centers * centers, 0)
         q_square += q * q
-    q_norm = tl.sqrt(tl.sum(q_square, 0))
-    c_norm = tl.sqrt(c_square)
-    s = dots / (tl.maximum(q_norm, NORM_EPS) * tl.maximum(c_norm, NORM_EPS))
+    q_norm = tl.sqrt_rn(tl.sum(q_square, 0))
+    c_norm = tl.sqrt_rn(c_square)
+    s = tl.div_rn(dots, tl.maximum(q_norm, NORM_EPS) * tl.maximum(c_norm, NORM_EPS))
     e = tl.where(m_k, tl.exp(s - 1.0), 0.0)  # a cosine: 1 bounds it, no running maximum needed
     o_a = sample.to(tl.int64) * num_centers + o_k
     # Rounded properly: one center gets exactly 1, and its gradient is exactly 0.
@@ -497,7 +497,7 @@ def unattend_kernel(
         # Below eps F.normalize divides by a constant: no derivative through the norm there.
         along = tl.where(q_norm >= NORM_EPS, tl.sum(ds * s, 0), 0.0)
         q_norm = tl.maximum(q_norm, NORM_EPS)
-        ds_c = ds / c_norm
+        ds_c = tl.div_rn(ds, c_norm)
         for c in range(0, width, BC):
             o_c = c + tl.arange(0, BC)
             m_c = o_c < width

@@ -7,7 +7,6 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadapt.kernels import residual_mlp
 from fastadapt.layers.cluster_attention import ClusterAttention
 
 
@@ -38,9 +37,7 @@ class CLAdapterBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.ln_1(x))
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        # x + self.mlp(self.ln_2(x))
-        return residual_mlp(self.ln_2(x), x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return x + self.mlp(self.ln_2(x))
 
 
 class CLAdapter(nn.Module):
