@@ -70,8 +70,10 @@ def assert_as_exact_as_pytorch(args, g, function=None):
         if not torch.isfinite(theirs).all():
             continue  # beyond fp16's range in PyTorch as well
         error, limit = relative_error(mine, exact), relative_error(theirs, exact)
-        # Few values have a lucky rounding; half an ulp more is within any format's promise.
-        assert error <= 2 * limit + eps / 2, f"{name}: {error:.2e}, PyTorch {limit:.2e}"
+        # PyTorch can be lucky with few values. The centers' gradient hangs on B·K of them.
+        values = args[0].shape[0] * args[1].shape[1] if name == "centers" else exact.numel()
+        slack = 2 * eps if values < 1000 else 1e-7
+        assert error <= 2 * limit + slack, f"{name}: {error:.2e}, PyTorch {limit:.2e}"
 
 
 @pytest.fixture
