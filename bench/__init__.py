@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-# Name to module; a module has `run(quick, tune) -> {"tables": {title: rows}, "notes": [...]}`.
+# Name to module; a module has `run(quick) -> {"tables": {title: rows}, "notes": [...]}`.
 BENCHMARKS = {
     "cluster_attention": "fastadapt.bench.cluster_attention",
     "cladapter": "fastadapt.bench.cladapter",
@@ -20,15 +20,17 @@ def run(
     Args:
         names: keys of ``BENCHMARKS``.
         quick: fewer shapes.
-        tune: try other launch configurations first, and keep the best for later programs.
+        tune: not there yet; launch configurations follow a rule.
         json_out: write the results there, and as Markdown beside it.
 
     Returns:
         An exit code: 0, or 1 if a kernel's result was wrong.
 
     Raises:
-        ValueError: no such benchmark.
+        ValueError: no such benchmark, or ``tune``.
     """
+    if tune:
+        raise ValueError("--tune is not there yet: launch configurations follow a rule")
     for name in names:
         if name not in BENCHMARKS:
             known = ", ".join(BENCHMARKS)
@@ -45,7 +47,7 @@ def run(
     results = {"environment": harness.environment(), "benchmarks": {}}
     wrong = False
     for name in names:
-        result = importlib.import_module(BENCHMARKS[name]).run(quick=quick, tune=tune)
+        result = importlib.import_module(BENCHMARKS[name]).run(quick=quick)
         wrong |= bool(result.get("wrong"))
         results["benchmarks"][name] = result
         for title, rows in result["tables"].items():

@@ -25,7 +25,7 @@ def _backend(name: str):
             os.environ["FASTADAPT_BACKEND"] = before
 
 
-def run(quick: bool = False, tune: bool = False) -> dict:
+def run(quick: bool = False) -> dict:
     """Times every shape; see :func:`fastadapt.bench.run`."""
     rows = []
     for batch, tokens, width in SHAPES:

@@ -52,7 +52,7 @@ def upstream_formulation(x, centers, transforms, down_weight, down_bias, up_weig
     return F.linear(h @ mixed, up_weight, up_bias)
 
 
-def run(quick: bool = False, tune: bool = False) -> dict:
+def run(quick: bool = False) -> dict:
     """Times every shape; see :func:`fastadapt.bench.run`."""
     ours = _with_backend_triton
     forward, backward, eager, wrong = [], [], [], []

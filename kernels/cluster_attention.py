@@ -84,6 +84,12 @@ def cluster_attention(
 
     Channel mode with ``down_weight`` and ``up_weight``, token mode without (all four ``None``).
 
+    In half precision the Triton backend fuses the products of channel mode; in fp32 and in token
+    mode they are PyTorch's (TF32 where PyTorch allows it) and attention and mixing are Triton's.
+    For the backward it saves, beside the arguments, the down-projected tokens [B, N, R] (channel
+    mode), the mixed transforms [B, R, R] and fp32 vectors of B·(C + 2K) numbers. Only gradients
+    that are asked for are computed. There is no second derivative.
+
     Args:
         x: [B, N, C] tokens; fp64, fp32, bf16 or fp16. Any strides.
         centers: [C, K] cluster centers.

@@ -328,7 +328,8 @@ def mix(state, transforms, batch, dtype, config):
     num_centers = transforms.shape[0]
     size = transforms[0].numel()
     mixed = transforms.new_empty(batch, *transforms.shape[1:], dtype=dtype)
-    bb = min(64, block(batch))
+    # With few samples and many centers, Triton 3.6 gave NaN from a tile of 16 (fp16, 128 centers).
+    bb = min(64, block(batch)) if num_centers <= 32 else 64
     bs = 256 if dtype != torch.float32 else 64
     flat = mixed.view(batch, size)
     aligned = size * mixed.element_size() % 16 == 0
@@ -490,7 +491,8 @@ def unmix(d_mixed, state, transforms, config, *, need_transforms, need_a):
     d_transforms = torch.empty_like(transforms) if need_transforms else None
     da = state.new_empty(programs, batch, num_centers) if need_a else None
     flat = d_mixed.view(batch, size)
-    bb = min(config.unmix_rows if d_mixed.dtype != torch.float32 else 32, block(batch))
+    rows = config.unmix_rows if d_mixed.dtype != torch.float32 else 32
+    bb = min(rows, block(batch)) if num_centers <= 32 else rows
     aligned = size * flat.element_size() % 16 == 0
     launch(
         kernels.unmix_kernel,
@@ -641,9 +643,6 @@ def backward(g, needs, args, saved):
     batch, tokens, width = x.shape
     rank = down_weight.shape[0]
     config = config_for(x, rank)
-    g = _pad(g, 1)
-    padded = g.shape[2]
-    g = g.view(-1, padded)
     dx = d_transforms = d_down = d_up = gh = da = ds = dq = down_sums = None
 
     # In an order that lets every intermediate go before the next large one comes.
@@ -652,8 +651,9 @@ def backward(g, needs, args, saved):
     if need_up:
         z = torch.empty_like(h)
         mix_rows(h, batch, mixed, z, config)
-        d_up = _weight_gradient(g, z)
+        d_up = torch.mm(g.reshape(-1, width).t(), z)
         del z
+    g = _pad(g, 1).flatten(0, 1)
     gz, up_sums, _ = project(
         g, _pad(up_weight, 2), None, g.shape[0], config, transposed=True, sums=need_up_bias
     )
@@ -662,7 +662,7 @@ def backward(g, needs, args, saved):
         down_sums = mix_rows(gz, batch, mixed, gh, config, transposed=True, sums=need_down_bias)
     del mixed
     if need_down:
-        d_down = _weight_gradient(gh, _pad(x, 1).view(-1, padded))
+        d_down = torch.mm(gh.t(), x.reshape(-1, width))
     if need_a or need_transforms:
         d_mixed = outer(h, gz, batch, config)
         del h, gz
@@ -709,17 +709,10 @@ def backward(g, needs, args, saved):
     if d_transforms is not None:
         d_transforms = _unpad(d_transforms, rank, 2)
     if d_down is not None:
-        d_down = d_down[:rank, :width].contiguous()
+        d_down = d_down[:rank].contiguous()
     if d_up is not None:
-        d_up = d_up[:width, :rank].contiguous()
+        d_up = d_up[:, :rank].contiguous()
     return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
-
-
-def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
-    """gᵀ @ x. cuBLAS may add up parts of a long sum in half precision unless asked for fp32."""
-    if g.device.type != "cuda":
-        return torch.mm(g.t(), x)
-    return torch.mm(g.t(), x, out_dtype=torch.float32).to(g.dtype)
 
 
 def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):

@@ -190,6 +190,14 @@ def attend_kernel(
 
 
 @triton.jit
+def _add(acc, lost, value):
+    """Kahan's sum: ``lost`` carries what rounding took, for sums over many samples."""
+    value -= lost
+    total = acc + value
+    return total, (total - acc) - value
+
+
+@triton.jit
 def _dot_split(a, b, acc):
     """a @ b with an fp32 ``a`` in two parts of b's dtype, the high bits and what they leave."""
     if b.dtype == tl.float32:
@@ -422,6 +430,7 @@ def unmix_kernel(
         if NEED_A:
             t = tl.load(transforms_ptr + o_t, mask=m_ks, other=0.0).to(dtype)
         acc = tl.zeros((BS, BK), tl.float32)
+        lost = tl.zeros((BS, BK), tl.float32)
         for b in range(0, batch, BB):
             o_b = b + tl.arange(0, BB)
             if g_desc is None:
@@ -435,7 +444,7 @@ def unmix_kernel(
             if NEED_T:
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)
                 if dtype == tl.float32:
-                    acc = tl.dot(g.T, a, acc, input_precision="ieee")
+                    acc, lost = _add(acc, lost, tl.dot(g.T, a, input_precision="ieee"))
                 else:
                     high = a.to(dtype)
                     low = (a - high.to(tl.float32)).to(dtype)
@@ -546,7 +555,9 @@ def reduce_kernel(
             o_k = tl.arange(0, BK)
             m_k = o_k < num_centers
             acc = tl.zeros((BC, BK), tl.float32)
+            lost = tl.zeros((BC, BK), tl.float32)
             along = tl.zeros((BB, BK), tl.float32)
+            along_lost = tl.zeros((BB, BK), tl.float32)
             for b in range(0, batch, BB):
                 o_b = b + tl.arange(0, BB)
                 m_b = o_b < batch
@@ -556,9 +567,10 @@ def reduce_kernel(
                 o_a = o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
                 m_a = m_b[:, None] & m_k[None, :]
                 ds = tl.load(ds_ptr + o_a, mask=m_a, other=0.0)
-                along += ds * tl.load(s_ptr + o_a, mask=m_a, other=0.0)
+                s = tl.load(s_ptr + o_a, mask=m_a, other=0.0)
+                along, along_lost = _add(along, along_lost, ds * s)
                 q = q / tl.maximum(q_norm, NORM_EPS)[:, None]
-                acc = tl.dot(q.T, ds, acc, input_precision="ieee")
+                acc, lost = _add(acc, lost, tl.dot(q.T, ds, input_precision="ieee"))
             c_norm = tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0)
             along = tl.where(c_norm >= NORM_EPS, tl.sum(along, 0), 0.0)
             c_norm = tl.maximum(c_norm, NORM_EPS)[None, :]
