@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fastadapt.cli_train import train
 
 app = typer.Typer(
     name="fastadapt",
@@ -33,6 +36,26 @@ def info() -> None:
     from fastadapt.info import environment_table
 
     Console().print(environment_table())
+
+
+app.command()(train)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that is made.")] = Path("demo-out"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier demo's files.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=200, help="Use about this many of the 2,624 images.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 8,
+) -> None:
+    """Run the main job, end to end, on real images of solar cells (some minutes)."""
+    from fastadapt.demo import run
+
+    run(out, overwrite=overwrite, limit=limit, epochs=epochs)
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from fastadapt.errors import InputError
 
 EXTENSIONS = frozenset(Image.registered_extensions())
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = tuple(filter_.name.lower() for filter_ in Image.Resampling)
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
@@ -94,6 +96,15 @@ class Preprocess:
             raise InputError(f"input_size is {result.input_size}; image files need (3, H, W)")
         if not 0 < result.crop_pct <= 1:
             raise InputError(f"crop_pct is {result.crop_pct}; expected more than 0, at most 1")
+        if result.crop_mode not in CROP_MODES:
+            raise InputError(
+                f"crop_mode is {result.crop_mode!r}; expected one of {', '.join(CROP_MODES)}"
+            )
+        if result.interpolation not in INTERPOLATIONS:
+            raise InputError(
+                f"interpolation is {result.interpolation!r}; "
+                f"expected one of {', '.join(INTERPOLATIONS)}"
+            )
         return result
 
     def to_dict(self) -> dict[str, Any]:

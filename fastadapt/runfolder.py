@@ -1,0 +1,158 @@
+"""The folder of a training run: what may be in it, and the state that a run resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastadapt.checkpoint import CONFIG, WEIGHTS
+from fastadapt.errors import InputError
+from fastadapt.files import read_json, read_tensors, write_tensors, write_text
+
+STATE = "state.safetensors"
+SPLITS = "splits.csv"
+LABELS = "labels.txt"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+CURVES = "curves.png"
+CACHE = "cache"
+OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, CURVES, CACHE}
+
+
+@dataclass
+class State:
+    """Where a run stands after an epoch.
+
+    Attributes:
+        stage, epoch: the last epoch that was completed, both from 1; epoch 0 before the first.
+        history: one dictionary per completed epoch, as in ``metrics.jsonl``.
+        best: index into ``history`` of the epoch that is kept so far; None before the first.
+        model: trained tensors after that epoch.
+        best_model: trained tensors of the epoch that is kept.
+        optimizer: state of the optimizer, by parameter index and name.
+        scaler: state of the gradient scaler (fp16 only).
+    """
+
+    stage: int = 1
+    epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: int | None = None
+    model: dict[str, Tensor] = field(default_factory=dict)
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
+    """One safetensors file, whole or not there; numbers are JSON in its metadata."""
+    tensors = {f"model.{name}": t for name, t in state.model.items()}
+    tensors |= {f"best.{name}": t for name, t in state.best_model.items()}
+    for index, values in state.optimizer.items():
+        tensors |= {f"optimizer.{index}.{name}": t for name, t in values.items()}
+    numbers = {key: getattr(state, key) for key in ("stage", "epoch", "history", "best", "scaler")}
+    metadata = {"state": json.dumps(numbers), "settings": json.dumps(settings)}
+    write_tensors(path, tensors, metadata)
+
+
+def load_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """What :func:`save_state` wrote: the state and the settings of its run."""
+    tensors, metadata = read_tensors(path)
+    try:
+        state = State(**json.loads(metadata["state"]))
+        settings = json.loads(metadata["settings"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise InputError(
+            f"{path} is no training state that this version can read: start anew with --overwrite"
+        ) from None
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            state.optimizer.setdefault(int(index), {})[key] = tensor
+        else:
+            (state.model if kind == "model" else state.best_model)[rest] = tensor
+    return state, settings
+
+
+def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses an output folder that a new or resumed run must not write to.
+
+    Raises:
+        InputError: ``out`` is a file, holds something else, or a run, without ``resume`` or
+            ``overwrite``; there is nothing to resume.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one of them")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; --out expects a folder")
+    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    found = {name for name in found if not name.endswith(".tmp")}
+    foreign = sorted(found - OURS)
+    if foreign and not found & {CONFIG, STATE}:
+        raise InputError(
+            f"{out} holds other files, {foreign[0]!r} for one: give a new or empty folder as --out"
+        )
+    if resume:
+        if not out.is_dir():
+            raise InputError(f"{out} does not exist, so there is no run to resume")
+        return
+    if overwrite:
+        return
+    if STATE in found:
+        raise InputError(
+            f"{out} holds an unfinished run: continue it with --resume, or replace it with "
+            "--overwrite"
+        )
+    if found - {CACHE}:
+        raise InputError(f"{out} holds a run already: give another --out, or --overwrite")
+
+
+def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None:
+    """Raises InputError naming the first setting that differs from the run's."""
+    now = json.loads(json.dumps(now))  # tuples to lists, as in the file
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) == then.get(key):
+            continue
+        if key == "data":
+            what = "the data set (files, labels or splits) is not the one"
+        elif key == "fingerprint":
+            what = "the backbone's weights are not those"
+        else:
+            what = f"{key} is {now.get(key)!r}, but was {then.get(key)!r}:"
+            raise InputError(
+                f"{what} resume {out} with the settings that it was started with, or start anew "
+                "with --overwrite"
+            )
+        raise InputError(f"{what} that {out} was started with: start anew with --overwrite")
+
+
+def finished_results(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of a run that is finished; None if ``out`` holds none."""
+    if not (out / RESULTS).is_file() or not (out / CONFIG).is_file():
+        return None
+    check_settings(settings, read_json(out / CONFIG).get("train", {}).get("settings", {}), out)
+    return read_json(out / RESULTS)
+
+
+def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
+    write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in history))
+
+
+def remove_leftovers(out: Path) -> None:
+    """Temporary files of a run that was killed while it wrote them."""
+    for folder in (out, out / CACHE):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def remove_if_empty(out: Path) -> None:
+    """After a failure: the folders, if the run had nothing to put there."""
+    with contextlib.suppress(OSError):
+        (out / CACHE).rmdir()
+    with contextlib.suppress(OSError):
+        out.rmdir()
