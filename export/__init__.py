@@ -1,1 +1,27 @@
 """From an adapted model to files that can be deployed: one step a file."""
+
+import importlib
+
+_WHERE = {
+    "fold_with_report": "fold",
+    "FoldReport": "fold",
+    "export_onnx": "onnx",
+    "compare": "verify",
+    "verify_bundle": "verify",
+    "export_run": "bundle",
+}
+__all__ = [
+    "FoldReport",
+    "compare",
+    "export_onnx",
+    "export_run",
+    "fold_with_report",
+    "verify_bundle",
+]
+
+
+def __getattr__(name: str):
+    # Each step imports what it needs: folding works without ONNX, verifying without its exporter.
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"fastadapt.export.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'fastadapt.export' has no attribute {name!r}")
