@@ -142,7 +142,7 @@ def train(
 
     with progress_bars(quiet) as progress:
         say = progress.console.print
-        dataset = _readable(dataset, workers, skip_unreadable, progress)
+        dataset = readable(dataset, workers, skip_unreadable, progress)
         settings = {
             "data": dataset.fingerprint(),
             "backbone": model.source["name"],
@@ -229,7 +229,7 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def _readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> Dataset:
+def readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> Dataset:
     """The data set less its unreadable images, which are an error unless ``skip``."""
     task = progress.add_task("checking images", total=len(dataset.samples), unit="images", note="")
     unreadable = find_unreadable(dataset, workers, lambda: progress.advance(task))

@@ -1,7 +1,15 @@
 """Small random CLIP models and a tokenizer for them."""
 
+import json
+
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fastadapt.gdpl import GDPLSource
 
 CONTEXT = 16
 START, END = 98, 99
@@ -46,3 +54,36 @@ class WordTokenizer:
             row[: len(ids)] = torch.tensor(ids)
             row[len(ids) - 1] = END
         return rows
+
+
+def save_source(folder):
+    """A random CLIP model and a random domain encoder as files, for training by name."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 3, "width": 32, "patch_size": 8, "image_size": 16, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    clip = open_clip.CLIP(**config)
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    encoder = timm.create_model("test_efficientnet", num_classes=0)
+    save_file(encoder.state_dict(), folder / "encoder.safetensors")
+    return GDPLSource(
+        f"local-dir:{folder}",
+        None,
+        "test_efficientnet",
+        str(folder / "encoder.safetensors"),
+        domain_size=32,
+    )
+
+
+def make_colours(root, names, count=6, size=20):
+    """Class folders of noisy images, one colour per class."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        colour = rng.integers(0, 256, 3)
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = np.clip(colour + rng.normal(0, 20, (size, size, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
+    return root

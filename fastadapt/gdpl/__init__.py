@@ -11,6 +11,9 @@ Source: "Promoting AI Equity in Science: Generalized Domain Prompt Learning for 
 Research" (Cao et al.); upstream caoql98/GDPL.
 """
 
+import importlib
+
+from fastadapt.gdpl.checkpoint import GDPLSource, create_clip, load_gdpl, save_gdpl
 from fastadapt.gdpl.convert import convert_gdpl_state_dict
 from fastadapt.gdpl.coupled import CoupledLowRank
 from fastadapt.gdpl.domain import DomainEncoder
@@ -23,6 +26,21 @@ __all__ = [
     "DomainPromptLearner",
     "GDPLConfig",
     "GDPLModel",
+    "GDPLSource",
+    "GDPLTrainConfig",
     "Prompts",
     "convert_gdpl_state_dict",
+    "create_clip",
+    "load_gdpl",
+    "save_gdpl",
+    "train_gdpl",
 ]
+
+
+def __getattr__(name: str):
+    # Training reads and draws: a program that only runs a model does not wait for that.
+    if name == "GDPLTrainConfig":
+        return importlib.import_module("fastadapt.gdpl.loop").GDPLTrainConfig
+    if name == "train_gdpl":
+        return importlib.import_module("fastadapt.gdpl.train").train_gdpl
+    raise AttributeError(f"module 'fastadapt.gdpl' has no attribute {name!r}")

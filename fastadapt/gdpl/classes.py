@@ -93,10 +93,11 @@ class ClassPrompts(nn.Module):
         rows, has_words = tokenize_classes(clip, class_names, template, n_ctx, tokenizer)
         positions = text.positional_embedding[1 : 1 + n_ctx].detach().clone()
         self.register_buffer("positions", positions, persistent=False)
-        self.context = None
+        context = None
         if has_words:
             words = torch.tensor(rows[0][1 : 1 + n_ctx], device=positions.device)
-            self.context = text.token_embedding(words).detach()
+            context = text.token_embedding(words).detach()
+        self.register_buffer("context", context, persistent=False)
         chunks = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
         self.trees = nn.ModuleList(ClassTree(text, part, n_ctx) for part in chunks)
 

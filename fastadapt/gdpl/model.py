@@ -218,10 +218,29 @@ class GDPLModel(nn.Module):
         )
         return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
 
+    @torch.no_grad()
+    def zero_shot(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of the CLIP model alone, with the same template.
+
+        Raises:
+            InputError: the template has fewer words than the prompt has tokens.
+        """
+        words = self.classes.context
+        if words is None:
+            raise InputError(
+                f"the template {self.config.template!r} has no {self.config.n_ctx} words in front "
+                "of the class name, which CLIP alone would read there"
+            )
+        text_features = self.classes.encode(self.clip, words[None], words.new_empty(0), ())
+        image_features = self.clip.encode_image(images, normalize=True)
+        return self._logits(image_features, F.normalize(text_features, dim=-1))
+
     def forward(self, images: Tensor, domain_features: Tensor | None = None) -> Tensor:
         if domain_features is None:
             domain_features = self.domain_features(images)
-        image_features, text_features = self.encode(images, domain_features)
+        return self._logits(*self.encode(images, domain_features))
+
+    def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         logits = (text_features @ image_features[:, :, None]).squeeze(-1)
         logits = self.clip.logit_scale.exp() * logits
         bias = getattr(self.clip, "logit_bias", None)
