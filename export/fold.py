@@ -219,8 +219,8 @@ def fold_with_report(
         if not error <= bound:
             raise InputError(
                 f"{name or 'the model'} ({type(layer).__name__}) was folded to {description}, "
-                f"which differs from it by {error:.1e} of its output's scale; at most {bound:.0e} is rounding. "
-                "Nothing was folded: please report this layer."
+                f"which differs from it by {error:.1e} of its output's scale; at most {bound:.0e} "
+                "is rounding. Nothing was folded: please report this layer."
             )
         kind = type(layer).__name__
         rows.append(FoldedLayer(name, kind, description, weight_change, error, bound, probe))

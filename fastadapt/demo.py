@@ -41,7 +41,7 @@ Cell = tuple[str, str, str]  # path, label, split
 
 
 def run(
-    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 8
+    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 10
 ) -> dict[str, Any]:
     """Adapts, compares with a linear probe, folds, exports, verifies; prints and writes a table.
 
@@ -84,13 +84,15 @@ def run(
         TrainConfig(
             epochs=epochs,
             lr=5e-4,
-            weight_decay=0.05,
+            weight_decay=0.2,
             label_smoothing=0.1,
             augment="flips",
             views=2,
-            select="accuracy",
+            # Of some 300 validation images a few change sides by chance in every epoch; the loss
+            # is steadier.
+            select="loss",
         ),
-        AdaptConfig(rank=64, mlp_ratio=0.25, input_size=(3, IMAGE_SIZE, IMAGE_SIZE)),
+        AdaptConfig(rank=64, mlp_ratio=0.25, proj_drop=0.1, input_size=(3, IMAGE_SIZE, IMAGE_SIZE)),
         preprocess={"crop_pct": 1.0},
         weights=out / "backbone.safetensors",
         overwrite=overwrite,
@@ -240,11 +242,12 @@ def pytorch_speed(run_folder: Path) -> dict[int, float]:
     """Images per second of the trained model on this CPU, by batch size."""
     from fastadapt.export.verify import SPEED_BATCHES, throughput
 
-    model = load_adapter(run_folder)
+    model = load_adapter(run_folder).to(memory_format=torch.channels_last)
     speeds = {}
     with torch.inference_mode():
         for batch in SPEED_BATCHES:
             images = torch.rand(batch, *model.spec.input_size)
+            images = images.to(memory_format=torch.channels_last)
             speeds[batch] = throughput(lambda x=images: model(x), batch)
     return speeds
 

@@ -134,6 +134,11 @@ def train(
         )
     check_augment(config.augment, images)
     cached = config.cache and not lora_layers(model.backbone)
+    if not cached and config.views > 1:
+        raise InputError(
+            f"views is {config.views}, but nothing is cached (--no-cache, or LoRA), so that every "
+            "epoch has fresh views anyway: leave --views out"
+        )
     if cached and config.stages == 1 and config.augment != "none" and config.views == 1:
         raise InputError(
             f"augment is {config.augment!r}, but with one cached view, the plain one, it has no "

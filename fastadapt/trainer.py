@@ -121,8 +121,10 @@ class Trainer:
             state.stage, state.epoch = 2, 0
             # The kept weights get the backbone too, which stage 2 is about to change.
             state.best_model = copy_of(trained_state(self.model))
+        for split in ("val", "test"):
+            if self.dataset.split(split):
+                self._source(split)  # its features are computed now, not after an epoch
         count = len(self._source("train").labels)
-        self._source("val")  # its features are computed now, not after an epoch
         task = self.progress.add_task(
             f"stage {stage}",
             total=epochs * count,

@@ -348,6 +348,7 @@ def test_bad_options(tmp_path, data, refused):
     refused(data, "val_fraction is 1.5", "--val-fraction", "1.5")
     refused(data, "--views of 2 or more", "--augment", "flips")
     refused(data, "--augment flips", "--views", "3")
+    refused(data, "leave --views out", "--augment", "flips", "--views", "3", "--no-cache")
     refused(data, "amp is 'fp16'", "--amp", "fp16", "--device", "cpu")
     refused(data, "letters q, k, v", "--lora-rank", "2", "--lora-parts", "xy")
     refused(data, "crop_pct is 3.0", "--crop-pct", "3")

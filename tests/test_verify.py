@@ -91,7 +91,7 @@ def test_throughput_counts_images():
     assert len(calls) > 3
 
 
-def make_bundle(folder, *, weight=None, **manifest):
+def make_bundle(folder):
     """A bundle of one linear layer, small enough to be made anew for every test."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).requires_grad_(False)
@@ -100,7 +100,7 @@ def make_bundle(folder, *, weight=None, **manifest):
     preprocessing = {"normalization_in_graph": True}
     expected = model(torch.from_numpy(model_input(images, preprocessing))).numpy()
     save_file({"images": images, "expected": expected}, folder / "golden.safetensors")
-    write_manifest(folder, preprocessing=preprocessing, **manifest)
+    write_manifest(folder, preprocessing=preprocessing)
     return folder
 
 
