@@ -234,7 +234,7 @@ class TestCheckpoint:
 
     def test_other_clip_weights_are_refused(self, tmp_path):
         save_gdpl(small_model(), tmp_path)
-        with pytest.raises(fa.InputError, match="other CLIP weights"):
+        with pytest.raises(fa.InputError, match="other weights of the clip"):
             load_gdpl(tmp_path, clip_model(), tokenizer=WordTokenizer())
         with pytest.raises(fa.InputError, match="cannot build by name"):
             load_gdpl(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,9 +105,13 @@ def trained_state(model: GDPLModel) -> dict[str, Tensor]:
     return {k: tensor for k, tensor in model.state_dict().items() if k.startswith(parts)}
 
 
-def clip_fingerprint(model: GDPLModel) -> str:
-    """A hash of the CLIP weights that the checkpoint stands on."""
-    return sha256_tensors(model.clip.state_dict())
+def fingerprints(model: GDPLModel) -> dict[str, str | None]:
+    """Hashes of the frozen weights that a checkpoint stands on."""
+    encoder = model.domain_encoder
+    return {
+        "clip": sha256_tensors(model.clip.state_dict()),
+        "domain_encoder": None if encoder is None else sha256_tensors(encoder.state_dict()),
+    }
 
 
 def save_gdpl(
@@ -132,7 +136,7 @@ def save_gdpl(
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "source": None if source is None else asdict(source),
-        "clip_fingerprint": clip_fingerprint(model),
+        "fingerprints": fingerprints(model),
         "feature_dim": model.prompt_learner.feature_dim,
         "gdpl": model.config.to_dict(),
         "class_names": list(model.class_names),
@@ -149,6 +153,7 @@ def load_gdpl(
     *,
     tokenizer: Tokenizer | None = None,
     class_names: Sequence[str] | None = None,
+    clip_weights: str | None = None,
 ) -> GDPLModel:
     """Rebuilds a model from what :func:`save_gdpl` wrote, in evaluation mode.
 
@@ -157,10 +162,11 @@ def load_gdpl(
         clip, domain_encoder, tokenizer: as for :class:`GDPLModel`; needed together if the model
             was not made by names.
         class_names: other classes than those it was trained on.
+        clip_weights: a local file of the CLIP model's weights, where the recorded one is gone.
 
     Raises:
-        InputError: a file is missing, damaged or of a newer version; the CLIP weights are others;
-            a tensor is missing, unexpected, not finite, or has another shape.
+        InputError: a file is missing, damaged or of a newer version; the frozen weights are
+            others; a tensor is missing, unexpected, not finite, or has another shape.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
@@ -176,7 +182,7 @@ def load_gdpl(
     try:
         settings = GDPLConfig.from_dict(config["gdpl"])
         names = class_names or config["class_names"]
-        source, fingerprint = config["source"], config["clip_fingerprint"]
+        source, recorded = config["source"], config["fingerprints"]
     except KeyError as error:
         raise InputError(f"{folder / CONFIG} lacks the key {error}") from None
     if clip is None and source is None:
@@ -185,14 +191,19 @@ def load_gdpl(
             "ones, load_gdpl(folder, clip, domain_encoder, tokenizer=...)"
         )
     if clip is None:
-        model = GDPLSource(**source).create(names, settings)
+        source = GDPLSource(**source)
+        if clip_weights is not None:
+            source = replace(source, clip_weights=clip_weights)
+        model = source.create(names, settings)
     else:
         encoder = config["feature_dim"] if domain_encoder is None else domain_encoder
         model = GDPLModel(clip, encoder, names, settings, tokenizer=tokenizer)
-    if clip_fingerprint(model) != fingerprint:
-        raise InputError(
-            f"{folder} was trained on other CLIP weights than these: give the same --clip-weights"
-        )
+    for part, fingerprint in fingerprints(model).items():
+        if fingerprint is not None and fingerprint != recorded[part]:
+            raise InputError(
+                f"{folder} was trained with other weights of the {part.replace('_', ' ')} than "
+                "these: give the ones that it was trained with"
+            )
     own = trained_state(model)
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state:

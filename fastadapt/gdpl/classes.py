@@ -121,7 +121,7 @@ class ClassPrompts(nn.Module):
         prompt = prompt.to(self.positions.dtype) + self.positions
         features = []
         for tree in self.trees:
-            x = torch.cat([tree.embeddings.expand(len(prompt), -1, -1), prompt], dim=1)
+            x = torch.cat([tree.embeddings.expand(prompt.shape[0], -1, -1), prompt], dim=1)
             mask = torch.zeros(tree.mask.shape, dtype=x.dtype, device=x.device)
             mask = mask.masked_fill(~tree.mask, float("-inf"))
             blocks = text.transformer.resblocks

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadapt import backbones
 from fastadapt.errors import InputError
 from fastadapt.gdpl import towers
 from fastadapt.gdpl.classes import ClassPrompts, Tokenizer
@@ -163,6 +164,11 @@ class GDPLModel(nn.Module):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's configuration of the images, that of the CLIP model."""
+        return backbones.pretrained_cfg(self.clip.visual)
 
     def set_class_names(self, class_names: Sequence[str]) -> GDPLModel:
         """Other classes from now on; what was trained stays. Raises InputError as the class."""

@@ -114,14 +114,23 @@ class DomainPromptLearner(nn.Module):
             )
         features = features.to(self.ctx.dtype)
         bias = self.meta_net(features)
-        shifted = self.ctx + bias[:, None]
+        noise = None
         if self.noise == "always" or (self.noise == "train" and self.training):
             noise = torch.randn(bias.shape, dtype=bias.dtype, device=bias.device)
-            shifted = shifted + (noise * features.mean())[:, None]
+            noise = noise * features.mean()
+        return self.condition(bias, noise)
+
+    def condition(self, bias: Tensor, noise: Tensor | None = None) -> Prompts:
+        """The prompts for what ``meta_net`` made of the features, [B, text_width]; affine in it.
+
+        Args:
+            noise: [B, text_width], added to the language prompt's.
+        """
+        shifted = self.ctx + (bias if noise is None else bias + noise)[:, None]
         vision = self.proj(self.ctx)[None]
         deep_text = self.deep_ctx[:, None]
         if self.vision_nets is None:
-            deep_vision = vision.new_empty(0, len(features), *vision.shape[1:])
+            deep_vision = vision.new_empty(0, bias.shape[0], *vision.shape[1:])
         else:
             deep_vision = self.vision_nets(deep_text + bias[:, None])
         return Prompts(self.language_net(shifted), vision, deep_text, deep_vision)

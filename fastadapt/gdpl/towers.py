@@ -88,7 +88,7 @@ def encode_image(
         updates: of the first layers' attention.
     """
     x = visual._embeds(images)
-    prompt = visual.ln_pre(prompt.to(x.dtype)).expand(len(x), -1, -1)
+    prompt = visual.ln_pre(prompt.to(x.dtype)).expand(x.shape[0], -1, -1)
     x = torch.cat([x, prompt], dim=1)
     x = run_blocks(visual.transformer.resblocks, x, deep_prompts, updates, None, grad_checkpointing)
     pooled, _ = visual._pool(x[:, : -prompt.shape[1]])
@@ -125,7 +125,7 @@ def run_blocks(
     """
     for index, block in enumerate(blocks):
         if 1 <= index <= len(deep_prompts):
-            prompt = deep_prompts[index - 1].to(x.dtype).expand(len(x), -1, -1)
+            prompt = deep_prompts[index - 1].to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
         if grad_checkpointing and torch.is_grad_enabled():

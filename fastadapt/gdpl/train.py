@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from fastadapt import backbones
 from fastadapt.augment import check_augment
 from fastadapt.data import Dataset, read_dataset
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_text
-from fastadapt.gdpl.checkpoint import GDPLSource, clip_fingerprint, save_gdpl
+from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
 from fastadapt.gdpl.evaluate import Evaluator, Task
 from fastadapt.gdpl.fewshot import (
     class_names,
@@ -114,7 +113,7 @@ def train_gdpl(
             model.set_class_names(tasks[0].classes).to(target)
             settings = {
                 "data": dataset.fingerprint(),
-                "fingerprint": clip_fingerprint(model),
+                "fingerprint": fingerprints(model),
                 **asdict(source),
                 **asdict(gdpl_config),
                 **asdict(config),
@@ -126,7 +125,7 @@ def train_gdpl(
                 say(f"seed {seed} is finished already")
                 continue
             if evaluator is None:
-                images = Preprocess.from_pretrained_cfg(backbones.pretrained_cfg(model.clip.visual))
+                images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
                 check_augment(config.augment, images)
                 autocast = (
                     nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
