@@ -123,9 +123,8 @@ def train(
         backbone, adapt_config, len(dataset.classes), pretrained=pretrained, weights=weights
     )
     if isinstance(backbone, str) and not pretrained and weights is None:
-        model.backbone_trained = (
-            True  # random weights exist nowhere else: the checkpoint needs them
-        )
+        # Random weights exist nowhere else: the checkpoint must hold them.
+        model.backbone_trained = True
     images = Preprocess.from_pretrained_cfg(model.pretrained_cfg, **(preprocess or {}))
     if tuple(images.input_size) != tuple(model.spec.input_size):
         raise InputError(

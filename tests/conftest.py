@@ -1,6 +1,7 @@
 """What every test shares: few threads, no network, seeds."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Started in the background, a shell has the tests ignore Ctrl-C; some send it to themselves and to
+# processes of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
