@@ -189,7 +189,7 @@ def train(
             progress=progress,
         )
         try:
-            with _full_disk_or_memory(out):
+            with full_disk_or_memory(out):
                 remove_leftovers(out)
                 trainer.run()
                 return _write_outputs(trainer, str(Path(data).absolute()))
@@ -286,7 +286,7 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
 
 
 @contextmanager
-def _full_disk_or_memory(out: Path) -> Iterator[None]:
+def full_disk_or_memory(out: Path) -> Iterator[None]:
     """Says in one line what to do about it."""
     try:
         yield

@@ -29,7 +29,7 @@ from fastadapt.info import versions
 from fastadapt.preprocess import Preprocess
 from fastadapt.progress import default_workers, progress_bars
 from fastadapt.runfolder import LABELS, RESULTS, SPLITS, check_folder, check_settings, write_metrics
-from fastadapt.train import RECORDED, parse_device, readable
+from fastadapt.train import RECORDED, full_disk_or_memory, parse_device, readable
 from fastadapt.trainer import precision
 
 
@@ -90,6 +90,7 @@ def train_gdpl(
             check_folder(folders[seed], False, overwrite or resume)
     target = parse_device(device)
     amp = precision(config.amp, target)
+    autocast = nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
     workers = default_workers() if workers is None else workers
 
     with progress_bars(quiet) as progress:
@@ -117,26 +118,25 @@ def train_gdpl(
                 **asdict(source),
                 **asdict(gdpl_config),
                 **asdict(config),
+                "classes": {task.name: task.classes for task in tasks},
             }
             if seed in finished:
                 found = read_json(folders[seed] / RESULTS)
                 check_settings(settings, found["settings"], folders[seed])
-                runs[str(seed)] = found
+                runs[str(seed)], zero_shot = found, found["zero_shot"]
                 say(f"seed {seed} is finished already")
                 continue
             if evaluator is None:
                 images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
                 check_augment(config.augment, images)
-                autocast = (
-                    nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
-                )
                 evaluator = Evaluator(images, target, workers, autocast, progress)
-            if zero_shot is None and model.classes.context is not None:
-                zero_shot = {t.name: evaluator.measure(model, t, zero_shot=True) for t in tasks}
-                model.set_class_names(tasks[0].classes)
             shots = sample_shots(train_samples, config.shots, seed)
-            history = train_epochs(model, shots, config, evaluator, seed)
-            metrics = {task.name: evaluator.measure(model, task) for task in tasks}
+            with full_disk_or_memory(folders[seed]):
+                if zero_shot is None and model.classes.context is not None:
+                    zero_shot = {t.name: evaluator.measure(model, t, zero_shot=True) for t in tasks}
+                    model.set_class_names(tasks[0].classes)
+                history = train_epochs(model, shots, config, evaluator, seed)
+                metrics = {task.name: evaluator.measure(model, task) for task in tasks}
             runs[str(seed)] = {
                 "seed": seed,
                 "train_images": len(shots),
