@@ -121,7 +121,8 @@ def fold(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module that holds this library's layers, usually an
-            :class:`fastadapt.AdaptedModel`. It is not changed.
+            :class:`fastadapt.AdaptedModel` or a :class:`fastadapt.gdpl.GDPLModel`. It is not
+            changed.
 
     Returns:
         A module of the same class, device and dtype, whose outputs are the same up to rounding.

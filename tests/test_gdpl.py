@@ -9,7 +9,7 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.gdpl import DomainEncoder, GDPLConfig, GDPLModel, convert_gdpl_state_dict
-from tests.gdpl_models import CONTEXT, WordTokenizer, clip_model
+from tests.gdpl_models import CONTEXT, END, WordTokenizer, clip_model
 from tests.upstream_gdpl import cross_entropy, upstream_logits, upstream_state
 
 NAMES = ["annual crop land", "forest", "annual_crop field", "sea lake", "river"]
@@ -103,15 +103,19 @@ class TestEqualsUpstream:
             torch.testing.assert_close(got_grads[name], grad, rtol=1e-8, atol=1e-10, msg=name)
             assert grad.abs().max() > 1e-9, name
 
-    def test_without_gdpl_s_parts_it_is_clip(self):
-        """No update, prompts that are the words' own embeddings: CLIP, but for the vision side."""
-        clip = clip_model()
-        model = small_model(GDPLConfig(**{**vars(SMALL), "rank": 0, "depth": 1}), clip=clip).eval()
+    @pytest.mark.parametrize("options", [{}, {"pool_type": "eos", "eos_id": END}], ids=str)
+    def test_clip_s_own_words_give_clip_s_own_logits(self, options):
+        clip = clip_model(**options)
+        model = small_model(clip=clip).eval()
         texts = [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]
-        want = clip.encode_text(model.tokenizer(texts), normalize=True)
-        prompt = model.classes.context[None]
-        got = model.classes.encode(clip, prompt, torch.empty(0, 1, 2, 16), ())
-        torch.testing.assert_close(nn.functional.normalize(got[0], dim=-1), want)
+        images = torch.randn(2, 3, 16, 16)
+        want, _ = clip.get_logits(images, model.tokenizer(texts))
+        torch.testing.assert_close(model.zero_shot(images), want)
+
+    def test_no_words_no_zero_shot(self):
+        model = small_model(GDPLConfig(**{**vars(SMALL), "n_ctx": 5}))
+        with pytest.raises(fa.InputError, match="no 5 words"):
+            model.zero_shot(torch.randn(2, 3, 16, 16))
 
 
 class TestClassTree:

@@ -42,7 +42,7 @@ class TestFold:
         folded, report = fold_with_report(model)
         torch.testing.assert_close(folded(x, f), want, rtol=1e-11, atol=1e-11)
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-        merged = [row for row in report.layers if row.kind == "UpdatedLinear"]
+        merged = [row for row in report.layers if row.kind == "CoupledLinear"]
         assert len(merged) == (0 if config.get("rank") == 0 else 2 * 2 * 2)
         assert all(row.weight_change > 1e-2 for row in merged)
 

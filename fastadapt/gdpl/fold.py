@@ -69,7 +69,7 @@ class FoldedPromptLearner(nn.Module):
         return f"layers={len(self.deep_text) + 1}, n_ctx={self.vision.shape[1]}"
 
 
-class UpdatedLinear(nn.Module):
+class CoupledLinear(nn.Module):
     """A projection of the attention beside its low-rank update, as the unfolded model has it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor):
@@ -92,7 +92,7 @@ class MergedProjection(NamedTuple):
     """
 
     name: str
-    before: UpdatedLinear
+    before: CoupledLinear
     after: nn.Linear
     weight_change: float
 
@@ -106,12 +106,13 @@ def merge_low_rank(model: GDPLModel) -> list[MergedProjection]:
         return []
     low_rank = copy.deepcopy(model.low_rank).double()
     model.low_rank = None
-    towers = (("visual", model.clip.visual), ("text", text_tower(model.clip)))
+    text = "clip.text" if hasattr(model.clip, "text") else "clip"
+    towers = (("clip.visual", model.clip.visual), (text, text_tower(model.clip)))
     merged = []
     for (branch, tower), updates in zip(towers, low_rank(), strict=True):
         for index, update in enumerate(updates):
             attn = tower.transformer.resblocks[index].attn
-            name = f"clip.{branch}.transformer.resblocks.{index}.attn"
+            name = f"{branch}.transformer.resblocks.{index}.attn"
             merged += _merge(name, attn, update)
     return merged
 
@@ -130,6 +131,6 @@ def _merge(name: str, attn: nn.MultiheadAttention, update: LowRankUpdate) -> lis
         after.weight, after.bias = new, bias
         setattr(owner, key, new)
         change = (delta.norm() / weight.double().norm()).item()
-        before = UpdatedLinear(weight, bias, a, b)
+        before = CoupledLinear(weight, bias, a, b)
         merged.append(MergedProjection(f"{name}.{leaf}", before, after, change))
     return merged

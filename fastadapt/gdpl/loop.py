@@ -83,13 +83,8 @@ def train_epochs(
     source = ImageSource(
         samples, evaluator.preprocess, evaluator.device, evaluator.workers, config.augment, seed
     )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            trained, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model, config)
+    trained = optimizer.param_groups[0]["params"]
     fp16 = precision(config.amp, evaluator.device) == torch.float16
     scaler = torch.amp.GradScaler(evaluator.device.type, enabled=fp16)
     steps = math.ceil(len(samples) / config.batch_size)
@@ -150,3 +145,12 @@ def train_epochs(
         )
     progress.remove_task(bar)
     return history
+
+
+def make_optimizer(model: GDPLModel, config: GDPLTrainConfig) -> torch.optim.Optimizer:
+    """Over everything that requires gradients."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(trained, momentum=0.9, **settings)
+    return torch.optim.AdamW(trained, **settings)

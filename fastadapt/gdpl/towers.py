@@ -125,6 +125,7 @@ def run_blocks(
     """
     for index, block in enumerate(blocks):
         if 1 <= index <= len(deep_prompts):
+            # x.shape[0], not len(x): that would fix the batch size in an exported graph.
             prompt = deep_prompts[index - 1].to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
