@@ -18,7 +18,7 @@ NAMES = ("annual_crop", "forest", "harbour", "industrial_area", "river")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained run, its weights made larger so that every part has an effect."""
+    """A trained run; its learning rate is so high that every part has an effect."""
     folder = tmp_path_factory.mktemp("gdpl")
     source = save_source(folder / "clip")
     data = make_colours(folder / "data", NAMES)
@@ -45,6 +45,13 @@ class TestFold:
         merged = [row for row in report.layers if row.kind == "CoupledLinear"]
         assert len(merged) == (0 if config.get("rank") == 0 else 2 * 2 * 2)
         assert all(row.weight_change > 1e-2 for row in merged)
+
+    def test_half_precision(self):
+        model = randomize(small_model()).bfloat16().eval()
+        x, f = torch.randn(2, 3, 16, 16).bfloat16(), torch.randn(2, WIDTH).bfloat16()
+        folded, report = fold_with_report(model)
+        assert report.max_error < 2e-2
+        torch.testing.assert_close(folded(x, f), model(x, f), rtol=0.1, atol=0.5)
 
     def test_what_is_left_is_ordinary(self):
         folded = fa.fold(randomize(small_model()))
