@@ -161,6 +161,9 @@ class TestTraining:
         config = replace(QUICK, train_classes="all")
         with pytest.raises(fa.InputError, match="'river' and 'river' are the same text"):
             train_gdpl(data, tmp_path / "run", source, config, GDPL, names_file=names)
+        names.write_text(json.dumps({"forrest": "wood"}))
+        with pytest.raises(fa.InputError, match=r"'forrest', which no data set has.*forest"):
+            train_gdpl(data, tmp_path / "run", source, config, GDPL, names_file=names)
         with pytest.raises(fa.InputError, match="different numbers"):
             train_gdpl(data, tmp_path / "run", source, QUICK, GDPL, seeds=(1, 1))
 

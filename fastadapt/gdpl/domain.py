@@ -32,7 +32,6 @@ class DomainEncoder(nn.Module):
 
     Attributes:
         dim: D_f.
-        name: the timm name, or ``None``.
 
     Raises:
         InputError: an unknown name, or features of another kind.
@@ -55,7 +54,6 @@ class DomainEncoder(nn.Module):
         super().__init__()
         if normalization not in ("clip", "own"):
             raise InputError(f"normalization is {normalization!r}; expected 'clip' or 'own'")
-        self.name = encoder if isinstance(encoder, str) else None
         if isinstance(encoder, str):
             size = None if input_size is None else input_size[-1]
             encoder = backbones.create_backbone(
@@ -84,8 +82,9 @@ class DomainEncoder(nn.Module):
                 f"{type(self.encoder).__name__} does not say how its images are normalised: "
                 "expected pretrained_cfg with mean and std, or normalization='clip'"
             )
+        like = next(self.encoder.parameters(), torch.empty(0))
         for name, default in (("mean", (0.0,) * 3), ("std", (1.0,) * 3)):
-            value = torch.tensor(config.get(name) or default).view(-1, 1, 1)
+            value = torch.tensor(config.get(name) or default).view(-1, 1, 1).to(like)
             self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True) -> DomainEncoder:
@@ -99,7 +98,7 @@ class DomainEncoder(nn.Module):
         size = tuple(self.spec.input_size[1:])
         if tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        x = self._features(self.encoder, images)
+        x = self._features(self.encoder, images.to(self.mean.dtype))
         if self.spec.layout == "channels_first":
             return x.flatten(2).mean(-1)
         return x.flatten(1, -2)[:, self.spec.num_prefix_tokens :].mean(1)

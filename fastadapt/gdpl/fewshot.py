@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastadapt.data import Dataset, Sample
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, nearest
 from fastadapt.files import read_json
 
 
@@ -59,21 +59,27 @@ def evaluation_samples(dataset: Dataset) -> list[Sample]:
     return dataset.split("test") or dataset.split("val")
 
 
-def class_names(dataset: Dataset, names_file: str | Path | None) -> list[str]:
-    """What the classes are called in the texts.
+def read_names(path: str | Path | None, datasets: Sequence[Dataset]) -> dict[str, str]:
+    """What classes are called in the texts, where it is not their folder's name.
 
     Args:
-        dataset: its class folders' names, unless the file says otherwise.
-        names_file: a JSON object from folder names to names, for some or all of them.
+        path: a JSON object from folder names to names, for some or all of them; none if ``None``.
+        datasets: which may have these folders.
 
     Raises:
-        InputError: the file is no such object.
+        InputError: the file is no such object, or no data set has one of the folders.
     """
-    names = {} if names_file is None else read_json(names_file)
+    names = {} if path is None else read_json(path)
+    folders = {folder for dataset in datasets for folder in dataset.classes}
     for folder, name in names.items():
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"{names_file} calls {folder!r} {name!r}; expected a name")
-    return [names.get(folder, folder) for folder in dataset.classes]
+            raise InputError(f"{path} calls {folder!r} {name!r}; expected a name")
+        if folder not in folders:
+            raise InputError(
+                f"{path} names the class {folder!r}, which no data set has. "
+                f"Nearest: {nearest(folder, folders)}"
+            )
+    return names
 
 
 def harmonic_mean(a: float, b: float) -> float:

@@ -70,7 +70,7 @@ class GDPLModel(nn.Module):
 
     Args:
         clip: an open_clip model with two plain transformers (any ViT). Used as it is, not copied;
-            its parameters stop requiring gradients.
+            its parameters stop requiring gradients. Everything goes to its device.
         domain_encoder: a timm name, a module (:class:`DomainEncoder` is made around it, or is
             given), or the width D_f of features that every call passes.
         class_names: one per output.
@@ -156,10 +156,7 @@ class GDPLModel(nn.Module):
         if self.classes.context is not None:
             with torch.no_grad():
                 self.prompt_learner.ctx.copy_(self.classes.context)
-        like = clip.visual.class_embedding
-        self.prompt_learner.to(like.device)
-        if self.low_rank is not None:
-            self.low_rank.to(like.device)
+        self.to(clip.visual.class_embedding.device)
 
     @property
     def num_classes(self) -> int:

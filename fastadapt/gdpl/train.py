@@ -17,9 +17,9 @@ from fastadapt.files import read_json, write_json, write_text
 from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
 from fastadapt.gdpl.evaluate import Evaluator, Task
 from fastadapt.gdpl.fewshot import (
-    class_names,
     evaluation_samples,
     of_classes,
+    read_names,
     sample_shots,
     split_classes,
 )
@@ -66,7 +66,7 @@ def train_gdpl(
         gdpl_config: what to train.
         seeds: one run each.
         eval_data: other data sets, each measured as a whole (its test split, if it has one).
-        names_file: see :func:`fastadapt.gdpl.fewshot.class_names`; for all data sets.
+        names_file: see :func:`fastadapt.gdpl.fewshot.read_names`; for all data sets.
         device, workers, skip_unreadable, quiet: as for :func:`fastadapt.train.train`.
         resume: leave the seeds that are finished as they are.
         overwrite: replace runs.
@@ -100,8 +100,9 @@ def train_gdpl(
             for path in (data, *eval_data)
         ]
         dataset = read[0]
-        train_range, tasks = _tasks(dataset, class_names(dataset, names_file), config)
-        tasks += _other_tasks(eval_data, read[1:], names_file, {task.name for task in tasks})
+        names = read_names(names_file, read)
+        train_range, tasks = _tasks(dataset, names, config)
+        tasks += _other_tasks(eval_data, read[1:], names, {task.name for task in tasks})
         train_samples = of_classes(dataset.split("train"), train_range)
 
         runs: dict[str, Any] = {}
@@ -162,26 +163,31 @@ def train_gdpl(
     return results
 
 
-def _tasks(dataset: Dataset, names: list[str], config: GDPLTrainConfig) -> tuple[range, list[Task]]:
+def _class_names(dataset: Dataset, names: dict[str, str]) -> tuple[str, ...]:
+    return tuple(names.get(folder, folder) for folder in dataset.classes)
+
+
+def _tasks(
+    dataset: Dataset, names: dict[str, str], config: GDPLTrainConfig
+) -> tuple[range, list[Task]]:
     """The classes that train, and what is measured on the data set, those classes first."""
-    samples = evaluation_samples(dataset)
-    everything = range(len(names))
-    parts = {"all": everything}
+    samples, called = evaluation_samples(dataset), _class_names(dataset, names)
+    parts = {"all": range(len(called))}
     if config.train_classes == "base":
-        parts = dict(zip(("base", "novel"), split_classes(len(names)), strict=True))
+        parts = dict(zip(("base", "novel"), split_classes(len(called)), strict=True))
     tasks = []
     for name, classes in parts.items():
         chosen = of_classes(samples, classes)
         if not chosen:
             raise InputError(f"no evaluation image belongs to the {name} classes")
-        tasks.append(Task(name, tuple(chosen), tuple(names[i] for i in classes)))
+        tasks.append(Task(name, tuple(chosen), tuple(called[i] for i in classes)))
     return next(iter(parts.values())), tasks
 
 
 def _other_tasks(
     paths: Sequence[str | Path],
     datasets: Sequence[Dataset],
-    names_file: str | Path | None,
+    names: dict[str, str],
     taken: set[str],
 ) -> list[Task]:
     """One task per data set that was not trained on."""
@@ -192,7 +198,7 @@ def _other_tasks(
             raise InputError(f"two evaluations would be called {name!r}: rename the folder {path}")
         taken = taken | {name}
         samples = dataset.split("test") or list(dataset.samples)
-        tasks.append(Task(name, tuple(samples), tuple(class_names(dataset, names_file))))
+        tasks.append(Task(name, tuple(samples), _class_names(dataset, names)))
     return tasks
 
 
