@@ -166,4 +166,6 @@ def low_rank_linear(
     y = F.linear(x, weight, bias)
     if a is None:
         return y
-    return y + F.linear(F.linear(x, a.to(weight.dtype)), b.to(weight.dtype))
+    update = F.linear(x, a.to(weight.dtype)).flatten(0, -2)
+    # The sum is part of the product: no kernel and no tensor of its own.
+    return torch.addmm(y.flatten(0, -2), update, b.to(weight.dtype).t()).view_as(y)
