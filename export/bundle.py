@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ from fastadapt.export.verify import (
     parity_table,
 )
 from fastadapt.files import read_json, sha256_file, write_json, write_tensors, write_text
+from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
+from fastadapt.gdpl.checkpoint import load_gdpl
+from fastadapt.gdpl.model import GDPLModel
 from fastadapt.info import versions
 from fastadapt.preprocess import Preprocess, is_image_file
 
@@ -93,19 +96,23 @@ def export_run(
     normalize: bool = True,
     overwrite: bool = False,
     backbone: nn.Module | None = None,
+    class_names: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> ExportResult:
     """Folds a run's model, exports it to ONNX and writes a bundle, if the outputs agree.
 
     Args:
-        run: a training run's folder, or what :func:`fastadapt.save_adapter` wrote.
+        run: a training run's folder, or what :func:`fastadapt.save_adapter` or
+            :func:`fastadapt.gdpl.save_gdpl` wrote.
         out: the bundle's folder.
-        weights: a local file of the backbone's weights, where the recorded one is gone.
+        weights: a local file of the backbone's (GDPL: the CLIP model's) weights, where the
+            recorded one is gone.
         images: a folder of images for the gate and the golden samples, instead of the run's
             validation split.
         normalize: put the normalisation into the graph.
         overwrite: replace a bundle that is at ``out``.
         backbone: the pretrained backbone, if the adapter was made on a module.
+        class_names: GDPL only: other classes than those it was trained on.
         console: where to tell what is going on; nowhere if ``None``.
 
     Returns:
@@ -127,7 +134,7 @@ def export_run(
     samples = _choose(_list_samples(run, images), GOLDEN_SAMPLES)
 
     with _step(console, "load the trained model"):
-        model = load_adapter(run, backbone, weights=weights)
+        model = _load(run, config, backbone, weights, class_names)
         preprocess, labels = _preprocess(config, model), _labels(config, model)
         pixels = torch.stack([preprocess.read(sample.path) for sample in samples])
         normalized = preprocess.normalize(pixels)
@@ -153,7 +160,7 @@ def export_run(
                 metadata={
                     "preprocessing": preprocessing,
                     "fastadapt": __version__,
-                    "backbone": config["backbone"]["name"],
+                    "backbone": _backbone_name(config),
                     "run_sha256": source["config_sha256"],
                     "adapter_sha256": source["adapter_sha256"],
                 },
@@ -230,13 +237,37 @@ def _outputs(model: nn.Module, normalized: Tensor, batch: int) -> np.ndarray:
     return torch.cat(parts).float().numpy()
 
 
-def _preprocess(config: dict[str, Any], model: AdaptedModel) -> Preprocess:
+def _load(
+    run: Path,
+    config: dict[str, Any],
+    backbone: nn.Module | None,
+    weights: str | None,
+    class_names: Sequence[str] | None,
+) -> AdaptedModel | GDPLModel:
+    if config.get("format") == GDPL_FORMAT:
+        return load_gdpl(run, clip_weights=weights, class_names=class_names)
+    if class_names is not None:
+        raise InputError(
+            f"{run} is no GDPL run: its classes are outputs of its head, so that others need "
+            "training; leave out --classes"
+        )
+    return load_adapter(run, backbone, weights=weights)
+
+
+def _backbone_name(config: dict[str, Any]) -> str:
+    gdpl = config.get("format") == GDPL_FORMAT
+    return config["source"]["clip"] if gdpl else config["backbone"]["name"]
+
+
+def _preprocess(config: dict[str, Any], model: AdaptedModel | GDPLModel) -> Preprocess:
     if config.get("preprocess") is not None:
         return Preprocess.from_dict(config["preprocess"])
     return Preprocess.from_pretrained_cfg(model.pretrained_cfg)
 
 
-def _labels(config: dict[str, Any], model: AdaptedModel) -> list[str]:
+def _labels(config: dict[str, Any], model: AdaptedModel | GDPLModel) -> list[str]:
+    if isinstance(model, GDPLModel):
+        return list(model.class_names)
     labels = config.get("labels")
     if labels is None:
         return [str(index) for index in range(model.num_classes)]

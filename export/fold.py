@@ -1,6 +1,8 @@
 """Folding: what was learned becomes ordinary layers, on a copy, checked layer by layer.
 
 - Low-rank adapters are merged: ``W + scaling · B @ A`` in fp64, rounded once.
+- GDPL's coupled low-rank updates are merged into the attention of both branches, likewise.
+- GDPL's prompt networks become two linear layers (``FoldedPromptLearner``).
 - Quaternion layers become nn.Linear. In Hamilton form the weights are copies with signs, bit for
   bit; in rotation form they are computed in fp64 and rounded once.
 - Cluster attention becomes :class:`FoldedClusterAttention`: ordinary operators, the constants
@@ -23,7 +25,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ from torch import Tensor, nn
 from fastadapt import backbones
 from fastadapt.adapt import AdaptedModel
 from fastadapt.errors import InputError
-from fastadapt.kernels import quaternion_matrix
-from fastadapt.kernels.dispatch import accumulate_dtype
+from fastadapt.export.folded import FoldedClusterAttention, GroupedLinear, probe_input
+from fastadapt.gdpl.fold import FoldedPromptLearner, MergedProjection, merge_low_rank
+from fastadapt.gdpl.model import GDPLModel
+from fastadapt.gdpl.prompts import DomainPromptLearner
 from fastadapt.layers import ClusterAttention, LoRALinear, QuaternionLinear
 
 # Largest error of a folded layer, of the largest value of its output. Both layers are evaluated in
@@ -44,7 +47,6 @@ ERROR_BOUNDS = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -114,46 +116,13 @@ class FoldReport:
         return table
 
 
-class FoldedClusterAttention(nn.Module):
-    """Cluster attention for inference, of ordinary operators.
-
-    The centers are normalised already, the transforms flattened to [K, R·R] (token mode: [K, N·N])
-    so that mixing them is one product. Which mixture a sample gets depends on the sample.
-
-    Shape:
-        [B, N, C] to [B, N, C].
-    """
-
-    def __init__(self, layer: ClusterAttention):
-        super().__init__()
-        dtype = layer.centers.dtype
-        centers = F.normalize(layer.centers.detach().double(), dim=0).to(dtype)
-        self.width = layer.transforms.shape[-1]
-        self.centers = nn.Parameter(centers, requires_grad=False)
-        self.transforms = nn.Parameter(layer.transforms.detach().flatten(1), requires_grad=False)
-        self.down = layer.down
-        self.up = layer.up
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = accumulate_dtype(x.dtype)
-        q = x.mean(dim=1, dtype=wide)
-        # F.normalize, whose expansion of the norm would be an operator of its own.
-        q = q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
-        a = (q @ self.centers.to(wide)).softmax(dim=-1).to(x.dtype)
-        mixed = (a @ self.transforms).unflatten(1, (self.width, self.width))
-        return mixed @ x if self.down is None else self.up(self.down(x) @ mixed)
-
-    def extra_repr(self) -> str:
-        dim, num_centers = self.centers.shape
-        return f"dim={dim}, num_centers={num_centers}, width={self.width}"
-
-
 def fold(model: nn.Module) -> nn.Module:
     """A folded copy: ordinary layers only, in evaluation mode, without gradients.
 
     Args:
         model: any module that holds this library's layers, usually an
-            :class:`fastadapt.AdaptedModel`. It is not changed.
+            :class:`fastadapt.AdaptedModel` or a :class:`fastadapt.gdpl.GDPLModel`. It is not
+            changed.
 
     Returns:
         A module of the same class, device and dtype, whose outputs are the same up to rounding.
@@ -186,13 +155,14 @@ def fold_with_report(
     folded = copy.deepcopy(model).requires_grad_(False).eval()
     dropped = _drop_unused(folded)
     originals = dict(model.named_modules())
+    rows = [_merged_row(part) for m in folded.modules() for part in _merge_coupled(m)]
 
     # Every layer is folded and validated before the first one is swapped.
     changes: dict[str, tuple[nn.Module, str, float | None]] = {}
     swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in folded.named_modules():
         rule = next((rule for kind, rule in RULES.items() if isinstance(layer, kind)), None)
-        if rule is None:
+        if rule is None or any(name.startswith(f"{done}.") for done in changes if done):
             continue
         _check_finite(layer, name, "its weights")
         new, description, weight_change = rule(layer)
@@ -209,22 +179,35 @@ def fold_with_report(
 
     layers = {name: new for name, (new, _, _) in changes.items()}
     inputs = {} if example is None else _activations(folded, example, layers)
-    rows = []
     for name, (new, description, weight_change) in changes.items():
-        layer = originals[name]
         probe = "example" if inputs.get(name) else "noise"
-        errors = [layer_error(layer, new, x) for x in inputs.get(name) or [_noise(layer)]]
-        error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
-        bound = ERROR_BOUNDS[_dtype(new)]
-        if not error <= bound:
-            raise InputError(
-                f"{name or 'the model'} ({type(layer).__name__}) was folded to {description}, "
-                f"which differs from it by {error:.1e} of its output's scale; at most {bound:.0e} "
-                "is rounding. Nothing was folded: please report this layer."
-            )
-        kind = type(layer).__name__
-        rows.append(FoldedLayer(name, kind, description, weight_change, error, bound, probe))
+        activations = inputs.get(name) or [probe_input(originals[name])]
+        rows.append(
+            _row(name, originals[name], new, description, weight_change, probe, activations)
+        )
     return folded, FoldReport(tuple(rows), tuple(dropped))
+
+
+def _row(
+    name: str,
+    layer: nn.Module,
+    new: nn.Module,
+    description: str,
+    weight_change: float | None,
+    probe: str,
+    inputs: list[Tensor],
+) -> FoldedLayer:
+    """A layer's row of the report. Raises InputError if folding changed what the layer does."""
+    kind, bound = type(layer).__name__, ERROR_BOUNDS[_dtype(new)]
+    errors = [layer_error(layer, new, x) for x in inputs]
+    error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
+    if not error <= bound:
+        raise InputError(
+            f"{name or 'the model'} ({kind}) was folded to {description}, which differs from it by "
+            f"{error:.1e} of its output's scale; at most {bound:.0e} is rounding. Nothing was "
+            "folded: please report this layer."
+        )
+    return FoldedLayer(name, kind, description, weight_change, error, bound, probe)
 
 
 def layer_error(layer: nn.Module, folded: nn.Module, x: Tensor) -> float:
@@ -234,10 +217,34 @@ def layer_error(layer: nn.Module, folded: nn.Module, x: Tensor) -> float:
     arithmetic of a dtype, nor TF32, nor the kernels.
     """
     x = x.detach().cpu().double()
-    truth = copy.deepcopy(layer).cpu().double().eval()(x)
-    error = (copy.deepcopy(folded).cpu().double()(x) - truth).abs().max().item()
+    truth = _flat(copy.deepcopy(layer).cpu().double().eval()(x))
+    error = (_flat(copy.deepcopy(folded).cpu().double()(x)) - truth).abs().max().item()
     scale = truth.abs().max().item()
     return error / scale if scale > 0 else error
+
+
+def _flat(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    parts = (output,) if isinstance(output, Tensor) else output
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _merge_coupled(module: nn.Module) -> list[MergedProjection]:
+    """GDPL's low-rank updates belong to two branches at once, so that no layer holds them."""
+    return merge_low_rank(module) if isinstance(module, GDPLModel) else []
+
+
+def _merged_row(part: MergedProjection) -> FoldedLayer:
+    _check_finite(part.after, part.name, "its merged weights")
+    rank = len(part.before.a)
+    description = f"Linear {_size(part.after)}, rank {rank} merged"
+    noise = [probe_input(part.before)]
+    return _row(part.name, part.before, part.after, description, part.weight_change, "noise", noise)
+
+
+def _fold_prompt_learner(layer: DomainPromptLearner) -> tuple[nn.Module, str, None]:
+    folded = FoldedPromptLearner(layer)
+    widths = (layer.feature_dim, folded.linear2.in_features, folded.linear2.out_features)
+    return folded, f"2 Linear {'→'.join(map(str, widths))}, constants", None
 
 
 def _fold_lora(layer: LoRALinear) -> tuple[nn.Module, str, float]:
@@ -253,16 +260,16 @@ def _fold_lora(layer: LoRALinear) -> tuple[nn.Module, str, float]:
 
 def _fold_quaternion(layer: QuaternionLinear) -> tuple[nn.Module, str, None]:
     dtype = layer.r_weight.dtype
-    weights = (layer.r_weight, layer.i_weight, layer.j_weight, layer.k_weight)
-    if layer.rotation:
-        scale = None if layer.scale_param is None else layer.scale_param.double()
-        matrix = quaternion_matrix(*(w.double() for w in weights), rotation=True, scale=scale)
-    else:
-        matrix = quaternion_matrix(*weights)
-    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    linear.weight = nn.Parameter(matrix.to(dtype).t().contiguous())
+    # In Hamilton form the entries are copies, so that fp64 and back changes nothing.
+    matrix = copy.deepcopy(layer).double().dense_matrix().to(dtype)
+    weight = matrix.transpose(-1, -2).contiguous()
+    size = f"{weight.shape[-1]}→{layer.out_features}"
+    if layer.groups is not None:
+        return GroupedLinear(weight, layer.bias), f"{layer.groups} Linear {size}", None
+    linear = nn.Linear(weight.shape[1], layer.out_features, device="meta")
+    linear.weight = nn.Parameter(weight)
     linear.bias = layer.bias
-    return linear, f"Linear {_size(layer)}", None
+    return linear, f"Linear {size}", None
 
 
 def _fold_cluster_attention(layer: ClusterAttention) -> tuple[nn.Module, str, None]:
@@ -275,6 +282,7 @@ RULES: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, str, float | None]
     LoRALinear: _fold_lora,
     QuaternionLinear: _fold_quaternion,
     ClusterAttention: _fold_cluster_attention,
+    DomainPromptLearner: _fold_prompt_learner,
 }
 
 
@@ -327,16 +335,6 @@ def _activations(
         for hook in hooks:
             hook.remove()
     return inputs
-
-
-def _noise(layer: nn.Module) -> Tensor:
-    """Standard normal input for a layer that no example reaches."""
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, ClusterAttention):
-        shape = (2, layer.num_tokens or PROBE_TOKENS, layer.dim)
-    else:
-        shape = (PROBE_TOKENS, layer.in_features)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def _check_finite(module: nn.Module, name: str, what: str) -> None:

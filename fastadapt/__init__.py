@@ -8,6 +8,8 @@ fa.save_adapter(model, "run")
 folded = fa.fold(model)              # ordinary PyTorch operators, ready to export
 """
 
+import importlib
+
 from fastadapt import kernels
 from fastadapt.adapt import AdaptConfig, AdaptedModel, adapt
 from fastadapt.checkpoint import convert_cladapter_state_dict, load_adapter, save_adapter
@@ -28,6 +30,7 @@ __all__ = [
     "adapt",
     "convert_cladapter_state_dict",
     "fold",
+    "gdpl",
     "kernels",
     "load_adapter",
     "load_peft",
@@ -36,9 +39,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # Folding belongs to the exporter, which builds on this package: reached only when asked for.
+    # Folding belongs to the exporter, which builds on this package, and GDPL to few programs:
+    # reached only when asked for.
     if name == "fold":
         from fastadapt.export.fold import fold
 
         return fold
+    if name == "gdpl":
+        return importlib.import_module("fastadapt.gdpl")
     raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")

@@ -58,6 +58,10 @@ def export(
         Path | None,
         typer.Option(help="A folder of images to compare on, instead of the validation split."),
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="A file of other class names, one a line; GDPL runs only."),
+    ] = None,
     normalize: Annotated[
         bool, typer.Option(help="Normalise inside the graph: its input is RGB in [0, 1].")
     ] = True,
@@ -68,12 +72,14 @@ def export(
 
     from fastadapt.export.bundle import export_run
 
+    names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
     export_run(
         run,
         out or run / "bundle",
         weights=weights,
         images=images,
         normalize=normalize,
+        class_names=None if names is None else [name.strip() for name in names if name.strip()],
         overwrite=overwrite,
         console=Console(highlight=False),
     )

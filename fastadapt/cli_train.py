@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 import typer
 
 MODEL, TRAINING, IMAGES, RUN = "Model", "Training", "Images and features", "Run"
+GDPL = "GDPL (--method gdpl)"
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(
@@ -21,10 +23,16 @@ def train(
             "a CSV with path, label and optionally split (train, val, test).",
         ),
     ],
-    backbone: Annotated[
-        str, typer.Option(help="timm's name of the backbone.", rich_help_panel=MODEL)
-    ],
     out: Annotated[Path, typer.Option(help="The run folder.", rich_help_panel=RUN)],
+    method: Annotated[
+        Literal["adapter", "gdpl"],
+        typer.Option(
+            help="An adapter behind a backbone, or prompts in a CLIP model.", rich_help_panel=MODEL
+        ),
+    ] = "adapter",
+    backbone: Annotated[
+        str | None, typer.Option(help="timm's name of the backbone.", rich_help_panel=MODEL)
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Local file of the backbone's weights.", rich_help_panel=MODEL),
@@ -62,11 +70,18 @@ def train(
         int,
         typer.Option(help="1: backbone frozen; 2: then all of it.", rich_help_panel=TRAINING),
     ] = 1,
-    epochs: Annotated[int, typer.Option(help="Of stage 1.", rich_help_panel=TRAINING)] = 30,
+    epochs: Annotated[
+        int, typer.Option(help="Of stage 1 (gdpl: 15).", rich_help_panel=TRAINING)
+    ] = 30,
     lr: Annotated[
-        float, typer.Option(help="Peak learning rate of stage 1.", rich_help_panel=TRAINING)
+        float,
+        typer.Option(
+            help="Peak learning rate of stage 1 (gdpl: 0.0035).", rich_help_panel=TRAINING
+        ),
     ] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="In images.", rich_help_panel=TRAINING)] = 32,
+    batch_size: Annotated[
+        int, typer.Option(help="In images (gdpl: 4).", rich_help_panel=TRAINING)
+    ] = 32,
     epochs2: Annotated[int, typer.Option(help="Of stage 2.", rich_help_panel=TRAINING)] = 10,
     lr2: Annotated[
         float, typer.Option(help="Peak learning rate of stage 2.", rich_help_panel=TRAINING)
@@ -76,10 +91,12 @@ def train(
         typer.Option(help="In stage 2. (default: --batch-size)", rich_help_panel=TRAINING),
     ] = None,
     optimizer: Annotated[
-        Literal["adamw", "adam"], typer.Option(rich_help_panel=TRAINING)
+        Literal["adamw", "adam", "sgd"],
+        typer.Option(help="gdpl: sgd, or adamw.", rich_help_panel=TRAINING),
     ] = "adamw",
     weight_decay: Annotated[
-        float, typer.Option(help="Of matrices only.", rich_help_panel=TRAINING)
+        float,
+        typer.Option(help="Of matrices only (gdpl: of all, 0.0005).", rich_help_panel=TRAINING),
     ] = 0.01,
     warmup_epochs: Annotated[
         float, typer.Option(help="Of each stage; cosine after.", rich_help_panel=TRAINING)
@@ -141,7 +158,8 @@ def train(
     augment: Annotated[
         Literal["none", "flips", "dihedral", "crops"],
         typer.Option(
-            help="Random views; dihedral: the square's symmetries.", rich_help_panel=IMAGES
+            help="Random views; dihedral: the square's symmetries (gdpl: crops).",
+            rich_help_panel=IMAGES,
         ),
     ] = "none",
     views: Annotated[
@@ -158,6 +176,65 @@ def train(
         Literal["auto", "fp16", "fp32"],
         typer.Option(help="Of the cache; auto: fp16 where it suffices.", rich_help_panel=IMAGES),
     ] = "auto",
+    clip: Annotated[
+        str | None,
+        typer.Option(help="open_clip's name, ViT-B-16 or local-dir:….", rich_help_panel=GDPL),
+    ] = None,
+    clip_weights: Annotated[
+        str | None, typer.Option(help="open_clip's tag, or a local file.", rich_help_panel=GDPL)
+    ] = None,
+    domain_encoder: Annotated[
+        str | None,
+        typer.Option(help="timm's name of a model that knows the domain.", rich_help_panel=GDPL),
+    ] = None,
+    domain_weights: Annotated[
+        Path | None,
+        typer.Option(help="Local file of its weights. (default: timm's)", rich_help_panel=GDPL),
+    ] = None,
+    domain_size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of its images. (default: its own)", rich_help_panel=GDPL),
+    ] = None,
+    domain_normalization: Annotated[
+        Literal["clip", "own"],
+        typer.Option(help="Of its images; clip: as in the paper's code.", rich_help_panel=GDPL),
+    ] = "clip",
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON from folder names to names in the texts. (default: the folders')",
+            rich_help_panel=GDPL,
+        ),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="Of the texts.", rich_help_panel=GDPL)
+    ] = "a photo of a {}.",
+    shots: Annotated[
+        int, typer.Option(help="Training images per class; 0: all.", rich_help_panel=GDPL)
+    ] = 16,
+    train_classes: Annotated[
+        Literal["base", "all"],
+        typer.Option(help="base: half of them; the others are novel.", rich_help_panel=GDPL),
+    ] = "base",
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another data set to evaluate; repeatable.", rich_help_panel=GDPL),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="One run each, and their mean: 1,2,3.", rich_help_panel=GDPL)
+    ] = "1",
+    prompts: Annotated[int, typer.Option(help="Tokens per layer.", rich_help_panel=GDPL)] = 2,
+    prompt_depth: Annotated[
+        int, typer.Option(help="Layers with prompts and low-rank updates.", rich_help_panel=GDPL)
+    ] = 9,
+    low_rank: Annotated[int, typer.Option(help="Rank; 0: none.", rich_help_panel=GDPL)] = 4,
+    low_rank_alpha: Annotated[
+        float, typer.Option(help="Scales updates by alpha / rank.", rich_help_panel=GDPL)
+    ] = 1.0,
+    noise: Annotated[
+        Literal["train", "always", "off"],
+        typer.Option(help="On the text prompt; always: random predictions.", rich_help_panel=GDPL),
+    ] = "train",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue this run.", rich_help_panel=RUN)
     ] = False,
@@ -179,6 +256,12 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter for a frozen backbone on labelled images; Ctrl-C, then --resume, is safe."""
+    from fastadapt.cli_gdpl import given_options, train_command
+
+    given = given_options(context, GDPL)
+    if method == "gdpl":
+        train_command(context.params, given)
+        return
     from fastadapt.adapt import AdaptConfig
     from fastadapt.lora import LoRAConfig
     from fastadapt.train import TrainConfig, summary_table

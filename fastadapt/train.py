@@ -146,7 +146,7 @@ def train(
 
     with progress_bars(quiet) as progress:
         say = progress.console.print
-        dataset = _readable(dataset, workers, skip_unreadable, progress)
+        dataset = readable(dataset, workers, skip_unreadable, progress)
         settings = {
             "data": dataset.fingerprint(),
             "backbone": model.source["name"],
@@ -189,7 +189,7 @@ def train(
             progress=progress,
         )
         try:
-            with _full_disk_or_memory(out):
+            with full_disk_or_memory(out):
                 remove_leftovers(out)
                 trainer.run()
                 return _write_outputs(trainer, str(Path(data).absolute()))
@@ -233,7 +233,7 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def _readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> Dataset:
+def readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> Dataset:
     """The data set less its unreadable images, which are an error unless ``skip``."""
     task = progress.add_task("checking images", total=len(dataset.samples), unit="images", note="")
     unreadable = find_unreadable(dataset, workers, lambda: progress.advance(task))
@@ -286,7 +286,7 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
 
 
 @contextmanager
-def _full_disk_or_memory(out: Path) -> Iterator[None]:
+def full_disk_or_memory(out: Path) -> Iterator[None]:
     """Says in one line what to do about it."""
     try:
         yield

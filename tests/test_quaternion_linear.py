@@ -53,6 +53,38 @@ def test_gradcheck(rotate):
     )
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_zero_half_is_the_full_product_with_zeros_in_front(rotate):
+    w, b = weights(), torch.randn(20).double()
+    half = torch.randn(2, 7, 6, dtype=torch.float64)
+    full = torch.cat([torch.zeros_like(half), half], dim=-1)
+    want = rotation(full, *w) if rotate else hamilton(full, *w)
+    got = quaternion_linear(half, *w, b, rotation=rotate, zero_half=True)
+    torch.testing.assert_close(got, want + b)
+    with pytest.raises(ValueError, match=r"expected \[..., 6\], two times the 3 rows"):
+        quaternion_linear(full, *w, zero_half=True)
+
+
+def test_groups_are_layers_of_their_own():
+    w = [torch.randn(4, 3, 5, dtype=torch.float64) for _ in range(4)]
+    x, b = torch.randn(4, 2, 7, 12, dtype=torch.float64), torch.randn(4, 20).double()
+    want = [hamilton(x[g], *(t[g] for t in w)) + b[g] for g in range(4)]
+    torch.testing.assert_close(quaternion_linear(x, *w, b), torch.stack(want))
+    with pytest.raises(ValueError, match=r"expected \[4, ..., 12\]"):
+        quaternion_linear(x[:3], *w, b)
+
+
+def test_grouped_zero_half_layer():
+    layer = fa.QuaternionLinear(16, 8, zero_half=True, groups=3, rotation=True, scale=True)
+    x = torch.randn(3, 5, 8)
+    want = torch.einsum("gnk,gkm->gnm", x, layer.dense_matrix()) + layer.bias[:, None]
+    torch.testing.assert_close(layer(x), want)
+    single = fa.QuaternionLinear(16, 8, rotation=True, scale=True)
+    single.load_state_dict({name: t[1] for name, t in layer.state_dict().items()})
+    full = torch.cat([torch.zeros(5, 8), x[1]], dim=-1)
+    torch.testing.assert_close(layer(x)[1], single(full))
+
+
 def test_autocast_computes_in_autocasts_dtype():
     layer = fa.QuaternionLinear(16, 8)
     x = torch.randn(3, 16)
@@ -109,6 +141,7 @@ def test_repr_names_the_form():
         ({"in_features": 8, "out_features": 0}, "out_features is 0"),
         ({"in_features": 8, "out_features": 8, "scale": True}, "rotation=True"),
         ({"in_features": 8, "out_features": 8, "init": "xavier"}, "init is 'xavier'"),
+        ({"in_features": 8, "out_features": 8, "groups": 0}, "groups is 0"),
     ],
 )
 def test_impossible_layers_are_refused(kwargs, says):

@@ -25,15 +25,19 @@ class QuaternionLinear(nn.Module):
         scale: a learned factor [I, O] on the rotation's entries; needs ``rotation``.
         init: scale of the weights, ``"he"`` or ``"glorot"``.
         generator: source of the initial weights, the default generator if ``None``.
+        zero_half: the input is the components j and k alone, half of ``in_features``; r and i are
+            zero. Weights and state dicts are the same as without.
+        groups: so many independent layers in one call; every weight gets a first dimension.
 
     Shape:
-        [..., 4·I] to [..., 4·O].
+        [..., 4·I] to [..., 4·O]; [..., 2·I] with ``zero_half``; [G, ..., 4·I] with ``groups``.
 
     Upstream's state dicts load as they are (``r_weight`` … ``bias``, ``scale_param``; the constant
     ``zero_kernel`` is accepted and dropped).
 
     Raises:
-        ValueError: a width is no positive multiple of 4, or ``scale`` without ``rotation``.
+        ValueError: a width is no positive multiple of 4, ``scale`` without ``rotation``, or
+            ``groups`` below 1.
 
     Source: GDPL (Cao et al.), quaternion networks; upstream ``QuaternionLinear`` and
     ``QuaternionLinearAutograd``.
@@ -48,6 +52,8 @@ class QuaternionLinear(nn.Module):
         scale: bool = False,
         init: Literal["he", "glorot"] = "he",
         generator: torch.Generator | None = None,
+        zero_half: bool = False,
+        groups: int | None = None,
     ):
         super().__init__()
         for name, width in (("in_features", in_features), ("out_features", out_features)):
@@ -57,16 +63,21 @@ class QuaternionLinear(nn.Module):
             raise ValueError("scale=True belongs to the rotation form: pass rotation=True with it")
         if init not in ("he", "glorot"):
             raise ValueError(f"init is {init!r}; expected 'he' or 'glorot'")
+        if groups is not None and groups < 1:
+            raise ValueError(f"groups is {groups}; expected at least 1, or None")
         self.in_features = in_features
         self.out_features = out_features
         self.rotation = rotation
         self.init = init
-        shape = (in_features // 4, out_features // 4)
+        self.zero_half = zero_half
+        self.groups = groups
+        leading = () if groups is None else (groups,)
+        shape = (*leading, in_features // 4, out_features // 4)
         self.r_weight = nn.Parameter(torch.empty(shape))
         self.i_weight = nn.Parameter(torch.empty(shape))
         self.j_weight = nn.Parameter(torch.empty(shape))
         self.k_weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.bias = nn.Parameter(torch.empty(*leading, out_features)) if bias else None
         self.scale_param = nn.Parameter(torch.empty(shape)) if scale else None
         self.reset_parameters(generator)
 
@@ -75,15 +86,16 @@ class QuaternionLinear(nn.Module):
 
         s is 1/sqrt(2·I) for ``"he"`` and 1/sqrt(2·(I + O)) for ``"glorot"``; the bias is zero.
         """
-        rows, cols = self.r_weight.shape
+        shape = self.r_weight.shape
+        *_, rows, cols = shape
         s = 1 / math.sqrt(2 * (rows if self.init == "he" else rows + cols))
 
         def uniform(low: float, high: float) -> Tensor:
-            drawn = torch.rand(rows, cols, dtype=torch.float64, generator=generator, device=device)
+            drawn = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
             return low + (high - low) * drawn
 
         device = self.r_weight.device if generator is None else generator.device
-        normal = torch.randn(4, rows, cols, dtype=torch.float64, generator=generator, device=device)
+        normal = torch.randn(4, *shape, dtype=torch.float64, generator=generator, device=device)
         modulus = s * normal.square().sum(0).sqrt()
         axis = torch.stack([uniform(-1, 1) for _ in range(3)])
         axis = axis / (axis.square().sum(0) + 1e-4).sqrt()
@@ -96,12 +108,24 @@ class QuaternionLinear(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
             if self.scale_param is not None:
-                nn.init.xavier_uniform_(self.scale_param, generator=generator)
+                # xavier_uniform_'s bound, which it cannot tell of a tensor with groups.
+                bound = math.sqrt(6 / (rows + cols))
+                self.scale_param.uniform_(-bound, bound, generator=generator)
 
     def dense_matrix(self) -> Tensor:
-        """The matrix [4·I, 4·O] that the layer multiplies its input with, from the right."""
-        weights = (self.r_weight, self.i_weight, self.j_weight, self.k_weight)
-        return quaternion_matrix(*weights, rotation=self.rotation, scale=self.scale_param)
+        """The matrix that the layer multiplies its input with, from the right.
+
+        [4·I, 4·O]; [2·I, 4·O] with ``zero_half``; with ``groups`` in front.
+        """
+        return quaternion_matrix(
+            self.r_weight,
+            self.i_weight,
+            self.j_weight,
+            self.k_weight,
+            rotation=self.rotation,
+            scale=self.scale_param,
+            zero_half=self.zero_half,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return quaternion_linear(
@@ -113,6 +137,7 @@ class QuaternionLinear(nn.Module):
             self.bias,
             rotation=self.rotation,
             scale=self.scale_param,
+            zero_half=self.zero_half,
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -124,5 +149,6 @@ class QuaternionLinear(nn.Module):
         form = "rotation" if self.rotation else "hamilton"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, form={form}, scale={self.scale_param is not None}"
+            f"bias={self.bias is not None}, form={form}, scale={self.scale_param is not None}, "
+            f"zero_half={self.zero_half}, groups={self.groups}"
         )

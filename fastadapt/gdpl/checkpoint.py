@@ -1,0 +1,218 @@
+"""GDPL models by name, and their checkpoints: what was trained, and what it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fastadapt.checkpoint import CONFIG, WEIGHTS
+from fastadapt.errors import InputError, nearest
+from fastadapt.files import (
+    check_finite,
+    read_json,
+    read_tensors,
+    sha256_tensors,
+    write_json,
+    write_tensors,
+)
+from fastadapt.gdpl.classes import Tokenizer
+from fastadapt.gdpl.domain import DomainEncoder
+from fastadapt.gdpl.model import GDPLConfig, GDPLModel
+
+FORMAT = "fastadapt-gdpl"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GDPLSource:
+    """Where the frozen parts of a model come from.
+
+    Attributes:
+        clip: open_clip's name (``ViT-B-16``, ``hf-hub:…`` or ``local-dir:…``).
+        clip_weights: open_clip's tag (``laion2b_s34b_b88k``, ``openai``) or a local file; not for
+            ``hf-hub:`` and ``local-dir:``, which bring their own.
+        domain_encoder: timm's name.
+        domain_weights: a local file of its weights; timm's if ``None``.
+        domain_normalization, domain_size: as in :class:`DomainEncoder`; the size in pixels.
+    """
+
+    clip: str
+    clip_weights: str | None
+    domain_encoder: str
+    domain_weights: str | None = None
+    domain_normalization: Literal["clip", "own"] = "clip"
+    domain_size: int | None = None
+
+    def create(self, class_names: Sequence[str], config: GDPLConfig | None = None) -> GDPLModel:
+        """A new model. Raises InputError for a name or weights that cannot be had."""
+        clip, tokenizer = create_clip(self.clip, self.clip_weights)
+        encoder = DomainEncoder(
+            self.domain_encoder,
+            normalization=self.domain_normalization,
+            weights=self.domain_weights,
+            input_size=None if self.domain_size is None else (3, *(self.domain_size,) * 2),
+        )
+        return GDPLModel(clip, encoder, class_names, config, tokenizer=tokenizer)
+
+
+def create_clip(name: str, weights: str | None = None) -> tuple[nn.Module, Tokenizer]:
+    """An open_clip model and its tokenizer.
+
+    Raises:
+        InputError: open_clip is not installed, does not know the name or the weights, or cannot
+            load them.
+    """
+    try:
+        import open_clip
+    except ImportError:
+        raise InputError(
+            "GDPL needs open_clip: install it with pip install 'fastadapt[clip]'"
+        ) from None
+    comes_with_weights = name.startswith(("hf-hub:", "local-dir:"))
+    if not comes_with_weights:
+        if name not in open_clip.list_models():
+            near = nearest(name, open_clip.list_models())
+            raise InputError(f"open_clip has no model {name!r}. Nearest: {near}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if weights is None:
+            raise InputError(
+                f"{name} needs weights: a local file, or one of {', '.join(tags) or 'none'} "
+                "(--clip-weights)"
+            )
+        if weights not in tags and not Path(weights).is_file():
+            raise InputError(
+                f"{weights!r} is neither a file nor weights that open_clip knows for {name}: "
+                f"expected a path, or one of {', '.join(tags) or 'none'}"
+            )
+    elif weights is not None:
+        raise InputError(f"{name} brings its own weights; leave out --clip-weights")
+    try:
+        clip = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the CLIP model {name} cannot be loaded: {reason}") from error
+    return clip, tokenizer
+
+
+def trained_state(model: GDPLModel) -> dict[str, Tensor]:
+    """The tensors that a checkpoint holds: prompts, quaternion networks, low-rank weights."""
+    parts = ("prompt_learner.", "low_rank.")
+    return {k: tensor for k, tensor in model.state_dict().items() if k.startswith(parts)}
+
+
+def fingerprints(model: GDPLModel) -> dict[str, str | None]:
+    """Hashes of the frozen weights that a checkpoint stands on."""
+    encoder = model.domain_encoder
+    return {
+        "clip": sha256_tensors(model.clip.state_dict()),
+        "domain_encoder": None if encoder is None else sha256_tensors(encoder.state_dict()),
+    }
+
+
+def save_gdpl(
+    model: GDPLModel, folder: str | Path, source: GDPLSource | None = None, **extra: Any
+) -> None:
+    """Writes ``config.json`` and ``adapter.safetensors``; each is whole or not there.
+
+    Args:
+        model: with its low-rank updates not merged.
+        folder: made if need be.
+        source: how to make the frozen parts again; without it, :func:`load_gdpl` must be given
+            them.
+        **extra: more keys for config.json.
+
+    Raises:
+        InputError: a tensor holds NaN or infinity.
+    """
+    folder = Path(folder)
+    state = trained_state(model)
+    check_finite(state, "the model")
+    config = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "source": None if source is None else asdict(source),
+        "fingerprints": fingerprints(model),
+        "feature_dim": model.prompt_learner.feature_dim,
+        "gdpl": model.config.to_dict(),
+        "class_names": list(model.class_names),
+        **extra,
+    }
+    write_tensors(folder / WEIGHTS, state)
+    write_json(folder / CONFIG, config)
+
+
+def load_gdpl(
+    folder: str | Path,
+    clip: nn.Module | None = None,
+    domain_encoder: nn.Module | int | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    class_names: Sequence[str] | None = None,
+    clip_weights: str | None = None,
+) -> GDPLModel:
+    """Rebuilds a model from what :func:`save_gdpl` wrote, in evaluation mode.
+
+    Args:
+        folder: holds ``config.json`` and ``adapter.safetensors``.
+        clip, domain_encoder, tokenizer: as for :class:`GDPLModel`; needed together if the model
+            was not made by names.
+        class_names: other classes than those it was trained on.
+        clip_weights: a local file of the CLIP model's weights, where the recorded one is gone.
+
+    Raises:
+        InputError: a file is missing, damaged or of a newer version; the frozen weights are
+            others; a tensor is missing, unexpected, not finite, or has another shape.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    if config.get("format") != FORMAT:
+        raise InputError(f"{folder / CONFIG} is no GDPL model's configuration")
+    if config.get("version", 0) > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} was written by a newer fastadapt (format {config['version']}, this one "
+            f"reads up to {FORMAT_VERSION}): update fastadapt"
+        )
+    state, _ = read_tensors(folder / WEIGHTS)
+    check_finite(state, str(folder / WEIGHTS))
+    try:
+        settings = GDPLConfig.from_dict(config["gdpl"])
+        names = class_names or config["class_names"]
+        source, recorded = config["source"], config["fingerprints"]
+    except KeyError as error:
+        raise InputError(f"{folder / CONFIG} lacks the key {error}") from None
+    if clip is None and source is None:
+        raise InputError(
+            f"{folder} was made on modules that fastadapt cannot build by name: pass the same "
+            "ones, load_gdpl(folder, clip, domain_encoder, tokenizer=...)"
+        )
+    if clip is None:
+        source = GDPLSource(**source)
+        if clip_weights is not None:
+            source = replace(source, clip_weights=clip_weights)
+        model = source.create(names, settings)
+    else:
+        encoder = config["feature_dim"] if domain_encoder is None else domain_encoder
+        model = GDPLModel(clip, encoder, names, settings, tokenizer=tokenizer)
+    for part, fingerprint in fingerprints(model).items():
+        if fingerprint is not None and fingerprint != recorded[part]:
+            raise InputError(
+                f"{folder} was trained with other weights of the {part.replace('_', ' ')} than "
+                "these: give the ones that it was trained with"
+            )
+    own = trained_state(model)
+    for name in sorted(own.keys() | state.keys()):
+        if name not in own or name not in state:
+            where = "unexpected" if name in state else "missing"
+            raise InputError(f"{folder / WEIGHTS}: {name} is {where}")
+        if own[name].shape != state[name].shape:
+            raise InputError(
+                f"{folder / WEIGHTS}: {name} has shape {tuple(state[name].shape)}; the model "
+                f"expects {tuple(own[name].shape)}"
+            )
+    model.load_state_dict(state, strict=False)
+    return model.eval()

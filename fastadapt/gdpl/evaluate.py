@@ -1,0 +1,159 @@
+"""Measuring a GDPL model: base and novel classes, other data sets, CLIP alone beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from fastadapt.data import Sample
+from fastadapt.features import ImageSource
+from fastadapt.gdpl.fewshot import harmonic_mean
+from fastadapt.gdpl.model import GDPLModel
+from fastadapt.metrics import classification_metrics
+from fastadapt.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured: some images, and the classes to tell apart.
+
+    Attributes:
+        name: of the row of results, ``"base"``, ``"novel"``, ``"all"`` or a data set's.
+        samples: labelled by index into ``classes``.
+        classes: the names in the texts.
+    """
+
+    name: str
+    samples: tuple[Sample, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass
+class Evaluator:
+    """Runs models on tasks; keeps the domain features of every image that it has seen.
+
+    Attributes:
+        preprocess: of the CLIP model.
+        device: where to compute.
+        workers: threads that read images.
+        autocast: makes the context that models run in.
+        progress: bars and lines.
+        batch_size: in images.
+    """
+
+    preprocess: Preprocess
+    device: torch.device
+    workers: int
+    autocast: Callable[[], AbstractContextManager]
+    progress: Progress
+    batch_size: int = 32
+    _features: dict[Path, Tensor] = field(default_factory=dict)
+
+    def domain_features(
+        self, model: GDPLModel, samples: Sequence[Sample], images: Tensor
+    ) -> Tensor:
+        """Features [B, D_f] of plain images, computed the first time they are asked for."""
+        if any(sample.path not in self._features for sample in samples):
+            with self.autocast():
+                features = model.domain_features(images).float().cpu()
+            self._features |= dict(zip((s.path for s in samples), features, strict=True))
+        return torch.stack([self._features[s.path] for s in samples]).to(self.device)
+
+    def measure(self, model: GDPLModel, task: Task, zero_shot: bool = False) -> dict[str, Any]:
+        """Metrics of a model on a task; its class names are those of the task afterwards.
+
+        Args:
+            model: on the device.
+            task: what to measure.
+            zero_shot: measure the CLIP model alone instead.
+        """
+        if model.class_names != task.classes:
+            model.set_class_names(task.classes)
+        model.eval()
+        source = ImageSource(task.samples, self.preprocess, self.device, self.workers)
+        order = np.arange(len(task.samples))
+        bar = self.progress.add_task(
+            f"evaluate {task.name}", total=len(order), unit="images", note=""
+        )
+        predictions = []
+        with torch.inference_mode():
+            for images, labels in source.batches(order, None, self.batch_size):
+                batch = task.samples[len(predictions) :][: len(labels)]
+                with self.autocast():
+                    if zero_shot:
+                        logits = model.zero_shot(images)
+                    else:
+                        logits = model(images, self.domain_features(model, batch, images))
+                predictions += logits.argmax(1).tolist()
+                self.progress.advance(bar, len(labels))
+        self.progress.remove_task(bar)
+        return classification_metrics(source.labels, np.array(predictions), task.classes)
+
+
+def accuracies(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Accuracy per task; behind base and novel, their harmonic mean."""
+    found = {name: values["accuracy"] for name, values in metrics.items()}
+    if "novel" not in found:
+        return found
+    mean = harmonic_mean(found["base"], found["novel"])
+    rest = {name: value for name, value in found.items() if name not in ("base", "novel")}
+    return {"base": found["base"], "novel": found["novel"], "harmonic mean": mean, **rest}
+
+
+def result_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """The table's rows: what was measured, and the accuracies in percent.
+
+    Args:
+        results: of :func:`fastadapt.gdpl.train_gdpl`, the content of ``results.json``.
+    """
+    rows = []
+    if results["zero_shot"] is not None:
+        rows.append(("CLIP alone", _percent(accuracies(results["zero_shot"]))))
+    seeds = [(seed, accuracies(run["metrics"])) for seed, run in results["seeds"].items()]
+    rows += [(f"GDPL, seed {seed}", _percent(values)) for seed, values in seeds]
+    if len(seeds) > 1:
+        # The mean of the harmonic means, like that of every other column.
+        columns = {name: [values[name] for _, values in seeds] for name in seeds[0][1]}
+        text = {
+            name: f"{100 * np.mean(v):.2f} ± {100 * np.std(v, ddof=1):.2f}"
+            for name, v in columns.items()
+        }
+        rows.append((f"GDPL, mean of {len(seeds)}", text))
+    return rows
+
+
+def result_table(results: dict[str, Any]) -> Table:
+    """Accuracies in percent, for the terminal."""
+    rows = result_rows(results)
+    table = Table(title="accuracy in %", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in rows[0][1]:
+        table.add_column(name, justify="right")
+    for name, values in rows:
+        table.add_row(name, *values.values())
+    return table
+
+
+def result_markdown(results: dict[str, Any]) -> str:
+    """The same table in Markdown."""
+    rows = result_rows(results)
+    columns = list(rows[0][1])
+    lines = [
+        f"| accuracy in % | {' | '.join(columns)} |",
+        f"| --- |{' ---: |' * len(columns)}",
+        *(f"| {name} | {' | '.join(values.values())} |" for name, values in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(values: dict[str, float]) -> dict[str, str]:
+    return {name: f"{100 * value:.2f}" for name, value in values.items()}

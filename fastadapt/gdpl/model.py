@@ -1,0 +1,250 @@
+"""GDPL around a frozen CLIP model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadapt import backbones
+from fastadapt.errors import InputError
+from fastadapt.gdpl import towers
+from fastadapt.gdpl.classes import ClassPrompts, Tokenizer
+from fastadapt.gdpl.coupled import CoupledLowRank
+from fastadapt.gdpl.domain import DomainEncoder
+from fastadapt.gdpl.prompts import DomainPromptLearner
+
+
+@dataclass(frozen=True)
+class GDPLConfig:
+    """What GDPL adds to a CLIP model. The defaults are the paper's.
+
+    Attributes:
+        n_ctx: prompt tokens in each layer.
+        depth: layers of both branches that get prompts.
+        rank: of the low-rank updates; 0 for none.
+        alpha: their scale, alpha / rank.
+        rank_depth: layers of both branches that get them.
+        hidden: of the network that reads the domain feature; its width / 16 if ``None``.
+        noise: ``"train"``, ``"always"`` or ``"off"`` (:class:`DomainPromptLearner`).
+        template: of the texts, ``{}`` for the class name.
+        class_chunk: classes per text tree (:class:`fastadapt.gdpl.classes.ClassPrompts`).
+    """
+
+    n_ctx: int = 2
+    depth: int = 9
+    rank: int = 4
+    alpha: float = 1.0
+    rank_depth: int = 9
+    hidden: int | None = None
+    noise: Literal["train", "always", "off"] = "train"
+    template: str = "a photo of a {}."
+    class_chunk: int = 128
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GDPLConfig:
+        """Raises InputError for a key that this version does not know."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise InputError(
+                f"the GDPL configuration has {sorted(unknown)[0]!r}, which this version of "
+                "fastadapt does not know: update fastadapt"
+            )
+        return cls(**values)
+
+
+class GDPLModel(nn.Module):
+    """A frozen CLIP model with domain prompts and coupled low-rank updates.
+
+    Images and classes are encoded as one batch: every image has a prompt, hence text features, of
+    its own. The class names' tokens form a tree that every image goes through once
+    (:class:`fastadapt.gdpl.classes.ClassTree`), which gives exactly what encoding every pair of
+    image and class would.
+
+    Args:
+        clip: an open_clip model with two plain transformers (any ViT). Used as it is, not copied;
+            its parameters stop requiring gradients. Everything goes to its device.
+        domain_encoder: a timm name, a module (:class:`DomainEncoder` is made around it, or is
+            given), or the width D_f of features that every call passes.
+        class_names: one per output.
+        config: the paper's settings if ``None``.
+        tokenizer: ``tokenizer(texts, context_length=n)`` gives ids [texts, n]; open_clip's
+            standard one if ``None``. Models with another need ``open_clip.get_tokenizer(name)``.
+
+    Shape:
+        Images [B, 3, H, W] with CLIP's normalisation to logits [B, classes].
+
+    Attributes:
+        clip, domain_encoder: the frozen parts.
+        prompt_learner: the :class:`DomainPromptLearner`.
+        low_rank: the :class:`CoupledLowRank`; ``None`` with rank 0 and once it was merged.
+        class_names: now; :meth:`set_class_names` changes them, no training needed.
+
+    Raises:
+        InputError: a model of another kind, more layers than there are, names that are empty,
+            duplicate or too long.
+
+    Source: GDPL (Cao et al.); upstream ``CustomCLIP``.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        domain_encoder: str | nn.Module | int,
+        class_names: Sequence[str],
+        config: GDPLConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ):
+        super().__init__()
+        config = config or GDPLConfig()
+        towers.check_clip(clip)
+        layers = towers.num_layers(clip)
+        for name in ("depth", "rank_depth") if config.rank else ("depth",):
+            depth = getattr(config, name)
+            if not 1 <= depth <= layers:
+                raise InputError(
+                    f"{name} is {depth}; the shallower branch of this CLIP model has {layers} "
+                    f"layers, expected 1 to {layers}"
+                )
+        self.config = config
+        self.clip = clip.requires_grad_(False).eval()
+        self.grad_checkpointing = False
+        if tokenizer is None:
+            import open_clip
+
+            tokenizer = open_clip.tokenizer.SimpleTokenizer()
+        self.tokenizer = tokenizer
+        if isinstance(domain_encoder, int):
+            self.domain_encoder, feature_dim = None, domain_encoder
+        else:
+            if not isinstance(domain_encoder, DomainEncoder):
+                domain_encoder = DomainEncoder(domain_encoder)
+            self.domain_encoder, feature_dim = domain_encoder, domain_encoder.dim
+        if feature_dim < 1:
+            raise InputError(f"domain_encoder is {feature_dim}; expected a width of at least 1")
+        for name, default in (("mean", (0.0,) * 3), ("std", (1.0,) * 3)):
+            value = getattr(clip.visual, f"image_{name}", None) or default
+            value = torch.tensor(value).view(-1, 1, 1)
+            self.register_buffer(f"clip_{name}", value, persistent=False)
+
+        widths = {
+            "text_width": towers.text_width(clip),
+            "vision_width": towers.vision_width(clip),
+        }
+        self.prompt_learner = DomainPromptLearner(
+            feature_dim,
+            n_ctx=config.n_ctx,
+            depth=config.depth,
+            hidden=config.hidden,
+            noise=config.noise,
+            **widths,
+        )
+        self.low_rank = None
+        if config.rank:
+            self.low_rank = CoupledLowRank(
+                layers=config.rank_depth, rank=config.rank, alpha=config.alpha, **widths
+            )
+        self.set_class_names(class_names)
+        if self.classes.context is not None:
+            with torch.no_grad():
+                self.prompt_learner.ctx.copy_(self.classes.context)
+        self.to(clip.visual.class_embedding.device)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's configuration of the images, that of the CLIP model."""
+        return backbones.pretrained_cfg(self.clip.visual)
+
+    def set_class_names(self, class_names: Sequence[str]) -> GDPLModel:
+        """Other classes from now on; what was trained stays. Raises InputError as the class."""
+        config = self.config
+        self.classes = ClassPrompts(
+            self.clip,
+            class_names,
+            config.template,
+            config.n_ctx,
+            self.tokenizer,
+            config.class_chunk,
+        )
+        self.class_names = tuple(class_names)
+        return self
+
+    def train(self, mode: bool = True) -> GDPLModel:
+        """The frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the branches' layers in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def domain_features(self, images: Tensor) -> Tensor:
+        """Features [B, D_f] of images [B, 3, H, W], to be kept if the images come again.
+
+        Raises:
+            InputError: the model was made with a width, without an encoder.
+        """
+        if self.domain_encoder is None:
+            raise InputError(
+                "this model has no domain encoder: pass domain_features "
+                f"[B, {self.prompt_learner.feature_dim}] with the images"
+            )
+        return self.domain_encoder(images, self.clip_mean, self.clip_std)
+
+    def encode(self, images: Tensor, domain_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised features of images [B, D] and, for each image, of classes [B, classes, D]."""
+        prompts = self.prompt_learner(domain_features)
+        vision, text = ((), ()) if self.low_rank is None else self.low_rank()
+        image_features = towers.encode_image(
+            self.clip.visual,
+            images,
+            prompts.vision,
+            prompts.deep_vision,
+            vision,
+            self.grad_checkpointing,
+        )
+        text_features = self.classes.encode(
+            self.clip, prompts.text, prompts.deep_text, text, self.grad_checkpointing
+        )
+        return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+
+    @torch.no_grad()
+    def zero_shot(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of the CLIP model alone, with the same template.
+
+        Raises:
+            InputError: the template has fewer words than the prompt has tokens.
+        """
+        words = self.classes.context
+        if words is None:
+            raise InputError(
+                f"the template {self.config.template!r} has no {self.config.n_ctx} words in front "
+                "of the class name, which CLIP alone would read there"
+            )
+        text_features = self.classes.encode(self.clip, words[None], words.new_empty(0), ())
+        image_features = self.clip.encode_image(images, normalize=True)
+        return self._logits(image_features, F.normalize(text_features, dim=-1))
+
+    def forward(self, images: Tensor, domain_features: Tensor | None = None) -> Tensor:
+        if domain_features is None:
+            domain_features = self.domain_features(images)
+        return self._logits(*self.encode(images, domain_features))
+
+    def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        logits = (text_features @ image_features[:, :, None]).squeeze(-1)
+        logits = self.clip.logit_scale.exp() * logits
+        bias = getattr(self.clip, "logit_bias", None)
+        return logits if bias is None else logits + bias

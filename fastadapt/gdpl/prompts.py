@@ -1,0 +1,139 @@
+"""Prompts of both branches, conditioned on the domain by quaternion networks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import InputError
+from fastadapt.layers import QuaternionLinear
+
+NOISES = ("train", "always", "off")
+
+
+class Prompts(NamedTuple):
+    """What :class:`DomainPromptLearner` gives.
+
+    Attributes:
+        text: [B, n_ctx, text_width], in the first text layer; conditioned on the domain.
+        vision: [1, n_ctx, vision_width], in the first vision layer; the same for all images.
+        deep_text: [depth − 1, 1, n_ctx, text_width], in the deeper text layers; the same for all.
+        deep_vision: [depth − 1, B, n_ctx, vision_width], in the deeper vision layers; conditioned.
+    """
+
+    text: Tensor
+    vision: Tensor
+    deep_text: Tensor
+    deep_vision: Tensor
+
+
+class DomainPromptLearner(nn.Module):
+    """Turns domain features into prompts for every layer of both branches.
+
+    Args:
+        feature_dim: width D_f of the domain features.
+        text_width: of the text branch; a multiple of 4.
+        vision_width: of the vision branch; a multiple of 4.
+        n_ctx: prompt tokens in each layer.
+        depth: layers that get prompts of their own, the first one included.
+        hidden: width between the two linear layers of ``meta_net``; D_f / 16 if ``None``.
+        noise: whether the language prompt is disturbed by normal noise, times the mean of the
+            features: ``"train"`` (in training only), ``"always"`` (upstream's behaviour, which
+            makes predictions random) or ``"off"``.
+
+    Shape:
+        Features [B, D_f] to :class:`Prompts`.
+
+    Raises:
+        InputError: a setting that cannot be; features of another width.
+
+    Source: GDPL, domain-aware language and hierarchical vision prompts; upstream
+    ``MultiModalPromptLearner``.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        text_width: int,
+        vision_width: int,
+        n_ctx: int = 2,
+        depth: int = 9,
+        hidden: int | None = None,
+        noise: Literal["train", "always", "off"] = "train",
+    ):
+        super().__init__()
+        if n_ctx < 1 or depth < 1:
+            raise InputError(f"n_ctx is {n_ctx} and depth {depth}; expected at least 1 of each")
+        if noise not in NOISES:
+            raise InputError(f"noise is {noise!r}; expected one of {', '.join(NOISES)}")
+        for name, width in (("text", text_width), ("vision", vision_width)):
+            if width % 4:
+                raise InputError(
+                    f"the {name} branch is {width} wide; quaternion networks need a multiple of 4"
+                )
+        self.feature_dim = feature_dim
+        self.noise = noise
+        hidden = hidden or max(feature_dim // 16, 1)
+        self.meta_net = nn.Sequential(
+            OrderedDict(
+                linear1=nn.Linear(feature_dim, hidden),
+                relu=nn.ReLU(),
+                linear2=nn.Linear(hidden, text_width),
+            )
+        )
+        self.ctx = nn.Parameter(torch.empty(n_ctx, text_width))
+        self.deep_ctx = nn.Parameter(torch.empty(depth - 1, n_ctx, text_width))
+        nn.init.normal_(self.ctx, std=0.02)
+        nn.init.normal_(self.deep_ctx, std=0.02)
+        self.proj = nn.Linear(text_width, vision_width)
+        # The context fills the components j and k; r and i are zero.
+        quaternion = {"in_features": 2 * text_width, "init": "glorot", "zero_half": True}
+        self.language_net = QuaternionLinear(out_features=text_width, **quaternion)
+        self.vision_nets = None
+        if depth > 1:
+            self.vision_nets = QuaternionLinear(
+                out_features=vision_width, groups=depth - 1, **quaternion
+            )
+
+    @property
+    def n_ctx(self) -> int:
+        return self.ctx.shape[0]
+
+    @property
+    def depth(self) -> int:
+        return len(self.deep_ctx) + 1
+
+    def forward(self, features: Tensor) -> Prompts:
+        if features.dim() != 2 or features.shape[1] != self.feature_dim:
+            raise InputError(
+                f"domain features have shape {tuple(features.shape)}; expected "
+                f"[B, {self.feature_dim}], the width that the prompts were made for"
+            )
+        features = features.to(self.ctx.dtype)
+        bias = self.meta_net(features)
+        noise = None
+        if self.noise == "always" or (self.noise == "train" and self.training):
+            noise = torch.randn(bias.shape, dtype=bias.dtype, device=bias.device)
+            noise = noise * features.mean()
+        return self.condition(bias, noise)
+
+    def condition(self, bias: Tensor, noise: Tensor | None = None) -> Prompts:
+        """The prompts for what ``meta_net`` made of the features, [B, text_width]; affine in it.
+
+        Args:
+            noise: [B, text_width], added to the language prompt's.
+        """
+        shifted = self.ctx + (bias if noise is None else bias + noise)[:, None]
+        vision = self.proj(self.ctx)[None]
+        deep_text = self.deep_ctx[:, None]
+        if self.vision_nets is None:
+            deep_vision = vision.new_empty(0, bias.shape[0], *vision.shape[1:])
+        else:
+            deep_vision = self.vision_nets(deep_text + bias[:, None])
+        return Prompts(self.language_net(shifted), vision, deep_text, deep_vision)
+
+    def extra_repr(self) -> str:
+        return f"n_ctx={self.n_ctx}, depth={self.depth}, noise={self.noise!r}"
