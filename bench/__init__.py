@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fastadapt.errors import InputError
+
 # Name to module; a module has `run(quick) -> {"tables": {title: rows}, "notes": [...]}`.
 BENCHMARKS = {
     "cluster_attention": "fastadapt.bench.cluster_attention",
@@ -12,29 +14,24 @@ BENCHMARKS = {
 }
 
 
-def run(
-    names: list[str], *, quick: bool = False, tune: bool = False, json_out: str | None = None
-) -> int:
+def run(names: list[str], *, quick: bool = False, json_out: str | None = None) -> int:
     """Runs benchmarks by name (all, if none is named) and prints their tables.
 
     Args:
         names: keys of ``BENCHMARKS``.
         quick: fewer shapes.
-        tune: not there yet; launch configurations follow a rule.
         json_out: write the results there, and as Markdown beside it.
 
     Returns:
         An exit code: 0, or 1 if a kernel's result was wrong.
 
     Raises:
-        ValueError: no such benchmark, or ``tune``.
+        InputError: no such benchmark.
     """
-    if tune:
-        raise ValueError("--tune is not there yet: launch configurations follow a rule")
     for name in names:
         if name not in BENCHMARKS:
             known = ", ".join(BENCHMARKS)
-            raise ValueError(f"no benchmark is called {name!r}; there are {known}")
+            raise InputError(f"no benchmark is called {name!r}; there are {known}")
     names = names or list(BENCHMARKS)
 
     import torch

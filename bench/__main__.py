@@ -12,10 +12,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastadapt.bench")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--tune", action="store_true", help="tune launch configurations first")
     parser.add_argument("--json", metavar="OUT", help="write the results to this file")
     args = parser.parse_args()
-    return run(args.names, quick=args.quick, tune=args.tune, json_out=args.json)
+    return run(args.names, quick=args.quick, json_out=args.json)
 
 
 if __name__ == "__main__":

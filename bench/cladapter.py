@@ -38,7 +38,7 @@ def run(quick: bool = False) -> dict:
         torch.compiler.reset()
         with _backend("reference"):
             times["compiled"] = _times(torch.compile(block, dynamic=False), batch, tokens, width)
-        with _backend("auto"):
+        with _backend("triton"):
             times["ours"] = _times(block, batch, tokens, width)
         row = {"B × N × C": f"{batch} × {tokens} × {width}"}
         for i, part in enumerate(("forward", "forward + backward")):

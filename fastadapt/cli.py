@@ -106,6 +106,22 @@ def verify(
 
 
 @app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks; all if none.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the results here, and as Markdown beside it.")
+    ] = None,
+) -> None:
+    """Time the kernels beside PyTorch's own operations, on a GPU."""
+    from fastadapt.bench import run
+
+    raise typer.Exit(run(names or [], quick=quick, json_out=None if json is None else str(json)))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all that is made.")] = Path("demo-out"),
     overwrite: Annotated[

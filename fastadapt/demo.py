@@ -29,6 +29,7 @@ from fastadapt.adapt import AdaptConfig
 from fastadapt.checkpoint import load_adapter
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, read_state_dict, write_json, write_tensors, write_text
+from fastadapt.info import versions
 
 BACKBONE = "tf_efficientnet_lite0"
 CLASSES = ("defective", "functional")
@@ -111,6 +112,8 @@ def run(
 
     adapter = trained.results["test"]
     result = {
+        "command": "make demo",
+        "versions": versions(),
         "adapter": {key: adapter[key] for key in ("accuracy", "macro_f1", "confusion")},
         "linear_probe": probe,
         "images": {

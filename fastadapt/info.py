@@ -68,9 +68,7 @@ def environment_table() -> Table:
     for line in devices():
         table.add_row("device", line)
     backend = os.environ.get("FASTADAPT_BACKEND", "auto")
-    kernels = "Triton on CUDA tensors" if torch.cuda.is_available() else "reference (no GPU)"
-    table.add_row(
-        "backend", f"{backend}: {kernels if backend == 'auto' else 'as FASTADAPT_BACKEND says'}"
-    )
+    meaning = "the reference" if backend == "auto" else "as FASTADAPT_BACKEND says"
+    table.add_row("backend", f"{backend}: {meaning}")
     table.add_row("ONNX Runtime", ", ".join(providers()) or "not installed")
     return table

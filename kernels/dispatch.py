@@ -15,13 +15,14 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
 
 
-def choose_backend(backend: str, why_not_triton: str | None) -> str:
+def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool = True) -> str:
     """Returns ``"triton"`` or ``"reference"``.
 
     Args:
         backend: ``"auto"``, ``"triton"`` or ``"reference"``. The environment variable
             ``FASTADAPT_BACKEND`` takes the place of ``"auto"``.
         why_not_triton: the reason why the kernels cannot run this call, ``None`` if they can.
+        by_default: whether ``"auto"`` takes the kernels where they can run.
 
     Raises:
         ValueError: ``backend`` is none of the three.
@@ -37,7 +38,7 @@ def choose_backend(backend: str, why_not_triton: str | None) -> str:
             "Use backend='auto' to fall back to the reference."
         )
     if backend == "auto":
-        return "reference" if why_not_triton is not None else "triton"
+        return "triton" if by_default and why_not_triton is None else "reference"
     return backend
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def fastadapt(*args, **kwargs):
@@ -43,3 +44,11 @@ def test_info_names_versions_and_backends():
 @pytest.mark.parametrize("args", [("trane",), ("train",), ("export", "--onyx")])
 def test_wrong_usage_is_exit_code_two(args):
     assert fastadapt(*args).returncode == 2
+
+
+def test_bench_names_what_there_is_and_what_was_left_out():
+    done = fastadapt("bench", "warp_drive")
+    assert done.returncode == 1
+    assert "'warp_drive'; there are cluster_attention, cladapter" in done.stderr
+    if not torch.cuda.is_available():
+        assert "need a CUDA GPU" in fastadapt("bench", "cladapter").stderr

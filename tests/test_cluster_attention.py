@@ -307,14 +307,17 @@ def test_gpu_opcheck(token):
 
 
 @gpu
-def test_gpu_compiles_whole():
+def test_gpu_compiles_whole(monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", "triton")
     args, g = make(8, 100, 384, 128, 20, torch.bfloat16, "cuda")
     compiled = torch.compile(lambda *a: cluster_attention(*a) * 2, fullgraph=True)
     assert_as_exact_as_pytorch(args, g, lambda *a: compiled(*a) / 2)
 
 
 @gpu
-def test_gpu_exports():
+def test_gpu_exports(monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", "triton")
+
     class Module(torch.nn.Module):
         def forward(self, *args):
             return cluster_attention(*args)
@@ -340,7 +343,8 @@ def test_gpu_is_deterministic(monkeypatch):
 
 
 @gpu
-def test_gpu_checkpoint_and_cuda_graph():
+def test_gpu_checkpoint_and_cuda_graph(monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", "triton")
     from torch.utils.checkpoint import checkpoint
 
     args, g = make(32, 196, 768, 256, 20, torch.bfloat16, "cuda")
@@ -358,7 +362,8 @@ def test_gpu_checkpoint_and_cuda_graph():
 
 @gpu
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_gpu_distributed(wrap, tmp_path):
+def test_gpu_distributed(wrap, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", "triton")
     from fastadapt.layers import ClusterAttention
 
     torch.distributed.init_process_group(
