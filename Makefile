@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# OpenMP threads that wait give their core away: on a busy machine of two cores, 2.5 times as fast.
-export OMP_WAIT_POLICY := passive
+# OpenMP threads that wait give their core away soon: on a busy machine much faster.
+export GOMP_SPINCOUNT := 20000
 
 .PHONY: help demo test lint clean
 help:

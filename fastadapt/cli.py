@@ -130,7 +130,7 @@ def demo(
     limit: Annotated[
         int | None, typer.Option(min=200, help="Use about this many of the 2,624 images.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 8,
 ) -> None:
     """Run the main job, end to end, on real images of solar cells (some minutes)."""
     from fastadapt.demo import run

@@ -42,7 +42,7 @@ Cell = tuple[str, str, str]  # path, label, split
 
 
 def run(
-    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 10
+    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 8
 ) -> dict[str, Any]:
     """Adapts, compares with a linear probe, folds, exports, verifies; prints and writes a table.
 

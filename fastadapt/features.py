@@ -22,6 +22,7 @@ from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.data import Sample
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path
+from fastadapt.fuse import fuse_batch_norms
 from fastadapt.preprocess import Preprocess
 from fastadapt.progress import prefetch
 
@@ -201,6 +202,8 @@ def cached_source(
         spatial = tuple(1 for _ in spatial)
     features = _open_cache(path)
     if features is None:
+        if images.device.type == "cpu":
+            model = fuse_batch_norms(model, probe)
         full = (settings.views, len(images.samples), tokens, model.spec.dim)
         fp16 = settings.dtype != "fp32"
         if not _write_features(model, images, path, full, fp16, progress, autocast, name):
