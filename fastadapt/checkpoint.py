@@ -24,7 +24,7 @@ from fastadapt.lora import lora_layers, wrap
 
 CONFIG = "config.json"
 WEIGHTS = "adapter.safetensors"
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "fastadapt-adapter", 1
 
 
 def trained_state(model: AdaptedModel) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
     state = trained_state(model)
     check_finite(state, "the model")
     config = {
-        "format": "fastadapt-adapter",
+        "format": FORMAT,
         "version": FORMAT_VERSION,
         "backbone": {
             **model.source,
@@ -112,17 +112,7 @@ def load_adapter(
             backbone; a tensor is missing, unexpected, not finite, or has another shape.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    if config.get("format") != "fastadapt-adapter":
-        raise InputError(f"{folder / CONFIG} is no fastadapt adapter's configuration")
-    if config.get("version", 0) > FORMAT_VERSION:
-        raise InputError(
-            f"{folder} was written by a newer fastadapt (format {config['version']}, this one "
-            f"reads up to {FORMAT_VERSION}): update fastadapt"
-        )
-    state, _ = read_tensors(folder / WEIGHTS)
-    check_finite(state, str(folder / WEIGHTS))
-
+    config, state = read_checkpoint(folder, FORMAT, "fastadapt adapter", FORMAT_VERSION)
     try:
         source, num_classes = config["backbone"], config["num_classes"]
         settings = AdaptConfig.from_dict(config["adapt"])
@@ -164,6 +154,33 @@ def load_adapter(
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def read_checkpoint(
+    folder: Path, kind: str, what: str, version: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``config.json`` and ``adapter.safetensors`` of a folder.
+
+    Args:
+        folder: holds both.
+        kind: the ``format`` that the configuration must state.
+        what: that, in words.
+        version: the newest version of it that can be read.
+
+    Raises:
+        InputError: a file is missing, damaged, of another kind or newer; a tensor is not finite.
+    """
+    config = read_json(folder / CONFIG)
+    if config.get("format") != kind:
+        raise InputError(f"{folder / CONFIG} is no {what}'s configuration")
+    if config.get("version", 0) > version:
+        raise InputError(
+            f"{folder} was written by a newer fastadapt (format {config['version']}, this one "
+            f"reads up to {version}): update fastadapt"
+        )
+    state, _ = read_tensors(folder / WEIGHTS)
+    check_finite(state, str(folder / WEIGHTS))
+    return config, state
 
 
 def load_trained_state(model: AdaptedModel, state: dict[str, Tensor], source: str) -> None:

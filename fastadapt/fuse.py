@@ -17,10 +17,10 @@ TOLERANCE = 1e-3  # of the features' largest value, about what fp16 keeps of the
 def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
     """A copy of a model whose frozen backbone does without its batch norms.
 
-    On a CPU they take a third of a convolutional backbone's time. Which batch norm reads which
-    convolution's output is observed while the example passes. Where the features do not stay the
-    same (a convolution whose output is read by more than its batch norm), or nothing is to be
-    merged, the model itself is returned.
+    On a CPU each is a pass over memory of its own. Which batch norm reads which convolution's
+    output is observed while the example passes. Where the features do not stay the same (a
+    convolution whose output is read by more than its batch norm), or nothing is to be merged, the
+    model itself is returned.
 
     Args:
         model: its backbone in evaluation mode.

@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fastadapt.checkpoint import CONFIG, WEIGHTS
+from fastadapt.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import (
     check_finite,
-    read_json,
-    read_tensors,
     sha256_tensors,
     write_json,
     write_tensors,
@@ -169,16 +167,7 @@ def load_gdpl(
             others; a tensor is missing, unexpected, not finite, or has another shape.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    if config.get("format") != FORMAT:
-        raise InputError(f"{folder / CONFIG} is no GDPL model's configuration")
-    if config.get("version", 0) > FORMAT_VERSION:
-        raise InputError(
-            f"{folder} was written by a newer fastadapt (format {config['version']}, this one "
-            f"reads up to {FORMAT_VERSION}): update fastadapt"
-        )
-    state, _ = read_tensors(folder / WEIGHTS)
-    check_finite(state, str(folder / WEIGHTS))
+    config, state = read_checkpoint(folder, FORMAT, "GDPL model", FORMAT_VERSION)
     try:
         settings = GDPLConfig.from_dict(config["gdpl"])
         names = class_names or config["class_names"]
