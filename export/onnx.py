@@ -39,6 +39,19 @@ class _WithNormalization(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
+def deployed(folded: nn.Module, normalize: Preprocess | None, dims: int) -> nn.Module:
+    """What a bundle's files compute: the model behind its input, in evaluation mode.
+
+    Args:
+        folded: normalised images to one tensor [B, ...].
+        normalize: puts the normalisation in front; ``None``: nothing.
+        dims: of one sample, channels included.
+    """
+    model = folded if normalize is None else _WithNormalization(folded, normalize, dims)
+    like = next(folded.parameters(), torch.empty(0))
+    return model.eval().to(like.device)
+
+
 def export_onnx(
     folded: nn.Module,
     path: str | Path,
@@ -47,6 +60,7 @@ def export_onnx(
     normalize: Preprocess | None = None,
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
+    opset: int = OPSET,
 ) -> dict[str, Any]:
     """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
 
@@ -55,13 +69,14 @@ def export_onnx(
 
     Args:
         folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
-            maps images to one tensor [B, ...]; fp32. It is put into evaluation mode.
+            maps images to one tensor [B, ...], both fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
         normalize: puts the normalisation into the graph: ``images`` are then RGB in [0, 1].
             ``None``: ``images`` are normalised already.
         labels: class names, for the file's metadata.
         metadata: more of it; values that are no strings are written as JSON.
+        opset: of the graph; bf16 convolutions need 22.
 
     Returns:
         What a manifest says of the file: opset, inputs, outputs.
@@ -71,10 +86,8 @@ def export_onnx(
             operators that other runtimes do not know; the batch became fixed.
     """
     path = Path(path)
-    model = folded if normalize is None else _WithNormalization(folded, normalize, len(input_size))
-    model = model.eval()
+    model = deployed(folded, normalize, len(input_size))
     like = next(folded.parameters(), torch.empty(0))
-    model.to(like.device)
     # Seen with a batch of 1, sizes of 1 would be taken for constants.
     example = torch.rand(2, *input_size, device=like.device)
     classes = bool(getattr(folded, "num_classes", len(labels)))
@@ -85,7 +98,7 @@ def export_onnx(
                 model,
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[INPUT],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim(BATCH)},),
@@ -104,7 +117,7 @@ def export_onnx(
     _write(program, path, external_data=size > ONE_FILE_LIMIT)
     graph = program.model.graph
     return {
-        "opset": OPSET,
+        "opset": opset,
         "inputs": [_describe(value) for value in graph.inputs],
         "outputs": [_describe(value) for value in graph.outputs],
     }
