@@ -9,6 +9,7 @@ Python (``torch.library.custom_op``): AOTInductor would call back into Python fo
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import Batches
+from fastadapt.export.artefact import DEFAULT_BATCHES, Batches
 from fastadapt.export.onnx import BATCH
 from fastadapt.files import atomic_path, write_json
 
@@ -41,9 +42,9 @@ def check_compiler() -> None:
 @torch.no_grad()
 def build_aoti(
     model: nn.Module,
-    example: Tensor,
+    example: tuple[Tensor, ...],
     path: str | Path,
-    batch: Batches = Batches(),
+    batch: Batches = DEFAULT_BATCHES,
     *,
     precision: str = "fp32",
 ) -> dict[str, Any]:
@@ -54,8 +55,8 @@ def build_aoti(
     and, for a GPU, one of the same compute capability; on a CPU, its vector instructions.
 
     Args:
-        model: ordinary operators only; maps ``example``-like inputs to one tensor.
-        example: an input with any batch, on the model's device.
+        model: ordinary operators only; maps inputs like ``example`` to one tensor.
+        example: inputs with any batch, on the model's device.
         path: ends in ``.pt2``.
         batch: which batch sizes it will take.
         precision: of the model, for the record.
@@ -68,15 +69,16 @@ def build_aoti(
     fixed = batch.min == batch.max
     # Seen with a batch of 1, the batch would be taken for a constant.
     rows = batch.min if fixed else max(2, batch.min)
-    example = example[:1].expand(rows, *example.shape[1:]).contiguous()
+    example = tuple(x[:1].expand(rows, *x.shape[1:]).contiguous() for x in example)
     sizes = None
     if not fixed:
-        sizes = ({0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))},)
+        dynamic = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
+        sizes = dynamic_shapes(model, dynamic, len(example))
     with _quiet(), atomic_path(path) as temporary:
         # The compiler insists on the suffix, and a temporary name has another.
         package = temporary.with_name(f"{temporary.name}.pt2")
         try:
-            program = torch.export.export(model.eval(), (example,), dynamic_shapes=sizes)
+            program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
             package.replace(temporary)
         except OSError:
@@ -92,8 +94,8 @@ def build_aoti(
         "version": torch.__version__,
         "precision": precision,
         "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
-        "targets": [target(example.device)],
-        "inputs": [_describe("images", example, fixed)],
+        "targets": [target(example[0].device)],
+        "inputs": [_describe(x, fixed) for x in example],
     }
     write_json(path.with_name(f"{path.name}.json"), details)
     return details
@@ -107,10 +109,18 @@ def target(device: torch.device | str) -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _describe(name: str, example: Tensor, fixed: bool) -> dict[str, Any]:
+def dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
+    """The batch is dynamic in every one of ``count`` inputs; a ``*others`` is one argument."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    rest = (batch,) * (count - named)
+    return (*(batch,) * min(named, count), *((rest,) if named < len(parameters) else ()))
+
+
+def _describe(example: Tensor, fixed: bool) -> dict[str, Any]:
     rows = len(example) if fixed else BATCH
     dtype = str(example.dtype).removeprefix("torch.")
-    return {"name": name, "dtype": dtype, "shape": [rows, *example.shape[1:]]}
+    return {"dtype": dtype, "shape": [rows, *example.shape[1:]]}
 
 
 @contextlib.contextmanager

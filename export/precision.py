@@ -60,8 +60,8 @@ class MixedPrecision(nn.Module):
             target = torch.float32 if kept else dtype
             unit.register_forward_pre_hook(_caster(target), with_kwargs=True)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.to(self.dtype)).float()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*(x.to(self.dtype) for x in inputs)).float()
 
 
 def _caster(dtype: torch.dtype):
@@ -75,7 +75,7 @@ def _caster(dtype: torch.dtype):
 
 
 @torch.no_grad()
-def precision_units(model: nn.Module, example: Tensor) -> list[str]:
+def precision_units(model: nn.Module, *example: Tensor) -> list[str]:
     """Names of the modules whose precision can be chosen, in the order in which they run.
 
     A unit holds parameters and no other unit. Where a part is not called but read (the output
@@ -83,7 +83,7 @@ def precision_units(model: nn.Module, example: Tensor) -> list[str]:
 
     Args:
         model: folded, fp32.
-        example: an input of it.
+        example: its inputs.
     """
     called: list[str] = []
     hooks = [
@@ -92,7 +92,7 @@ def precision_units(model: nn.Module, example: Tensor) -> list[str]:
         if any(True for _ in module.parameters())
     ]
     try:
-        model(example)
+        model(*example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -142,7 +142,7 @@ def reduce_precision(
     precision: str,
     outputs: Callable[[nn.Module], np.ndarray],
     expected: np.ndarray,
-    example: Tensor,
+    example: tuple[Tensor, ...],
     *,
     classes: bool = True,
     tell: Callable[[str], None] = lambda line: None,
@@ -154,7 +154,7 @@ def reduce_precision(
         precision: ``"fp16"`` or ``"bf16"``.
         outputs: runs a module (of normalised images) on the gate's images: [samples, outputs].
         expected: the adapted model's outputs for the same images.
-        example: an input of ``folded``, normalised; one image is enough.
+        example: inputs of ``folded``, images normalised; one sample is enough.
         classes: whether the outputs are classes.
         tell: gets a line for every attempt.
 
@@ -162,8 +162,8 @@ def reduce_precision(
         InputError: not even fp32 passes: the gate or the images are at fault, not the precision.
     """
     if isinstance(folded, AdaptedModel):
-        folded = fuse_batch_norms(folded, example)  # their statistics do not fit fp16
-    units = precision_units(folded, example)
+        folded = fuse_batch_norms(folded, *example)  # their statistics do not fit fp16
+    units = precision_units(folded, *example)
     tried: list[str] = []
 
     def attempt(name: str, keep: Sequence[str] = ()) -> tuple[nn.Module, Parity]:

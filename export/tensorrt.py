@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import Batches
+from fastadapt.export.artefact import DEFAULT_BATCHES, Batches
 from fastadapt.files import atomic_path, sha256_file, write_json
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
@@ -52,7 +52,7 @@ class EngineConfig:
         timing_cache: where TensorRT keeps what it timed; ``None`` for the user's cache folder.
     """
 
-    batch: Batches = Batches()
+    batch: Batches = DEFAULT_BATCHES
     targets: tuple[str, ...] = ()
     workspace: int | None = None
     hardware_compatible: bool = False
@@ -144,7 +144,7 @@ def build_engine(
     """Writes the engine of an ONNX file, and ``path`` + ``.json`` beside it.
 
     Args:
-        onnx: one input with a dynamic batch, any precision.
+        onnx: inputs with a dynamic batch, any precision.
         path: of the raw plan.
         config: how.
         flavour: what builds it; :func:`choose_flavour`'s choice if ``None``.
@@ -162,7 +162,7 @@ def build_engine(
     onnx, path = Path(onnx), Path(path)
     flavour = flavour or choose_flavour(config)
     trt = flavour.module
-    log = _logger(trt)
+    log = logger(trt)
     log.messages.clear()
     builder = trt.Builder(log)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -188,10 +188,10 @@ def build_engine(
         for index, capability in enumerate(_capabilities(flavour, targets)):
             settings.set_compute_capability(capability, index)
     profile = builder.create_optimization_profile()
-    images = network.get_input(0)
-    sizes = tuple(images.shape)[1:]
     batch = config.batch
-    profile.set_shape(images.name, *((n, *sizes) for n in (batch.min, batch.opt, batch.max)))
+    for images in (network.get_input(i) for i in range(network.num_inputs)):
+        sizes = tuple(images.shape)[1:]
+        profile.set_shape(images.name, *((n, *sizes) for n in (batch.min, batch.opt, batch.max)))
     settings.add_optimization_profile(profile)
     cache = _timing_cache(flavour, config, settings)
 
@@ -214,8 +214,10 @@ def build_engine(
         "precision": precision,
         "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
         "targets": targets,
+        "workspace": config.workspace,
         "version_compatible": config.version_compatible,
         "hardware_compatible": config.hardware_compatible,
+        "onnx": onnx.name,
         "onnx_sha256": sha256_file(onnx),
         "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
         "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
@@ -334,9 +336,7 @@ def summarize(layers: Sequence[dict[str, Any]], precision: str) -> dict[str, Any
     return {
         "layers": len(layers),
         "precision": {kind: dict(counts) for kind, counts in sorted(kinds.items())},
-        "fused": {
-            layer["name"]: layer["onnx"] for layer in layers if len(set(layer["onnx"])) > 1
-        },
+        "fused": {layer["name"]: layer["onnx"] for layer in layers if len(set(layer["onnx"])) > 1},
         "fp32": [
             {"name": layer["name"], "type": layer["type"], "onnx": layer["onnx"]}
             for layer in layers
@@ -376,7 +376,7 @@ def _keep_timing_cache(path: Path | None, settings: Any) -> None:
 _loggers: dict[str, Any] = {}
 
 
-def _logger(trt: ModuleType) -> Any:
+def logger(trt: ModuleType) -> Any:
     if trt.__name__ not in _loggers:
 
         class Logger(trt.ILogger):
