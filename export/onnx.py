@@ -32,6 +32,7 @@ def export_onnx(
     graph_input: GraphInput | None = None,
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
+    opset: int = OPSET,
 ) -> dict[str, Any]:
     """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
 
@@ -40,13 +41,14 @@ def export_onnx(
 
     Args:
         folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
-            maps images to one tensor [B, ...]; fp32. It is put into evaluation mode.
+            maps images to one tensor [B, ...], both fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
         graph_input: what of the preprocessing is in the graph. ``None``: nothing; ``images`` are
             then what the model takes, fp32 [batch, C, H, W] (volumes: [batch, C, D, H, W]).
         labels: class names, for the file's metadata.
         metadata: more of it; values that are no strings are written as JSON.
+        opset: of the graph; bf16 convolutions need 22.
 
     Returns:
         What a manifest says of the file: opset, inputs, outputs.
@@ -69,7 +71,7 @@ def export_onnx(
                 model,
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[NAME],
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim(BATCH)},),
@@ -90,7 +92,7 @@ def export_onnx(
     _write(program, path, external_data=size > ONE_FILE_LIMIT)
     graph = program.model.graph
     return {
-        "opset": OPSET,
+        "opset": opset,
         "inputs": [_describe(value) for value in graph.inputs],
         "outputs": [_describe(value) for value in graph.outputs],
     }
