@@ -24,6 +24,16 @@ DTYPES = ("uint8", "float")
 RESIZE_MODES = {"bilinear": 'mode = "linear"', "bicubic": 'mode = "cubic", cubic_coeff_a = -0.5'}
 
 
+def check_settings(dtype: str, normalize: bool, resize: bool) -> None:
+    """Raises InputError where the settings of a :class:`GraphInput` exclude each other."""
+    if dtype not in DTYPES:
+        raise InputError(f"--input is {dtype!r}; expected {' or '.join(DTYPES)}")
+    if dtype == "uint8" and not normalize:
+        raise InputError("a uint8 input is always normalised in the graph: give --input float")
+    if dtype == "float" and resize:
+        raise InputError("--resize is for images as they are decoded: give --input uint8")
+
+
 @dataclass(frozen=True)
 class GraphInput:
     """The input of an exported graph.
@@ -46,17 +56,12 @@ class GraphInput:
     resize: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"--input is {self.dtype!r}; expected {' or '.join(DTYPES)}")
-        if self.dtype == "uint8" and not self.normalize:
-            raise InputError("a uint8 input is always normalised in the graph: give --input float")
+        check_settings(self.dtype, self.normalize, self.resize)
         if self.resize:
             self._check_resize()
 
     def _check_resize(self) -> None:
         p = self.preprocess
-        if self.dtype != "uint8":
-            raise InputError("--resize is for images as they are decoded: give --input uint8")
         if p.interpolation not in RESIZE_MODES:
             raise InputError(
                 f"--resize: ONNX has no {p.interpolation} filter like Pillow's, only "
@@ -172,6 +177,18 @@ def insert_resize(graph: Any, preprocess: Preprocess) -> None:
     front.remove(nodes)
     graph.inputs[0] = new
     graph.insert_before(graph[0], nodes)
+
+
+def resize_as_graph(images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """What :func:`insert_resize` makes of uint8 [B, H, W, 3]: uint8 [B, 3, h, w]."""
+    import onnx.parser
+    import onnxruntime
+
+    model = onnx.parser.parse_model(_resize_text(preprocess))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return np.moveaxis(session.run(None, {NAME: images})[0], -1, 1)
 
 
 def _resize_text(preprocess: Preprocess) -> str:

@@ -53,6 +53,7 @@ class Parity:
         near_ties: samples whose two highest outputs are closer than the error that is allowed.
         spread: how much the reference varies from sample to sample, over its largest value.
         problems: why it fails; empty if it passes.
+        limit: the error that is allowed.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class Parity:
     near_ties: int | None = None
     spread: float | None = None
     problems: tuple[str, ...] = ()
+    limit: float = Thresholds.error
 
     @property
     def passed(self) -> bool:
@@ -146,6 +148,7 @@ def compare(
         near_ties,
         float(relative_spread),
         tuple(problems),
+        thresholds.error,
     )
 
 
@@ -160,22 +163,16 @@ def check_problems(parities: Iterable[Parity]) -> list[str]:
 
 def parity_table(parities: Iterable[Parity]) -> Table:
     """One row per stage and batch size, for the terminal."""
-    limits = Thresholds()
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="parity",
-        title_justify="left",
-        caption=f"error at most {limits.error:.0e} of the spread, cosine at least {limits.cosine}",
-        caption_justify="left",
-    )
+    table = Table(box=box.SIMPLE_HEAD, title="parity", title_justify="left")
     table.add_column("stage")
-    for column in ("batch", "error", "cosine", "top-1", "near ties", "spread", ""):
+    for column in ("batch", "error", "at most", "cosine", "top-1", "near ties", "spread", ""):
         table.add_column(column, justify="right")
     for p in parities:
         table.add_row(
             p.stage,
             str(p.batch),
             "–" if p.error is None else f"{p.error:.1e}",
+            f"{p.limit:.0e}",
             "–" if p.cosine is None else f"{p.cosine:.6f}",
             "–" if p.top1 is None else f"{p.top1:.0%}",
             "–" if p.near_ties is None else f"{p.near_ties}/{p.samples}",
