@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from fastadapt.adapt import AdaptedModel
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.errors import InputError
 from fastadapt.export.fold import FoldReport, fold_with_report
-from fastadapt.export.onnx import export_onnx
+from fastadapt.export.onnx import INPUT, export_onnx
 from fastadapt.export.verify import (
     BATCHES,
     FORMAT,
@@ -43,6 +43,7 @@ from fastadapt.export.verify import (
     MODEL,
     SCHEMA,
     GateError,
+    Inputs,
     Parity,
     Thresholds,
     check_problems,
@@ -55,11 +56,13 @@ from fastadapt.export.verify import (
 from fastadapt.files import read_json, sha256_file, write_json, write_tensors, write_text
 from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
 from fastadapt.gdpl.checkpoint import load_gdpl
+from fastadapt.gdpl.features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.info import versions
 from fastadapt.preprocess import Preprocess, is_image_file
 
 LABELS, SPLITS = "labels.txt", "splits.csv"
+DOMAIN_INPUT = "domain_features"
 GOLDEN_SAMPLES = 16
 FEWEST_SAMPLES = max(BATCHES)
 
@@ -97,6 +100,8 @@ def export_run(
     overwrite: bool = False,
     backbone: nn.Module | None = None,
     class_names: Sequence[str] | None = None,
+    domain_input: bool = False,
+    domain_features: str | Path | None = None,
     console: Console | None = None,
 ) -> ExportResult:
     """Folds a run's model, exports it to ONNX and writes a bundle, if the outputs agree.
@@ -111,8 +116,13 @@ def export_run(
             validation split.
         normalize: put the normalisation into the graph.
         overwrite: replace a bundle that is at ``out``.
-        backbone: the pretrained backbone, if the adapter was made on a module.
+        backbone: the pretrained backbone (GDPL: the CLIP model), if it was given as a module.
         class_names: GDPL only: other classes than those it was trained on.
+        domain_input: GDPL only: leave the domain encoder out of the graph, which then has the
+            features as its second input, ``domain_features`` [batch, D_f]. Always so for models
+            that were made for features computed before.
+        domain_features: the features of the images that are compared, for such models
+            (:class:`fastadapt.gdpl.features.FeatureTable`).
         console: where to tell what is going on; nowhere if ``None``.
 
     Returns:
@@ -135,11 +145,16 @@ def export_run(
 
     with _step(console, "load the trained model"):
         model = _load(run, config, backbone, weights, class_names)
+        domain = _domain_features(model, domain_input, domain_features, samples)
         preprocess, labels = _preprocess(config, model), _labels(config, model)
         pixels = torch.stack([preprocess.read(sample.path) for sample in samples])
         normalized = preprocess.normalize(pixels)
+        others = {} if domain is None else {DOMAIN_INPUT: domain(normalized)}
+        example = (normalized, *others.values())
     with _step(console, "fold"):
-        folded, report = fold_with_report(model, normalized[:2])
+        folded, report = fold_with_report(model, tuple(x[:2] for x in example))
+        if others:
+            folded.domain_encoder = None
     console.print(f"  {report.summary}")
     source = {
         "run": str(run),
@@ -155,6 +170,7 @@ def export_run(
                 folded,
                 folder / MODEL,
                 input_size=preprocess.input_size,
+                other_inputs={name: tuple(x.shape[1:]) for name, x in others.items()},
                 normalize=preprocess if normalize else None,
                 labels=labels,
                 metadata={
@@ -166,12 +182,15 @@ def export_run(
                 },
             )
         with _step(console, f"compare on {len(samples)} images at batch {_listed(BATCHES)}"):
-            expected = _outputs(model, normalized, batch=8)
-            inputs = model_input(pixels.numpy(), preprocessing)
-            parities = _gate(folder / MODEL, folded, normalized, inputs, expected, bool(labels))
+            expected = _outputs(model, example, batch=8)
+            inputs = {
+                INPUT: model_input(pixels.numpy(), preprocessing),
+                **{name: x.numpy() for name, x in others.items()},
+            }
+            parities = _gate(folder / MODEL, folded, example, inputs, expected, bool(labels))
         console.print(parity_table(parities))
         write_text(folder / LABELS, "".join(f"{label}\n" for label in labels))
-        _write_golden(folder / GOLDEN, samples, pixels, expected)
+        _write_golden(folder / GOLDEN, samples, {INPUT: pixels, **others}, expected)
         problems = check_problems(parities)
         manifest = {
             "format": FORMAT,
@@ -205,35 +224,38 @@ def export_run(
 def _gate(
     file: Path,
     folded: nn.Module,
-    normalized: Tensor,
-    inputs: np.ndarray,
+    example: tuple[Tensor, ...],
+    inputs: Inputs,
     expected: np.ndarray,
     classes: bool,
 ) -> list[Parity]:
     """Unfolded against folded, folded against ONNX Runtime, and the first against the last."""
     parities = []
     for batch in BATCHES:
-        outputs = _outputs(folded, normalized, batch)
+        outputs = _outputs(folded, example, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
     references = {"ONNX Runtime": outputs, "end to end": expected}
     try:
         session = onnx_session(file)
     except InputError as error:
-        return [*parities, Parity("ONNX Runtime", 0, len(inputs), problems=(str(error),))]
+        return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
     return parities + compare_onnx(session, inputs, references, classes)
 
 
-def _write_golden(path: Path, samples: list[_Sample], pixels: Tensor, expected: np.ndarray) -> None:
-    """The images as the model gets them, in uint8, and what the trained model says to them."""
+def _write_golden(
+    path: Path, samples: list[_Sample], inputs: dict[str, Tensor], expected: np.ndarray
+) -> None:
+    """What the model gets (images in uint8), and what the trained model says to it."""
     files = json.dumps([sample.path.name for sample in samples], ensure_ascii=False)
     labels = json.dumps([sample.label for sample in samples], ensure_ascii=False)
-    tensors = {"images": pixels, "expected": torch.from_numpy(expected)}
+    tensors = {**inputs, "expected": torch.from_numpy(expected)}
     write_tensors(path, tensors, {"files": files, "labels": labels})
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, normalized: Tensor, batch: int) -> np.ndarray:
-    parts = [model(part).flatten(1) for part in normalized.split(batch)]
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> np.ndarray:
+    batches = zip(*(x.split(batch) for x in inputs), strict=True)
+    parts = [model(*part).flatten(1) for part in batches]
     return torch.cat(parts).float().numpy()
 
 
@@ -245,13 +267,44 @@ def _load(
     class_names: Sequence[str] | None,
 ) -> AdaptedModel | GDPLModel:
     if config.get("format") == GDPL_FORMAT:
-        return load_gdpl(run, clip_weights=weights, class_names=class_names)
+        return load_gdpl(run, backbone, clip_weights=weights, class_names=class_names)
     if class_names is not None:
         raise InputError(
             f"{run} is no GDPL run: its classes are outputs of its head, so that others need "
             "training; leave out --classes"
         )
     return load_adapter(run, backbone, weights=weights)
+
+
+def _domain_features(
+    model: AdaptedModel | GDPLModel,
+    wanted: bool,
+    file: str | Path | None,
+    samples: list[_Sample],
+) -> Callable[[Tensor], Tensor] | None:
+    """What gives the features of the normalised images of ``samples``; None if no input of the
+    graph is to be theirs.
+
+    Raises:
+        InputError: the model takes none; it has no encoder, and the file is not given, or lacks
+            an image; it has one, and a file is given.
+    """
+    if not isinstance(model, GDPLModel):
+        if wanted or file is not None:
+            raise InputError("this run is no GDPL run: leave out --domain-input/--domain-features")
+        return None
+    if model.domain_encoder is None:
+        if file is None:
+            raise InputError(
+                "this model has no domain encoder, and the gate compares on real features: give "
+                "those of the images with --domain-features"
+            )
+        table = FeatureTable.read(file, model.prompt_learner.feature_dim)
+        features = table.of([sample.path for sample in samples])
+        return lambda _: features
+    if file is not None:
+        raise InputError("this model has a domain encoder of its own: leave out --domain-features")
+    return torch.no_grad()(model.domain_features) if wanted else None
 
 
 def _backbone_name(config: dict[str, Any]) -> str:

@@ -25,18 +25,22 @@ INPUT, BATCH = "images", "batch"
 ONE_FILE_LIMIT = 2_000_000_000
 
 
-class _WithNormalization(nn.Module):
-    """RGB values in [0, 1] to what the model returns for them normalised."""
+class _Graph(nn.Module):
+    """What is exported: the model, called by position, with or without normalisation in front."""
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, dims: int):
+    def __init__(self, model: nn.Module, preprocess: Preprocess | None, dims: int):
         super().__init__()
         self.model = model
-        shape = (-1, *(1,) * (dims - 1))
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape))
-        self.register_buffer("std", torch.tensor(preprocess.std).view(shape))
+        self.normalize = preprocess is not None
+        if preprocess is not None:
+            shape = (-1, *(1,) * (dims - 1))
+            self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape))
+            self.register_buffer("std", torch.tensor(preprocess.std).view(shape))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std)
+    def forward(self, images: Tensor, *others: Tensor) -> Tensor:
+        if self.normalize:
+            images = (images - self.mean) / self.std
+        return self.model(images, *others)
 
 
 def export_onnx(
@@ -44,20 +48,24 @@ def export_onnx(
     path: str | Path,
     *,
     input_size: tuple[int, ...],
+    other_inputs: dict[str, tuple[int, ...]] | None = None,
     normalize: Preprocess | None = None,
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
 
-    The input is ``images``, float32 [batch, C, H, W] (volumes: [batch, C, D, H, W]); the output
-    ``logits`` [batch, classes], or ``features`` if the model has no head. The batch is dynamic.
+    The input is ``images``, float32 [batch, C, H, W] (volumes: [batch, C, D, H, W]), with
+    ``other_inputs`` behind it; the output ``logits`` [batch, classes], or ``features`` if the model
+    has no head. The batch is dynamic.
 
     Args:
         folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
             maps images to one tensor [B, ...]; fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
+        other_inputs: what the model takes behind the images, in this order: names and shapes of
+            float32 tensors, the batch in front left out.
         normalize: puts the normalisation into the graph: ``images`` are then RGB in [0, 1].
             ``None``: ``images`` are normalised already.
         labels: class names, for the file's metadata.
@@ -71,24 +79,27 @@ def export_onnx(
             operators that other runtimes do not know; the batch became fixed.
     """
     path = Path(path)
-    model = folded if normalize is None else _WithNormalization(folded, normalize, len(input_size))
-    model = model.eval()
+    others = other_inputs or {}
+    model = _Graph(folded, normalize, len(input_size)).eval()
     like = next(folded.parameters(), torch.empty(0))
     model.to(like.device)
     # Seen with a batch of 1, sizes of 1 would be taken for constants.
-    example = torch.rand(2, *input_size, device=like.device)
+    example, *rest = (
+        torch.rand(2, *size, device=like.device) for size in (input_size, *others.values())
+    )
+    batch = {0: torch.export.Dim(BATCH)}
     classes = bool(getattr(folded, "num_classes", len(labels)))
     output = "logits" if classes else "features"
     with _quiet(), _plain_attention(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
-                (example,),
+                (example, *rest),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[INPUT],
+                input_names=[INPUT, *others],
                 output_names=[output],
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                dynamic_shapes=(batch, (batch,) * len(rest)) if rest else (batch,),
                 verbose=False,
             )
         except Exception as error:

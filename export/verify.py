@@ -20,6 +20,8 @@ from rich.table import Table
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, read_tensors, sha256_file
 
+Inputs = dict[str, np.ndarray]  # what a model takes, by name: fp32 [samples, ...], images first
+
 FORMAT = "fastadapt-bundle"
 SCHEMA = 1
 MANIFEST, MODEL, GOLDEN = "manifest.json", "model.onnx", "golden.safetensors"
@@ -213,17 +215,17 @@ def onnx_session(path: str | Path) -> Any:
         raise InputError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
 
 
-def run_onnx(session: Any, images: np.ndarray, batch: int) -> np.ndarray:
-    """A session's outputs [samples, outputs] for fp32 images, in batches of ``batch``.
+def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
+    """A session's outputs [samples, outputs] for fp32 inputs, in batches of ``batch``.
 
     Raises:
         InputError: ONNX Runtime fails, at this batch size perhaps.
     """
-    name = session.get_inputs()[0].name
+    count = len(next(iter(inputs.values())))
     try:
         parts = [
-            session.run(None, {name: images[start : start + batch]})[0]
-            for start in range(0, len(images), batch)
+            session.run(None, {name: x[start : start + batch] for name, x in inputs.items()})[0]
+            for start in range(0, count, batch)
         ]
     except Exception as error:
         raise InputError(
@@ -233,15 +235,18 @@ def run_onnx(session: Any, images: np.ndarray, batch: int) -> np.ndarray:
 
 
 def compare_onnx(
-    session: Any, images: np.ndarray, references: dict[str, np.ndarray], classes: bool
+    session: Any, inputs: Inputs, references: dict[str, np.ndarray], classes: bool
 ) -> list[Parity]:
     """A session against references (by stage), at every batch size of the gate."""
     parities = []
     for batch in BATCHES:
         try:
-            outputs = run_onnx(session, images, batch)
+            outputs = run_onnx(session, inputs, batch)
         except InputError as error:
-            failed = [Parity(s, batch, len(images), problems=(str(error),)) for s in references]
+            failed = [
+                Parity(stage, batch, len(reference), problems=(str(error),))
+                for stage, reference in references.items()
+            ]
             parities.extend(failed)
             continue
         for stage, reference in references.items():
@@ -303,17 +308,38 @@ def verify_bundle(bundle: str | Path, *, speed: bool = True) -> Verification:
         raise InputError(f"{bundle} was rejected when it was made: {manifest['problems'][0]}")
     check_files(bundle, manifest)
     tensors, _ = read_tensors(bundle / GOLDEN)
-    images = model_input(tensors["images"].numpy(), manifest["preprocessing"])
     session = onnx_session(bundle / MODEL)
+    names = [value.name for value in session.get_inputs()]
+    inputs = golden_inputs(tensors, names, manifest["preprocessing"])
     classes = bool(manifest["labels"])
     expected = tensors["expected"].numpy()
-    parities = compare_onnx(session, images, {"golden": expected}, classes)
+    parities = compare_onnx(session, inputs, {"golden": expected}, classes)
     speeds = {}
     if speed and all(parity.passed for parity in parities):
         for batch in SPEED_BATCHES:
-            repeated = np.resize(images, (batch, *images.shape[1:]))
-            speeds[batch] = throughput(lambda x=repeated: run_onnx(session, x, len(x)), batch)
+            repeated = {k: np.resize(x, (batch, *x.shape[1:])) for k, x in inputs.items()}
+            speeds[batch] = throughput(
+                lambda x=repeated, batch=batch: run_onnx(session, x, batch), batch
+            )
     return Verification(bundle, tuple(parities), speeds, manifest)
+
+
+def golden_inputs(
+    tensors: dict[str, Any], names: list[str], preprocessing: dict[str, Any]
+) -> Inputs:
+    """What a bundle's model takes, ``names``, of its golden samples.
+
+    Raises:
+        InputError: an input is not among them.
+    """
+    for name in names:
+        if name not in tensors:
+            raise InputError(f"{GOLDEN} lacks the model's input {name!r}: export the run again")
+    images, *others = names
+    return {
+        images: model_input(tensors[images].numpy(), preprocessing),
+        **{name: tensors[name].numpy() for name in others},
+    }
 
 
 def model_input(images: np.ndarray, preprocessing: dict[str, Any]) -> np.ndarray:

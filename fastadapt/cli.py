@@ -62,6 +62,18 @@ def export(
         Path | None,
         typer.Option(help="A file of other class names, one a line; GDPL runs only."),
     ] = None,
+    domain_input: Annotated[
+        bool,
+        typer.Option(
+            "--domain-input",
+            help="The graph takes domain features as a second input, its encoder is left out; "
+            "GDPL runs only.",
+        ),
+    ] = False,
+    domain_features: Annotated[
+        Path | None,
+        typer.Option(help="Their features, for GDPL runs that have no domain encoder."),
+    ] = None,
     normalize: Annotated[
         bool, typer.Option(help="Normalise inside the graph: its input is RGB in [0, 1].")
     ] = True,
@@ -79,6 +91,8 @@ def export(
         weights=weights,
         images=images,
         normalize=normalize,
+        domain_input=domain_input,
+        domain_features=domain_features,
         class_names=None if names is None else [name.strip() for name in names if name.strip()],
         overwrite=overwrite,
         console=Console(highlight=False),
