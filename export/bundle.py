@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fastadapt import __version__
 from fastadapt.errors import InputError
 from fastadapt.export.artefact import VERIFIED, Artefact
 from fastadapt.export.fold import FoldReport, fold_with_report
-from fastadapt.export.graph_input import GraphInput, check_settings
+from fastadapt.export.graph_input import NAME, GraphInput, check_settings
 from fastadapt.export.manifest import (
     FORMAT,
     GOLDEN,
@@ -62,9 +62,10 @@ from fastadapt.export.samples import (
 )
 from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
-from fastadapt.export.verify import BATCHES, compare_onnx, onnx_session
+from fastadapt.export.verify import BATCHES, Inputs, compare_onnx, onnx_session
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 
+DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
 # The graph's filter rounds some pixels to the next level: a change of the input, not of the model.
 RESIZED = Thresholds(error=0.05, cosine=0.999)
@@ -114,6 +115,8 @@ def export_run(
     images: str | Path | None = None,
     backbone: nn.Module | None = None,
     class_names: Sequence[str] | None = None,
+    domain_input: bool = False,
+    domain_features: str | Path | None = None,
     console: Console | None = None,
     **settings: Any,
 ) -> ExportResult:
@@ -127,8 +130,13 @@ def export_run(
             recorded one is gone.
         images: a folder of images for the gate and the golden samples, instead of the run's
             validation split.
-        backbone: the pretrained backbone, if the adapter was made on a module.
+        backbone: the pretrained backbone (GDPL: the CLIP model), if it was given as a module.
         class_names: GDPL only: other classes than those it was trained on.
+        domain_input: GDPL only: leave the domain encoder out of the graph, which then has the
+            features as its second input, ``domain_features`` [batch, D_f]. Always so for models
+            that were made for features computed before.
+        domain_features: the features of the images that are compared, for such models
+            (:class:`fastadapt.gdpl.features.FeatureTable`).
         console: where to tell what is going on; nowhere if ``None``.
         **settings: of :class:`ExportSettings`.
 
@@ -144,7 +152,15 @@ def export_run(
     config = read_run(run)
     samples = run_samples(run, images, FEWEST_SAMPLES)
     with export.step("load the trained model"):
-        trained = load_run(run, config, backbone=backbone, weights=weights, class_names=class_names)
+        trained = load_run(
+            run,
+            config,
+            backbone=backbone,
+            weights=weights,
+            class_names=class_names,
+            domain_input=domain_input,
+            domain_features=domain_features,
+        )
     return export.run(trained, samples)
 
 
@@ -215,8 +231,15 @@ class _Export:
         chosen = choose(samples.samples, GOLDEN_SAMPLES)
         pixels = read_pixels(chosen, graph_input)
         normalized = trained.preprocess.normalize(pixels.model)
+        others: dict[str, Tensor] = {}
+        if trained.domain_features is not None:
+            paths = [sample.path for sample in chosen]
+            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
+        example = (normalized, *others.values())
         with self.step("fold"):
-            folded, report = fold_with_report(trained.model, normalized[:2])
+            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
+            if others:
+                folded.domain_encoder = None
         console.print(f"  {report.summary}")
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
@@ -224,22 +247,27 @@ class _Export:
                     folded,
                     folder / MODEL,
                     input_size=trained.preprocess.input_size,
+                    other_inputs={name: tuple(x.shape[1:]) for name, x in others.items()},
                     graph_input=graph_input,
                     labels=trained.labels,
                     metadata=_metadata(trained, graph_input),
                 )
             with self.step(f"compare on {len(chosen)} images at batch {_listed(BATCHES)}"):
-                expected = _outputs(trained.model, normalized, batch=8)
-                inputs = graph_input.array(pixels.given.numpy())
+                expected = _outputs(trained.model, example, batch=8)
+                inputs = {
+                    NAME: graph_input.array(pixels.given.numpy()),
+                    **{name: x.numpy() for name, x in others.items()},
+                }
                 classes = bool(trained.labels)
-                parities = _gate(folder / MODEL, folded, normalized, inputs, expected, classes)
+                parities = _gate(folder / MODEL, folded, example, inputs, expected, classes)
                 if settings.resize:
-                    parities.insert(0, _resizing(trained, pixels, expected))
+                    parities.insert(0, _resizing(trained, pixels, example, expected))
             console.print(parity_table(parities))
             problems = check_problems(parities)
             artefacts = [_onnx_artefact(folder, parities)]
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
-            _write_golden(folder / GOLDEN, chosen, pixels.given, expected)
+            golden = {NAME: pixels.given, **others}
+            _write_golden(folder / GOLDEN, chosen, golden, expected)
             manifest = {
                 "format": FORMAT,
                 "schema": SCHEMA,
@@ -283,27 +311,30 @@ class _Export:
 def _gate(
     file: Path,
     folded: nn.Module,
-    normalized: Tensor,
-    inputs: np.ndarray,
+    example: tuple[Tensor, ...],
+    inputs: Inputs,
     expected: np.ndarray,
     classes: bool,
 ) -> list[Parity]:
     """Unfolded against folded, folded against ONNX Runtime, and the first against the last."""
     parities = []
     for batch in BATCHES:
-        outputs = _outputs(folded, normalized, batch)
+        outputs = _outputs(folded, example, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
     references = {"ONNX Runtime": outputs, "end to end": expected}
     try:
         session = onnx_session(file)
     except InputError as error:
-        return [*parities, Parity("ONNX Runtime", 0, len(inputs), problems=(str(error),))]
+        return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
     return parities + compare_onnx(session, inputs, references, classes)
 
 
-def _resizing(trained: Trained, pixels: Pixels, expected: np.ndarray) -> Parity:
+def _resizing(
+    trained: Trained, pixels: Pixels, example: tuple[Tensor, ...], expected: np.ndarray
+) -> Parity:
     """What the graph's way of resizing changes, beside the training's."""
-    training = _outputs(trained.model, trained.preprocess.normalize(pixels.training), batch=8)
+    normalized = trained.preprocess.normalize(pixels.training)
+    training = _outputs(trained.model, (normalized, *example[1:]), batch=8)
     classes, batch = bool(trained.labels), len(expected)
     return compare(
         training, expected, stage="resizing", batch=batch, classes=classes, thresholds=RESIZED
@@ -326,17 +357,20 @@ def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:
     }
 
 
-def _write_golden(path: Path, samples: list[Sample], pixels: Tensor, expected: np.ndarray) -> None:
-    """The images as the model gets them, in uint8, and what the trained model says to them."""
+def _write_golden(
+    path: Path, samples: list[Sample], inputs: dict[str, Tensor], expected: np.ndarray
+) -> None:
+    """What the model gets (images in uint8), and what the trained model says to it."""
     files = json.dumps([sample.path.name for sample in samples], ensure_ascii=False)
     labels = json.dumps([sample.label for sample in samples], ensure_ascii=False)
-    tensors = {"images": pixels, "expected": torch.from_numpy(expected)}
+    tensors = {**inputs, "expected": torch.from_numpy(expected)}
     write_tensors(path, tensors, {"files": files, "labels": labels})
 
 
 @torch.no_grad()
-def _outputs(model: Callable[[Tensor], Tensor], normalized: Tensor, batch: int) -> np.ndarray:
-    parts = [model(part).flatten(1) for part in normalized.split(batch)]
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> np.ndarray:
+    batches = zip(*(x.split(batch) for x in inputs), strict=True)
+    parts = [model(*part).flatten(1) for part in batches]
     return torch.cat(parts).float().numpy()
 
 

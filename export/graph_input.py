@@ -74,15 +74,6 @@ class GraphInput:
                 "resize outside it"
             )
 
-    def wrap(self, model: nn.Module, dims: int = 3) -> nn.Module:
-        """The model behind this input; resizing excepted.
-
-        Args:
-            model: takes normalised fp32 images [B, C, H, W], and perhaps more behind them.
-            dims: of one sample, channels included; 4 for volumes.
-        """
-        return _Front(model, self, dims).eval()
-
     def array(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, 3, H, W], as :meth:`Preprocess.read` gives them, to what the graph takes.
 
@@ -97,17 +88,14 @@ class GraphInput:
         mean = np.asarray(self.preprocess.mean, np.float32).reshape(shape)
         return (values - mean) / np.asarray(self.preprocess.std, np.float32).reshape(shape)
 
-    def example(self, size: tuple[int, ...]) -> Tensor:
-        """Two random samples of ``size`` [C, H, W], for tracing: sizes of 1 would be constants."""
-        if self.dtype == "uint8":
-            return torch.randint(0, 256, (2, *size[1:], size[0]), dtype=torch.uint8)
-        return torch.rand(2, *size)
-
     def to_dict(self) -> dict[str, Any]:
         """For the manifest: the settings, and every step from file to model in words."""
         p = self.preprocess
         steps = [
-            ("decode to 8-bit RGB: orientation tag applied, transparency on black, 16 bit / 257", False),
+            (
+                "decode to 8-bit RGB: orientation tag applied, transparency on black, 16 bit / 257",
+                False,
+            ),
             *((str(step), self.resize) for step in p.transform.transforms[:-1]),
             ("divide by 255", self.dtype == "uint8"),
             (f"subtract mean {list(p.mean)}, divide by std {list(p.std)}", self.normalize),
@@ -135,19 +123,27 @@ class GraphInput:
         )
 
 
-class _Front(nn.Module):
-    """A graph's input to what the model returns for it normalised."""
+class Deployed(nn.Module):
+    """A model as a graph holds it: behind its input, called by position, in evaluation mode.
 
-    def __init__(self, model: nn.Module, graph_input: GraphInput, dims: int):
+    Args:
+        model: takes normalised fp32 images [B, C, H, W], and perhaps more behind them.
+        graph_input: in front of it; ``None``: nothing.
+        dims: of one sample, channels included; 4 for volumes.
+    """
+
+    def __init__(self, model: nn.Module, graph_input: GraphInput | None = None, dims: int = 3):
         super().__init__()
         self.model = model
-        self.is_uint8 = graph_input.dtype == "uint8"
-        self.normalize = graph_input.normalize
-        like = next(model.parameters(), torch.empty(0))
-        shape = (-1, *(1,) * (dims - 1))
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(graph_input.preprocess, name), device=like.device)
-            self.register_buffer(name, values.view(shape))
+        self.is_uint8 = graph_input is not None and graph_input.dtype == "uint8"
+        self.normalize = graph_input is not None and graph_input.normalize
+        if self.normalize:
+            device = next(model.parameters(), torch.empty(0)).device
+            shape = (-1, *(1,) * (dims - 1))
+            for name in ("mean", "std"):
+                values = torch.tensor(getattr(graph_input.preprocess, name), device=device)
+                self.register_buffer(name, values.view(shape))
+        self.eval()
 
     def forward(self, images: Tensor, *others: Tensor) -> Tensor:
         if self.is_uint8:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastadapt.errors import InputError
-from fastadapt.export.graph_input import BATCH, NAME, GraphInput, insert_resize
+from fastadapt.export.graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
 
 # 20 keeps LayerNormalization and Gelu whole; from 23 on, attention becomes one operator, which not
 # every runtime takes.
@@ -29,6 +29,7 @@ def export_onnx(
     path: str | Path,
     *,
     input_size: tuple[int, ...],
+    other_inputs: dict[str, tuple[int, ...]] | None = None,
     graph_input: GraphInput | None = None,
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
@@ -36,14 +37,16 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
 
-    The input is ``images``, as ``graph_input`` says; the output ``logits`` [batch, classes], or
-    ``features`` if the model has no head. The batch is dynamic.
+    The input is ``images``, as ``graph_input`` says, with ``other_inputs`` behind it; the output
+    ``logits`` [batch, classes], or ``features`` if the model has no head. The batch is dynamic.
 
     Args:
         folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
             maps images to one tensor [B, ...], both fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
+        other_inputs: what the model takes behind the images, in this order: names and shapes of
+            float32 tensors, the batch in front left out.
         graph_input: what of the preprocessing is in the graph. ``None``: nothing; ``images`` are
             then what the model takes, fp32 [batch, C, H, W] (volumes: [batch, C, D, H, W]).
         labels: class names, for the file's metadata.
@@ -58,23 +61,26 @@ def export_onnx(
             operators that other runtimes do not know; the batch became fixed.
     """
     path = Path(path)
-    if graph_input is None:
-        model, example = folded.eval(), torch.rand(2, *input_size)
-    else:
-        model, example = graph_input.wrap(folded, len(input_size)), graph_input.example(input_size)
-    example = example.to(next(folded.parameters(), example).device)
+    others = other_inputs or {}
+    # Seen with a batch of 1, sizes of 1 would be taken for constants.
+    example = [torch.rand(2, *size) for size in (input_size, *others.values())]
+    if graph_input is not None and graph_input.dtype == "uint8":
+        example[0] = (255 * example[0]).byte().movedim(1, -1)
+    model = Deployed(folded, graph_input, len(input_size))
+    device = next(folded.parameters(), example[0]).device
+    batch = {0: torch.export.Dim(BATCH)}
     classes = bool(getattr(folded, "num_classes", len(labels)))
     output = "logits" if classes else "features"
     with _quiet(), _plain_attention(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
-                (example,),
+                tuple(x.to(device) for x in example),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[NAME],
+                input_names=[NAME, *others],
                 output_names=[output],
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                dynamic_shapes=(batch, (batch,) * len(others)) if others else (batch,),
                 verbose=False,
             )
         except Exception as error:

@@ -30,9 +30,7 @@ figcaption { overflow-wrap: anywhere }
 """
 
 
-def render_report(
-    manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray
-) -> str:
+def render_report(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
     """The report as HTML.
 
     Args:

@@ -14,7 +14,7 @@ LEAST = 1e-9  # errors below it, zero too, are drawn there
 
 
 def parity_svg(parities: Sequence[dict[str, Any]]) -> str:
-    """A row for each comparison, a dot for each batch size, and the limit that it must not reach."""
+    """A row for each comparison, a dot for each batch size, and the limit of its error."""
     stages = list(dict.fromkeys(p["stage"] for p in parities))
     figure, axes = _figure(len(stages))
     for p in parities:

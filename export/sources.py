@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from fastadapt.adapt import AdaptedModel
@@ -24,6 +25,7 @@ from fastadapt.files import (
 )
 from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
 from fastadapt.gdpl.checkpoint import load_gdpl
+from fastadapt.gdpl.features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.lora import load_peft
 from fastadapt.preprocess import Preprocess
@@ -39,6 +41,8 @@ class Trained:
         labels: class names in the outputs' order; empty without a head.
         backbone: its name.
         source: where it came from, with hashes, for the manifest.
+        domain_features: GDPL, where they are an input of the graph: the features [B, D_f] of
+            samples, from their paths and normalised images.
     """
 
     model: nn.Module
@@ -46,6 +50,7 @@ class Trained:
     labels: list[str]
     backbone: str
     source: dict[str, Any]
+    domain_features: Callable[[list[Path], Tensor], Tensor] | None = None
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -68,22 +73,23 @@ def load_run(
     backbone: nn.Module | None = None,
     weights: str | None = None,
     class_names: Sequence[str] | None = None,
+    domain_input: bool = False,
+    domain_features: str | Path | None = None,
 ) -> Trained:
     """The model of a run (or of what ``save_adapter`` or ``save_gdpl`` wrote).
 
     Args:
         run: its folder.
         config: what :func:`read_run` gave.
-        backbone: the pretrained backbone, if the adapter was made on a module.
-        weights: a local file of its weights, where the recorded one is gone.
-        class_names: GDPL only: other classes than those it was trained on.
+        backbone, weights, class_names, domain_input, domain_features: as for
+            :func:`fastadapt.export.export_run`.
 
     Raises:
-        InputError: something is missing or damaged.
+        InputError: something is missing or damaged, or options do not fit the model.
     """
     model: AdaptedModel | GDPLModel
     if config.get("format") == GDPL_FORMAT:
-        model = load_gdpl(run, clip_weights=weights, class_names=class_names)
+        model = load_gdpl(run, backbone, clip_weights=weights, class_names=class_names)
         labels = list(model.class_names)
         name = (config["source"] or {}).get("clip", "open_clip model")
     elif class_names is not None:
@@ -109,7 +115,35 @@ def load_run(
             "config_sha256": sha256_file(run / CONFIG),
             "adapter_sha256": sha256_file(run / WEIGHTS),
         },
+        _domain_features(model, domain_input, domain_features),
     )
+
+
+def _domain_features(
+    model: nn.Module, wanted: bool, file: str | Path | None
+) -> Callable[[list[Path], Tensor], Tensor] | None:
+    """What gives :attr:`Trained.domain_features`; None if no input of the graph is to be theirs.
+
+    Raises:
+        InputError: the model takes none; it has no encoder, and the file is not given; it has
+            one, and a file is given.
+    """
+    if not isinstance(model, GDPLModel):
+        if wanted or file is not None:
+            raise InputError("this run is no GDPL run: leave out --domain-input/--domain-features")
+        return None
+    if model.domain_encoder is None:
+        if file is None:
+            raise InputError(
+                "this model has no domain encoder, and the gate compares on real features: give "
+                "those of the images with --domain-features"
+            )
+        table = FeatureTable.read(file, model.prompt_learner.feature_dim)
+        return lambda paths, _: table.of(paths)
+    if file is not None:
+        raise InputError("this model has a domain encoder of its own: leave out --domain-features")
+    encode = torch.no_grad()(model.domain_features)
+    return (lambda _, images: encode(images)) if wanted else None
 
 
 def load_timm(

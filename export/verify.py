@@ -6,20 +6,22 @@ the run that it came from.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.table import Table
 
 from fastadapt.errors import InputError
 from fastadapt.export.artefact import FAILED, VERIFIED, Artefact
 from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.manifest import (
     GOLDEN,
-    MANIFEST,
     MODEL,
     check_files,
     environment,
@@ -28,6 +30,8 @@ from fastadapt.export.manifest import (
 )
 from fastadapt.export.parity import Parity, compare
 from fastadapt.files import read_tensors
+
+Inputs = dict[str, np.ndarray]  # what a model takes, by name: [samples, ...], images first
 
 # One image, the smallest real batch, and an odd one: a batch that silently became fixed, or
 # statistics taken over it, fail on one of them.
@@ -48,17 +52,17 @@ def onnx_session(path: str | Path) -> Any:
         raise InputError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
 
 
-def run_onnx(session: Any, images: np.ndarray, batch: int) -> np.ndarray:
-    """A session's outputs [samples, outputs] for images, in batches of ``batch``.
+def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
+    """A session's outputs [samples, outputs], in batches of ``batch``.
 
     Raises:
         InputError: ONNX Runtime fails, at this batch size perhaps.
     """
-    name = session.get_inputs()[0].name
+    count = len(next(iter(inputs.values())))
     try:
         parts = [
-            session.run(None, {name: images[start : start + batch]})[0]
-            for start in range(0, len(images), batch)
+            session.run(None, {name: x[start : start + batch] for name, x in inputs.items()})[0]
+            for start in range(0, count, batch)
         ]
     except Exception as error:
         raise InputError(
@@ -68,15 +72,18 @@ def run_onnx(session: Any, images: np.ndarray, batch: int) -> np.ndarray:
 
 
 def compare_onnx(
-    session: Any, images: np.ndarray, references: dict[str, np.ndarray], classes: bool
+    session: Any, inputs: Inputs, references: dict[str, np.ndarray], classes: bool
 ) -> list[Parity]:
     """A session against references (by stage), at every batch size of the gate."""
     parities = []
     for batch in BATCHES:
         try:
-            outputs = run_onnx(session, images, batch)
+            outputs = run_onnx(session, inputs, batch)
         except InputError as error:
-            failed = [Parity(s, batch, len(images), problems=(str(error),)) for s in references]
+            failed = [
+                Parity(stage, batch, len(reference), problems=(str(error),))
+                for stage, reference in references.items()
+            ]
             parities.extend(failed)
             continue
         for stage, reference in references.items():
@@ -159,39 +166,44 @@ def verify_bundle(bundle: str | Path, *, speed: bool = True) -> Verification:
     if not manifest["accepted"]:
         raise InputError(f"{bundle} was rejected when it was made: {manifest['problems'][0]}")
     check_files(bundle, manifest)
-    images, expected = golden_samples(bundle, manifest)
-    graph_input = GraphInput.from_dict(manifest["preprocessing"])
-    inputs = graph_input.array(images)
+    tensors, _ = read_tensors(bundle / GOLDEN)
     artefacts = []
     for row in manifest["artefacts"]:
         artefact = Artefact.from_dict(row)
         if artefact.runnable:
-            artefacts.append(_verify(bundle, artefact, inputs, expected, manifest, speed))
+            artefacts.append(_verify(bundle, artefact, tensors, manifest, speed))
     return Verification(bundle, manifest, tuple(artefacts), tuple(version_changes(manifest)))
 
 
-def golden_samples(bundle: Path, manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images [samples, 3, H, W] and the expected outputs [samples, outputs].
+def golden_inputs(
+    tensors: dict[str, Any], names: list[str], preprocessing: dict[str, Any]
+) -> Inputs:
+    """What a bundle's model takes, ``names``, of its golden samples.
 
     Raises:
-        InputError: the file is damaged, or lacks one of them.
+        InputError: an input, or the expected output, is not among them.
     """
-    tensors, _ = read_tensors(bundle / GOLDEN)
-    for name in ("images", "expected"):
+    for name in (*names, "expected"):
         if name not in tensors:
-            raise InputError(f"{bundle / GOLDEN} lacks {name!r}: copy the bundle again")
-    return tensors["images"].numpy(), tensors["expected"].numpy()
+            raise InputError(f"{GOLDEN} lacks the model's input {name!r}: export the run again")
+    images, *others = names
+    graph_input = GraphInput.from_dict(preprocessing)
+    return {
+        images: graph_input.array(tensors[images].numpy()),
+        **{name: tensors[name].numpy() for name in others},
+    }
 
 
 def _verify(
     bundle: Path,
     artefact: Artefact,
-    inputs: np.ndarray,
-    expected: np.ndarray,
+    tensors: dict[str, Any],
     manifest: dict[str, Any],
     speed: bool,
 ) -> Artefact:
     session = onnx_session(bundle / artefact.path)
+    names = [value.name for value in session.get_inputs()]
+    inputs, expected = golden_inputs(tensors, names, manifest["preprocessing"]), tensors["expected"]
     parities = compare_onnx(session, inputs, {"golden": expected}, bool(manifest["labels"]))
     passed = all(parity.passed for parity in parities)
     return replace(
@@ -202,14 +214,40 @@ def _verify(
     )
 
 
-def onnx_speed(session: Any, inputs: np.ndarray) -> dict[str, dict[str, float]]:
+def onnx_speed(session: Any, inputs: Inputs) -> dict[str, dict[str, float]]:
     """Images per second, by provider and batch size."""
     speeds = {}
     for batch in SPEED_BATCHES:
-        repeated = np.resize(inputs, (batch, *inputs.shape[1:]))
-        call = lambda x=repeated: run_onnx(session, x, len(x))  # noqa: E731
+        repeated = {name: np.resize(x, (batch, *x.shape[1:])) for name, x in inputs.items()}
+        call = functools.partial(run_onnx, session, repeated, batch)
         speeds[str(batch)] = throughput(call, batch)
     return {"ONNX Runtime, CPU": speeds}
+
+
+def artefact_table(artefacts: Iterable[Artefact]) -> Table:
+    """What runs here, and what does not, for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("file", "for", "precision", "here", "why"):
+        table.add_column(column)
+    marks = {VERIFIED: "[green]✓[/] verified", FAILED: "[red]✗[/] failed"}
+    for artefact in artefacts:
+        status = marks.get(artefact.status, artefact.status)
+        table.add_row(artefact.path, artefact.kind, artefact.precision, status, artefact.reason)
+    return table
+
+
+def speed_table(artefacts: Iterable[Artefact]) -> Table:
+    """Images per second, for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("file")
+    table.add_column("runtime")
+    table.add_column("batch", justify="right")
+    table.add_column("images/s", justify="right")
+    for artefact in artefacts:
+        for runtime, speeds in artefact.speed.items():
+            for batch, speed in speeds.items():
+                table.add_row(artefact.path, runtime, batch, f"{speed:.3g}")
+    return table
 
 
 def _first_line(error: BaseException) -> str:
