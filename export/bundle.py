@@ -62,7 +62,7 @@ from fastadapt.export.samples import (
 )
 from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
-from fastadapt.export.verify import BATCHES, Inputs, compare_onnx, onnx_session
+from fastadapt.export.verify import BATCHES, Inputs, compare_onnx, onnx_session, onnx_speed
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 
 DOMAIN_INPUT = "domain_features"
@@ -264,7 +264,7 @@ class _Export:
                     parities.insert(0, _resizing(trained, pixels, example, expected))
             console.print(parity_table(parities))
             problems = check_problems(parities)
-            artefacts = [_onnx_artefact(folder, parities)]
+            artefacts = [self._onnx_artefact(folder, inputs, parities)]
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
             golden = {NAME: pixels.given, **others}
             _write_golden(folder / GOLDEN, chosen, golden, expected)
@@ -300,6 +300,18 @@ class _Export:
             )
         console.print(_file_table(self.out, manifest))
         return ExportResult(self.out, manifest, report, tuple(parities))
+
+    def _onnx_artefact(self, folder: Path, inputs: Inputs, parities: list[Parity]) -> Artefact:
+        """The fp32 file as the manifest lists it; its speed, if it passed and that was asked."""
+        files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
+        compared = tuple(
+            parity for parity in parities if parity.stage not in ("resizing", "folding")
+        )
+        speed = {}
+        if self.settings.speed and all(parity.passed for parity in parities):
+            with self.step("measure images per second"):
+                speed = onnx_speed(onnx_session(folder / MODEL), inputs)
+        return Artefact("onnx", MODEL, "fp32", VERIFIED, parity=compared, speed=speed, files=files)
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -339,12 +351,6 @@ def _resizing(
     return compare(
         training, expected, stage="resizing", batch=batch, classes=classes, thresholds=RESIZED
     )
-
-
-def _onnx_artefact(folder: Path, parities: list[Parity]) -> Artefact:
-    files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
-    compared = tuple(parity for parity in parities if parity.stage != "folding")
-    return Artefact("onnx", MODEL, "fp32", VERIFIED, parity=compared, files=files)
 
 
 def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:

@@ -164,8 +164,8 @@ def check_problems(parities: Iterable[Parity]) -> list[str]:
 def parity_table(parities: Iterable[Parity]) -> Table:
     """One row per stage and batch size, for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, title="parity", title_justify="left")
-    table.add_column("stage")
-    for column in ("batch", "error", "at most", "cosine", "top-1", "near ties", "spread", ""):
+    table.add_column("stage", no_wrap=True)
+    for column in ("batch", "error", "at most", "cosine", "top-1", "ties", "spread", ""):
         table.add_column(column, justify="right")
     for p in parities:
         table.add_row(

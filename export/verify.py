@@ -147,12 +147,14 @@ class Verification:
         }
 
 
-def verify_bundle(bundle: str | Path, *, speed: bool = True) -> Verification:
+def verify_bundle(bundle: str | Path, *, speed: bool = True, rebuild: bool = False) -> Verification:
     """Checks a bundle's files and repeats the gate's comparison on its golden samples.
 
     Args:
         bundle: a folder that ``fastadapt export`` wrote.
         speed: measure images per second, too (a few seconds).
+        rebuild: build engines that cannot run here anew, for this machine, and put them into the
+            bundle.
 
     Returns:
         The result; whether the outputs agree is its ``passed``.
