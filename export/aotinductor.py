@@ -1,0 +1,136 @@
+"""A folded model to AOTInductor's .pt2: compiled ahead, run without Python.
+
+What is compiled is the folded model of ordinary operators: Inductor writes fused kernels for it
+(Triton's on a GPU, stored as cubins in the file; C++ on a CPU), so that loading needs neither this
+package nor Triton. fastadapt's own Triton kernels are behind operators that are registered from
+Python (``torch.library.custom_op``): AOTInductor would call back into Python for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import InputError
+from fastadapt.export.artefact import DEFAULT_BATCHES, Batches
+from fastadapt.export.onnx import BATCH
+from fastadapt.files import atomic_path, write_json
+
+
+def check_compiler() -> None:
+    """Raises InputError if there is no C++ compiler, which AOTInductor needs on a GPU, too."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        raise InputError(
+            "--aoti needs a C++ compiler, and none was found: install one (Debian and Ubuntu: "
+            "apt install g++), or name yours in the environment variable CXX"
+        ) from error
+
+
+@torch.no_grad()
+def build_aoti(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    path: str | Path,
+    batch: Batches = DEFAULT_BATCHES,
+    *,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Compiles a model for the device that it is on; writes ``path`` and ``path`` + ``.json``.
+
+    ``torch._inductor.aoti_load_package(path)`` loads the file, in C++
+    ``torch::inductor::AOTIModelPackageLoader``. Both need libtorch of the version that compiled it
+    and, for a GPU, one of the same compute capability; on a CPU, its vector instructions.
+
+    Args:
+        model: ordinary operators only; maps inputs like ``example`` to one tensor.
+        example: inputs with any batch, on the model's device.
+        path: ends in ``.pt2``.
+        batch: which batch sizes it will take.
+        precision: of the model, for the record.
+
+    Raises:
+        InputError: no compiler; the model cannot be traced or compiled, with the reason.
+    """
+    path = Path(path)
+    check_compiler()
+    fixed = batch.min == batch.max
+    # Seen with a batch of 1, the batch would be taken for a constant.
+    rows = batch.min if fixed else max(2, batch.min)
+    example = tuple(x[:1].expand(rows, *x.shape[1:]).contiguous() for x in example)
+    sizes = None
+    if not fixed:
+        dynamic = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
+        sizes = dynamic_shapes(model, dynamic, len(example))
+    with _quiet(), atomic_path(path) as temporary:
+        # The compiler insists on the suffix, and a temporary name has another.
+        package = temporary.with_name(f"{temporary.name}.pt2")
+        try:
+            program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+            package.replace(temporary)
+        except OSError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+            raise InputError(f"AOTInductor cannot compile the model: {reason}") from error
+        finally:
+            package.unlink(missing_ok=True)
+    details = {
+        "library": "AOTInductor",
+        "version": torch.__version__,
+        "precision": precision,
+        "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
+        "targets": [target(example[0].device)],
+        "inputs": [_describe(x, fixed) for x in example],
+    }
+    write_json(path.with_name(f"{path.name}.json"), details)
+    return details
+
+
+def target(device: torch.device | str) -> str:
+    """What compiled code is for: ``"sm_90"`` for a GPU, ``"cpu AVX512"`` for a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
+    """The batch is dynamic in every one of ``count`` inputs; a ``*others`` is one argument."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    rest = (batch,) * (count - named)
+    return (*(batch,) * min(named, count), *((rest,) if named < len(parameters) else ()))
+
+
+def _describe(example: Tensor, fixed: bool) -> dict[str, Any]:
+    rows = len(example) if fixed else BATCH
+    dtype = str(example.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": [rows, *example.shape[1:]]}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,204 @@
+"""INT8 after training, from the user's own images: kept if it is accurate and faster, else refused.
+
+ONNX Runtime's static quantiser writes the quantisation into the graph (QDQ), where ONNX Runtime
+reads it. Only products and convolutions are quantised, with a scale per output channel.
+(NVIDIA's ModelOpt 0.47 does the same for ONNX on top of ONNX Runtime, but installs older releases
+of onnx and onnxruntime over this package's, and CuPy.)
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastadapt.errors import InputError
+from fastadapt.export.runtimes import Runtime, load_runtime
+from fastadapt.export.verify import throughput
+
+CALIBRATION_IMAGES = 128
+BATCH = 8
+# Less is noise: not worth another file.
+LEAST_SPEEDUP = 1.05
+OPERATORS = ("Conv", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What calibrates, and what judges; no image does both.
+
+    Attributes:
+        calibration: files, of the training split where there is one.
+        validation: files.
+        targets: class of every validation file; ``None`` if not known: then the class that the
+            fp32 model gives counts as the right one.
+        read: files to the model's input.
+    """
+
+    calibration: Sequence[Path]
+    validation: Sequence[Path]
+    targets: np.ndarray | None
+    read: Callable[[Sequence[Path]], np.ndarray]
+
+    def batches(self, files: Sequence[Path]) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), BATCH):
+            yield self.read(files[start : start + BATCH])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """INT8 beside fp32, in the same runtime on the same machine.
+
+    Attributes:
+        accuracy, accuracy_fp32: on the validation images.
+        budget: how much accuracy may be lost.
+        speed, speed_fp32: images per second at ``batch``.
+        images: how many were classified.
+        measured: ``"accuracy"``, or ``"agreement"`` with the fp32 model if no classes are known.
+        runtime: which.
+        problems: why it is refused.
+    """
+
+    accuracy: float
+    accuracy_fp32: float
+    budget: float
+    speed: float
+    speed_fp32: float
+    batch: int
+    images: int
+    measured: str
+    runtime: str
+    problems: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "problems": list(self.problems)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
+            f"{self.images} images), {self.speed:.3g} images/s at batch {self.batch} "
+            f"(fp32 {self.speed_fp32:.3g}, {self.runtime})"
+        )
+
+
+def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: str = "cpu") -> None:
+    """Writes an INT8 version of an fp32 ONNX file.
+
+    Args:
+        onnx: fp32.
+        path: of the result.
+        images: whose ``calibration`` files give the ranges of the activations.
+        device: where it is to run: signed and symmetric for ``"cuda"``, as GPUs need it, else
+            unsigned, as x86's instructions do.
+
+    Raises:
+        InputError: the quantiser fails, with its reason.
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {name: batch}
+
+    gpu = device == "cuda"
+    activations = quantization.QuantType.QInt8 if gpu else quantization.QuantType.QUInt8
+    name = _input_name(onnx)
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it warns on the root logger
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            prepared, result = Path(temporary) / "prepared.onnx", Path(temporary) / path.name
+            quant_pre_process(str(onnx), str(prepared), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                str(prepared),
+                str(result),
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=list(OPERATORS),
+                per_channel=True,
+                activation_type=activations,
+                weight_type=quantization.QuantType.QInt8,
+                extra_options={"ActivationSymmetric": gpu},
+            )
+            result.replace(path)
+    except OSError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"ONNX Runtime cannot quantise {Path(onnx).name}: {reason}") from error
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def judge(
+    onnx: str | Path, int8: str | Path, images: Images, *, budget: float, batch: int
+) -> Judgement:
+    """Accuracy and speed of two ONNX files, in the runtime that serves this machine best.
+
+    Args:
+        onnx, int8: the files.
+        images: whose validation files judge.
+        budget: the accuracy that may be lost, 0.01 for one percentage point.
+        batch: at which speed counts.
+    """
+    runtimes = (load_runtime(onnx), load_runtime(int8))
+    answers: list[list[np.ndarray]] = [[], []]
+    for part in images.batches(images.validation):
+        for runtime, found in zip(runtimes, answers, strict=True):
+            found.append(runtime(part).argmax(axis=1))
+    fp32, quantized = (np.concatenate(found) for found in answers)
+    targets = fp32 if images.targets is None else images.targets
+    accuracy_fp32, accuracy = float((fp32 == targets).mean()), float((quantized == targets).mean())
+
+    example = images.read([images.validation[i % len(images.validation)] for i in range(batch)])
+    speed_fp32, speed = _speeds(runtimes, example)
+    measured = "agreement" if images.targets is None else "accuracy"
+    problems = []
+    if accuracy < accuracy_fp32 - budget:
+        problems.append(
+            f"{measured} falls from {accuracy_fp32:.2%} to {accuracy:.2%}; the budget is "
+            f"{100 * budget:g} percentage points"
+        )
+    if speed < LEAST_SPEEDUP * speed_fp32:
+        problems.append(
+            f"{speed:.3g} images/s at batch {batch} where fp32 has {speed_fp32:.3g} "
+            f"({runtimes[1].name}): not faster"
+        )
+    return Judgement(
+        accuracy,
+        accuracy_fp32,
+        budget,
+        speed,
+        speed_fp32,
+        batch,
+        len(targets),
+        measured,
+        runtimes[1].name,
+        tuple(problems),
+    )
+
+
+def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
+    """In turns, so that a machine that is busy for a while is so for both; the best of each."""
+    rounds = [
+        [throughput(lambda r=r: r(example), len(example), 0.5) for r in runtimes] for _ in range(3)
+    ]
+    return [max(speeds) for speeds in zip(*rounds, strict=True)]
+
+
+def _input_name(path: str | Path) -> str:
+    import onnx
+
+    return onnx.load(str(path), load_external_data=False).graph.input[0].name

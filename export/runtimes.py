@@ -1,0 +1,376 @@
+"""What runs a bundle's files, behind one small interface.
+
+>>> runtime = load_runtime("bundle/model.onnx")
+>>> logits = runtime(images)  # numpy in, numpy out; tensor in, tensor out on its device
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadapt.errors import InputError
+from fastadapt.files import read_json
+
+SUFFIXES = {".onnx": "onnx", ".pt2": "aotinductor", ".engine": "tensorrt"}
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class RuntimeUnavailable(InputError):
+    """This machine cannot run the file; the message says why. Another machine may."""
+
+
+class Runtime:
+    """A loaded file: images [B, ...] to outputs [B, outputs].
+
+    Attributes:
+        name: for tables, ``"ONNX Runtime, CPU"`` for one.
+        providers: what computes, the first one first.
+        device: where: ``"cpu"`` or ``"cuda"``.
+    """
+
+    name: str
+    providers: tuple[str, ...]
+    device: str
+
+    def __call__(self, *inputs: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Runs a batch.
+
+        Args:
+            inputs: all arrays or all tensors, in the order, dtypes and layouts of the file's
+                inputs; images come first. Tensors may be on any device.
+
+        Raises:
+            InputError: the runtime fails, at this batch size perhaps.
+        """
+        try:
+            if isinstance(inputs[0], Tensor):
+                return self.run_tensors(*(x.to(self.device).contiguous() for x in inputs))
+            return self.run_arrays(*map(np.ascontiguousarray, inputs))
+        except Exception as error:  # the runtimes' own exceptions have no common base
+            raise InputError(
+                f"{self.name} fails at batch size {len(inputs[0])}: {first_line(error)}"
+            ) from error
+
+    def run_tensors(self, *inputs: Tensor) -> Tensor:
+        return torch.from_numpy(self.run_arrays(*(x.numpy() for x in inputs)))
+
+    def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
+        tensors = (torch.from_numpy(x).to(self.device) for x in inputs)
+        return self.run_tensors(*tensors).cpu().numpy()
+
+
+def load_runtime(
+    path: str | Path,
+    kind: str | None = None,
+    *,
+    device: str = "auto",
+    cuda_graph: bool = False,
+    threads: int | None = None,
+) -> Runtime:
+    """Loads a file of a bundle.
+
+    Args:
+        path: ``.onnx``, ``.pt2`` or ``.engine``, with the ``.json`` beside the last two.
+        kind: ``"onnx"``, ``"aotinductor"``, ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix
+            and the file beside it if ``None``.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: what there is.
+        cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
+            where launches are what takes time. Each batch size costs a capture.
+        threads: on a CPU; the cores that this process may use if ``None``.
+
+    Raises:
+        RuntimeUnavailable: this machine cannot run it.
+        InputError: the file is missing, damaged or of no known kind.
+    """
+    path = Path(path)
+    if device not in DEVICES:
+        raise InputError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    kind = kind or SUFFIXES.get(path.suffix)
+    if kind is None:
+        raise InputError(f"{path} is no model; expected {', '.join(SUFFIXES)}")
+    if kind == "onnx":
+        return OnnxRuntime(path, device=device, cuda_graph=cuda_graph, threads=threads)
+    details = read_json(path.with_name(f"{path.name}.json"))
+    if kind == "aotinductor":
+        return AotiRuntime(path, details, device=device, cuda_graph=cuda_graph)
+    if device == "cpu":
+        raise RuntimeUnavailable(f"{path.name} is a TensorRT engine, which runs on a GPU only")
+    return TensorRTRuntime(path, details, cuda_graph=cuda_graph)
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime with its CUDA provider where there is a GPU, else on the CPU.
+
+    On a GPU, tensors are bound where they are, without copies. With CUDA graphs there is a session
+    per batch size: shapes must be fixed then, and known to the graph.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        cuda_graph: bool = False,
+        threads: int | None = None,
+    ):
+        import onnxruntime
+
+        available = onnxruntime.get_available_providers()
+        usable = "CUDAExecutionProvider" in available and torch.cuda.is_available()
+        if device == "cuda" and not usable:
+            why = "there is no GPU" if not torch.cuda.is_available() else "it has no CUDA provider"
+            raise RuntimeUnavailable(f"ONNX Runtime cannot run {path.name} on a GPU: {why}")
+        self.path = path
+        self.threads = threads or usable_cores()
+        self.device = "cuda" if usable and device != "cpu" else "cpu"
+        self.cuda_graph = cuda_graph and self.device == "cuda"
+        self.name = f"ONNX Runtime, {'CUDA' if self.device == 'cuda' else 'CPU'}"
+        self._sessions: dict[int | None, Any] = {}
+        self._fixed: dict[int, tuple[tuple[Tensor, ...], Tensor]] = {}
+        session = self._session(None)
+        self.providers = tuple(session.get_providers())
+        if self.device == "cuda" and self.providers[0] != "CUDAExecutionProvider":
+            raise RuntimeUnavailable(
+                "ONNX Runtime's CUDA provider does not load here (its CUDA or cuDNN is of another "
+                "version than the installed one)"
+            )
+        self.inputs, self.output = session.get_inputs(), session.get_outputs()[0]
+
+    def _session(self, batch: int | None) -> Any:
+        """A session, for any batch size or (CUDA graphs) for one."""
+        if batch in self._sessions:
+            return self._sessions[batch]
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if self.device == "cuda":
+            _preload(onnxruntime)
+            settings = {"use_tf32": "0", "enable_cuda_graph": "0" if batch is None else "1"}
+            providers = [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
+        else:
+            options.intra_op_num_threads = self.threads
+            providers = ["CPUExecutionProvider"]
+        if batch is not None:
+            options.add_free_dimension_override_by_name(self.inputs[0].shape[0], batch)
+        try:
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's own exceptions have no common base
+            reason = first_line(error)
+            if type(error).__name__ == "NotImplemented":  # bf16 on a CPU
+                raise RuntimeUnavailable(f"{self.name} cannot run this graph: {reason}") from error
+            message = f"ONNX Runtime cannot load {self.path.name}: {reason}"
+            raise InputError(message) from error
+        return self._sessions.setdefault(batch, session)
+
+    def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
+        if self.cuda_graph:
+            return super().run_arrays(*inputs)
+        named = {value.name: x for value, x in zip(self.inputs, inputs, strict=True)}
+        return self._session(None).run([self.output.name], named)[0]
+
+    def run_tensors(self, *inputs: Tensor) -> Tensor:
+        if self.device == "cpu":
+            return super().run_tensors(*inputs)
+        if self.cuda_graph:
+            return self._replay(inputs)
+        output = self._empty(len(inputs[0]))
+        self._run_bound(self._session(None), inputs, output)
+        return output
+
+    def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A graph reads and writes where it did when it was captured."""
+        batch = len(inputs[0])
+        if batch not in self._fixed:
+            self._fixed[batch] = tuple(x.clone() for x in inputs), self._empty(batch)
+        fixed, output = self._fixed[batch]
+        for own, x in zip(fixed, inputs, strict=True):
+            own.copy_(x)
+        self._run_bound(self._session(batch), fixed, output)
+        return output.clone()
+
+    def _run_bound(self, session: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        binding = session.io_binding()
+        pairs = [(binding.bind_output, self.output, output)]
+        pairs += [(binding.bind_input, *pair) for pair in zip(self.inputs, inputs, strict=True)]
+        for bind, value, x in pairs:
+            bind(value.name, "cuda", x.device.index or 0, _NUMPY[x.dtype], x.shape, x.data_ptr())
+        torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
+        session.run_with_iobinding(binding)
+
+    def _empty(self, batch: int) -> Tensor:
+        return torch.empty(batch, *self.output.shape[1:], device="cuda")
+
+
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.uint8}
+
+
+def _preload(onnxruntime: Any) -> None:
+    """The CUDA libraries that PyTorch brought, where the system has none."""
+    with contextlib.suppress(Exception):
+        onnxruntime.preload_dlls()
+
+
+class AotiRuntime(Runtime):
+    """AOTInductor's .pt2."""
+
+    def __init__(self, path: Path, details: dict[str, Any], *, device: str, cuda_graph: bool):
+        from fastadapt.export.aotinductor import target
+
+        made_for = details["targets"][0]
+        self.device = "cpu" if made_for.startswith("cpu") else "cuda"
+        if device not in ("auto", self.device):
+            raise RuntimeUnavailable(f"{path.name} was compiled for {made_for}, not for {device}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeUnavailable(f"{path.name} was compiled for {made_for}; there is no GPU")
+        if target(self.device) != made_for:
+            raise RuntimeUnavailable(
+                f"{path.name} was compiled for {made_for}; this is {target(self.device)}"
+            )
+        if _release(torch.__version__) != _release(details["version"]):
+            raise RuntimeUnavailable(
+                f"{path.name} was compiled by PyTorch {details['version']}; this is "
+                f"{torch.__version__}"
+            )
+        try:
+            self._model = torch._inductor.aoti_load_package(str(path))
+        except Exception as error:
+            raise InputError(f"{path.name} cannot be loaded: {first_line(error)}") from error
+        self.name = f"AOTInductor, {self.device.upper()}"
+        self.providers = ("AOTInductor",)
+        self._graphs = CudaGraphs(self._model) if cuda_graph and self.device == "cuda" else None
+
+    @torch.no_grad()
+    def run_tensors(self, *inputs: Tensor) -> Tensor:
+        return (self._graphs or self._model)(*inputs)
+
+
+class TensorRTRuntime(Runtime):
+    """An engine of TensorRT or TensorRT-RTX, on the current CUDA stream."""
+
+    device = "cuda"
+
+    def __init__(self, path: Path, details: dict[str, Any], *, cuda_graph: bool):
+        from fastadapt.export.tensorrt import RTX_SERVES, load_flavour, logger
+
+        kind, name = details["kind"], f"{details['library']} {details['version']}"
+        if not torch.cuda.is_available():
+            raise RuntimeUnavailable(f"{path.name} needs a GPU ({', '.join(details['targets'])})")
+        capability = torch.cuda.get_device_capability()
+        if kind == "tensorrt_rtx" and capability not in RTX_SERVES:
+            raise RuntimeUnavailable(
+                f"TensorRT-RTX does not run on {torch.cuda.get_device_name()} (compute capability "
+                "{}.{})".format(*capability)
+            )
+        flavour = load_flavour(kind)
+        if flavour is None:
+            raise RuntimeUnavailable(f"{details['library']} is not installed here")
+        trt = flavour.module
+        self._log = logger(trt)
+        self._log.messages.clear()
+        self._runtime = trt.Runtime(self._log)
+        plan = path.read_bytes()
+        if kind == "tensorrt_rtx":
+            validity, _ = self._runtime.get_engine_validity(plan)
+            if validity == trt.EngineValidity.INVALID:
+                raise RuntimeUnavailable(
+                    f"{path.name} ({name}, for {', '.join(details['targets'])}) is not for this "
+                    f"GPU, or not for {flavour.name} {flavour.version}"
+                )
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise RuntimeUnavailable(
+                f"{flavour.name} {flavour.version} cannot load {path.name} ({name}): "
+                f"{self._log.reason}"
+            )
+        self._context = self._engine.create_execution_context()
+        self._inputs = [value["name"] for value in details["inputs"]]
+        self._output = details["outputs"][0]["name"]
+        self.name = flavour.name
+        self.providers = (flavour.name,)
+        self._graphs = CudaGraphs(self._enqueue) if cuda_graph else None
+
+    def run_tensors(self, *inputs: Tensor) -> Tensor:
+        return (self._graphs or self._enqueue)(*inputs)
+
+    def _enqueue(self, *inputs: Tensor) -> Tensor:
+        context = self._context
+        for name, x in zip(self._inputs, inputs, strict=True):
+            if not context.set_input_shape(name, tuple(x.shape)):
+                raise RuntimeError(f"shape {tuple(x.shape)} is outside the engine's profile")
+            context.set_tensor_address(name, x.data_ptr())
+        output = torch.empty(tuple(context.get_tensor_shape(self._output)), device=self.device)
+        context.set_tensor_address(self._output, output.data_ptr())
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError(self._log.reason)
+        return output
+
+
+class CudaGraphs:
+    """A function of tensors as CUDA graphs, one per batch size, captured when it comes."""
+
+    def __init__(self, function: Any):
+        self.function = function
+        self.graphs: dict[int, tuple[Any, tuple[Tensor, ...], Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        batch = len(inputs[0])
+        if batch not in self.graphs:
+            self.graphs[batch] = self._capture(tuple(x.clone() for x in inputs))
+        graph, fixed, output = self.graphs[batch]
+        for own, x in zip(fixed, inputs, strict=True):
+            own.copy_(x)
+        graph.replay()
+        return output.clone()
+
+    def _capture(self, fixed: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.function(*fixed)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.function(*fixed)
+        return graph, fixed, output
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: a container's limit and its affinity counted.
+
+    Two threads on one core wait for each other in products of matrices, and more threads than
+    the limit allows are all stopped at once.
+    """
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # not on Windows or macOS
+        return os.cpu_count() or 1
+    siblings = set()
+    for cpu in cpus:
+        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(file.read_text().strip() if file.is_file() else str(cpu))
+    cores = len(siblings)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]
