@@ -8,10 +8,12 @@ manifest, and what was at ``BUNDLE`` stays as it was.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
+import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from torch import Tensor, nn
 
 from fastadapt import __version__
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import VERIFIED, Artefact
+from fastadapt.export.artefact import FAILED, Artefact
+from fastadapt.export.engines import EngineOptions, artefact_problems, build_artefacts
+from fastadapt.export.engines import Source as EngineSource
 from fastadapt.export.fold import FoldReport, fold_with_report
-from fastadapt.export.graph_input import NAME, GraphInput, check_settings
+from fastadapt.export.gate import BATCHES, Inputs, compare_onnx, onnx_session
+from fastadapt.export.graph_input import NAME, Deployed, GraphInput, check_settings
 from fastadapt.export.manifest import (
     FORMAT,
     GOLDEN,
@@ -48,6 +53,7 @@ from fastadapt.export.parity import (
     compare,
     parity_table,
 )
+from fastadapt.export.quantize import Images
 from fastadapt.export.report import render_report
 from fastadapt.export.samples import (
     GOLDEN_SAMPLES,
@@ -62,7 +68,6 @@ from fastadapt.export.samples import (
 )
 from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
-from fastadapt.export.verify import BATCHES, Inputs, compare_onnx, onnx_session, onnx_speed
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 
 DOMAIN_INPUT = "domain_features"
@@ -81,6 +86,7 @@ class ExportSettings:
         resize: put resizing and cropping into the graph, too.
         overwrite: replace a bundle that is at the target.
         speed: measure images per second.
+        engines: what is built beside the fp32 ONNX file.
     """
 
     input: str = "uint8"
@@ -88,6 +94,18 @@ class ExportSettings:
     resize: bool = False
     overwrite: bool = False
     speed: bool = True
+    engines: EngineOptions = field(default_factory=EngineOptions)
+
+    def check(self) -> None:
+        """Raises InputError, before any work, for what excludes each other or cannot be had."""
+        check_settings(self.input, self.normalize, self.resize)
+        wanted = self.engines
+        if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
+            raise InputError(
+                "--resize is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
+                "leave out --trt, --aoti, --int8 and --precision, or resize before the graph"
+            )
+        wanted.check()
 
 
 @dataclass(frozen=True)
@@ -215,7 +233,7 @@ class _Export:
     """
 
     def __init__(self, out: Path, settings: ExportSettings, console: Console | None):
-        check_settings(settings.input, settings.normalize, settings.resize)
+        settings.check()
         self.out, self.settings = out, settings
         self.rejected = out.with_name(out.name + ".rejected")
         self.console = console or Console(quiet=True)
@@ -243,15 +261,15 @@ class _Export:
         console.print(f"  {report.summary}")
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
-                described = export_onnx(
-                    folded,
-                    folder / MODEL,
+                write_onnx = functools.partial(
+                    export_onnx,
                     input_size=trained.preprocess.input_size,
                     other_inputs={name: tuple(x.shape[1:]) for name, x in others.items()},
                     graph_input=graph_input,
                     labels=trained.labels,
                     metadata=_metadata(trained, graph_input),
                 )
+                described = write_onnx(folded, folder / MODEL)
             with self.step(f"compare on {len(chosen)} images at batch {_listed(BATCHES)}"):
                 expected = _outputs(trained.model, example, batch=8)
                 inputs = {
@@ -264,7 +282,25 @@ class _Export:
                     parities.insert(0, _resizing(trained, pixels, example, expected))
             console.print(parity_table(parities))
             problems = check_problems(parities)
-            artefacts = [self._onnx_artefact(folder, inputs, parities)]
+            artefacts = [_onnx_artefact(folder, problems)]
+            if not problems:
+                engine_source = EngineSource(
+                    folder=folder,
+                    onnx=folder / MODEL,
+                    onnx_parity=(),
+                    folded=folded,
+                    example=tuple(x[:1] for x in example),
+                    inputs=inputs,
+                    expected=expected,
+                    exact=lambda: _outputs_fp64(trained.model, example),
+                    classes=classes,
+                    write_onnx=write_onnx,
+                    deployed=lambda module: Deployed(module, graph_input),
+                    images=lambda: _int8_images(samples, trained.labels, graph_input),
+                    speed=settings.speed,
+                )
+                artefacts = build_artefacts(settings.engines, engine_source, console)
+                problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
             golden = {NAME: pixels.given, **others}
             _write_golden(folder / GOLDEN, chosen, golden, expected)
@@ -300,18 +336,6 @@ class _Export:
             )
         console.print(_file_table(self.out, manifest))
         return ExportResult(self.out, manifest, report, tuple(parities))
-
-    def _onnx_artefact(self, folder: Path, inputs: Inputs, parities: list[Parity]) -> Artefact:
-        """The fp32 file as the manifest lists it; its speed, if it passed and that was asked."""
-        files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
-        compared = tuple(
-            parity for parity in parities if parity.stage not in ("resizing", "folding")
-        )
-        speed = {}
-        if self.settings.speed and all(parity.passed for parity in parities):
-            with self.step("measure images per second"):
-                speed = onnx_speed(onnx_session(folder / MODEL), inputs)
-        return Artefact("onnx", MODEL, "fp32", VERIFIED, parity=compared, speed=speed, files=files)
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -353,6 +377,35 @@ def _resizing(
     )
 
 
+def _onnx_artefact(folder: Path, problems: list[str]) -> Artefact:
+    """The fp32 file of a bundle that the gate rejected."""
+    files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
+    reason = problems[0] if problems else ""
+    return Artefact("onnx", MODEL, "fp32", FAILED, reason=reason, files=files)
+
+
+def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
+    """What INT8 is calibrated with, and judged by. Raises InputError if there are no files."""
+    calibration, validation = samples.calibration, samples.validation
+    if not calibration or not validation:
+        raise InputError(
+            "--int8 is calibrated and judged on image files: give a folder of them with --images"
+        )
+    known = all(sample.label in labels for sample in validation)
+    targets = np.array([labels.index(sample.label) for sample in validation]) if known else None
+    preprocess = graph_input.preprocess
+
+    def read(paths: Sequence[Path]) -> np.ndarray:
+        return graph_input.array(torch.stack([preprocess.read(path) for path in paths]).numpy())
+
+    return Images(
+        [sample.path for sample in calibration],
+        [sample.path for sample in validation],
+        targets,
+        read,
+    )
+
+
 def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:
     hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
     return {
@@ -377,7 +430,12 @@ def _write_golden(
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> np.ndarray:
     batches = zip(*(x.split(batch) for x in inputs), strict=True)
     parts = [model(*part).flatten(1) for part in batches]
-    return torch.cat(parts).float().numpy()
+    return torch.cat(parts).numpy()
+
+
+def _outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
+    """What the model would say without its own rounding."""
+    return _outputs(copy.deepcopy(model).double(), tuple(x.double() for x in inputs), batch=8)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:

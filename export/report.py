@@ -76,8 +76,12 @@ def _parity(manifest: dict[str, Any]) -> str:
         "<p>Largest difference over the outputs' spread from image to image, for every pair of "
         "models and batch size.</p>"
     )
-    others = [p for artefact in manifest["artefacts"][1:] for p in artefact["parity"]]
-    parities = [*manifest["parity"], *others]
+    engines = [
+        {**p, "stage": f"{artefact['path'] or artefact['precision']}, {p['stage']}"}
+        for artefact in manifest["artefacts"]
+        for p in artefact["parity"]
+    ]
+    parities = [*manifest["parity"], *engines]
     rows = [
         (
             p["stage"],

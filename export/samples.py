@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +43,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images for the gate, and where they are from, in words."""
+    """Images for the gate.
+
+    Attributes:
+        samples: all that it may choose from.
+        origin: where they are from, in words.
+        calibration, validation: files for INT8, which has no image in both; none if synthetic.
+    """
 
     samples: tuple[Sample, ...]
     origin: str
+    calibration: tuple[Sample, ...] = ()
+    validation: tuple[Sample, ...] = ()
 
 
 def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
@@ -65,14 +74,21 @@ def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
         rows = list(csv.DictReader(file))
     if not rows or {"path", "label", "split"} - set(rows[0]):
         raise InputError(f"{run / SPLITS} lacks rows of path, label and split: {remedy}")
-    samples = [Sample(Path(r["path"]), r["label"]) for r in rows if r["split"] == "val"]
+    splits = {
+        split: tuple(Sample(Path(r["path"]), r["label"]) for r in rows if r["split"] == split)
+        for split in ("train", "val")
+    }
+    samples = splits["val"]
     gone = [sample.path for sample in samples if not sample.path.is_file()]
     if gone:
         raise InputError(
             f"{len(gone)} of the {len(samples)} validation images of {run} are not there any "
             f"more, {gone[0]} for one: {remedy}"
         )
-    return _enough(samples, fewest, f"the validation split of {run}", remedy)
+    origin = f"the validation split of {run}"
+    _check_count(samples, fewest, origin, remedy)
+    training = tuple(sample for sample in splits["train"] if sample.path.is_file())
+    return Samples(samples, origin, training, samples)
 
 
 def folder_samples(images: str | Path, fewest: int) -> Samples:
@@ -81,8 +97,11 @@ def folder_samples(images: str | Path, fewest: int) -> Samples:
     if not root.is_dir():
         raise InputError(f"--images {root} is no folder")
     files = sorted(path for path in root.rglob("*") if path.is_file() and is_image_file(path))
-    samples = [Sample(path, path.parent.name if path.parent != root else None) for path in files]
-    return _enough(samples, fewest, f"the folder {root}", "give one with more images")
+    samples = tuple(
+        Sample(path, path.parent.name if path.parent != root else None) for path in files
+    )
+    _check_count(samples, fewest, f"the folder {root}", "give one with more images")
+    return Samples(samples, f"the folder {root}", samples[::2], samples[1::2])
 
 
 def synthetic_samples(preprocess: Preprocess, count: int = GOLDEN_SAMPLES) -> Samples:
@@ -112,7 +131,7 @@ def synthetic_samples(preprocess: Preprocess, count: int = GOLDEN_SAMPLES) -> Sa
     return Samples(tuple(samples), "synthetic: clouds of colour, no images were given")
 
 
-def choose(samples: tuple[Sample, ...] | list[Sample], count: int) -> list[Sample]:
+def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
     """As many of every class as possible, the same ones every time."""
     shuffled = sorted(samples, key=lambda sample: sample.path)
     random.Random(0).shuffle(shuffled)
@@ -163,9 +182,8 @@ def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
     )
 
 
-def _enough(samples: list[Sample], fewest: int, where: str, remedy: str) -> Samples:
+def _check_count(samples: tuple[Sample, ...], fewest: int, where: str, remedy: str) -> None:
     if len(samples) < fewest:
         raise InputError(
             f"{where} has {len(samples)} images; the gate needs at least {fewest}: {remedy}"
         )
-    return Samples(tuple(samples), where)

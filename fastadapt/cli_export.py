@@ -186,7 +186,7 @@ def verify(
 
     console = Console(highlight=False, quiet=json)
     with console.status(f"verify {bundle} …"):
-        result = verify_bundle(bundle, speed=speed, rebuild=rebuild)
+        result = verify_bundle(bundle, speed=speed, rebuild=rebuild, console=console)
     if json:
         print(json_format.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     console.print(f"[green]✓[/] {len(result.manifest['files'])} files are whole")
@@ -195,6 +195,6 @@ def verify(
     console.print(artefact_table(result.artefacts))
     console.print(parity_table(result.parities))
     if not result.passed:
-        raise GateError(f"{bundle} gives other outputs here than where it was made")
+        raise GateError(f"{bundle} does not run here as it did before: {result.problems[0]}")
     if result.images_per_second:
         console.print(speed_table(result.artefacts))

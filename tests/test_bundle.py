@@ -27,6 +27,13 @@ from fastadapt.lora import LoRAConfig, lora_layers
 from fastadapt.preprocess import Preprocess
 
 
+DESCRIBED = {
+    "opset": 20,
+    "inputs": [{"name": "images", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}],
+    "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 2]}],
+}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run as training leaves it, its images, and the bundle made of it."""
@@ -50,7 +57,7 @@ def made(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_speed(monkeypatch):
     """Seconds per export that prove nothing here."""
-    monkeypatch.setattr(bundle_step, "onnx_speed", lambda session, inputs: {})
+    monkeypatch.setattr("fastadapt.export.engines.measure", lambda *args: {"1": 1.0})
 
 
 def write_images(folder):
@@ -77,7 +84,7 @@ def quick(made, monkeypatch):
 
     def copy(folded, path, **kwargs):
         shutil.copy(made / "bundle" / "model.onnx", path)
-        return {"opset": 20, "inputs": [], "outputs": []}
+        return DESCRIBED
 
     monkeypatch.setattr(bundle_step, "export_onnx", copy)
 
@@ -93,7 +100,7 @@ def broken(made, monkeypatch):
         values[0, 0] += 0.1
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
         onnx.save(model, path)
-        return {"opset": 20, "inputs": [], "outputs": []}
+        return DESCRIBED
 
     monkeypatch.setattr(bundle_step, "export_onnx", wrong)
 
@@ -235,7 +242,7 @@ class TestGate:
         def fails(session, inputs, batch):
             raise fa.InputError(f"ONNX Runtime fails at batch size {batch}: bad shape")
 
-        monkeypatch.setattr("fastadapt.export.verify.run_onnx", fails)
+        monkeypatch.setattr("fastadapt.export.gate.run_onnx", fails)
         with pytest.raises(GateError, match="fails at batch size 1: bad shape"):
             export_run(run, tmp_path / "b")
         assert not (tmp_path / "b").exists()
@@ -243,7 +250,7 @@ class TestGate:
     def test_a_file_that_does_not_load_is_rejected(self, run, tmp_path, monkeypatch):
         def junk(folded, path, **kwargs):
             path.write_bytes(b"junk")
-            return {"opset": 20, "inputs": [], "outputs": []}
+            return DESCRIBED
 
         monkeypatch.setattr(bundle_step, "export_onnx", junk)
         with pytest.raises(GateError, match="ONNX Runtime cannot load"):

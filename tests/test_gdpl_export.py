@@ -10,7 +10,8 @@ from torch import nn
 import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import export_run, fold_with_report, verify_bundle
-from fastadapt.export.verify import golden_inputs, onnx_session
+from fastadapt.export.gate import onnx_session
+from fastadapt.export.verify import golden_inputs
 from fastadapt.files import read_tensors, sha256_file, write_tensors
 from fastadapt.gdpl import (
     DomainEncoder,

@@ -10,7 +10,7 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.export import export_onnx
 from fastadapt.export import onnx as onnx_step
-from fastadapt.export.verify import onnx_session
+from fastadapt.export.gate import onnx_session
 from fastadapt.lora import LoRAConfig, lora_layers
 from fastadapt.preprocess import Preprocess
 
