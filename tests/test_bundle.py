@@ -26,7 +26,6 @@ from fastadapt.files import read_json
 from fastadapt.lora import LoRAConfig, lora_layers
 from fastadapt.preprocess import Preprocess
 
-
 DESCRIBED = {
     "opset": 20,
     "inputs": [{"name": "images", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}],
