@@ -6,17 +6,23 @@ _WHERE = {
     "fold_with_report": "fold",
     "FoldReport": "fold",
     "export_onnx": "onnx",
-    "compare": "verify",
+    "compare": "parity",
     "verify_bundle": "verify",
     "export_run": "bundle",
+    "export_timm": "bundle",
+    "load": "predictor",
+    "write_repository": "serving",
 }
 __all__ = [
     "FoldReport",
     "compare",
     "export_onnx",
     "export_run",
+    "export_timm",
     "fold_with_report",
+    "load",
     "verify_bundle",
+    "write_repository",
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.export.verify import Parity, Thresholds
+from fastadapt.export.parity import Parity, Thresholds
 
 KINDS = ("onnx", "tensorrt", "tensorrt_rtx", "aotinductor")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -1,4 +1,4 @@
-"""``fastadapt export``: a training run to a folder that can be deployed, behind a gate.
+"""``fastadapt export``: a trained model to a folder that can be deployed, behind a gate.
 
 Everything is made in a temporary folder beside the target and renamed at the end. A bundle whose
 outputs differ from the trained model's is kept as ``BUNDLE.rejected``, with the reasons in its
@@ -8,16 +8,12 @@ manifest, and what was at ``BUNDLE`` stays as it was.
 from __future__ import annotations
 
 import contextlib
-import csv
+import copy
 import datetime
-import errno
+import functools
 import json
-import os
-import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,43 +26,91 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastadapt import __version__
-from fastadapt.adapt import AdaptedModel
-from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.errors import InputError
+from fastadapt.export.artefact import FAILED, Artefact
+from fastadapt.export.engines import EngineOptions, artefact_problems, build_artefacts
+from fastadapt.export.engines import Source as EngineSource
 from fastadapt.export.fold import FoldReport, fold_with_report
-from fastadapt.export.onnx import export_onnx
-from fastadapt.export.verify import (
-    BATCHES,
+from fastadapt.export.gate import BATCHES, Inputs, compare_onnx, onnx_session
+from fastadapt.export.graph_input import NAME, Deployed, GraphInput, check_settings
+from fastadapt.export.manifest import (
     FORMAT,
     GOLDEN,
+    LABELS,
     MANIFEST,
     MODEL,
+    REPORT,
     SCHEMA,
+    environment,
+    list_files,
+)
+from fastadapt.export.onnx import export_onnx
+from fastadapt.export.parity import (
     GateError,
     Parity,
     Thresholds,
     check_problems,
     compare,
-    compare_onnx,
-    model_input,
-    onnx_session,
     parity_table,
 )
-from fastadapt.files import read_json, sha256_file, write_json, write_tensors, write_text
-from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
-from fastadapt.gdpl.checkpoint import load_gdpl
-from fastadapt.gdpl.model import GDPLModel
-from fastadapt.info import versions
-from fastadapt.preprocess import Preprocess, is_image_file
+from fastadapt.export.quantize import Images
+from fastadapt.export.report import render_report
+from fastadapt.export.samples import (
+    GOLDEN_SAMPLES,
+    Pixels,
+    Sample,
+    Samples,
+    choose,
+    folder_samples,
+    read_pixels,
+    run_samples,
+    synthetic_samples,
+)
+from fastadapt.export.sources import Trained, load_run, load_timm, read_run
+from fastadapt.export.staging import check_target, place, staging
+from fastadapt.files import read_json, write_json, write_tensors, write_text
 
-LABELS, SPLITS = "labels.txt", "splits.csv"
-GOLDEN_SAMPLES = 16
+DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
+# The graph's filter rounds some pixels to the next level: a change of the input, not of the model.
+RESIZED = Thresholds(error=0.05, cosine=0.999)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How a bundle is made, whatever it is made of.
+
+    Attributes:
+        input: ``"uint8"`` or ``"float"``; see :class:`GraphInput`.
+        normalize: put the normalisation into the graph.
+        resize: put resizing and cropping into the graph, too.
+        overwrite: replace a bundle that is at the target.
+        speed: measure images per second.
+        engines: what is built beside the fp32 ONNX file.
+    """
+
+    input: str = "uint8"
+    normalize: bool = True
+    resize: bool = False
+    overwrite: bool = False
+    speed: bool = True
+    engines: EngineOptions = field(default_factory=EngineOptions)
+
+    def check(self) -> None:
+        """Raises InputError, before any work, for what excludes each other or cannot be had."""
+        check_settings(self.input, self.normalize, self.resize)
+        wanted = self.engines
+        if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
+            raise InputError(
+                "--resize is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
+                "leave out --trt, --aoti, --int8 and --precision, or resize before the graph"
+            )
+        wanted.check()
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export_run` wrote.
+    """What :func:`export_run` and :func:`export_timm` wrote.
 
     Attributes:
         bundle: the folder.
@@ -81,25 +125,20 @@ class ExportResult:
     parities: tuple[Parity, ...]
 
 
-@dataclass(frozen=True)
-class _Sample:
-    path: Path
-    label: str | None
-
-
 def export_run(
     run: str | Path,
     out: str | Path,
     *,
     weights: str | None = None,
     images: str | Path | None = None,
-    normalize: bool = True,
-    overwrite: bool = False,
     backbone: nn.Module | None = None,
     class_names: Sequence[str] | None = None,
+    domain_input: bool = False,
+    domain_features: str | Path | None = None,
     console: Console | None = None,
+    **settings: Any,
 ) -> ExportResult:
-    """Folds a run's model, exports it to ONNX and writes a bundle, if the outputs agree.
+    """Folds a run's model, exports it and writes a bundle, if the outputs agree.
 
     Args:
         run: a training run's folder, or what :func:`fastadapt.save_adapter` or
@@ -109,11 +148,15 @@ def export_run(
             recorded one is gone.
         images: a folder of images for the gate and the golden samples, instead of the run's
             validation split.
-        normalize: put the normalisation into the graph.
-        overwrite: replace a bundle that is at ``out``.
-        backbone: the pretrained backbone, if the adapter was made on a module.
+        backbone: the pretrained backbone (GDPL: the CLIP model), if it was given as a module.
         class_names: GDPL only: other classes than those it was trained on.
+        domain_input: GDPL only: leave the domain encoder out of the graph, which then has the
+            features as its second input, ``domain_features`` [batch, D_f]. Always so for models
+            that were made for features computed before.
+        domain_features: the features of the images that are compared, for such models
+            (:class:`fastadapt.gdpl.features.FeatureTable`).
         console: where to tell what is going on; nowhere if ``None``.
+        **settings: of :class:`ExportSettings`.
 
     Returns:
         An :class:`ExportResult`.
@@ -123,263 +166,276 @@ def export_run(
         InputError: something is missing or damaged, or cannot be folded or exported; nothing was
             written.
     """
-    run, out = Path(run), Path(out)
-    rejected = out.with_name(out.name + ".rejected")
-    console = console or Console(quiet=True)
-    _check_target(out, overwrite)
-    _check_target(rejected, overwrite=True)
-    if not run.is_dir():
-        raise InputError(f"{run} is no folder; expected a training run with {CONFIG} and {WEIGHTS}")
-    config = read_json(run / CONFIG)
-    samples = _choose(_list_samples(run, images), GOLDEN_SAMPLES)
+    run, export = Path(run), _Export(Path(out), ExportSettings(**settings), console)
+    config = read_run(run)
+    samples = run_samples(run, images, FEWEST_SAMPLES)
+    with export.step("load the trained model"):
+        trained = load_run(
+            run,
+            config,
+            backbone=backbone,
+            weights=weights,
+            class_names=class_names,
+            domain_input=domain_input,
+            domain_features=domain_features,
+        )
+    return export.run(trained, samples)
 
-    with _step(console, "load the trained model"):
-        model = _load(run, config, backbone, weights, class_names)
-        preprocess, labels = _preprocess(config, model), _labels(config, model)
-        pixels = torch.stack([preprocess.read(sample.path) for sample in samples])
-        normalized = preprocess.normalize(pixels)
-    with _step(console, "fold"):
-        folded, report = fold_with_report(model, normalized[:2])
-    console.print(f"  {report.summary}")
-    source = {
-        "run": str(run),
-        "config": config,
-        "config_sha256": sha256_file(run / CONFIG),
-        "adapter_sha256": sha256_file(run / WEIGHTS),
-    }
-    preprocessing = {**preprocess.to_dict(), "normalization_in_graph": normalize}
 
-    with _staging(out) as folder:
-        with _step(console, "export to ONNX"):
-            described = export_onnx(
-                folded,
-                folder / MODEL,
-                input_size=preprocess.input_size,
-                normalize=preprocess if normalize else None,
-                labels=labels,
-                metadata={
-                    "preprocessing": preprocessing,
-                    "fastadapt": __version__,
-                    "backbone": _backbone_name(config),
-                    "run_sha256": source["config_sha256"],
-                    "adapter_sha256": source["adapter_sha256"],
-                },
+def export_timm(
+    name: str,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    peft: str | Path | None = None,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    images: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> ExportResult:
+    """:func:`export_run` for a timm model without a run: fine-tuned elsewhere, or with a LoRA.
+
+    Args:
+        name: timm's name of the model.
+        out: the bundle's folder.
+        checkpoint, peft, weights, image_size, class_names: as for
+            :func:`fastadapt.export.sources.load_timm`.
+        images: a folder of images for the gate and the golden samples. Without one they are
+            synthetic, and the manifest says so.
+        console, **settings: as for :func:`export_run`.
+
+    Returns:
+        An :class:`ExportResult`.
+
+    Raises:
+        GateError, InputError: as for :func:`export_run`.
+    """
+    export = _Export(Path(out), ExportSettings(**settings), console)
+    samples = None if images is None else folder_samples(images, FEWEST_SAMPLES)
+    with export.step("load the trained model"):
+        trained = load_timm(
+            name,
+            checkpoint=checkpoint,
+            peft=peft,
+            weights=weights,
+            image_size=image_size,
+            class_names=class_names,
+        )
+    return export.run(trained, samples or synthetic_samples(trained.preprocess))
+
+
+class _Export:
+    """One export, from a trained model to the bundle in its place.
+
+    Refuses bad settings and targets when it is made, before any work.
+    """
+
+    def __init__(self, out: Path, settings: ExportSettings, console: Console | None):
+        settings.check()
+        self.out, self.settings = out, settings
+        self.rejected = out.with_name(out.name + ".rejected")
+        self.console = console or Console(quiet=True)
+        check_target(out, settings.overwrite)
+        check_target(self.rejected, overwrite=True)
+
+    def run(self, trained: Trained, samples: Samples) -> ExportResult:
+        """Folds, exports, compares, writes. Raises GateError and InputError."""
+        settings, console = self.settings, self.console
+        graph_input = GraphInput(
+            trained.preprocess, settings.input, settings.normalize, settings.resize
+        )
+        chosen = choose(samples.samples, GOLDEN_SAMPLES)
+        pixels = read_pixels(chosen, graph_input)
+        normalized = trained.preprocess.normalize(pixels.model)
+        others: dict[str, Tensor] = {}
+        if trained.domain_features is not None:
+            paths = [sample.path for sample in chosen]
+            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
+        example = (normalized, *others.values())
+        with self.step("fold"):
+            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
+            if others:
+                folded.domain_encoder = None
+        console.print(f"  {report.summary}")
+        with staging(self.out) as folder:
+            with self.step("export to ONNX"):
+                write_onnx = functools.partial(
+                    export_onnx,
+                    input_size=trained.preprocess.input_size,
+                    other_inputs={name: tuple(x.shape[1:]) for name, x in others.items()},
+                    graph_input=graph_input,
+                    labels=trained.labels,
+                    metadata=_metadata(trained, graph_input),
+                )
+                described = write_onnx(folded, folder / MODEL)
+            with self.step(f"compare on {len(chosen)} images at batch {_listed(BATCHES)}"):
+                expected = _outputs(trained.model, example, batch=8)
+                inputs = {
+                    NAME: graph_input.array(pixels.given.numpy()),
+                    **{name: x.numpy() for name, x in others.items()},
+                }
+                classes = bool(trained.labels)
+                parities = _gate(folder / MODEL, folded, example, inputs, expected, classes)
+                if settings.resize:
+                    parities.insert(0, _resizing(trained, pixels, example, expected))
+            console.print(parity_table(parities))
+            problems = check_problems(parities)
+            artefacts = [_onnx_artefact(folder, problems)]
+            if not problems:
+                engine_source = EngineSource(
+                    folder=folder,
+                    onnx=folder / MODEL,
+                    onnx_parity=(),
+                    folded=folded,
+                    example=tuple(x[:1] for x in example),
+                    inputs=inputs,
+                    expected=expected,
+                    exact=lambda: _outputs_fp64(trained.model, example),
+                    classes=classes,
+                    write_onnx=write_onnx,
+                    deployed=lambda module: Deployed(module, graph_input),
+                    images=lambda: _int8_images(samples, trained.labels, graph_input),
+                    speed=settings.speed,
+                )
+                artefacts = build_artefacts(settings.engines, engine_source, console)
+                problems = artefact_problems(artefacts)
+            write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
+            golden = {NAME: pixels.given, **others}
+            _write_golden(folder / GOLDEN, chosen, golden, expected)
+            manifest = {
+                "format": FORMAT,
+                "schema": SCHEMA,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "accepted": not problems,
+                "problems": problems,
+                "model": {"file": MODEL, **described},
+                "labels": trained.labels,
+                "preprocessing": graph_input.to_dict(),
+                "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
+                "source": trained.source,
+                "golden": {"file": GOLDEN, "samples": len(chosen), "origin": samples.origin},
+                "environment": environment(),
+                "fold_report": report.to_dict(),
+                "parity": [parity.to_dict() for parity in parities],
+                "thresholds": asdict(Thresholds()),
+                "artefacts": [artefact.to_dict() for artefact in artefacts],
+                "files": list_files(folder),
+            }
+            # The report comes before the last line of the manifest: its own hash.
+            write_text(folder / REPORT, render_report(manifest, chosen, expected))
+            manifest["files"] = list_files(folder)
+            write_json(folder / MANIFEST, manifest)
+            manifest = read_json(folder / MANIFEST)
+            place(folder, self.rejected if problems else self.out)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise GateError(
+                f"the export was rejected: {problems[0]}{more}. It is kept in {self.rejected}"
             )
-        with _step(console, f"compare on {len(samples)} images at batch {_listed(BATCHES)}"):
-            expected = _outputs(model, normalized, batch=8)
-            inputs = model_input(pixels.numpy(), preprocessing)
-            parities = _gate(folder / MODEL, folded, normalized, inputs, expected, bool(labels))
-        console.print(parity_table(parities))
-        write_text(folder / LABELS, "".join(f"{label}\n" for label in labels))
-        _write_golden(folder / GOLDEN, samples, pixels, expected)
-        problems = check_problems(parities)
-        manifest = {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "accepted": not problems,
-            "problems": problems,
-            "model": {"file": MODEL, **described},
-            "labels": labels,
-            "preprocessing": preprocessing,
-            "source": source,
-            "versions": versions(),
-            "fold_report": report.to_dict(),
-            "parity": [parity.to_dict() for parity in parities],
-            "thresholds": asdict(Thresholds()),
-            "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-                for file in sorted(folder.iterdir())
-            },
-        }
-        write_json(folder / MANIFEST, manifest)
-        manifest = read_json(folder / MANIFEST)
-        _place(folder, rejected if problems else out)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise GateError(f"the export was rejected: {problems[0]}{more}. It is kept in {rejected}")
-    console.print(_file_table(out, manifest))
-    return ExportResult(out, manifest, report, tuple(parities))
+        console.print(_file_table(self.out, manifest))
+        return ExportResult(self.out, manifest, report, tuple(parities))
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        with self.console.status(f"{what} …"):
+            yield
+        self.console.print(f"[green]✓[/] {what}")
 
 
 def _gate(
     file: Path,
     folded: nn.Module,
-    normalized: Tensor,
-    inputs: np.ndarray,
+    example: tuple[Tensor, ...],
+    inputs: Inputs,
     expected: np.ndarray,
     classes: bool,
 ) -> list[Parity]:
     """Unfolded against folded, folded against ONNX Runtime, and the first against the last."""
     parities = []
     for batch in BATCHES:
-        outputs = _outputs(folded, normalized, batch)
+        outputs = _outputs(folded, example, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
     references = {"ONNX Runtime": outputs, "end to end": expected}
     try:
         session = onnx_session(file)
     except InputError as error:
-        return [*parities, Parity("ONNX Runtime", 0, len(inputs), problems=(str(error),))]
+        return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
     return parities + compare_onnx(session, inputs, references, classes)
 
 
-def _write_golden(path: Path, samples: list[_Sample], pixels: Tensor, expected: np.ndarray) -> None:
-    """The images as the model gets them, in uint8, and what the trained model says to them."""
+def _resizing(
+    trained: Trained, pixels: Pixels, example: tuple[Tensor, ...], expected: np.ndarray
+) -> Parity:
+    """What the graph's way of resizing changes, beside the training's."""
+    normalized = trained.preprocess.normalize(pixels.training)
+    training = _outputs(trained.model, (normalized, *example[1:]), batch=8)
+    classes, batch = bool(trained.labels), len(expected)
+    return compare(
+        training, expected, stage="resizing", batch=batch, classes=classes, thresholds=RESIZED
+    )
+
+
+def _onnx_artefact(folder: Path, problems: list[str]) -> Artefact:
+    """The fp32 file of a bundle that the gate rejected."""
+    files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
+    reason = problems[0] if problems else ""
+    return Artefact("onnx", MODEL, "fp32", FAILED, reason=reason, files=files)
+
+
+def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
+    """What INT8 is calibrated with, and judged by. Raises InputError if there are no files."""
+    calibration, validation = samples.calibration, samples.validation
+    if not calibration or not validation:
+        raise InputError(
+            "--int8 is calibrated and judged on image files: give a folder of them with --images"
+        )
+    known = all(sample.label in labels for sample in validation)
+    targets = np.array([labels.index(sample.label) for sample in validation]) if known else None
+    preprocess = graph_input.preprocess
+
+    def read(paths: Sequence[Path]) -> np.ndarray:
+        return graph_input.array(torch.stack([preprocess.read(path) for path in paths]).numpy())
+
+    return Images(
+        [sample.path for sample in calibration],
+        [sample.path for sample in validation],
+        targets,
+        read,
+    )
+
+
+def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:
+    hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
+    return {
+        "preprocessing": graph_input.to_dict(),
+        "fastadapt": __version__,
+        "backbone": trained.backbone,
+        **{key: trained.source[name] for key, name in hashes.items() if name in trained.source},
+    }
+
+
+def _write_golden(
+    path: Path, samples: list[Sample], inputs: dict[str, Tensor], expected: np.ndarray
+) -> None:
+    """What the model gets (images in uint8), and what the trained model says to it."""
     files = json.dumps([sample.path.name for sample in samples], ensure_ascii=False)
     labels = json.dumps([sample.label for sample in samples], ensure_ascii=False)
-    tensors = {"images": pixels, "expected": torch.from_numpy(expected)}
+    tensors = {**inputs, "expected": torch.from_numpy(expected)}
     write_tensors(path, tensors, {"files": files, "labels": labels})
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, normalized: Tensor, batch: int) -> np.ndarray:
-    parts = [model(part).flatten(1) for part in normalized.split(batch)]
-    return torch.cat(parts).float().numpy()
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> np.ndarray:
+    batches = zip(*(x.split(batch) for x in inputs), strict=True)
+    parts = [model(*part).flatten(1) for part in batches]
+    return torch.cat(parts).numpy()
 
 
-def _load(
-    run: Path,
-    config: dict[str, Any],
-    backbone: nn.Module | None,
-    weights: str | None,
-    class_names: Sequence[str] | None,
-) -> AdaptedModel | GDPLModel:
-    if config.get("format") == GDPL_FORMAT:
-        return load_gdpl(run, clip_weights=weights, class_names=class_names)
-    if class_names is not None:
-        raise InputError(
-            f"{run} is no GDPL run: its classes are outputs of its head, so that others need "
-            "training; leave out --classes"
-        )
-    return load_adapter(run, backbone, weights=weights)
-
-
-def _backbone_name(config: dict[str, Any]) -> str:
-    gdpl = config.get("format") == GDPL_FORMAT
-    return config["source"]["clip"] if gdpl else config["backbone"]["name"]
-
-
-def _preprocess(config: dict[str, Any], model: AdaptedModel | GDPLModel) -> Preprocess:
-    if config.get("preprocess") is not None:
-        return Preprocess.from_dict(config["preprocess"])
-    return Preprocess.from_pretrained_cfg(model.pretrained_cfg)
-
-
-def _labels(config: dict[str, Any], model: AdaptedModel | GDPLModel) -> list[str]:
-    if isinstance(model, GDPLModel):
-        return list(model.class_names)
-    labels = config.get("labels")
-    if labels is None:
-        return [str(index) for index in range(model.num_classes)]
-    if len(labels) != model.num_classes:
-        raise InputError(
-            f"{CONFIG} names {len(labels)} labels; the model has {model.num_classes} classes"
-        )
-    return [str(label) for label in labels]
-
-
-def _list_samples(run: Path, images: str | Path | None) -> list[_Sample]:
-    """The images that the gate may use: a folder's, or those of the run's validation split."""
-    remedy = "give a folder of images like the training's with --images"
-    if images is not None:
-        root = Path(images)
-        if not root.is_dir():
-            raise InputError(f"--images {root} is no folder")
-        files = sorted(path for path in root.rglob("*") if path.is_file() and is_image_file(path))
-        samples = [
-            _Sample(path, path.parent.name if path.parent != root else None) for path in files
-        ]
-        where = f"{root} holds"
-    elif (run / SPLITS).is_file():
-        with (run / SPLITS).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or {"path", "label", "split"} - set(rows[0]):
-            raise InputError(f"{run / SPLITS} lacks rows of path, label and split: {remedy}")
-        samples = [_Sample(Path(r["path"]), r["label"]) for r in rows if r["split"] == "val"]
-        where = f"the validation split of {run} has"
-        gone = [sample.path for sample in samples if not sample.path.is_file()]
-        if gone:
-            raise InputError(
-                f"{len(gone)} of the {len(samples)} validation images of {run} are not there any "
-                f"more, {gone[0]} for one: {remedy}"
-            )
-    else:
-        raise InputError(
-            f"{run} records no images ({SPLITS}), and the gate compares on real ones: {remedy}"
-        )
-    if len(samples) < FEWEST_SAMPLES:
-        raise InputError(
-            f"{where} {len(samples)} images; the gate needs at least {FEWEST_SAMPLES}: {remedy}"
-        )
-    return samples
-
-
-def _choose(samples: list[_Sample], count: int) -> list[_Sample]:
-    """As many of every class as possible, the same ones every time."""
-    shuffled = sorted(samples, key=lambda sample: sample.path)
-    random.Random(0).shuffle(shuffled)
-    seen: dict[str | None, int] = {}
-    ranked = []
-    for sample in shuffled:
-        seen[sample.label] = seen.get(sample.label, 0) + 1
-        ranked.append((seen[sample.label], sample))
-    return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])][:count]
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuses before any work what must not be replaced."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    is_bundle = (target / MANIFEST).is_file() and (
-        read_json(target / MANIFEST).get("format") == FORMAT
-    )
-    if not is_bundle:
-        raise InputError(f"{target} exists and is no bundle: choose another name with --out")
-    if not overwrite:
-        raise InputError(f"{target} exists: replace it with --overwrite, or choose another --out")
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``; gone afterwards unless it was renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        yield folder
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(
-            f"no space left on the disk of {out.parent.absolute()}: free some and export again. "
-            "Nothing was written."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _place(folder: Path, target: Path) -> None:
-    """Renames ``folder`` to ``target``; what is there goes only when its successor is in place."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = folder.with_name(f"{folder.name}.old")
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    with console.status(f"{what} …"):
-        yield
-    console.print(f"[green]✓[/] {what}")
+def _outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
+    """What the model would say without its own rounding."""
+    return _outputs(copy.deepcopy(model).double(), tuple(x.double() for x in inputs), batch=8)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:

@@ -25,13 +25,12 @@ from fastadapt.export.artefact import (
     Artefact,
     Batches,
 )
+from fastadapt.export.gate import Inputs, throughput
 from fastadapt.export.onnx import OPSET
+from fastadapt.export.parity import Parity, compare
 from fastadapt.export.quantize import Images, judge, quantize_int8
 from fastadapt.export.runtimes import Runtime, RuntimeUnavailable, load_runtime
-from fastadapt.export.verify import Parity, compare, throughput
 
-# What a model takes, by name, images first: arrays [samples, ...].
-Inputs = dict[str, np.ndarray]
 # The first opset whose convolutions take bf16; from 23 on, attention becomes one operator.
 BF16_OPSET = 22
 
@@ -107,6 +106,7 @@ class Source:
         write_onnx: (module, path, opset=...) writes an ONNX file; module as ``folded``.
         deployed: puts in front of a module what ``onnx`` has in front: normalisation.
         images: for INT8.
+        speed: measure images per second of what passes.
     """
 
     folder: Path
@@ -121,6 +121,7 @@ class Source:
     write_onnx: Callable[..., Any]
     deployed: Callable[[nn.Module], nn.Module]
     images: Callable[[], Images]
+    speed: bool = True
 
 
 def build_artefacts(
@@ -347,7 +348,7 @@ def _checked(artefact: Artefact, source: Source, **options: Any) -> Artefact:
         source.inputs,
         source.expected,
         classes=source.classes,
-        **{"exact": source.exact, **options},
+        **{"exact": source.exact, "speed": source.speed, **options},
     )
 
 

@@ -136,14 +136,14 @@ def fold(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_with_report(
-    model: nn.Module, example: Tensor | None = None
+    model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None
 ) -> tuple[nn.Module, FoldReport]:
     """:func:`fold`, and what it did.
 
     Args:
         model: as for :func:`fold`.
-        example: an input of the model (normalised images [B, C, H, W], say; two are enough).
-            Every layer's error is then measured on the activations that reach it.
+        example: an input of the model (normalised images [B, C, H, W], say; two are enough), or
+            all its inputs. Every layer's error is then measured on the activations that reach it.
 
     Returns:
         The folded copy and a :class:`FoldReport`.
@@ -313,7 +313,7 @@ def _with_weights(module: nn.Module) -> list[str]:
 
 
 def _activations(
-    model: nn.Module, example: Tensor, layers: dict[str, nn.Module]
+    model: nn.Module, example: Tensor | tuple[Tensor, ...], layers: dict[str, nn.Module]
 ) -> dict[str, list[Tensor]]:
     """What reaches the layers when the model runs on an example; nothing, if one is not called."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -330,7 +330,7 @@ def _activations(
         for name, layer in layers.items()
     ]
     try:
-        model(example)
+        model(*((example,) if isinstance(example, Tensor) else example))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""A folded model to an ONNX file: dynamic batch, normalisation inside, ordinary operators only."""
+"""A folded model to an ONNX file: dynamic batch, ordinary operators only."""
 
 from __future__ import annotations
 
@@ -12,44 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastadapt.errors import InputError
-from fastadapt.preprocess import Preprocess
+from fastadapt.export.graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
 
 # 20 keeps LayerNormalization and Gelu whole; from 23 on, attention becomes one operator, which not
 # every runtime takes.
 OPSET = 20
-INPUT, BATCH = "images", "batch"
 # Protocol buffers end at 2 GiB; what is larger keeps its weights in a file of its own.
 ONE_FILE_LIMIT = 2_000_000_000
-
-
-class _WithNormalization(nn.Module):
-    """RGB values in [0, 1] to what the model returns for them normalised."""
-
-    def __init__(self, model: nn.Module, preprocess: Preprocess, dims: int):
-        super().__init__()
-        self.model = model
-        shape = (-1, *(1,) * (dims - 1))
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(shape))
-        self.register_buffer("std", torch.tensor(preprocess.std).view(shape))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std)
-
-
-def deployed(folded: nn.Module, normalize: Preprocess | None, dims: int) -> nn.Module:
-    """What a bundle's files compute: the model behind its input, in evaluation mode.
-
-    Args:
-        folded: normalised images to one tensor [B, ...].
-        normalize: puts the normalisation in front; ``None``: nothing.
-        dims: of one sample, channels included.
-    """
-    model = folded if normalize is None else _WithNormalization(folded, normalize, dims)
-    like = next(folded.parameters(), torch.empty(0))
-    return model.eval().to(like.device)
 
 
 def export_onnx(
@@ -57,14 +29,15 @@ def export_onnx(
     path: str | Path,
     *,
     input_size: tuple[int, ...],
-    normalize: Preprocess | None = None,
+    other_inputs: dict[str, tuple[int, ...]] | None = None,
+    graph_input: GraphInput | None = None,
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
     opset: int = OPSET,
 ) -> dict[str, Any]:
     """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
 
-    The input is ``images``, float32 [batch, C, H, W] (volumes: [batch, C, D, H, W]); the output
+    The input is ``images``, as ``graph_input`` says, with ``other_inputs`` behind it; the output
     ``logits`` [batch, classes], or ``features`` if the model has no head. The batch is dynamic.
 
     Args:
@@ -72,8 +45,10 @@ def export_onnx(
             maps images to one tensor [B, ...], both fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
-        normalize: puts the normalisation into the graph: ``images`` are then RGB in [0, 1].
-            ``None``: ``images`` are normalised already.
+        other_inputs: what the model takes behind the images, in this order: names and shapes of
+            float32 tensors, the batch in front left out.
+        graph_input: what of the preprocessing is in the graph. ``None``: nothing; ``images`` are
+            then what the model takes, fp32 [batch, C, H, W] (volumes: [batch, C, D, H, W]).
         labels: class names, for the file's metadata.
         metadata: more of it; values that are no strings are written as JSON.
         opset: of the graph; bf16 convolutions need 22.
@@ -86,22 +61,26 @@ def export_onnx(
             operators that other runtimes do not know; the batch became fixed.
     """
     path = Path(path)
-    model = deployed(folded, normalize, len(input_size))
-    like = next(folded.parameters(), torch.empty(0))
+    others = other_inputs or {}
     # Seen with a batch of 1, sizes of 1 would be taken for constants.
-    example = torch.rand(2, *input_size, device=like.device)
+    example = [torch.rand(2, *size) for size in (input_size, *others.values())]
+    if graph_input is not None and graph_input.dtype == "uint8":
+        example[0] = (255 * example[0]).byte().movedim(1, -1)
+    model = Deployed(folded, graph_input, len(input_size))
+    device = next(folded.parameters(), example[0]).device
+    batch = {0: torch.export.Dim(BATCH)}
     classes = bool(getattr(folded, "num_classes", len(labels)))
     output = "logits" if classes else "features"
     with _quiet(), _plain_attention(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
-                (example,),
+                tuple(x.to(device) for x in example),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[INPUT],
+                input_names=[NAME, *others],
                 output_names=[output],
-                dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+                dynamic_shapes=(batch, (batch,) * len(others)) if others else (batch,),
                 verbose=False,
             )
         except Exception as error:
@@ -110,6 +89,8 @@ def export_onnx(
                 "(--debug shows the exporter's report)"
             ) from error
 
+    if graph_input is not None and graph_input.resize:
+        insert_resize(program.model.graph, graph_input.preprocess)
     _check_graph(program.model)
     _strip(program.model)
     program.model.metadata_props.update(_strings({"labels": list(labels), **(metadata or {})}))

@@ -25,7 +25,7 @@ from fastadapt.adapt import AdaptedModel
 from fastadapt.errors import InputError
 from fastadapt.export.artefact import THRESHOLDS
 from fastadapt.export.folded import FoldedClusterAttention
-from fastadapt.export.verify import Parity, compare
+from fastadapt.export.parity import Parity, compare
 from fastadapt.fuse import fuse_batch_norms
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

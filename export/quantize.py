@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from fastadapt.errors import InputError
+from fastadapt.export.gate import throughput
 from fastadapt.export.runtimes import Runtime, load_runtime
-from fastadapt.export.verify import throughput
 
 CALIBRATION_IMAGES = 128
 BATCH = 8

@@ -43,14 +43,16 @@ def create_backbone(
     pretrained: bool = True,
     weights: str | None = None,
     image_size: int | None = None,
+    num_classes: int | None = 0,
 ) -> nn.Module:
-    """Makes a timm model without its classifier.
+    """Makes a timm model, without its classifier unless ``num_classes`` says otherwise.
 
     Args:
         name: timm's name, with or without a tag (``vit_base_patch16_224.augreg_in21k``).
         pretrained: fetch timm's weights; ignored if ``weights`` is given.
         weights: a local file of weights (.safetensors, .pth); classifier weights in it are unused.
         image_size: for models that are built for one size (ViT, Swin).
+        num_classes: of the classifier; timm's own if ``None``.
 
     Raises:
         InputError: unknown name, weights that cannot be had, or that do not fit.
@@ -61,7 +63,9 @@ def create_backbone(
     if not timm.is_model(architecture):
         known = [*timm.list_models(), *timm.list_models(pretrained=True)]
         raise InputError(f"timm has no model {name!r}. Nearest: {nearest(name, known)}")
-    kwargs: dict[str, Any] = {"num_classes": 0, "pretrained": pretrained and weights is None}
+    kwargs: dict[str, Any] = {"pretrained": pretrained and weights is None}
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
     try:
         if image_size is not None:
             try:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fastadapt.cli_export import export, verify
 from fastadapt.cli_train import train
 
 app = typer.Typer(
@@ -39,70 +40,8 @@ def info() -> None:
 
 
 app.command()(train)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A training run's folder.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option(help="The bundle's folder; RUN/bundle if not given.")
-    ] = None,
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="Export to ONNX; every bundle holds it.")
-    ] = True,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="The backbone's weights, if they are not where training found them."),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(help="A folder of images to compare on, instead of the validation split."),
-    ] = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option(help="A file of other class names, one a line; GDPL runs only."),
-    ] = None,
-    normalize: Annotated[
-        bool, typer.Option(help="Normalise inside the graph: its input is RGB in [0, 1].")
-    ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle.")] = False,
-) -> None:
-    """Fold a trained model, export it, and compare: the bundle is written only if they agree."""
-    from rich.console import Console
-
-    from fastadapt.export.bundle import export_run
-
-    names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
-    export_run(
-        run,
-        out or run / "bundle",
-        weights=weights,
-        images=images,
-        normalize=normalize,
-        class_names=None if names is None else [name.strip() for name in names if name.strip()],
-        overwrite=overwrite,
-        console=Console(highlight=False),
-    )
-
-
-@app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="What fastadapt export wrote.")],
-) -> None:
-    """Check a bundle's files and repeat the comparison on its golden samples, here."""
-    from rich.console import Console
-
-    from fastadapt.export.verify import GateError, parity_table, verify_bundle
-
-    console = Console(highlight=False)
-    with console.status(f"verify {bundle} …"):
-        result = verify_bundle(bundle)
-    console.print(f"[green]✓[/] {len(result.manifest['files'])} files are whole")
-    console.print(parity_table(result.parities))
-    if not result.passed:
-        raise GateError(f"{bundle} gives other outputs here than where it was made")
-    for batch, speed in result.images_per_second.items():
-        console.print(f"ONNX Runtime, CPU, batch {batch}: {speed:.3g} images/s")
+app.command()(export)
+app.command()(verify)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def run(
         "parity": [p.to_dict() for p in (*exported.parities, *verified.parities)],
         "onnx_megabytes": (out / "bundle" / "model.onnx").stat().st_size / 1e6,
         "images_per_second": {
-            "PyTorch, as trained": pytorch_speed(out / "run"),
+            "PyTorch, as trained": pytorch_speed(out / "run", verified.images_per_second),
             "ONNX Runtime, bundle": verified.images_per_second,
         },
         "seconds": time.perf_counter() - start,
@@ -241,14 +242,14 @@ def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, 
     return x, y
 
 
-def pytorch_speed(run_folder: Path) -> dict[int, float]:
+def pytorch_speed(run_folder: Path, batches: Iterable[int]) -> dict[int, float]:
     """Images per second of the trained model on this CPU, by batch size."""
-    from fastadapt.export.verify import SPEED_BATCHES, throughput
+    from fastadapt.export.gate import throughput
 
     model = load_adapter(run_folder).to(memory_format=torch.channels_last)
     speeds = {}
     with torch.inference_mode():
-        for batch in SPEED_BATCHES:
+        for batch in batches:
             images = torch.rand(batch, *model.spec.input_size)
             images = images.to(memory_format=torch.channels_last)
             speeds[batch] = throughput(lambda x=images: model(x), batch)

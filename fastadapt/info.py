@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 
 import torch
 from rich.table import Table
@@ -22,6 +24,7 @@ PACKAGES = (
     "tensorrt-rtx-cu13",
     "safetensors",
     "numpy",
+    "pillow",
 )
 
 
@@ -46,6 +49,27 @@ def devices() -> list[str]:
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
     return found
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name, driver version and compute capability of every NVIDIA GPU, as nvidia-smi says."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    keys = {"name": "name", "driver": "driver_version", "compute_capability": "compute_cap"}
+    query = f"--query-gpu={','.join(keys.values())}"
+    try:
+        done = subprocess.run(
+            [command, query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    return [dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys)]
 
 
 def providers() -> list[str]:

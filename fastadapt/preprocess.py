@@ -22,11 +22,7 @@ INTERPOLATIONS = tuple(filter_.name.lower() for filter_ in Image.Resampling)
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Reads an image file as 8-bit RGB.
-
-    Grayscale is repeated three times; 16-bit images are divided by 257, so that the full range
-    maps to the full range; transparent pixels become black in proportion; a camera's orientation
-    tag is applied.
+    """Reads an image file as 8-bit RGB, as :func:`to_rgb` does.
 
     Raises:
         InputError: the file is missing, damaged, truncated or no image, or holds floating-point
@@ -41,14 +37,31 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} cannot be read as an image: {reason}") from None
+    return _eight_bit_rgb(image, str(path))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as 8-bit RGB.
+
+    Grayscale is repeated three times; 16-bit images are divided by 257, so that the full range
+    maps to the full range; transparent pixels become black in proportion; a camera's orientation
+    tag is applied.
+
+    Raises:
+        InputError: it holds floating-point values, which have no known range, or 32-bit ones.
+    """
+    return _eight_bit_rgb(ImageOps.exif_transpose(image), "the image")
+
+
+def _eight_bit_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grayscale, in one of Pillow's guises
         values = np.asarray(image).astype(np.int64)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise InputError(f"{path} holds 32-bit values outside 0–65535: save it as 16-bit")
+            raise InputError(f"{name} holds 32-bit values outside 0–65535: save it as 16-bit")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise InputError(
-            f"{path} holds floating-point values, whose range is not known: save it as 8 or 16 bit"
+            f"{name} holds floating-point values, whose range is not known: save it as 8 or 16 bit"
         )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")

@@ -20,11 +20,17 @@ import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import bundle as bundle_step
 from fastadapt.export import export_run, verify_bundle
-from fastadapt.export.bundle import _choose, _Sample
-from fastadapt.export.verify import GateError
+from fastadapt.export.parity import GateError
+from fastadapt.export.samples import Sample, choose
 from fastadapt.files import read_json
 from fastadapt.lora import LoRAConfig, lora_layers
 from fastadapt.preprocess import Preprocess
+
+DESCRIBED = {
+    "opset": 20,
+    "inputs": [{"name": "images", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}],
+    "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 2]}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,12 @@ def made(tmp_path_factory):
         csv.writer(file).writerows([("path", "label", "split"), *rows])
     export_run(folder / "run", folder / "bundle")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_speed(monkeypatch):
+    """Seconds per export that prove nothing here."""
+    monkeypatch.setattr("fastadapt.export.engines.measure", lambda *args: {"1": 1.0})
 
 
 def write_images(folder):
@@ -71,7 +83,7 @@ def quick(made, monkeypatch):
 
     def copy(folded, path, **kwargs):
         shutil.copy(made / "bundle" / "model.onnx", path)
-        return {"opset": 20, "inputs": [], "outputs": []}
+        return DESCRIBED
 
     monkeypatch.setattr(bundle_step, "export_onnx", copy)
 
@@ -87,7 +99,7 @@ def broken(made, monkeypatch):
         values[0, 0] += 0.1
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
         onnx.save(model, path)
-        return {"opset": 20, "inputs": [], "outputs": []}
+        return DESCRIBED
 
     monkeypatch.setattr(bundle_step, "export_onnx", wrong)
 
@@ -107,7 +119,13 @@ def contents(folder):
 class TestBundle:
     def test_holds_what_deployment_needs(self, made):
         names = {path.name for path in (made / "bundle").iterdir()}
-        assert names == {"model.onnx", "labels.txt", "golden.safetensors", "manifest.json"}
+        assert names == {
+            "model.onnx",
+            "labels.txt",
+            "golden.safetensors",
+            "manifest.json",
+            "report.html",
+        }
         assert (made / "bundle" / "labels.txt").read_text() == "crack\ngood\n"
         assert not [path for path in made.iterdir() if path.name.startswith(".")]
 
@@ -132,7 +150,7 @@ class TestBundle:
             for batch in (1, 2, 5)
         ]
         assert len(manifest["fold_report"]["layers"]) == 7
-        assert "torch" in manifest["versions"]
+        assert "torch" in manifest["environment"]["versions"]
 
     def test_model_says_where_it_is_from(self, made):
         model = onnx.load(made / "bundle" / "model.onnx")
@@ -167,7 +185,7 @@ class TestBundle:
         torch.testing.assert_close(torch.from_numpy(expected[:1]), want, rtol=1e-4, atol=1e-5)
 
     def test_normalisation_outside_the_graph(self, run, made, tmp_path):
-        result = export_run(run, tmp_path / "b", normalize=False)
+        result = export_run(run, tmp_path / "b", input="float", normalize=False)
         assert not result.manifest["preprocessing"]["normalization_in_graph"]
         assert verify_bundle(tmp_path / "b", speed=False).passed
 
@@ -193,10 +211,10 @@ class TestSources:
         assert export_run(run, tmp_path / "b", images=made / "images").bundle.is_dir()
 
     def test_choice_is_balanced_and_repeatable(self, tmp_path):
-        samples = [_Sample(tmp_path / f"{i}.png", "a" if i < 90 else "b") for i in range(100)]
-        chosen = _choose(samples, 16)
+        samples = [Sample(tmp_path / f"{i}.png", "a" if i < 90 else "b") for i in range(100)]
+        chosen = choose(samples, 16)
         assert [sample.label for sample in chosen].count("b") == 8
-        assert chosen == _choose(samples[::-1], 16)
+        assert chosen == choose(samples[::-1], 16)
 
 
 class TestGate:
@@ -220,10 +238,10 @@ class TestGate:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.rejected", "run"]
 
     def test_a_file_that_fails_to_run_is_rejected(self, run, tmp_path, monkeypatch, quick, made):
-        def fails(session, images, batch):
+        def fails(session, inputs, batch):
             raise fa.InputError(f"ONNX Runtime fails at batch size {batch}: bad shape")
 
-        monkeypatch.setattr("fastadapt.export.verify.run_onnx", fails)
+        monkeypatch.setattr("fastadapt.export.gate.run_onnx", fails)
         with pytest.raises(GateError, match="fails at batch size 1: bad shape"):
             export_run(run, tmp_path / "b")
         assert not (tmp_path / "b").exists()
@@ -231,7 +249,7 @@ class TestGate:
     def test_a_file_that_does_not_load_is_rejected(self, run, tmp_path, monkeypatch):
         def junk(folded, path, **kwargs):
             path.write_bytes(b"junk")
-            return {"opset": 20, "inputs": [], "outputs": []}
+            return DESCRIBED
 
         monkeypatch.setattr(bundle_step, "export_onnx", junk)
         with pytest.raises(GateError, match="ONNX Runtime cannot load"):
@@ -258,7 +276,7 @@ class TestGate:
 class TestTarget:
     def test_existing_bundle_needs_overwrite(self, run, made, tmp_path, monkeypatch, quick):
         shutil.copytree(made / "bundle", tmp_path / "b")
-        monkeypatch.setattr(bundle_step, "load_adapter", None)
+        monkeypatch.setattr(bundle_step, "load_run", None)
         with pytest.raises(fa.InputError, match="b exists: replace it with --overwrite"):
             export_run(run, tmp_path / "b")
         monkeypatch.undo()
@@ -355,7 +373,7 @@ class TestCommand:
         assert command(monkeypatch, "verify", tmp_path / "b") == 0
         shown = capfd.readouterr()
         assert shown.err == ""
-        assert "batch 16:" in shown.out
+        assert "images/s" in shown.out
 
     def test_the_bundle_lies_in_the_run_by_default(self, run, monkeypatch, quick):
         assert command(monkeypatch, "export", run) == 0

@@ -1,6 +1,8 @@
 import json
 import sys
+from dataclasses import replace
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,19 @@ from torch import nn
 import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import export_run, fold_with_report, verify_bundle
-from fastadapt.gdpl import DomainEncoder, GDPLConfig, GDPLTrainConfig, train_gdpl
+from fastadapt.export.gate import onnx_session
+from fastadapt.export.verify import golden_inputs
+from fastadapt.files import read_tensors, sha256_file, write_tensors
+from fastadapt.gdpl import (
+    DomainEncoder,
+    GDPLConfig,
+    GDPLTrainConfig,
+    load_gdpl,
+    save_gdpl,
+    train_gdpl,
+)
 from fastadapt.gdpl.fold import FoldedPromptLearner
+from fastadapt.preprocess import Preprocess
 from tests.gdpl_models import clip_model, make_colours, save_source
 from tests.test_gdpl import SMALL, WIDTH, randomize, small_model
 
@@ -118,3 +131,84 @@ class TestExport:
         with pytest.raises(fa.InputError, match="same text"):
             export_run(run, tmp_path / "bundle", class_names=["river", "river"])
         assert not (tmp_path / "bundle").exists()
+
+
+class TestDomainInput:
+    """The graph's second input: domain features instead of the domain encoder."""
+
+    def test_the_encoder_is_left_out(self, run, tmp_path, monkeypatch, capsys):
+        bundle = tmp_path / "bundle"
+        monkeypatch.setattr(
+            sys, "argv", ["fastadapt", "export", str(run), "--out", str(bundle), "--domain-input"]
+        )
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code, capsys.readouterr().err
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        images, features = manifest["model"]["inputs"]
+        model = load_gdpl(run)
+        width = model.domain_encoder.dim
+        assert images["name"] == "images"
+        assert features == {
+            "name": "domain_features",
+            "dtype": "float32",
+            "shape": ["batch", width],
+        }
+        names = {t.name for t in onnx.load(bundle / "model.onnx").graph.initializer}
+        assert names and not any("domain_encoder" in name for name in names)
+        golden, _ = read_tensors(bundle / "golden.safetensors")
+        assert golden["domain_features"].shape == (len(golden["images"]), width)
+        preprocess = Preprocess.from_dict(manifest["source"]["config"]["preprocess"])
+        with torch.no_grad():
+            want = model(preprocess.normalize(golden["images"]))
+        torch.testing.assert_close(golden["expected"], want, rtol=1e-5, atol=1e-5)
+        assert verify_bundle(bundle, speed=False).passed
+
+    def test_other_features_give_other_logits(self, run, tmp_path):
+        export_run(run, tmp_path / "bundle", domain_input=True)
+        file = tmp_path / "bundle" / "golden.safetensors"
+        golden, metadata = read_tensors(file)
+        golden["domain_features"] = golden["domain_features"].flip(0).contiguous()
+        write_tensors(file, golden, metadata)
+        manifest = tmp_path / "bundle" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        manifest.write_text(json.dumps(content))
+        assert not verify_bundle(tmp_path / "bundle", speed=False).passed
+
+    def test_a_golden_file_without_an_input(self, run, tmp_path):
+        export_run(run, tmp_path / "bundle", domain_input=True)
+        session = onnx_session(tmp_path / "bundle" / "model.onnx")
+        golden, _ = read_tensors(tmp_path / "bundle" / "golden.safetensors")
+        del golden["domain_features"]
+        names = [value.name for value in session.get_inputs()]
+        with pytest.raises(fa.InputError, match="lacks the model's input 'domain_features'"):
+            golden_inputs(golden, names, {"normalization_in_graph": True})
+
+    def test_features_that_were_computed_before(self, run, tmp_path):
+        source = replace(save_source(tmp_path / "clip"), domain_encoder=WIDTH)
+        model = randomize(source.create(NAMES, GDPLConfig(depth=3, rank_depth=2)))
+        save_gdpl(model, tmp_path / "model", source)
+        images = tmp_path / "images"
+        make_colours(images, NAMES, count=2)
+        with pytest.raises(fa.InputError, match="give those of the images with --domain-features"):
+            export_run(tmp_path / "model", tmp_path / "bundle", images=images)
+        vectors = {f"{n}/{i}.png": torch.randn(WIDTH) for n in NAMES for i in range(2)}
+        write_tensors(tmp_path / "f.safetensors", vectors)
+        result = export_run(
+            tmp_path / "model",
+            tmp_path / "bundle",
+            images=images,
+            domain_features=tmp_path / "f.safetensors",
+        )
+        assert result.manifest["model"]["inputs"][1]["shape"] == ["batch", WIDTH]
+        golden, _ = read_tensors(tmp_path / "bundle" / "golden.safetensors")
+        rows = {tuple(row.tolist()) for row in golden["domain_features"]}
+        assert rows == {tuple(vector.tolist()) for vector in vectors.values()}
+        (row,) = [row for row in result.fold_report.layers if row.kind == "DomainPromptLearner"]
+        assert row.probe == "example"
+        assert verify_bundle(tmp_path / "bundle", speed=False).passed
+
+    def test_features_that_the_model_makes_itself(self, run, tmp_path):
+        with pytest.raises(fa.InputError, match="has a domain encoder of its own"):
+            export_run(run, tmp_path / "bundle", domain_features=tmp_path / "f.safetensors")

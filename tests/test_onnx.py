@@ -10,7 +10,8 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.export import export_onnx
 from fastadapt.export import onnx as onnx_step
-from fastadapt.export.verify import onnx_session
+from fastadapt.export.gate import onnx_session
+from fastadapt.export.graph_input import GraphInput
 from fastadapt.lora import LoRAConfig, lora_layers
 from fastadapt.preprocess import Preprocess
 
@@ -47,14 +48,18 @@ BACKBONES = {
 }
 
 
-def check_parity(model, session, sizes, to_input, batches=(1, 2, 3, 5)):
+FLOAT = ("vit", "resnet")  # the other input
+
+
+def check_parity(model, session, sizes, to_input, to_array=None, batches=(1, 2, 3, 5)):
     """The unfolded model and the file agree at every batch size; the outputs do vary."""
     name = session.get_inputs()[0].name
     for batch in batches:
-        x = torch.rand(batch, *sizes)
+        x = torch.randint(0, 256, (batch, *sizes), dtype=torch.uint8)
         with torch.no_grad():
-            want = model.eval()(to_input(x)).numpy()
-        got = session.run(None, {name: x.numpy()})[0]
+            want = model.eval()(to_input(x.float())).numpy()
+        array = x.float().numpy() if to_array is None else to_array(x.numpy())
+        got = session.run(None, {name: array})[0]
         assert got.shape == want.shape
         assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
         assert batch == 1 or want.std(axis=0).max() > 1e-4 * np.abs(want).max()
@@ -69,20 +74,26 @@ def test_backbones(tmp_path, name):
     for layer in lora_layers(model).values():
         for b in layer.lora_B.values():
             nn.init.normal_(b, std=0.1)
-    pre = Preprocess((3, 32, 32))
     fused = [getattr(module, "fused_attn", None) for module in model.modules()]
+    graph_input = GraphInput(Preprocess((3, 32, 32)), "float" if name in FLOAT else "uint8")
     described = export_onnx(
-        fa.fold(model), tmp_path / "m.onnx", input_size=size, normalize=pre, labels=list("abcd")
+        fa.fold(model),
+        tmp_path / "m.onnx",
+        input_size=size,
+        graph_input=graph_input,
+        labels=list("abcd"),
     )
-    assert described["inputs"] == [
-        {"name": "images", "dtype": "float32", "shape": ["batch", *size]}
-    ]
+    shape = size if name in FLOAT else (*size[1:], 3)
+    dtype = "float32" if name in FLOAT else "uint8"
+    assert described["inputs"] == [{"name": "images", "dtype": dtype, "shape": ["batch", *shape]}]
     assert described["outputs"] == [{"name": "logits", "dtype": "float32", "shape": ["batch", 4]}]
     assert fused == [getattr(module, "fused_attn", None) for module in model.modules()]
-    mean = torch.tensor(pre.mean).view(-1, *(1,) * (len(size) - 1))
-    std = torch.tensor(pre.std).view(-1, *(1,) * (len(size) - 1))
+    mean, std = (
+        torch.tensor(values).view(-1, *(1,) * (len(size) - 1))
+        for values in (graph_input.preprocess.mean, graph_input.preprocess.std)
+    )
     session = onnx_session(tmp_path / "m.onnx")
-    check_parity(model, session, size, lambda x: (x - mean) / std)
+    check_parity(model, session, size, lambda x: (x / 255 - mean) / std, graph_input.array)
 
 
 def test_generic_module_without_normalization(tmp_path):

@@ -33,14 +33,14 @@ class GDPLSource:
         clip: open_clip's name (``ViT-B-16``, ``hf-hub:…`` or ``local-dir:…``).
         clip_weights: open_clip's tag (``laion2b_s34b_b88k``, ``openai``) or a local file; not for
             ``hf-hub:`` and ``local-dir:``, which bring their own.
-        domain_encoder: timm's name.
+        domain_encoder: timm's name, or the width D_f of features that every call passes.
         domain_weights: a local file of its weights; timm's if ``None``.
         domain_normalization, domain_size: as in :class:`DomainEncoder`; the size in pixels.
     """
 
     clip: str
     clip_weights: str | None
-    domain_encoder: str
+    domain_encoder: str | int
     domain_weights: str | None = None
     domain_normalization: Literal["clip", "own"] = "clip"
     domain_size: int | None = None
@@ -48,12 +48,14 @@ class GDPLSource:
     def create(self, class_names: Sequence[str], config: GDPLConfig | None = None) -> GDPLModel:
         """A new model. Raises InputError for a name or weights that cannot be had."""
         clip, tokenizer = create_clip(self.clip, self.clip_weights)
-        encoder = DomainEncoder(
-            self.domain_encoder,
-            normalization=self.domain_normalization,
-            weights=self.domain_weights,
-            input_size=None if self.domain_size is None else (3, *(self.domain_size,) * 2),
-        )
+        encoder = self.domain_encoder
+        if isinstance(encoder, str):
+            encoder = DomainEncoder(
+                encoder,
+                normalization=self.domain_normalization,
+                weights=self.domain_weights,
+                input_size=None if self.domain_size is None else (3, *(self.domain_size,) * 2),
+            )
         return GDPLModel(clip, encoder, class_names, config, tokenizer=tokenizer)
 
 

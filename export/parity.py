@@ -1,0 +1,182 @@
+"""How well two models agree: the numbers that the gate and ``fastadapt verify`` decide on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from fastadapt.errors import InputError
+
+
+class GateError(InputError):
+    """A model whose outputs differ from the reference; the command line's exit code is not 0."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What passes, for models in fp32.
+
+    Attributes:
+        error: of the spread. fp32 arithmetic in another order gives 1e-6 to 1e-4 on the backbones
+            that are tested; a wrong weight, scale or normalisation 1e-2 and more. At 1e-3 a
+            logit moves by a thousandth of how much it varies from image to image.
+        cosine: the smallest of all samples. An error within its limit implies it; it is stated
+            because other tools report it, so that results can be compared.
+        spread: of the outputs' largest value. Below 1e-4 fp32 rounding is itself 1e-3 of the
+            spread: the model answers every image alike, and agreement says nothing.
+    """
+
+    error: float = 1e-3
+    cosine: float = 0.9999
+    spread: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How well two models agree on the same samples; made by :func:`compare`.
+
+    Attributes:
+        stage: which two models.
+        batch: batch size of the candidate; 0 if unknown.
+        samples: how many.
+        error: largest absolute difference, over the spread of the reference.
+        cosine: smallest cosine of a sample's two outputs; outputs nearer to the origin than a
+            tenth of the spread have no direction to speak of and are left out.
+        top1: share of samples with the same highest output, near ties left out; ``None`` with
+            fewer than two classes or nothing but near ties.
+        near_ties: samples whose two highest outputs are closer than the error that is allowed.
+        spread: how much the reference varies from sample to sample, over its largest value.
+        problems: why it fails; empty if it passes.
+        limit: the error that is allowed.
+    """
+
+    stage: str
+    batch: int
+    samples: int
+    error: float | None = None
+    cosine: float | None = None
+    top1: float | None = None
+    near_ties: int | None = None
+    spread: float | None = None
+    problems: tuple[str, ...] = ()
+    limit: float = Thresholds.error
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "problems": list(self.problems), "passed": self.passed}
+
+
+def compare(
+    reference: Any,
+    candidate: Any,
+    *,
+    stage: str = "",
+    batch: int = 0,
+    classes: bool = True,
+    thresholds: Thresholds = Thresholds(),
+) -> Parity:
+    """Compares the outputs of two models on the same samples.
+
+    The scale of the error is the *spread* of the reference: the standard deviation of every output
+    over the samples, root mean square over the outputs. It measures what the outputs tell the
+    samples apart by. The largest value would not do: a common offset, or a model that answers
+    every image nearly alike, makes any error look small beside it.
+
+    Args:
+        reference, candidate: [samples, outputs], arrays or CPU tensors.
+        stage, batch: go into the result.
+        classes: whether the outputs are classes, so that the highest one means something.
+        thresholds: what passes.
+
+    Returns:
+        A :class:`Parity`; NaN or infinity in either, or outputs that do not vary, never pass.
+    """
+    a = np.asarray(reference, dtype=np.float64)
+    b = np.asarray(candidate, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 2:
+        return Parity(stage, batch, len(a), problems=(f"shapes {a.shape} and {b.shape} differ",))
+    for name, values in (("reference", a), ("candidate", b)):
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).any(axis=1).sum())
+            reason = f"the {name} gives NaN or infinity for {bad} of {len(a)} samples"
+            return Parity(stage, batch, len(a), problems=(reason,))
+
+    tiny = np.finfo(np.float64).tiny
+    spread = math.sqrt(a.var(axis=0).mean())
+    error = np.abs(a - b).max() / max(spread, tiny)
+    relative_spread = spread / max(np.abs(a).max(), tiny)
+    length = np.linalg.norm(a, axis=1)
+    cosines = (a * b).sum(axis=1) / np.maximum(length * np.linalg.norm(b, axis=1), tiny)
+    cosine = cosines[length >= 0.1 * spread * math.sqrt(a.shape[1])].min()
+    top1, near_ties = None, None
+    if classes and a.shape[1] > 1:
+        highest = np.sort(a, axis=1)
+        # Each of the two may move by the error that is allowed.
+        decided = highest[:, -1] - highest[:, -2] > 2 * thresholds.error * spread
+        near_ties = int((~decided).sum())
+        if decided.any():
+            top1 = float((a.argmax(axis=1) == b.argmax(axis=1))[decided].mean())
+
+    problems = []
+    if not relative_spread >= thresholds.spread:
+        problems.append(
+            f"the reference varies by only {relative_spread:.1e} of its largest value from sample "
+            f"to sample (at least {thresholds.spread:.0e} is needed): agreement says nothing"
+        )
+    elif not error <= thresholds.error:
+        problems.append(f"error {error:.1e} of the spread (at most {thresholds.error:.0e})")
+    if not cosine >= thresholds.cosine:
+        problems.append(f"cosine {cosine:.6f} (at least {thresholds.cosine})")
+    if top1 is not None and top1 < 1:
+        problems.append(f"another class for {1 - top1:.1%} of the samples that are no near ties")
+    return Parity(
+        stage,
+        batch,
+        len(a),
+        float(error),
+        float(cosine),
+        top1,
+        near_ties,
+        float(relative_spread),
+        tuple(problems),
+        thresholds.error,
+    )
+
+
+def check_problems(parities: Iterable[Parity]) -> list[str]:
+    """Every reason why the gate stays shut, with its stage."""
+    return [
+        f"{parity.stage} at batch {parity.batch}: {problem}"
+        for parity in parities
+        for problem in parity.problems
+    ]
+
+
+def parity_table(parities: Iterable[Parity]) -> Table:
+    """One row per stage and batch size, for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, title="parity", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    for column in ("batch", "error", "at most", "cosine", "top-1", "ties", "spread", ""):
+        table.add_column(column, justify="right")
+    for p in parities:
+        table.add_row(
+            p.stage,
+            str(p.batch),
+            "–" if p.error is None else f"{p.error:.1e}",
+            f"{p.limit:.0e}",
+            "–" if p.cosine is None else f"{p.cosine:.6f}",
+            "–" if p.top1 is None else f"{p.top1:.0%}",
+            "–" if p.near_ties is None else f"{p.near_ties}/{p.samples}",
+            "–" if p.spread is None else f"{p.spread:.1e}",
+            "[green]✓[/]" if p.passed else "[red]✗[/]",
+        )
+    return table

@@ -1,0 +1,211 @@
+"""``fastadapt.export.load``: a bundle as a function of images, in the best runtime there is.
+
+>>> predict = fastadapt.export.load("bundle")
+>>> predict(["a.png", "b.png"]).labels
+['crack', 'good']
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastadapt.errors import InputError
+from fastadapt.export.artefact import VERIFIED, Artefact
+from fastadapt.export.graph_input import GraphInput
+from fastadapt.export.manifest import check_files, read_manifest
+from fastadapt.export.runtimes import Runtime, RuntimeUnavailable, load_runtime
+from fastadapt.preprocess import load_image, to_rgb
+
+Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of images.
+
+    Attributes:
+        logits: fp32 [images, classes]; features, if the model has no head.
+        classes: names in the outputs' order; empty without a head.
+    """
+
+    logits: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """The likeliest class of every image; empty strings without a head."""
+        if not self.classes:
+            return [""] * len(self.logits)
+        return [self.classes[index] for index in self.logits.argmax(axis=1)]
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The logits' softmax [images, classes]."""
+        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+
+class Predictor:
+    """A bundle that is loaded; made by :func:`load`.
+
+    Attributes:
+        classes: names in the outputs' order.
+        artefact: the file that runs.
+        runtime: what runs it.
+        graph_input: what it takes.
+    """
+
+    def __init__(self, manifest: dict[str, Any], artefact: Artefact, runtime: Runtime):
+        self.classes = tuple(manifest["labels"])
+        self.graph_input = GraphInput.from_dict(manifest["preprocessing"])
+        self.artefact = artefact
+        self.runtime = runtime
+        sizes = artefact.details.get("batch") or {"min": 1, "max": BATCH}
+        self._fewest, self._most = sizes["min"], sizes["max"]
+
+    def __call__(self, images: Picture | Sequence[Picture]) -> Prediction:
+        """Predicts, with the preprocessing of the training.
+
+        Args:
+            images: one or many, of any size: paths, PIL images, uint8 RGB arrays [H, W, 3] or
+                uint8 RGB tensors [3, H, W]; or an array [B, H, W, 3] or tensor [B, 3, H, W].
+
+        Raises:
+            InputError: an image cannot be read, or is none of these.
+        """
+        pixels = [self._pixels(image) for image in _listed(images)]
+        if not pixels:
+            raise InputError("there are no images to predict")
+        outputs: list[np.ndarray | None] = [None] * len(pixels)
+        shapes = sorted({p.shape for p in pixels})  # one, unless the graph resizes
+        for shape in shapes:
+            indices = [i for i, p in enumerate(pixels) if p.shape == shape]
+            for start in range(0, len(indices), self._most):
+                part = indices[start : start + self._most]
+                rows = self._run(np.stack([pixels[i] for i in part]))
+                for index, row in zip(part, rows, strict=True):
+                    outputs[index] = row
+        return Prediction(np.stack(outputs).astype(np.float32), self.classes)
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 [3, H, W] for :meth:`GraphInput.array`."""
+        if self.graph_input.resize:
+            return np.moveaxis(np.asarray(image), -1, 0)
+        return self.graph_input.preprocess.transform(image).numpy()
+
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        count = len(pixels)
+        if count < self._fewest:  # an engine that takes no fewer
+            pixels = np.resize(pixels, (self._fewest, *pixels.shape[1:]))
+        outputs = self.runtime(self.graph_input.array(pixels))
+        return outputs.reshape(len(outputs), -1)[:count]
+
+
+def load(
+    bundle: str | Path, file: str | None = None, *, device: str = "auto", check: bool = True
+) -> Predictor:
+    """Loads a bundle for local use.
+
+    Args:
+        bundle: a folder that ``fastadapt export`` wrote.
+        file: the name of the file to run. If ``None``, the one that was fastest where the bundle
+            was made, of those that were verified and run here.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``: a GPU if there is one.
+        check: compare every file with its hash first.
+
+    Returns:
+        A function of images.
+
+    Raises:
+        InputError: the bundle is damaged or rejected, has no such file, or nothing in it runs
+            here.
+    """
+    bundle = Path(bundle)
+    manifest = read_manifest(bundle)
+    if not manifest["accepted"]:
+        raise InputError(f"{bundle} was rejected when it was made: {manifest['problems'][0]}")
+    if check:
+        check_files(bundle, manifest)
+    names = [value["name"] for value in manifest["model"].get("inputs", ())]
+    if len(names) > 1:
+        raise InputError(
+            f"{bundle} takes {' and '.join(names)}: load() knows images alone; run it with ONNX "
+            "Runtime"
+        )
+    artefacts = [Artefact.from_dict(row) for row in manifest["artefacts"]]
+    if file is not None:
+        artefact = next((a for a in artefacts if a.path == file), None)
+        if artefact is None:
+            known = ", ".join(a.path for a in artefacts if a.path)
+            raise InputError(f"{bundle} holds no {file} to run; it has {known}")
+        runtime = load_runtime(bundle / file, artefact.kind, device=device)
+        return Predictor(manifest, artefact, runtime)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    reasons = []
+    for artefact in sorted(artefacts, key=lambda a: -_speed(a, on_gpu)):
+        if artefact.status != VERIFIED:
+            continue
+        try:
+            runtime = load_runtime(bundle / artefact.path, artefact.kind, device=device)
+        except RuntimeUnavailable as error:
+            reasons.append(str(error))
+            continue
+        return Predictor(manifest, artefact, runtime)
+    raise InputError(f"nothing in {bundle} runs here: {'; '.join(reasons)}")
+
+
+def _speed(artefact: Artefact, on_gpu: bool) -> float:
+    """Images per second where the bundle was made, on the kind of device that is meant."""
+    speeds = [
+        max(by_batch.values(), default=0.0)
+        for runtime, by_batch in artefact.speed.items()
+        if runtime.endswith("CPU") != on_gpu
+    ]
+    return max(speeds, default=0.0)
+
+
+def _listed(images: Picture | Sequence[Picture]) -> list[Image.Image]:
+    """RGB images."""
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
+        return [_image(image) for image in images]
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return [_image(image) for image in images]
+    return [_image(images)]
+
+
+def _image(image: Picture) -> Image.Image:
+    if isinstance(image, str | os.PathLike):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, Tensor):
+        _check_array(image.dtype == torch.uint8, image, 0, "tensor [3, H, W]")
+        return Image.fromarray(image.movedim(0, -1).contiguous().cpu().numpy())
+    if isinstance(image, np.ndarray):
+        _check_array(image.dtype == np.uint8, image, -1, "array [H, W, 3]")
+        return Image.fromarray(np.ascontiguousarray(image))
+    raise InputError(
+        f"an image is a {type(image).__name__}; expected a path, a PIL image, a uint8 array or a "
+        "uint8 tensor"
+    )
+
+
+def _check_array(right_dtype: bool, image: np.ndarray | Tensor, channels: int, wanted: str) -> None:
+    if not right_dtype or image.ndim != 3 or image.shape[channels] != 3:
+        raise InputError(
+            f"an image is {image.dtype} {list(image.shape)}; expected a uint8 RGB {wanted}, as "
+            "decoded: neither scaled nor normalised"
+        )

@@ -1,0 +1,200 @@
+"""The commands ``fastadapt export`` and ``fastadapt verify``: their options, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "Bundle"
+GDPL = "GDPL runs"
+
+
+def export(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A training run's folder; or give --backbone.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The bundle's folder; RUN/bundle if not given.", rich_help_panel=BUNDLE),
+    ] = None,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            "--onnx", help="Export to ONNX; every bundle holds it.", rich_help_panel=BUNDLE
+        ),
+    ] = True,
+    triton_repo: Annotated[
+        Path | None,
+        typer.Option(
+            help="Add the model to this model repository of NVIDIA Triton Inference Server.",
+            rich_help_panel=BUNDLE,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the bundle.", rich_help_panel=BUNDLE)
+    ] = False,
+    speed: Annotated[
+        bool, typer.Option(help="Measure images per second.", rich_help_panel=BUNDLE)
+    ] = True,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="timm's name, for a model without a run: with --checkpoint, --peft, or timm's "
+            "own weights.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights of the fine-tuned model, a state dict.", rich_help_panel=MODEL),
+    ] = None,
+    peft: Annotated[
+        Path | None,
+        typer.Option(help="A folder that PEFT wrote: a LoRA to merge.", rich_help_panel=MODEL),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="The backbone's weights, if they are not where training found them, or not "
+            "timm's.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --backbone: pixels, if not timm's size.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of class names, one a line: other classes of a GDPL run, or the names of "
+            "a model given by --backbone.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of images to compare on, instead of the validation split. Without a "
+            "run, synthetic ones if not given.",
+            rich_help_panel=COMPARISON,
+        ),
+    ] = None,
+    input: Annotated[
+        Literal["uint8", "float"],
+        typer.Option(
+            help="uint8: [batch, H, W, 3] as decoded; float: [batch, 3, H, W] in [0, 1].",
+            rich_help_panel=INPUT,
+        ),
+    ] = "uint8",
+    resize: Annotated[
+        bool,
+        typer.Option(
+            "--resize",
+            help="Resize and crop inside the graph, too: images of any size.",
+            rich_help_panel=INPUT,
+        ),
+    ] = False,
+    normalize: Annotated[
+        bool, typer.Option(help="Normalise inside the graph.", rich_help_panel=INPUT)
+    ] = True,
+    domain_input: Annotated[
+        bool,
+        typer.Option(
+            "--domain-input",
+            help="The graph takes domain features as a second input, its encoder is left out.",
+            rich_help_panel=GDPL,
+        ),
+    ] = False,
+    domain_features: Annotated[
+        Path | None,
+        typer.Option(
+            help="The images' features, for runs that have no domain encoder.", rich_help_panel=GDPL
+        ),
+    ] = None,
+) -> None:
+    """Fold a trained model, export it, and compare: the bundle is written only if they agree."""
+    from rich.console import Console
+
+    from fastadapt.errors import InputError
+    from fastadapt.export import export_run, export_timm
+    from fastadapt.export.serving import check_repository, write_repository
+
+    if (run is None) == (backbone is None):
+        raise InputError("give a run's folder, or a model with --backbone: one of the two")
+    if out is None and run is None:
+        raise InputError("--backbone needs --out, the bundle's folder")
+    out = out or run / "bundle"
+    if triton_repo is not None:
+        check_repository(triton_repo, out, overwrite)
+    names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
+    console = Console(highlight=False)
+    shared = {
+        "weights": weights,
+        "images": images,
+        "class_names": None if names is None else [n.strip() for n in names if n.strip()],
+        "input": input,
+        "resize": resize,
+        "normalize": normalize,
+        "overwrite": overwrite,
+        "speed": speed,
+        "console": console,
+    }
+    if run is not None:
+        for option, value in (
+            ("--checkpoint", checkpoint),
+            ("--peft", peft),
+            ("--image-size", image_size),
+        ):
+            if value is not None:
+                raise InputError(f"{option} is for models given by --backbone, not for runs")
+        export_run(run, out, domain_input=domain_input, domain_features=domain_features, **shared)
+    else:
+        if domain_input or domain_features is not None:
+            raise InputError("--domain-input and --domain-features are for GDPL runs")
+        export_timm(
+            backbone, out, checkpoint=checkpoint, peft=peft, image_size=image_size, **shared
+        )
+    if triton_repo is not None:
+        model = write_repository(out, triton_repo, overwrite=overwrite)
+        console.print(f"[green]✓[/] Triton model repository: {model}", soft_wrap=True)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="What fastadapt export wrote.")],
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="Build engines that cannot run here anew, for this machine."
+        ),
+    ] = False,
+    speed: Annotated[bool, typer.Option(help="Measure images per second.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Check a bundle's files and repeat the comparison on its golden samples, here."""
+    import json as json_format
+
+    from rich.console import Console
+
+    from fastadapt.export.parity import GateError, parity_table
+    from fastadapt.export.verify import artefact_table, speed_table, verify_bundle
+
+    console = Console(highlight=False, quiet=json)
+    with console.status(f"verify {bundle} …"):
+        result = verify_bundle(bundle, speed=speed, rebuild=rebuild, console=console)
+    if json:
+        print(json_format.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+    console.print(f"[green]✓[/] {len(result.manifest['files'])} files are whole")
+    for note in result.notes:
+        console.print(f"  {note}")
+    console.print(artefact_table(result.artefacts))
+    console.print(parity_table(result.parities))
+    if not result.passed:
+        raise GateError(f"{bundle} does not run here as it did before: {result.problems[0]}")
+    if result.images_per_second:
+        console.print(speed_table(result.artefacts))
