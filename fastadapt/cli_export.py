@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "Bundle"
-GDPL = "GDPL runs"
+GDPL, ENGINES = "GDPL runs", "Engines"
 
 
 def export(
@@ -103,6 +103,79 @@ def export(
     normalize: Annotated[
         bool, typer.Option(help="Normalise inside the graph.", rich_help_panel=INPUT)
     ] = True,
+    trt: Annotated[
+        bool,
+        typer.Option(
+            "--trt",
+            help="Build an engine with TensorRT (for the GPU here) or TensorRT-RTX.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    aoti: Annotated[
+        bool,
+        typer.Option(
+            "--aoti",
+            help="Compile with AOTInductor, for the device here.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Quantise to INT8; kept if accurate enough and faster.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    int8_budget: Annotated[
+        float,
+        typer.Option(help="Accuracy that INT8 may lose.", rich_help_panel=ENGINES),
+    ] = 0.01,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"],
+        typer.Option(
+            help="Of the engines, and of an ONNX file beside the fp32 one.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = "fp32",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes to build and check for; 1:8:32 if not given.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SM,…",
+            help="GPUs that TensorRT-RTX builds for, sm_89,sm_120 for two.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", help="TensorRT's most memory to work in.", rich_help_panel=ENGINES
+        ),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="TensorRT: for all GPUs from Ampere on.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="TensorRT: for later versions of it, too.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
     domain_input: Annotated[
         bool,
         typer.Option(
@@ -123,6 +196,8 @@ def export(
 
     from fastadapt.errors import InputError
     from fastadapt.export import export_run, export_timm
+    from fastadapt.export.artefact import DEFAULT_BATCHES, Batches
+    from fastadapt.export.engines import EngineOptions
     from fastadapt.export.serving import check_repository, write_repository
 
     if (run is None) == (backbone is None):
@@ -143,6 +218,18 @@ def export(
         "normalize": normalize,
         "overwrite": overwrite,
         "speed": speed,
+        "engines": EngineOptions(
+            trt=trt,
+            aoti=aoti,
+            int8=int8,
+            int8_budget=int8_budget,
+            precision=precision,
+            batch=DEFAULT_BATCHES if batch is None else Batches.parse(batch),
+            targets=tuple(target.split(",")) if target else (),
+            workspace=workspace,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+        ),
         "console": console,
     }
     if run is not None:
