@@ -158,9 +158,9 @@ def insert_resize(graph: Any, preprocess: Preprocess) -> None:
     """Puts timm's evaluation transform, resizing and cropping, in front of an onnx_ir graph.
 
     Its input, uint8 [batch, H, W, 3], then has any height and width. ONNX Runtime's filters are
-    within one level in 256 of Pillow's, and equal for more than 99 % of the pixels. Only bicubic
-    on images more than twice as tall as wide is further off: Pillow 13 filters their columns
-    first, ONNX Runtime the rows, and each clips to [0, 255] in between.
+    within one level in 256 of Pillow's, and equal for more than 99 % of the pixels. Images more
+    than twice as tall as wide are further off: Pillow 13 filters their columns first, ONNX Runtime
+    the rows, and each rounds and clips to [0, 255] in between.
     """
     import onnx_ir
 
