@@ -11,6 +11,7 @@ from fastadapt.errors import InputError
 BENCHMARKS = {
     "cluster_attention": "fastadapt.bench.cluster_attention",
     "cladapter": "fastadapt.bench.cladapter",
+    "deployment": "fastadapt.bench.deployment",
 }
 
 

@@ -1,7 +1,8 @@
 """INT8 after training, from the user's own images: kept if it is accurate and faster, else refused.
 
 ONNX Runtime's static quantiser writes the quantisation into the graph (QDQ), where ONNX Runtime
-reads it. Only products and convolutions are quantised, with a scale per output channel.
+reads it. Convolutions, and products of tokens with weights, are quantised, with a scale per output
+channel; what few numbers decide (cluster attention's mixture, the head) stays in fp32.
 (NVIDIA's ModelOpt 0.47 does the same for ONNX on top of ONNX Runtime, but installs older releases
 of onnx and onnxruntime over this package's, and CuPy.)
 """
@@ -25,7 +26,9 @@ CALIBRATION_IMAGES = 128
 BATCH = 8
 # Less is noise: not worth another file.
 LEAST_SPEEDUP = 1.05
-OPERATORS = ("Conv", "MatMul", "Gemm")
+# What passes on to convolutions is quantised with them: otherwise every one of them would go to
+# fp32 and back.
+OPERATORS = ("Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "Pad")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: st
                 Reader(),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(OPERATORS),
+                nodes_to_exclude=_delicate(prepared),
                 per_channel=True,
                 activation_type=activations,
                 weight_type=quantization.QuantType.QInt8,
@@ -196,6 +200,24 @@ def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
         [throughput(lambda r=r: r(example), len(example), 0.5) for r in runtimes] for _ in range(3)
     ]
     return [max(speeds) for speeds in zip(*rounds, strict=True)]
+
+
+def _delicate(path: Path) -> list[str]:
+    """Names of the nodes that stay in fp32: products of two activations or of pooled features,
+    and sums of tokens, the residual streams of transformers."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
+    weights = {tensor.name for tensor in graph.initializer}
+
+    def stays(node: onnx.NodeProto) -> bool:
+        given = [name for name in node.input if name not in weights]
+        if node.op_type == "MatMul":
+            return len(given) > 1 or ranks.get(given[0], 0) < 3
+        return node.op_type == "Add" and ranks.get(given[0], 0) < 4
+
+    return [node.name for node in graph.node if stays(node)]
 
 
 def _input_name(path: str | Path) -> str:

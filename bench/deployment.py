@@ -1,0 +1,291 @@
+"""A whole model in every runtime: images per second, latency, and whether the outputs agree.
+
+ViT-B/16 with a CLAdapter, random weights. Everything computes the same from the same fp32 images
+on the GPU, normalisation included; inputs and outputs stay there (no copies over PCIe). A runtime
+that does not agree with the unfolded fp32 model is not timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastadapt as fa
+from fastadapt.bench.cluster_attention import upstream_formulation
+from fastadapt.export.aotinductor import build_aoti
+from fastadapt.export.artefact import THRESHOLDS, Batches
+from fastadapt.export.onnx import deployed, export_onnx
+from fastadapt.export.precision import MixedPrecision, precision_units
+from fastadapt.export.runtimes import CudaGraphs, load_runtime
+from fastadapt.export.verify import Parity, compare
+from fastadapt.layers import ClusterAttention
+from fastadapt.preprocess import Preprocess
+
+BACKBONE, SIZE, CLASSES = "vit_base_patch16_224", 224, 10
+BATCHES, ODD = (1, 8, 64, 256), 5
+# Images per second on an H100, first target and ambition, of the best runtime of a bundle.
+TARGETS = {8: (7_100, 8_000), 64: (10_000, 11_500), 256: (10_500, 12_000)}
+FLOPS_PER_IMAGE, PEAK_FLOPS = 35.2e9, 700e12
+SAMPLES, LATENCY_CALLS = 16, 300
+ONNX, AOTI = "model.fp16.onnx", "model.bf16.pt2"
+
+Call = Callable[[Tensor], Tensor]
+
+
+def make_model() -> fa.AdaptedModel:
+    """The same random weights in every process."""
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.create_model(BACKBONE, num_classes=0)
+    return fa.adapt(
+        backbone, fa.AdaptConfig(input_size=(3, SIZE, SIZE)), num_classes=CLASSES
+    ).eval()
+
+
+def make_images(count: int) -> Tensor:
+    """RGB in [0, 1], [count, 3, SIZE, SIZE]: smooth, of different colours and contrasts."""
+    generator = torch.Generator().manual_seed(1)
+    small = torch.rand(count, 3, 7, 7, generator=generator)
+    small = small * torch.rand(count, 1, 1, 1, generator=generator)
+    return nn.functional.interpolate(small, (SIZE, SIZE), mode="bilinear")
+
+
+def _preprocess() -> Preprocess:
+    return Preprocess((3, SIZE, SIZE))
+
+
+def _behind_input(model: nn.Module) -> nn.Module:
+    return deployed(model, _preprocess(), 3)
+
+
+def prepare(part: str, folder: str) -> float:
+    """Compiles one part, in a process of its own: files into ``folder``, code into the caches.
+
+    Args:
+        part: ``"onnx"``, ``"aoti"``, or a batch size: for torch.compile.
+
+    Returns:
+        How many seconds it took.
+    """
+    start = time.perf_counter()
+    folded = fa.fold(make_model())
+    if part == "onnx":
+        units = precision_units(folded, torch.rand(1, 3, SIZE, SIZE))
+        half = MixedPrecision(folded, torch.float16, units)
+        path = Path(folder) / ONNX
+        export_onnx(half, path, input_size=(3, SIZE, SIZE), normalize=_preprocess())
+    elif part == "aoti":
+        model = _behind_input(_half(folded)).cuda()
+        batch = Batches(min(BATCHES), 64, max(BATCHES))
+        example = (make_images(2).cuda(),)
+        build_aoti(model, example, Path(folder) / AOTI, batch, precision="bf16")
+    else:
+        _compiled(_behind_input(_half(folded)).cuda())(make_images(int(part)).cuda())
+    return time.perf_counter() - start
+
+
+def _half(folded: nn.Module) -> MixedPrecision:
+    units = precision_units(folded, torch.rand(1, 3, SIZE, SIZE))
+    return MixedPrecision(folded, torch.bfloat16, units).eval()
+
+
+def _compiled(model: nn.Module) -> Call:
+    return torch.no_grad()(torch.compile(model, dynamic=False))
+
+
+class _UpstreamAttention(nn.Module):
+    """Cluster attention in upstream's steps."""
+
+    def __init__(self, layer: ClusterAttention):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.layer
+        return upstream_formulation(
+            x,
+            own.centers,
+            own.transforms,
+            own.down.weight,
+            own.down.bias,
+            own.up.weight,
+            own.up.bias,
+        )
+
+
+def _upstream(model: nn.Module) -> Call:
+    """The unfolded fp32 model as upstream runs it: eager, under autocast."""
+    model = copy.deepcopy(model)
+    for block in model.adapter.blocks:
+        block.attn = _UpstreamAttention(block.attn)
+    model = _behind_input(model).cuda()
+
+    @torch.no_grad()
+    def call(images: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(images).float()
+
+    return call
+
+
+def providers(folder: Path) -> dict[str, tuple[str, Callable[[], Call]]]:
+    """Name to precision and what makes the call, made only when its turn comes."""
+    model = make_model()
+    folded = fa.fold(model)
+
+    def eager() -> nn.Module:
+        return _behind_input(_half(folded)).cuda()
+
+    def runtime(file: str, cuda_graph: bool = False) -> Callable[[], Call]:
+        return lambda: load_runtime(folder / file, device="cuda", cuda_graph=cuda_graph)
+
+    return {
+        "upstream, AMP bf16, eager": ("bf16", lambda: _upstream(model)),
+        "bf16, eager": ("bf16", lambda: torch.no_grad()(eager())),
+        "bf16, torch.compile, CUDA graph": ("bf16", lambda: CudaGraphs(_compiled(eager()))),
+        "AOTInductor bf16": ("bf16", runtime(AOTI)),
+        "AOTInductor bf16, CUDA graph": ("bf16", runtime(AOTI, cuda_graph=True)),
+        "ONNX Runtime fp16, I/O binding": ("fp16", runtime(ONNX)),
+        "ONNX Runtime fp16, CUDA graph": ("fp16", runtime(ONNX, cuda_graph=True)),
+    }
+
+
+# What a bundle holds; the others are what it is compared with.
+OURS = ("AOTInductor", "ONNX Runtime")
+
+
+def run(quick: bool = False) -> dict:
+    """Times every runtime; see :func:`fastadapt.bench.run`."""
+    batches = (1, 64) if quick else BATCHES
+    images = make_images(SAMPLES)
+    with torch.no_grad():
+        expected = _behind_input(make_model())(images).numpy()
+    notes = ["Inputs and outputs stay on the GPU; fp32 images, normalisation in the graph."]
+    speeds: dict[str, dict[int, float]] = {}
+    latencies, parities, wrong = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        notes += _prepare_all(batches, folder)
+        for name, (precision, make) in providers(Path(folder)).items():
+            torch.compiler.reset()
+            try:
+                call = make()
+                parity = check(call, images, expected, precision, batches)
+                parities += [_parity_row(name, p) for p in parity]
+                if not all(p.passed for p in parity):
+                    wrong += [_parity_row(name, p) for p in parity if not p.passed]
+                    continue
+                speeds[name] = {batch: images_per_second(call, batch) for batch in batches}
+                latencies.append({"runtime": name, **latency(call)})
+            except Exception as error:  # one runtime that fails leaves the others' figures
+                lines = str(error).strip().splitlines() or [""]
+                notes.append(f"{name}: not measured, {type(error).__name__}: {lines[0][:300]}")
+            finally:
+                call = make = None
+                torch.cuda.empty_cache()
+    tables = {
+        "WRONG RESULTS, not timed": wrong,
+        "images per second": [_speed_row(batch, speeds) for batch in batches],
+        "latency at batch 1, ms": latencies,
+        "agreement with the unfolded fp32 model": parities,
+    }
+    return {"tables": {k: v for k, v in tables.items() if v}, "wrong": wrong, "notes": notes}
+
+
+def _prepare_all(batches: tuple[int, ...], folder: str) -> list[str]:
+    """Everything that compiles, side by side."""
+    parts = ["aoti", "onnx", *map(str, sorted({*batches, ODD}))]
+    notes = []
+    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
+        started = {part: pool.submit(prepare, part, folder) for part in parts}
+        for part, future in started.items():
+            try:
+                notes.append(f"prepared {part} in {future.result():.0f} s")
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                notes.append(f"{part} failed: {type(error).__name__}: {lines[0][:300]}")
+    return notes
+
+
+def check(
+    call: Call, images: Tensor, expected: np.ndarray, precision: str, batches: tuple[int, ...]
+) -> list[Parity]:
+    """The gate: at every batch size that is timed, and an odd one."""
+    parities = []
+    for batch in sorted({*batches, ODD}):
+        rows = torch.arange(math.ceil(len(images) / batch) * batch) % len(images)
+        parts = [call(images[part].cuda()).float().cpu() for part in rows.split(batch)]
+        parities.append(
+            compare(
+                expected[rows.numpy()],
+                torch.cat(parts).numpy(),
+                batch=batch,
+                thresholds=THRESHOLDS[precision],
+            )
+        )
+    return parities
+
+
+def images_per_second(call: Call, batch: int, seconds: float = 1.0) -> float:
+    """Calls after one another, waited for at the end; the median of several rounds."""
+    x = make_images(batch).cuda()
+    calls = 1
+    while _seconds(call, x, calls) < seconds / 6:
+        calls *= 2
+    return batch * calls / statistics.median(_seconds(call, x, calls) for _ in range(5))
+
+
+def _seconds(call: Call, x: Tensor, calls: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call(x)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def latency(call: Call) -> dict[str, str]:
+    """p50 and p99 of single calls at batch 1, from the call to the result on the GPU."""
+    x = make_images(1).cuda()
+    for _ in range(20):
+        call(x)
+    times = [_seconds(call, x, 1) * 1e3 for _ in range(LATENCY_CALLS)]
+    return {"p50": f"{np.percentile(times, 50):.3f}", "p99": f"{np.percentile(times, 99):.3f}"}
+
+
+def _parity_row(name: str, parity: Parity) -> dict:
+    error = None if parity.error is None else f"{parity.error:.1e}"
+    cosine = None if parity.cosine is None else f"{parity.cosine:.6f}"
+    spread = None if parity.spread is None else f"{parity.spread:.1e}"
+    return {
+        "runtime": name,
+        "batch": parity.batch,
+        "error, of the spread": error,
+        "cosine": cosine,
+        "spread": spread,
+        "passed": "; ".join(parity.problems) or "yes",
+    }
+
+
+def _speed_row(batch: int, speeds: dict[str, dict[int, float]]) -> dict:
+    row: dict = {"batch": batch}
+    row |= {name: f"{found[batch]:,.0f}" for name, found in speeds.items()}
+    ours = [found[batch] for name, found in speeds.items() if name.startswith(OURS)]
+    best = max(ours, default=0.0)
+    row["best of a bundle, of the floor"] = f"{100 * best * FLOPS_PER_IMAGE / PEAK_FLOPS:.0f} %"
+    if batch not in TARGETS:
+        return row | {"target": None, "met": None}
+    first, ambition = TARGETS[batch]
+    met = "both" if best >= ambition else "first" if best >= first else "no"
+    return row | {"target": f"{first:,} / {ambition:,}", "met": met}
