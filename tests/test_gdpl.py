@@ -123,10 +123,10 @@ class TestClassTree:
         classes = small_model().classes
         (tree,) = classes.trees
         # <start> (a photo) of a, then "annual crop" shared, "land . <end>", "field . <end>", …
-        assert tree.mask.shape == (3 + 2 + 3 + 3 + 3 + 4 + 3 + 2,) * 2
-        assert len(tree.embeddings) == len(tree.mask) - 2
+        assert tree.mask(torch.float32).shape == (3 + 2 + 3 + 3 + 3 + 4 + 3 + 2,) * 2
+        assert len(tree.embeddings) == len(tree.mask(torch.float32)) - 2
         # The end of "a photo of a river." sees its 7 own tokens.
-        assert tree.mask[tree.ends[4]].sum() == 8
+        assert (tree.mask(torch.float32)[tree.ends[4]] == 0).sum() == 8
 
     def test_the_prompt_starts_from_the_template_s_words(self):
         model = small_model()
@@ -205,14 +205,67 @@ class TestModel:
             torch.testing.assert_close(model(x, f).float(), want, rtol=0.1, atol=0.5)
         half = model.bfloat16()
         got = half(x.bfloat16(), f.bfloat16())
-        assert got.dtype == torch.bfloat16
-        torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.5)
+        assert got.dtype == torch.float32  # logits of a half model are as exact as its features
+        torch.testing.assert_close(got, want, rtol=0.1, atol=0.5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_frozen_weights_in_half_precision(self, dtype):
+        x, f = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
+        model = randomize(small_model(GDPLConfig(**{**vars(SMALL), "noise": "off"}))).train()
+        scale = model.clip.logit_scale.item()
+        with torch.autocast("cpu", dtype):
+            autocast = model(x, f)
+        model.set_frozen_dtype(dtype)
+        assert {p.dtype for p in trained(model).values()} == {torch.float32}
+        assert model.clip.logit_scale.item() == scale
+        assert model.clip.visual.conv1.weight.dtype == dtype
+        with torch.autocast("cpu", dtype):
+            got, zero_shot = model(x, f), model.zero_shot(x)
+        assert got.dtype == zero_shot.dtype == torch.float32
+        torch.testing.assert_close(got, autocast, rtol=0.1, atol=0.5)
+        got.logsumexp(1).sum().backward()
+        grads = [p.grad for p in trained(model).values()]
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+    def test_frozen_products_of_the_domain_encoder(self):
+        vit = timm.create_model("test_vit", num_classes=0)
+        model = small_model(encoder=DomainEncoder(vit))
+        x = torch.randn(2, 3, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model.domain_features(x)
+            got = model.set_frozen_dtype(torch.bfloat16).domain_features(x)
+        assert vit.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+        assert vit.blocks[0].norm1.weight.dtype == vit.pos_embed.dtype == torch.float32
+        assert torch.equal(got, want)
+
+    def test_logits_under_autocast_are_not_rounded_to_half(self):
+        model = randomize(small_model()).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.randn(8, 3, 16, 16), torch.randn(8, WIDTH))
+        assert logits.dtype == torch.float32
+        assert not torch.equal(logits, logits.bfloat16().float())
 
     def test_compiles_whole(self):
         model = randomize(small_model()).eval()
         x, f = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, f), model(x, f))
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_a_training_step_compiles_whole(self, half):
+        model = randomize(small_model(GDPLConfig(**{**vars(SMALL), "noise": "off"}))).train()
+        x, f = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
+        if half:
+            model.set_frozen_dtype(torch.bfloat16)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        grads = []
+        for call in (model, compiled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                call(x, f).logsumexp(1).sum().backward()
+            grads.append({name: p.grad.clone() for name, p in trained(model).items()})
+            model.zero_grad()
+        for name, want in grads[0].items():
+            torch.testing.assert_close(grads[1][name], want, rtol=1e-4, atol=1e-4, msg=name)
 
 
 class TestDomainEncoder:

@@ -115,7 +115,12 @@ def fingerprints(model: GDPLModel) -> dict[str, str | None]:
 
 
 def save_gdpl(
-    model: GDPLModel, folder: str | Path, source: GDPLSource | None = None, **extra: Any
+    model: GDPLModel,
+    folder: str | Path,
+    source: GDPLSource | None = None,
+    *,
+    frozen: dict[str, str | None] | None = None,
+    **extra: Any,
 ) -> None:
     """Writes ``config.json`` and ``adapter.safetensors``; each is whole or not there.
 
@@ -124,6 +129,7 @@ def save_gdpl(
         folder: made if need be.
         source: how to make the frozen parts again; without it, :func:`load_gdpl` must be given
             them.
+        frozen: :func:`fingerprints` of the frozen parts, if they are no longer what they were.
         **extra: more keys for config.json.
 
     Raises:
@@ -136,7 +142,7 @@ def save_gdpl(
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "source": None if source is None else asdict(source),
-        "fingerprints": fingerprints(model),
+        "fingerprints": frozen or fingerprints(model),
         "feature_dim": model.prompt_learner.feature_dim,
         "gdpl": model.config.to_dict(),
         "class_names": list(model.class_names),

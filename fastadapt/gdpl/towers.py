@@ -87,7 +87,7 @@ def encode_image(
         deep_prompts: [depth − 1, B, n, D], in their place in the layers after it.
         updates: of the first layers' attention.
     """
-    x = visual._embeds(images)
+    x = visual._embeds(images.to(visual.conv1.weight.dtype))
     prompt = visual.ln_pre(prompt.to(x.dtype)).expand(x.shape[0], -1, -1)
     x = torch.cat([x, prompt], dim=1)
     x = run_blocks(visual.transformer.resblocks, x, deep_prompts, updates, None, grad_checkpointing)
@@ -123,10 +123,12 @@ def run_blocks(
         grad_checkpointing: keep the layers' inputs alone and compute them again in the backward
             pass.
     """
+    # Unbound at once, their gradients are stacked at once, too.
+    prompts = deep_prompts.to(x.dtype).unbind(0)
     for index, block in enumerate(blocks):
-        if 1 <= index <= len(deep_prompts):
+        if 1 <= index <= len(prompts):
             # x.shape[0], not len(x): that would fix the batch size in an exported graph.
-            prompt = deep_prompts[index - 1].to(x.dtype).expand(x.shape[0], -1, -1)
+            prompt = prompts[index - 1].expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
         if grad_checkpointing and torch.is_grad_enabled():
@@ -159,13 +161,14 @@ def attention(
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> Tensor:
-    """``x (W + b a)ᵀ + bias``.
+    """``x (W + b a)ᵀ + bias`` for x [..., in].
 
     The update is not added to the weight: then no gradient of the weight's size is computed.
     """
-    y = F.linear(x, weight, bias)
     if a is None:
-        return y
-    update = F.linear(x, a.to(weight.dtype)).flatten(0, -2)
-    # The sum is part of the product: no kernel and no tensor of its own.
-    return torch.addmm(y.flatten(0, -2), update, b.to(weight.dtype).t()).view_as(y)
+        return F.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    y = F.linear(rows, weight, bias)
+    # The sum is part of the product, in place: no kernel and no tensor of its own.
+    y = y.addmm_(F.linear(rows, a.to(weight.dtype)), b.to(y.dtype).t())
+    return y.unflatten(0, x.shape[:-1])
