@@ -102,6 +102,7 @@ def export_run(
     class_names: Sequence[str] | None = None,
     domain_input: bool = False,
     domain_features: str | Path | None = None,
+    domain_weights: str | None = None,
     console: Console | None = None,
 ) -> ExportResult:
     """Folds a run's model, exports it to ONNX and writes a bundle, if the outputs agree.
@@ -122,7 +123,8 @@ def export_run(
             features as its second input, ``domain_features`` [batch, D_f]. Always so for models
             that were made for features computed before.
         domain_features: the features of the images that are compared, for such models
-            (:class:`fastadapt.gdpl.features.FeatureTable`).
+            (:class:`fastadapt.gdpl.FeatureTable`).
+        domain_weights: GDPL only: a local file of the domain encoder's weights, as ``weights``.
         console: where to tell what is going on; nowhere if ``None``.
 
     Returns:
@@ -144,7 +146,7 @@ def export_run(
     samples = _choose(_list_samples(run, images), GOLDEN_SAMPLES)
 
     with _step(console, "load the trained model"):
-        model = _load(run, config, backbone, weights, class_names)
+        model = _load(run, config, backbone, weights, class_names, domain_weights)
         domain = _domain_features(model, domain_input, domain_features, samples)
         preprocess, labels = _preprocess(config, model), _labels(config, model)
         pixels = torch.stack([preprocess.read(sample.path) for sample in samples])
@@ -265,9 +267,16 @@ def _load(
     backbone: nn.Module | None,
     weights: str | None,
     class_names: Sequence[str] | None,
+    domain_weights: str | None,
 ) -> AdaptedModel | GDPLModel:
     if config.get("format") == GDPL_FORMAT:
-        return load_gdpl(run, backbone, clip_weights=weights, class_names=class_names)
+        return load_gdpl(
+            run,
+            backbone,
+            clip_weights=weights,
+            class_names=class_names,
+            domain_weights=domain_weights,
+        )
     if class_names is not None:
         raise InputError(
             f"{run} is no GDPL run: its classes are outputs of its head, so that others need "

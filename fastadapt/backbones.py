@@ -43,6 +43,7 @@ def create_backbone(
     pretrained: bool = True,
     weights: str | None = None,
     image_size: int | None = None,
+    weights_option: str = "--weights",
 ) -> nn.Module:
     """Makes a timm model without its classifier.
 
@@ -51,6 +52,7 @@ def create_backbone(
         pretrained: fetch timm's weights; ignored if ``weights`` is given.
         weights: a local file of weights (.safetensors, .pth); classifier weights in it are unused.
         image_size: for models that are built for one size (ViT, Swin).
+        weights_option: what error messages call ``weights``.
 
     Raises:
         InputError: unknown name, weights that cannot be had, or that do not fit.
@@ -76,13 +78,13 @@ def create_backbone(
         known = timm.list_models(pretrained=True)
         raise InputError(
             f"no pretrained weights for {name!r} ({error}). Nearest with weights: "
-            f"{nearest(name, known)}. Or give a local file with --weights."
+            f"{nearest(name, known)}. Or give a local file with {weights_option}."
         ) from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"the weights of {name!r} could not be downloaded ({reason}). "
-            "Give a local file with --weights FILE."
+            f"Give a local file with {weights_option} FILE."
         ) from None
     if weights is not None:
         load_backbone_weights(model, read_state_dict(weights), weights)
@@ -206,8 +208,12 @@ def probe(
     input_size: tuple[int, ...] | None = None,
     layout: Layout | None = None,
     num_prefix_tokens: int | None = None,
+    settings: str = "AdaptConfig",
 ) -> FeatureSpec:
     """Runs the backbone once, on one image of zeros, and reads off what it gives.
+
+    Args:
+        settings: what takes these arguments from a user, for error messages.
 
     Raises:
         InputError: no input size is known, the features are no tokens, map or volume, or their
@@ -219,7 +225,7 @@ def probe(
     name = type(backbone).__name__
     if input_size is None:
         raise InputError(
-            f"{name} does not say which input it takes: give AdaptConfig(input_size=(3, 224, 224)) "
+            f"{name} does not say which input it takes: give {settings}(input_size=(3, 224, 224)) "
             "or, for volumes, (C, D, H, W)"
         )
     parameter = next((p for p in backbone.parameters() if p.is_floating_point()), None)
@@ -241,12 +247,12 @@ def probe(
         got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
         raise InputError(
             f"the features of {name} have {got}; expected tokens [B, N, C], a map [B, C, H, W] or "
-            "a volume [B, C, D, H, W]. Give AdaptConfig(features=...): a method's name, or a "
+            f"a volume [B, C, D, H, W]. Give {settings}(features=...): a method's name, or a "
             "function of (backbone, images) that stops before pooling."
         )
     shape = tuple(features.shape)
     if layout is None:
-        layout = _layout(backbone, shape)
+        layout = _layout(backbone, shape, settings)
     elif (layout == "tokens") != (len(shape) == 3):
         raise InputError(f"layout={layout!r} does not fit features of shape {shape}")
     if layout == "tokens":
@@ -263,7 +269,7 @@ def probe(
     return FeatureSpec(dim, layout, 0, int(torch.tensor(spatial).prod()), input_size)
 
 
-def _layout(backbone: nn.Module, shape: tuple[int, ...]) -> Layout:
+def _layout(backbone: nn.Module, shape: tuple[int, ...], settings: str) -> Layout:
     if len(shape) == 3:
         return "tokens"
     stated = str(getattr(backbone, "output_fmt", "")).upper()
@@ -277,6 +283,6 @@ def _layout(backbone: nn.Module, shape: tuple[int, ...]) -> Layout:
     if first == last:
         raise InputError(
             f"the features of {type(backbone).__name__} have shape {shape}: which dimension holds "
-            "the channels? Give AdaptConfig(layout='channels_first') or 'channels_last'."
+            f"the channels? Give {settings}(layout='channels_first') or 'channels_last'."
         )
     return "channels_first" if first else "channels_last"

@@ -70,6 +70,10 @@ def export(
             "GDPL runs only.",
         ),
     ] = False,
+    domain_weights: Annotated[
+        str | None,
+        typer.Option(help="The domain encoder's weights, if they moved; GDPL runs only."),
+    ] = None,
     domain_features: Annotated[
         Path | None,
         typer.Option(help="Their features, for GDPL runs that have no domain encoder."),
@@ -93,6 +97,7 @@ def export(
         normalize=normalize,
         domain_input=domain_input,
         domain_features=domain_features,
+        domain_weights=domain_weights,
         class_names=None if names is None else [name.strip() for name in names if name.strip()],
         overwrite=overwrite,
         console=Console(highlight=False),

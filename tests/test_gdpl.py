@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.gdpl import DomainEncoder, GDPLConfig, GDPLModel, convert_gdpl_state_dict
+from fastadapt.gdpl import (
+    DomainEncoder,
+    GDPLConfig,
+    GDPLModel,
+    convert_gdpl_state_dict,
+    load_upstream,
+)
 from tests.gdpl_models import CONTEXT, END, WordTokenizer, clip_model
 from tests.upstream_gdpl import cross_entropy, upstream_logits, upstream_state
 
@@ -290,6 +297,27 @@ class TestDomainEncoder:
         vectors = DomainEncoder(nn.Sequential(conv, nn.Flatten()), input_size=(3, 16, 16))
         assert vectors.dim == 80 and self.features(vectors, x).shape == (2, 80)
 
+    def test_mae_vits(self):
+        """Tokens, the class token left out, from a model made for another size."""
+        encoder = DomainEncoder(
+            "vit_base_patch16_224.mae", pretrained=False, input_size=(3, 64, 64)
+        )
+        assert encoder.spec.num_prefix_tokens == 1 and encoder.spec.num_tokens == 16
+        assert self.features(encoder, torch.randn(2, 3, 32, 32)).shape == (2, 768)
+
+    def test_sam_encoders(self):
+        """Maps [B, C, H/16, W/16] behind a neck."""
+        sam = timm.create_model(
+            "samvit_base_patch16_224", depth=1, embed_dim=32, num_heads=2, neck_chans=24
+        )
+        encoder = DomainEncoder(sam)
+        assert encoder.spec.layout == "channels_first" and encoder.dim == 24
+        x = torch.randn(2, 3, 224, 224)
+        want = sam.eval().forward_features(x).mean((2, 3))
+        torch.testing.assert_close(self.features(encoder, x), want)
+        model = randomize(small_model(encoder=encoder)).eval()
+        assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+
     def test_own_normalisation(self):
         vit = timm.create_model("test_vit", num_classes=0)
         encoder = DomainEncoder(vit, normalization="own")
@@ -316,6 +344,8 @@ class TestBadInput:
             ([], "class_names is empty"),
             (["forest", "river", "forest"], "'forest' and 'forest' are the same text"),
             (["sea lake", "sea_lake"], "'sea lake' and 'sea_lake' are the same"),
+            ("forest", "'forest'; expected a list"),
+            (["forest", " "], r"empty name: \['forest', ' '\]"),
             (["forest", " ".join(["very"] * 20)], rf"'very very.*context of {CONTEXT} tokens"),
         ],
     )
@@ -376,6 +406,43 @@ class TestBadInput:
             model(torch.randn(2, 3, 16, 16), torch.randn(2, 9))
         with pytest.raises(fa.InputError, match="no domain encoder"):
             model(torch.randn(2, 3, 16, 16))
+
+    def test_an_encoder_says_what_its_own_settings_are(self):
+        with pytest.raises(fa.InputError, match=r"give DomainEncoder\(input_size="):
+            DomainEncoder(nn.Conv2d(3, 5, 4, 4))
+        with pytest.raises(fa.InputError, match=r"Give DomainEncoder\(layout="):
+            DomainEncoder(nn.Conv2d(3, 4, 4, 4), input_size=(3, 16, 16))
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"depth": 2}, r"deep_ctx has shape \(1, 2, 16\); the model expects \(2, 2, 16\)"),
+            ({"rank": 3}, r"low_rank.* has shape"),
+            ({"hidden": 4}, r"meta_net.linear1.* has shape"),
+            ({"feature_dim": WIDTH + 1}, r"linear1.weight has shape \(5, 8\).* expects \(5, 7\)"),
+        ],
+        ids=str,
+    )
+    def test_upstream_checkpoints_of_other_settings(self, change, says):
+        clip = clip_model()
+        settings = {"feature_dim": WIDTH, "n_ctx": 2, "depth": 3, "rank": 2, "rank_depth": 2}
+        state = upstream_state(clip, **{**settings, "hidden": 5, **change})
+        with pytest.raises(fa.InputError, match=says):
+            load_upstream(small_model(clip=clip), state)
+
+    def test_an_upstream_file(self, tmp_path):
+        clip = clip_model()
+        state = upstream_state(clip, WIDTH, 2, 3, 2, 2, 5)
+        torch.save({"state_dict": state, "epoch": 2}, tmp_path / "model.pth.tar-2")
+        model = small_model(clip=clip)
+        assert load_upstream(model, tmp_path / "model.pth.tar-2") is model
+        for name, want in convert_gdpl_state_dict(state).items():
+            assert torch.equal(model.get_parameter(name), want.float())
+        with pytest.raises(fa.InputError, match=r"low_rank.* is unexpected"):
+            load_upstream(small_model(replace(SMALL, rank=0), clip=clip), state)
+        state["prompt_learner.ctx"][0] = torch.nan
+        with pytest.raises(fa.InputError, match=r"prompt_learner\.ctx holds 16 values"):
+            load_upstream(model, state)
 
     def test_checkpoints_with_a_missing_or_foreign_part(self):
         clip = clip_model()

@@ -146,10 +146,14 @@ def tokenize_classes(
     Raises:
         InputError: as :class:`ClassPrompts`.
     """
+    if isinstance(class_names, str):
+        raise InputError(f"class_names is the text {class_names!r}; expected a list of names")
     if not class_names:
         raise InputError("class_names is empty; expected at least one name")
     if template.count("{}") != 1:
         raise InputError(f"template is {template!r}; expected one {{}} in it, for the class name")
+    if not all(isinstance(name, str) and name.strip(" _") for name in class_names):
+        raise InputError(f"class_names holds an empty name: {list(class_names)}")
     text = text_tower(clip)
     length = len(text.positional_embedding)
 
