@@ -269,7 +269,8 @@ class GDPLModel(nn.Module):
             )
         half = words.dtype in HALF_DTYPES
         with without_autocast(images) if half else nullcontext():
-            text_features = self.classes.encode(self.clip, words[None], words.new_empty(0), ())
+            none = words.new_empty(0, 1, *words.shape)
+            text_features = self.classes.encode(self.clip, words[None], none, ())
             image_features = self.clip.encode_image(images.to(words.dtype))
         return self._logits(_normalize(image_features), _normalize(text_features))
 

@@ -123,12 +123,12 @@ def run_blocks(
         grad_checkpointing: keep the layers' inputs alone and compute them again in the backward
             pass.
     """
-    # Unbound at once, their gradients are stacked at once, too.
-    prompts = deep_prompts.to(x.dtype).unbind(0)
+    # All layers' at once, and so their gradients. x.shape[0], not len(x): that would fix the batch
+    # size in an exported graph.
+    prompts = deep_prompts.to(x.dtype).expand(-1, x.shape[0], -1, -1).unbind(0)
     for index, block in enumerate(blocks):
         if 1 <= index <= len(prompts):
-            # x.shape[0], not len(x): that would fix the batch size in an exported graph.
-            prompt = prompts[index - 1].expand(x.shape[0], -1, -1)
+            prompt = prompts[index - 1]
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
         if grad_checkpointing and torch.is_grad_enabled():
@@ -152,7 +152,9 @@ def attention(
     """Self-attention with updated projections, [B, N, D] to the same."""
     in_a, in_b, out_a, out_b = update or (None,) * 4
     qkv = low_rank_linear(x, attn.in_proj_weight, attn.in_proj_bias, in_a, in_b)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # Split where their gradients are put side by side again, without another copy.
+    parts = (part.unflatten(-1, (attn.num_heads, -1)) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (part.transpose(1, 2) for part in parts)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
     return low_rank_linear(y, attn.out_proj.weight, attn.out_proj.bias, out_a, out_b)
