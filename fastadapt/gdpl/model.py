@@ -236,9 +236,9 @@ class GDPLModel(nn.Module):
         are computed in fp32 inside their kernels, and need no casts around them.
         """
         prompts = self.prompt_learner(domain_features)
-        own = self.clip.visual.class_embedding.dtype
-        half = own in HALF_DTYPES
-        dtype = own if half else compute_dtype(images)
+        weight = self.clip.visual.class_embedding
+        half = weight.dtype in HALF_DTYPES
+        dtype = weight.dtype if half else compute_dtype(weight)
         vision, text = ((), ()) if self.low_rank is None else self.low_rank(dtype)
         with without_autocast(images) if half else nullcontext():
             image_features = towers.encode_image(

@@ -163,7 +163,7 @@ def attention(
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> Tensor:
-    """``x (W + b a)ᵀ + bias`` for x [..., in].
+    """``x (W + b a)ᵀ + bias`` for x [..., in]; a and b in the dtype that is computed in.
 
     The update is not added to the weight: then no gradient of the weight's size is computed.
     """
@@ -172,5 +172,5 @@ def low_rank_linear(
     rows = x.flatten(0, -2)
     y = F.linear(rows, weight, bias)
     # The sum is part of the product, in place: no kernel and no tensor of its own.
-    y = y.addmm_(F.linear(rows, a.to(weight.dtype)), b.to(y.dtype).t())
+    y = y.addmm_(F.linear(rows, a), b.t())
     return y.unflatten(0, x.shape[:-1])
