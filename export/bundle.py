@@ -135,6 +135,7 @@ def export_run(
     class_names: Sequence[str] | None = None,
     domain_input: bool = False,
     domain_features: str | Path | None = None,
+    domain_weights: str | None = None,
     console: Console | None = None,
     **settings: Any,
 ) -> ExportResult:
@@ -154,7 +155,8 @@ def export_run(
             features as its second input, ``domain_features`` [batch, D_f]. Always so for models
             that were made for features computed before.
         domain_features: the features of the images that are compared, for such models
-            (:class:`fastadapt.gdpl.features.FeatureTable`).
+            (:class:`fastadapt.gdpl.FeatureTable`).
+        domain_weights: GDPL only: a local file of the domain encoder's weights, as ``weights``.
         console: where to tell what is going on; nowhere if ``None``.
         **settings: of :class:`ExportSettings`.
 
@@ -178,6 +180,7 @@ def export_run(
             class_names=class_names,
             domain_input=domain_input,
             domain_features=domain_features,
+            domain_weights=domain_weights,
         )
     return export.run(trained, samples)
 
@@ -427,15 +430,18 @@ def _write_golden(
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> np.ndarray:
+def _outputs(
+    model: nn.Module, inputs: tuple[Tensor, ...], batch: int, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
     batches = zip(*(x.split(batch) for x in inputs), strict=True)
     parts = [model(*part).flatten(1) for part in batches]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).to(dtype).numpy()
 
 
 def _outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
     """What the model would say without its own rounding."""
-    return _outputs(copy.deepcopy(model).double(), tuple(x.double() for x in inputs), batch=8)
+    exact = copy.deepcopy(model).double()
+    return _outputs(exact, tuple(x.double() for x in inputs), batch=8, dtype=torch.float64)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:
