@@ -212,7 +212,8 @@ def _resize_text(preprocess: Preprocess) -> str:
           resize_size = Shape <start = 2> (resize_chw)
           {new_size}
           resize_sizes = Concat <axis = 0> (resize_rest, resize_new)
-          resize_image = Resize <antialias = 1, exclude_outside = 1, coordinate_transformation_mode = "half_pixel",
+          resize_image = Resize <antialias = 1, exclude_outside = 1,
+            coordinate_transformation_mode = "half_pixel",
             {RESIZE_MODES[preprocess.interpolation]}> (resize_chw, , , resize_sizes)
           resize_crop = Constant <value_ints = [{height}, {width}]> ()
           resize_excess = Sub (resize_new, resize_crop)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "Bundle"
+ENGINES = "Engines"
 GDPL = "GDPL runs"
 
 
@@ -26,6 +27,72 @@ def export(
             "--onnx", help="Export to ONNX; every bundle holds it.", rich_help_panel=BUNDLE
         ),
     ] = True,
+    trt: Annotated[
+        bool,
+        typer.Option(
+            "--trt", help="Build a TensorRT or TensorRT-RTX engine.", rich_help_panel=ENGINES
+        ),
+    ] = False,
+    aoti: Annotated[
+        bool,
+        typer.Option("--aoti", help="Compile with AOTInductor (.pt2).", rich_help_panel=ENGINES),
+    ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Quantise to INT8; kept only if it is accurate and faster.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"],
+        typer.Option(
+            help="Of the engines; layers that need fp32 keep it.", rich_help_panel=ENGINES
+        ),
+    ] = "fp32",
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes that engines are built and compared for.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = "1:8:32",
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="sm_XX,…",
+            help="GPUs that TensorRT-RTX builds for; none need be here.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = "",
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most MiB that a layer of TensorRT may use.", rich_help_panel=ENGINES
+        ),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="TensorRT: for all GPUs from Ampere on, at some cost of speed.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="TensorRT: for later versions of it, too.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    int8_budget: Annotated[
+        float,
+        typer.Option(help="Accuracy that INT8 may lose, as a share.", rich_help_panel=ENGINES),
+    ] = 0.01,
     triton_repo: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +178,10 @@ def export(
             rich_help_panel=GDPL,
         ),
     ] = False,
+    domain_weights: Annotated[
+        str | None,
+        typer.Option(help="The domain encoder's weights, if they moved.", rich_help_panel=GDPL),
+    ] = None,
     domain_features: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +194,8 @@ def export(
 
     from fastadapt.errors import InputError
     from fastadapt.export import export_run, export_timm
+    from fastadapt.export.artefact import Batches
+    from fastadapt.export.engines import EngineOptions
     from fastadapt.export.serving import check_repository, write_repository
 
     if (run is None) == (backbone is None):
@@ -132,6 +205,18 @@ def export(
     out = out or run / "bundle"
     if triton_repo is not None:
         check_repository(triton_repo, out, overwrite)
+    engines = EngineOptions(
+        trt=trt,
+        aoti=aoti,
+        int8=int8,
+        precision=precision,
+        batch=Batches.parse(batch),
+        targets=tuple(part.strip() for part in target.split(",") if part.strip()),
+        workspace=workspace,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+        int8_budget=int8_budget,
+    )
     names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
     console = Console(highlight=False)
     shared = {
@@ -143,7 +228,13 @@ def export(
         "normalize": normalize,
         "overwrite": overwrite,
         "speed": speed,
+        "engines": engines,
         "console": console,
+    }
+    domain = {
+        "domain_input": domain_input,
+        "domain_features": domain_features,
+        "domain_weights": domain_weights,
     }
     if run is not None:
         for option, value in (
@@ -152,11 +243,11 @@ def export(
             ("--image-size", image_size),
         ):
             if value is not None:
-                raise InputError(f"{option} is for models given by --backbone, not for runs")
-        export_run(run, out, domain_input=domain_input, domain_features=domain_features, **shared)
+                raise InputError(f"{option} is for models that --backbone names, not for runs")
+        export_run(run, out, **domain, **shared)
     else:
-        if domain_input or domain_features is not None:
-            raise InputError("--domain-input and --domain-features are for GDPL runs")
+        if any(domain.values()):
+            raise InputError("--domain-input, --domain-features and --domain-weights are for runs")
         export_timm(
             backbone, out, checkpoint=checkpoint, peft=peft, image_size=image_size, **shared
         )
