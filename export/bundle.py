@@ -246,6 +246,8 @@ class _Export:
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Folds, exports, compares, writes. Raises GateError and InputError."""
         settings, console = self.settings, self.console
+        if settings.engines.int8:
+            _check_int8(trained, samples)
         graph_input = GraphInput(
             trained.preprocess, settings.input, settings.normalize, settings.resize
         )
@@ -387,13 +389,21 @@ def _onnx_artefact(folder: Path, problems: list[str]) -> Artefact:
     return Artefact("onnx", MODEL, "fp32", FAILED, reason=reason, files=files)
 
 
-def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
-    """What INT8 is calibrated with, and judged by. Raises InputError if there are no files."""
-    calibration, validation = samples.calibration, samples.validation
-    if not calibration or not validation:
+def _check_int8(trained: Trained, samples: Samples) -> None:
+    """Raises InputError if there is nothing to calibrate INT8 with, or to judge it by."""
+    if not samples.calibration or not samples.validation:
         raise InputError(
             "--int8 is calibrated and judged on image files: give a folder of them with --images"
         )
+    if not trained.labels:
+        raise InputError("--int8 is judged by its accuracy, and this model has no classes")
+    if trained.domain_features is not None:
+        raise InputError("--int8 is for graphs that take images alone: leave out --domain-input")
+
+
+def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
+    """What INT8 is calibrated with, and judged by."""
+    calibration, validation = samples.calibration, samples.validation
     known = all(sample.label in labels for sample in validation)
     targets = np.array([labels.index(sample.label) for sample in validation]) if known else None
     preprocess = graph_input.preprocess

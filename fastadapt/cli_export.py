@@ -123,7 +123,7 @@ def export(
         typer.Option(help="A folder that PEFT wrote: a LoRA to merge.", rich_help_panel=MODEL),
     ] = None,
     weights: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="The backbone's weights, if they are not where training found them, or not "
             "timm's.",
@@ -155,7 +155,7 @@ def export(
     input: Annotated[
         Literal["uint8", "float"],
         typer.Option(
-            help="uint8: [batch, H, W, 3] as decoded; float: [batch, 3, H, W] in [0, 1].",
+            help="uint8: batch × H × W × 3, as decoded; float: batch × 3 × H × W, from 0 to 1.",
             rich_help_panel=INPUT,
         ),
     ] = "uint8",
