@@ -70,6 +70,7 @@ from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 
+END_TO_END = "end to end"
 DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
 # The graph's filter rounds some pixels to the next level: a change of the input, not of the model.
@@ -292,7 +293,7 @@ class _Export:
                 engine_source = EngineSource(
                     folder=folder,
                     onnx=folder / MODEL,
-                    onnx_parity=(),
+                    onnx_parity=[p for p in parities if p.stage == END_TO_END],
                     folded=folded,
                     example=tuple(x[:1] for x in example),
                     inputs=inputs,
@@ -362,7 +363,7 @@ def _gate(
     for batch in BATCHES:
         outputs = _outputs(folded, example, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
-    references = {"ONNX Runtime": outputs, "end to end": expected}
+    references = {"ONNX Runtime": outputs, END_TO_END: expected}
     try:
         session = onnx_session(file)
     except InputError as error:

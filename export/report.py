@@ -76,12 +76,14 @@ def _parity(manifest: dict[str, Any]) -> str:
         "<p>Largest difference over the outputs' spread from image to image, for every pair of "
         "models and batch size.</p>"
     )
-    engines = [
+    parities = manifest["parity"]
+    stages = {p["stage"] for p in parities}
+    parities = parities + [
         {**p, "stage": f"{artefact['path'] or artefact['precision']}, {p['stage']}"}
         for artefact in manifest["artefacts"]
         for p in artefact["parity"]
+        if p["stage"] not in stages
     ]
-    parities = [*manifest["parity"], *engines]
     rows = [
         (
             p["stage"],
