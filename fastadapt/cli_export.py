@@ -284,7 +284,9 @@ def verify(
     for note in result.notes:
         console.print(f"  {note}")
     console.print(artefact_table(result.artefacts))
-    console.print(parity_table(result.parities))
+    for artefact in result.artefacts:
+        if artefact.parity:
+            console.print(parity_table(artefact.parity, artefact.path))
     if not result.passed:
         raise GateError(f"{bundle} does not run here as it did before: {result.problems[0]}")
     if result.images_per_second:

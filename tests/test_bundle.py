@@ -216,7 +216,11 @@ class TestBundle:
         manifest = read_json(made / "bundle" / "manifest.json")
         manifest["backbone"]["name"] = "<script>alert(1)</script>"
         manifest["problems"], manifest["accepted"] = ["<b>bad</b> & worse"], False
+        engine = manifest["artefacts"][0]
+        details = {**engine["details"], "fp32_layers": ["<i>head</i>"], "version": "10.1"}
+        manifest["artefacts"].append({**engine, "path": "m.engine", "details": details})
         report = render_report(manifest, [], np.zeros((0, 2)))
+        assert "kept in fp32</td><td>&lt;i&gt;head&lt;/i&gt;" in report
         assert "<script" not in report and "<b>" not in report
         assert "Rejected" in report and "&lt;b&gt;bad&lt;/b&gt; &amp; worse" in report
 
