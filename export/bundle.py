@@ -70,6 +70,7 @@ from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 
+END_TO_END = "end to end"
 DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
 # The graph's filter rounds some pixels to the next level: a change of the input, not of the model.
@@ -135,6 +136,7 @@ def export_run(
     class_names: Sequence[str] | None = None,
     domain_input: bool = False,
     domain_features: str | Path | None = None,
+    domain_weights: str | None = None,
     console: Console | None = None,
     **settings: Any,
 ) -> ExportResult:
@@ -154,7 +156,8 @@ def export_run(
             features as its second input, ``domain_features`` [batch, D_f]. Always so for models
             that were made for features computed before.
         domain_features: the features of the images that are compared, for such models
-            (:class:`fastadapt.gdpl.features.FeatureTable`).
+            (:class:`fastadapt.gdpl.FeatureTable`).
+        domain_weights: GDPL only: a local file of the domain encoder's weights, as ``weights``.
         console: where to tell what is going on; nowhere if ``None``.
         **settings: of :class:`ExportSettings`.
 
@@ -178,6 +181,7 @@ def export_run(
             class_names=class_names,
             domain_input=domain_input,
             domain_features=domain_features,
+            domain_weights=domain_weights,
         )
     return export.run(trained, samples)
 
@@ -243,6 +247,8 @@ class _Export:
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Folds, exports, compares, writes. Raises GateError and InputError."""
         settings, console = self.settings, self.console
+        if settings.engines.int8:
+            _check_int8(trained, samples)
         graph_input = GraphInput(
             trained.preprocess, settings.input, settings.normalize, settings.resize
         )
@@ -287,7 +293,7 @@ class _Export:
                 engine_source = EngineSource(
                     folder=folder,
                     onnx=folder / MODEL,
-                    onnx_parity=(),
+                    onnx_parity=[p for p in parities if p.stage == END_TO_END],
                     folded=folded,
                     example=tuple(x[:1] for x in example),
                     inputs=inputs,
@@ -357,7 +363,7 @@ def _gate(
     for batch in BATCHES:
         outputs = _outputs(folded, example, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
-    references = {"ONNX Runtime": outputs, "end to end": expected}
+    references = {"ONNX Runtime": outputs, END_TO_END: expected}
     try:
         session = onnx_session(file)
     except InputError as error:
@@ -384,13 +390,21 @@ def _onnx_artefact(folder: Path, problems: list[str]) -> Artefact:
     return Artefact("onnx", MODEL, "fp32", FAILED, reason=reason, files=files)
 
 
-def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
-    """What INT8 is calibrated with, and judged by. Raises InputError if there are no files."""
-    calibration, validation = samples.calibration, samples.validation
-    if not calibration or not validation:
+def _check_int8(trained: Trained, samples: Samples) -> None:
+    """Raises InputError if there is nothing to calibrate INT8 with, or to judge it by."""
+    if not samples.calibration or not samples.validation:
         raise InputError(
             "--int8 is calibrated and judged on image files: give a folder of them with --images"
         )
+    if not trained.labels:
+        raise InputError("--int8 is judged by its accuracy, and this model has no classes")
+    if trained.domain_features is not None:
+        raise InputError("--int8 is for graphs that take images alone: leave out --domain-input")
+
+
+def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
+    """What INT8 is calibrated with, and judged by."""
+    calibration, validation = samples.calibration, samples.validation
     known = all(sample.label in labels for sample in validation)
     targets = np.array([labels.index(sample.label) for sample in validation]) if known else None
     preprocess = graph_input.preprocess
@@ -427,15 +441,18 @@ def _write_golden(
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -> np.ndarray:
+def _outputs(
+    model: nn.Module, inputs: tuple[Tensor, ...], batch: int, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
     batches = zip(*(x.split(batch) for x in inputs), strict=True)
     parts = [model(*part).flatten(1) for part in batches]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).to(dtype).numpy()
 
 
 def _outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
     """What the model would say without its own rounding."""
-    return _outputs(copy.deepcopy(model).double(), tuple(x.double() for x in inputs), batch=8)
+    exact = copy.deepcopy(model).double()
+    return _outputs(exact, tuple(x.double() for x in inputs), batch=8, dtype=torch.float64)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:

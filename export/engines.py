@@ -356,7 +356,11 @@ def _check_fp32_onnx(options: EngineOptions, source: Source) -> Artefact:
     """The gate has run it on the CPU; it runs again on a GPU, and at the batch sizes asked for."""
     found = _artefact("onnx", source.onnx, "fp32", {"batch": _sizes(options.batch)})
     if options == EngineOptions() and not torch.cuda.is_available():
-        return replace(found, status=VERIFIED, parity=tuple(source.onnx_parity))
+        speed = {}
+        if source.speed:
+            runtime = load_runtime(source.onnx)
+            speed[runtime.name] = measure(runtime, source.inputs, options.batch)
+        return replace(found, status=VERIFIED, parity=tuple(source.onnx_parity), speed=speed)
     found = _checked(found, source)
     return replace(found, parity=(*source.onnx_parity, *found.parity))
 

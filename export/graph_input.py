@@ -158,9 +158,9 @@ def insert_resize(graph: Any, preprocess: Preprocess) -> None:
     """Puts timm's evaluation transform, resizing and cropping, in front of an onnx_ir graph.
 
     Its input, uint8 [batch, H, W, 3], then has any height and width. ONNX Runtime's filters are
-    within one level in 256 of Pillow's, and equal for more than 99 % of the pixels. Only bicubic
-    on images more than twice as tall as wide is further off: Pillow 13 filters their columns
-    first, ONNX Runtime the rows, and each clips to [0, 255] in between.
+    within one level in 256 of Pillow's, and equal for more than 99 % of the pixels. Images more
+    than twice as tall as wide are further off: Pillow 13 filters their columns first, ONNX Runtime
+    the rows, and each rounds and clips to [0, 255] in between.
     """
     import onnx_ir
 
@@ -212,7 +212,8 @@ def _resize_text(preprocess: Preprocess) -> str:
           resize_size = Shape <start = 2> (resize_chw)
           {new_size}
           resize_sizes = Concat <axis = 0> (resize_rest, resize_new)
-          resize_image = Resize <antialias = 1, exclude_outside = 1, coordinate_transformation_mode = "half_pixel",
+          resize_image = Resize <antialias = 1, exclude_outside = 1,
+            coordinate_transformation_mode = "half_pixel",
             {RESIZE_MODES[preprocess.interpolation]}> (resize_chw, , , resize_sizes)
           resize_crop = Constant <value_ints = [{height}, {width}]> ()
           resize_excess = Sub (resize_new, resize_crop)

@@ -57,6 +57,10 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
                 f"{file}: {key!r} is a {type(manifest[key]).__name__}, expected a "
                 f"{kind.__name__}: {_MEANT}"
             )
+    for row in manifest["artefacts"]:
+        for key in ("kind", "path", "precision", "status"):
+            if not isinstance(row, dict) or key not in row:
+                raise InputError(f"{file} lists a file to run without its {key!r}: {_MEANT}")
     return manifest
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from fastadapt.errors import InputError
@@ -161,22 +162,20 @@ def check_problems(parities: Iterable[Parity]) -> list[str]:
     ]
 
 
-def parity_table(parities: Iterable[Parity]) -> Table:
+def parity_table(parities: Iterable[Parity], title: str = "parity") -> Table:
     """One row per stage and batch size, for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title="parity", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
     table.add_column("stage", no_wrap=True)
-    for column in ("batch", "error", "at most", "cosine", "top-1", "ties", "spread", ""):
+    for column in ("batch", "error", "at most", "cosine", "top-1", ""):
         table.add_column(column, justify="right")
     for p in parities:
         table.add_row(
             p.stage,
-            str(p.batch),
+            str(p.batch or "–"),
             "–" if p.error is None else f"{p.error:.1e}",
             f"{p.limit:.0e}",
             "–" if p.cosine is None else f"{p.cosine:.6f}",
             "–" if p.top1 is None else f"{p.top1:.0%}",
-            "–" if p.near_ties is None else f"{p.near_ties}/{p.samples}",
-            "–" if p.spread is None else f"{p.spread:.1e}",
             "[green]✓[/]" if p.passed else "[red]✗[/]",
         )
     return table

@@ -164,6 +164,8 @@ def load(
             reasons.append(str(error))
             continue
         return Predictor(manifest, artefact, runtime)
+    if not reasons:
+        raise InputError(f"nothing in {bundle} was verified: fastadapt verify says more")
     raise InputError(f"nothing in {bundle} runs here: {'; '.join(reasons)}")
 
 

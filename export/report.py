@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -18,6 +19,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+h3 { font-size: 1rem } pre { font-size: .8rem; overflow-x: auto } summary { cursor: pointer }
 table { border-collapse: collapse; font-size: .9rem } svg { max-width: 100%; height: auto }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd;
          vertical-align: top } td.number, th.number { text-align: right }
@@ -76,12 +78,14 @@ def _parity(manifest: dict[str, Any]) -> str:
         "<p>Largest difference over the outputs' spread from image to image, for every pair of "
         "models and batch size.</p>"
     )
-    engines = [
+    parities = manifest["parity"]
+    stages = {p["stage"] for p in parities}
+    parities = parities + [
         {**p, "stage": f"{artefact['path'] or artefact['precision']}, {p['stage']}"}
         for artefact in manifest["artefacts"]
         for p in artefact["parity"]
+        if p["stage"] not in stages
     ]
-    parities = [*manifest["parity"], *engines]
     rows = [
         (
             p["stage"],
@@ -103,7 +107,28 @@ def _artefacts(manifest: dict[str, Any]) -> str:
         (a["path"] or "–", a["kind"], a["precision"], a["status"], a["reason"])
         for a in manifest["artefacts"]
     ]
-    return _table(("file", "for", "precision", "status", "why"), rows)
+    return _table(("file", "for", "precision", "status", "why"), rows) + "".join(
+        _details(artefact) for artefact in manifest["artefacts"] if len(artefact["details"]) > 1
+    )
+
+
+def _details(artefact: dict[str, Any]) -> str:
+    """How a file was built: what people ask first as a table, and all of it to unfold."""
+    details, rows = artefact["details"], []
+    if "version" in details:
+        rows.append(("built with", f"{details.get('library', '')} {details['version']}"))
+    if details.get("targets"):
+        rows.append(("for", ", ".join(details["targets"])))
+    rows.append(("batch sizes", ", ".join(f"{k} {v}" for k, v in details["batch"].items())))
+    if "fp32_layers" in details:
+        rows.append(("kept in fp32", ", ".join(details["fp32_layers"]) or "no layer"))
+    for kind, counts in details.get("summary", {}).get("precision", {}).items():
+        rows.append((f"layers: {kind}", ", ".join(f"{n} in {p}" for p, n in counts.items())))
+    everything = escape(json.dumps(details, indent=1, ensure_ascii=False))
+    return (
+        f"<h3>{escape(artefact['path'] or artefact['precision'])}</h3>\n{_table(('', ''), rows)}"
+        f"<details><summary>all that is known</summary><pre>{everything}</pre></details>\n"
+    )
 
 
 def _speed(manifest: dict[str, Any]) -> str:

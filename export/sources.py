@@ -75,13 +75,14 @@ def load_run(
     class_names: Sequence[str] | None = None,
     domain_input: bool = False,
     domain_features: str | Path | None = None,
+    domain_weights: str | None = None,
 ) -> Trained:
     """The model of a run (or of what ``save_adapter`` or ``save_gdpl`` wrote).
 
     Args:
         run: its folder.
         config: what :func:`read_run` gave.
-        backbone, weights, class_names, domain_input, domain_features: as for
+        backbone, weights, class_names, domain_input, domain_features, domain_weights: as for
             :func:`fastadapt.export.export_run`.
 
     Raises:
@@ -89,7 +90,13 @@ def load_run(
     """
     model: AdaptedModel | GDPLModel
     if config.get("format") == GDPL_FORMAT:
-        model = load_gdpl(run, backbone, clip_weights=weights, class_names=class_names)
+        model = load_gdpl(
+            run,
+            backbone,
+            clip_weights=weights,
+            class_names=class_names,
+            domain_weights=domain_weights,
+        )
         labels = list(model.class_names)
         name = (config["source"] or {}).get("clip", "open_clip model")
     elif class_names is not None:

@@ -44,6 +44,7 @@ def create_backbone(
     weights: str | None = None,
     image_size: int | None = None,
     num_classes: int | None = 0,
+    weights_option: str = "--weights",
 ) -> nn.Module:
     """Makes a timm model, without its classifier unless ``num_classes`` says otherwise.
 
@@ -53,6 +54,7 @@ def create_backbone(
         weights: a local file of weights (.safetensors, .pth); classifier weights in it are unused.
         image_size: for models that are built for one size (ViT, Swin).
         num_classes: of the classifier; timm's own if ``None``.
+        weights_option: what error messages call ``weights``.
 
     Raises:
         InputError: unknown name, weights that cannot be had, or that do not fit.
@@ -80,13 +82,13 @@ def create_backbone(
         known = timm.list_models(pretrained=True)
         raise InputError(
             f"no pretrained weights for {name!r} ({error}). Nearest with weights: "
-            f"{nearest(name, known)}. Or give a local file with --weights."
+            f"{nearest(name, known)}. Or give a local file with {weights_option}."
         ) from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"the weights of {name!r} could not be downloaded ({reason}). "
-            "Give a local file with --weights FILE."
+            f"Give a local file with {weights_option} FILE."
         ) from None
     if weights is not None:
         load_backbone_weights(model, read_state_dict(weights), weights)
@@ -210,8 +212,12 @@ def probe(
     input_size: tuple[int, ...] | None = None,
     layout: Layout | None = None,
     num_prefix_tokens: int | None = None,
+    settings: str = "AdaptConfig",
 ) -> FeatureSpec:
     """Runs the backbone once, on one image of zeros, and reads off what it gives.
+
+    Args:
+        settings: what takes these arguments from a user, for error messages.
 
     Raises:
         InputError: no input size is known, the features are no tokens, map or volume, or their
@@ -223,7 +229,7 @@ def probe(
     name = type(backbone).__name__
     if input_size is None:
         raise InputError(
-            f"{name} does not say which input it takes: give AdaptConfig(input_size=(3, 224, 224)) "
+            f"{name} does not say which input it takes: give {settings}(input_size=(3, 224, 224)) "
             "or, for volumes, (C, D, H, W)"
         )
     parameter = next((p for p in backbone.parameters() if p.is_floating_point()), None)
@@ -245,12 +251,12 @@ def probe(
         got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
         raise InputError(
             f"the features of {name} have {got}; expected tokens [B, N, C], a map [B, C, H, W] or "
-            "a volume [B, C, D, H, W]. Give AdaptConfig(features=...): a method's name, or a "
+            f"a volume [B, C, D, H, W]. Give {settings}(features=...): a method's name, or a "
             "function of (backbone, images) that stops before pooling."
         )
     shape = tuple(features.shape)
     if layout is None:
-        layout = _layout(backbone, shape)
+        layout = _layout(backbone, shape, settings)
     elif (layout == "tokens") != (len(shape) == 3):
         raise InputError(f"layout={layout!r} does not fit features of shape {shape}")
     if layout == "tokens":
@@ -267,7 +273,7 @@ def probe(
     return FeatureSpec(dim, layout, 0, int(torch.tensor(spatial).prod()), input_size)
 
 
-def _layout(backbone: nn.Module, shape: tuple[int, ...]) -> Layout:
+def _layout(backbone: nn.Module, shape: tuple[int, ...], settings: str) -> Layout:
     if len(shape) == 3:
         return "tokens"
     stated = str(getattr(backbone, "output_fmt", "")).upper()
@@ -281,6 +287,6 @@ def _layout(backbone: nn.Module, shape: tuple[int, ...]) -> Layout:
     if first == last:
         raise InputError(
             f"the features of {type(backbone).__name__} have shape {shape}: which dimension holds "
-            "the channels? Give AdaptConfig(layout='channels_first') or 'channels_last'."
+            f"the channels? Give {settings}(layout='channels_first') or 'channels_last'."
         )
     return "channels_first" if first else "channels_last"

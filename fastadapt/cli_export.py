@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "Bundle"
-GDPL, ENGINES = "GDPL runs", "Engines"
+ENGINES = "Engines"
+GDPL = "GDPL runs"
 
 
 def export(
@@ -26,6 +27,72 @@ def export(
             "--onnx", help="Export to ONNX; every bundle holds it.", rich_help_panel=BUNDLE
         ),
     ] = True,
+    trt: Annotated[
+        bool,
+        typer.Option(
+            "--trt", help="Build a TensorRT or TensorRT-RTX engine.", rich_help_panel=ENGINES
+        ),
+    ] = False,
+    aoti: Annotated[
+        bool,
+        typer.Option("--aoti", help="Compile with AOTInductor (.pt2).", rich_help_panel=ENGINES),
+    ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Quantise to INT8; kept only if it is accurate and faster.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"],
+        typer.Option(
+            help="Of the engines; layers that need fp32 keep it.", rich_help_panel=ENGINES
+        ),
+    ] = "fp32",
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes that engines are built and compared for.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = "1:8:32",
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="sm_XX,…",
+            help="GPUs that TensorRT-RTX builds for; none need be here.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = "",
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most MiB that a layer of TensorRT may use.", rich_help_panel=ENGINES
+        ),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="TensorRT: for all GPUs from Ampere on, at some cost of speed.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="TensorRT: for later versions of it, too.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
+    int8_budget: Annotated[
+        float,
+        typer.Option(help="Accuracy that INT8 may lose, as a share.", rich_help_panel=ENGINES),
+    ] = 0.01,
     triton_repo: Annotated[
         Path | None,
         typer.Option(
@@ -56,7 +123,7 @@ def export(
         typer.Option(help="A folder that PEFT wrote: a LoRA to merge.", rich_help_panel=MODEL),
     ] = None,
     weights: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="The backbone's weights, if they are not where training found them, or not "
             "timm's.",
@@ -88,7 +155,7 @@ def export(
     input: Annotated[
         Literal["uint8", "float"],
         typer.Option(
-            help="uint8: [batch, H, W, 3] as decoded; float: [batch, 3, H, W] in [0, 1].",
+            help="uint8: batch × H × W × 3, as decoded; float: batch × 3 × H × W, from 0 to 1.",
             rich_help_panel=INPUT,
         ),
     ] = "uint8",
@@ -103,79 +170,6 @@ def export(
     normalize: Annotated[
         bool, typer.Option(help="Normalise inside the graph.", rich_help_panel=INPUT)
     ] = True,
-    trt: Annotated[
-        bool,
-        typer.Option(
-            "--trt",
-            help="Build an engine with TensorRT (for the GPU here) or TensorRT-RTX.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = False,
-    aoti: Annotated[
-        bool,
-        typer.Option(
-            "--aoti",
-            help="Compile with AOTInductor, for the device here.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = False,
-    int8: Annotated[
-        bool,
-        typer.Option(
-            "--int8",
-            help="Quantise to INT8; kept if accurate enough and faster.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = False,
-    int8_budget: Annotated[
-        float,
-        typer.Option(help="Accuracy that INT8 may lose.", rich_help_panel=ENGINES),
-    ] = 0.01,
-    precision: Annotated[
-        Literal["fp32", "fp16", "bf16"],
-        typer.Option(
-            help="Of the engines, and of an ONNX file beside the fp32 one.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = "fp32",
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MIN:OPT:MAX",
-            help="Batch sizes to build and check for; 1:8:32 if not given.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SM,…",
-            help="GPUs that TensorRT-RTX builds for, sm_89,sm_120 for two.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = None,
-    workspace: Annotated[
-        int | None,
-        typer.Option(
-            metavar="MIB", help="TensorRT's most memory to work in.", rich_help_panel=ENGINES
-        ),
-    ] = None,
-    hardware_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--hardware-compatible",
-            help="TensorRT: for all GPUs from Ampere on.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = False,
-    version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible",
-            help="TensorRT: for later versions of it, too.",
-            rich_help_panel=ENGINES,
-        ),
-    ] = False,
     domain_input: Annotated[
         bool,
         typer.Option(
@@ -184,6 +178,10 @@ def export(
             rich_help_panel=GDPL,
         ),
     ] = False,
+    domain_weights: Annotated[
+        str | None,
+        typer.Option(help="The domain encoder's weights, if they moved.", rich_help_panel=GDPL),
+    ] = None,
     domain_features: Annotated[
         Path | None,
         typer.Option(
@@ -196,7 +194,7 @@ def export(
 
     from fastadapt.errors import InputError
     from fastadapt.export import export_run, export_timm
-    from fastadapt.export.artefact import DEFAULT_BATCHES, Batches
+    from fastadapt.export.artefact import Batches
     from fastadapt.export.engines import EngineOptions
     from fastadapt.export.serving import check_repository, write_repository
 
@@ -207,6 +205,18 @@ def export(
     out = out or run / "bundle"
     if triton_repo is not None:
         check_repository(triton_repo, out, overwrite)
+    engines = EngineOptions(
+        trt=trt,
+        aoti=aoti,
+        int8=int8,
+        precision=precision,
+        batch=Batches.parse(batch),
+        targets=tuple(part.strip() for part in target.split(",") if part.strip()),
+        workspace=workspace,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+        int8_budget=int8_budget,
+    )
     names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
     console = Console(highlight=False)
     shared = {
@@ -218,19 +228,13 @@ def export(
         "normalize": normalize,
         "overwrite": overwrite,
         "speed": speed,
-        "engines": EngineOptions(
-            trt=trt,
-            aoti=aoti,
-            int8=int8,
-            int8_budget=int8_budget,
-            precision=precision,
-            batch=DEFAULT_BATCHES if batch is None else Batches.parse(batch),
-            targets=tuple(target.split(",")) if target else (),
-            workspace=workspace,
-            hardware_compatible=hardware_compatible,
-            version_compatible=version_compatible,
-        ),
+        "engines": engines,
         "console": console,
+    }
+    domain = {
+        "domain_input": domain_input,
+        "domain_features": domain_features,
+        "domain_weights": domain_weights,
     }
     if run is not None:
         for option, value in (
@@ -239,11 +243,11 @@ def export(
             ("--image-size", image_size),
         ):
             if value is not None:
-                raise InputError(f"{option} is for models given by --backbone, not for runs")
-        export_run(run, out, domain_input=domain_input, domain_features=domain_features, **shared)
+                raise InputError(f"{option} is for models that --backbone names, not for runs")
+        export_run(run, out, **domain, **shared)
     else:
-        if domain_input or domain_features is not None:
-            raise InputError("--domain-input and --domain-features are for GDPL runs")
+        if any(domain.values()):
+            raise InputError("--domain-input, --domain-features and --domain-weights are for runs")
         export_timm(
             backbone, out, checkpoint=checkpoint, peft=peft, image_size=image_size, **shared
         )
@@ -280,7 +284,9 @@ def verify(
     for note in result.notes:
         console.print(f"  {note}")
     console.print(artefact_table(result.artefacts))
-    console.print(parity_table(result.parities))
+    for artefact in result.artefacts:
+        if artefact.parity:
+            console.print(parity_table(artefact.parity, artefact.path))
     if not result.passed:
         raise GateError(f"{bundle} does not run here as it did before: {result.problems[0]}")
     if result.images_per_second:

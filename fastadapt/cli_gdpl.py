@@ -31,7 +31,8 @@ def given_options(context: typer.Context, gdpl_panel: str) -> set[str]:
         from fastadapt.gdpl import GDPLTrainConfig
 
         shared = {"data", "out", "method", *RUN_OPTIONS, *GDPLTrainConfig.__dataclass_fields__}
-        foreign, needed = given - gdpl - shared, ("clip", "domain_encoder")
+        encoder = "domain_features" if "domain_features" in given else "domain_encoder"
+        foreign, needed = given - gdpl - shared, ("clip", encoder)
     for name in sorted(foreign):
         raise InputError(f"{_option(name)} does not belong to --method {method}: leave it out")
     for name in needed:
@@ -50,6 +51,7 @@ def train_command(options: dict[str, Any], given: set[str]) -> None:
     """
     from fastadapt.gdpl import GDPLConfig, GDPLSource, GDPLTrainConfig, train_gdpl
     from fastadapt.gdpl.evaluate import result_table
+    from fastadapt.gdpl.features import FeatureTable
 
     try:
         seeds = tuple(int(seed) for seed in options["seeds"].split(","))
@@ -57,11 +59,18 @@ def train_command(options: dict[str, Any], given: set[str]) -> None:
         raise InputError(
             f"--seeds is {options['seeds']!r}; expected numbers with commas between, 1,2,3"
         ) from None
-    weights = options["domain_weights"]
+    weights, features = options["domain_weights"], options["domain_features"]
+    if features is not None:
+        for name in ("domain_encoder", "domain_weights", "domain_size", "domain_normalization"):
+            if name in given:
+                raise InputError(
+                    f"--domain-features is instead of an encoder: leave out {_option(name)}"
+                )
+        features = FeatureTable.read(features)
     source = GDPLSource(
         clip=options["clip"],
         clip_weights=options["clip_weights"],
-        domain_encoder=options["domain_encoder"],
+        domain_encoder=options["domain_encoder"] if features is None else features.width,
         domain_weights=None if weights is None else str(weights.absolute()),
         domain_size=options["domain_size"],
         domain_normalization=options["domain_normalization"],
@@ -87,6 +96,7 @@ def train_command(options: dict[str, Any], given: set[str]) -> None:
         seeds=seeds,
         eval_data=options["eval_data"] or (),
         names_file=options["class_names"],
+        domain_features=features,
         **{name: options[name] for name in RUN_OPTIONS},
     )
     if not options["quiet"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -191,6 +193,13 @@ def train(
         Path | None,
         typer.Option(help="Local file of its weights. (default: timm's)", rich_help_panel=GDPL),
     ] = None,
+    domain_features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of an encoder: a safetensors file, one vector per image, by its path.",
+            rich_help_panel=GDPL,
+        ),
+    ] = None,
     domain_size: Annotated[
         int | None,
         typer.Option(help="Pixels of its images. (default: its own)", rich_help_panel=GDPL),
@@ -260,7 +269,8 @@ def train(
 
     given = given_options(context, GDPL)
     if method == "gdpl":
-        train_command(context.params, given)
+        with _how_to_continue(out, overwrite):
+            train_command(context.params, given)
         return
     from fastadapt.adapt import AdaptConfig
     from fastadapt.lora import LoRAConfig
@@ -302,7 +312,7 @@ def train(
         lora=lora,
         input_size=None if image_size is None else (3, image_size, image_size),
     )
-    try:
+    with _how_to_continue(out, overwrite):
         result = run_training(
             data,
             out,
@@ -323,17 +333,28 @@ def train(
             overwrite=overwrite,
             quiet=quiet,
         )
+    if not quiet:
+        from rich.console import Console
+
+        Console().print(summary_table(result))
+
+
+@contextmanager
+def _how_to_continue(out: Path, overwrite: bool) -> Iterator[None]:
+    """After Ctrl-C: the command that goes on from there, and exit code 130."""
+    try:
+        yield
     except KeyboardInterrupt:
         again = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        if (out / "state.safetensors").is_file():
+        # GDPL has a folder per seed.
+        if any(out.glob("state.safetensors")) or any(out.glob("seed*/state.safetensors")):
             said = "the epochs before this one are kept. Continue"
+            again.append("--resume")
+        elif any(out.glob("seed*/results.json")) and not overwrite:
+            said = "the seeds before this one are kept. Continue"
             again.append("--resume")
         else:
             said = "no epoch was completed. Start again"
             again += ["--overwrite"] if overwrite else []
         print(f"\nfastadapt: interrupted; {said}: fastadapt {shlex.join(again)}", file=sys.stderr)
         raise typer.Exit(130) from None
-    if not quiet:
-        from rich.console import Console
-
-        Console().print(summary_table(result))

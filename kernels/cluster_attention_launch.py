@@ -600,6 +600,8 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
     rank = down_weight.shape[0]
     config = config_for(x, rank)
     x = _pad(x, 1)
+    # Before the first kernel: `mix` reads the transforms before it waits for its predecessor.
+    transforms = _pad(transforms, 2)
     h, sums, tile_rows = project(
         x.view(-1, x.shape[2]),
         _pad(down_weight, 2),
@@ -611,7 +613,7 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
     )
     sums = _unpad(sums, width)
     state = attend(sums, centers, tokens, tile_rows, batch, config)
-    mixed = mix(state, _pad(transforms, 2), batch, x.dtype, config)
+    mixed = mix(state, transforms, batch, x.dtype, config)
     y, _ = transform(
         h,
         batch,

@@ -1,12 +1,15 @@
 import csv
 import errno
 import hashlib
+import html.parser
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 
 import numpy as np
 import onnx
@@ -19,9 +22,11 @@ from torch import nn
 import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import bundle as bundle_step
-from fastadapt.export import export_run, verify_bundle
+from fastadapt.export import export_run, verify_bundle, write_repository
 from fastadapt.export.parity import GateError
+from fastadapt.export.report import render_report
 from fastadapt.export.samples import Sample, choose
+from fastadapt.export.staging import staging
 from fastadapt.files import read_json
 from fastadapt.lora import LoRAConfig, lora_layers
 from fastadapt.preprocess import Preprocess
@@ -139,6 +144,14 @@ class TestBundle:
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         adapter = (made / "run" / "adapter.safetensors").read_bytes()
+        assert manifest["schema"] == 2
+        assert manifest["backbone"]["name"] == "test_vit"
+        assert manifest["backbone"]["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+        assert manifest["golden"]["origin"] == f"the validation split of {made / 'run'}"
+        assert manifest["environment"]["devices"][0].startswith("cpu")
+        (onnx_file,) = manifest["artefacts"]
+        assert (onnx_file["path"], onnx_file["status"]) == ("model.onnx", "verified")
+        assert onnx_file["speed"]["ONNX Runtime, CPU"]
         assert manifest["source"]["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
         assert manifest["source"]["config"]["backbone"]["fingerprint"]
         assert manifest["preprocessing"]["normalization_in_graph"]
@@ -183,6 +196,53 @@ class TestBundle:
         with torch.no_grad():
             want = model(pre.normalize(again[None]))
         torch.testing.assert_close(torch.from_numpy(expected[:1]), want, rtol=1e-4, atol=1e-5)
+
+    def test_report_needs_nothing_else(self, made):
+        report = (made / "bundle" / "report.html").read_text()
+        for tag in ("<script", "<link", "<iframe", "@import", "url(http"):
+            assert tag not in report
+        assert not re.search(r'(src|href)="(?!data:|#)', report)
+        parser = html.parser.HTMLParser()
+        parser.feed(report)
+        for word in ("Accepted", "end to end", "crack", "in the graph", "LoRALinear"):
+            assert word in report
+        assert report.count("<img") == 16
+        (parity, speed) = re.findall(r"<svg.*?</svg>", report, re.S)
+        for figure, text in ((parity, "ONNX Runtime"), (speed, "images per second")):
+            assert text in figure
+            xml.etree.ElementTree.fromstring(figure)
+
+    def test_what_it_says_of_others_is_text(self, made):
+        manifest = read_json(made / "bundle" / "manifest.json")
+        manifest["backbone"]["name"] = "<script>alert(1)</script>"
+        manifest["problems"], manifest["accepted"] = ["<b>bad</b> & worse"], False
+        engine = manifest["artefacts"][0]
+        details = {**engine["details"], "fp32_layers": ["<i>head</i>"], "version": "10.1"}
+        manifest["artefacts"].append({**engine, "path": "m.engine", "details": details})
+        report = render_report(manifest, [], np.zeros((0, 2)))
+        assert "kept in fp32</td><td>&lt;i&gt;head&lt;/i&gt;" in report
+        assert "<script" not in report and "<b>" not in report
+        assert "Rejected" in report and "&lt;b&gt;bad&lt;/b&gt; &amp; worse" in report
+
+    def test_weights_beyond_one_file(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr("fastadapt.export.onnx.ONE_FILE_LIMIT", 1000)
+        manifest = export_run(run, tmp_path / "b").manifest
+        assert "model.onnx.data" in manifest["files"]
+        assert manifest["artefacts"][0]["files"] == ["model.onnx", "model.onnx.data"]
+        assert verify_bundle(tmp_path / "b").passed
+        model = write_repository(tmp_path / "b", tmp_path / "models")
+        names = {path.name for path in (model / "1").iterdir()}
+        assert names == {"model.onnx", "model.onnx.data"}
+        (tmp_path / "b" / "model.onnx.data").unlink()
+        with pytest.raises(fa.InputError, match=r"model\.onnx\.data is missing"):
+            verify_bundle(tmp_path / "b")
+
+    def test_resizing_in_the_graph(self, run, tmp_path):
+        result = export_run(run, tmp_path / "b", resize=True)
+        assert result.manifest["model"]["inputs"][0]["shape"] == ["batch", "height", "width", 3]
+        assert result.parities[0].stage == "resizing"
+        assert result.parities[0].error < 0.05
+        assert verify_bundle(tmp_path / "b", speed=False).passed
 
     def test_normalisation_outside_the_graph(self, run, made, tmp_path):
         result = export_run(run, tmp_path / "b", input="float", normalize=False)
@@ -297,14 +357,19 @@ class TestTarget:
         with pytest.raises(fa.InputError, match="run exists and is no bundle"):
             export_run(run, run, overwrite=overwrite)
 
-    def test_full_disk_leaves_what_was_there(self, run, made, tmp_path, monkeypatch, quick, capsys):
+    @pytest.mark.parametrize(
+        "step", ["export_onnx", "build_artefacts", "write_tensors", "render_report", "write_json"]
+    )
+    def test_full_disk_leaves_what_was_there(
+        self, run, made, tmp_path, monkeypatch, quick, capsys, step
+    ):
         shutil.copytree(made / "bundle", tmp_path / "b")
         kept = contents(tmp_path / "b")
 
         def full(*args, **kwargs):
             raise OSError(errno.ENOSPC, "No space left on device", "b/golden.safetensors")
 
-        monkeypatch.setattr(bundle_step, "write_tensors", full)
+        monkeypatch.setattr(bundle_step, step, full)
         assert command(monkeypatch, "export", run, "--out", tmp_path / "b", "--overwrite") == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -313,7 +378,7 @@ class TestTarget:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "run"]
 
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-    def test_a_kill_in_the_middle_leaves_no_half_bundle(self, run, tmp_path, how):
+    def test_a_kill_in_the_middle_leaves_no_half_bundle(self, run, tmp_path, how, quick):
         code = (
             "import sys, time; from fastadapt.export import bundle\n"
             "def slow(folded, path, **kwargs): path.touch(); time.sleep(60)\n"
@@ -327,6 +392,9 @@ class TestTarget:
             while not list(tmp_path.glob(".b.*/model.onnx")) and time.monotonic() < deadline:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.1)
+            # Another export of the same name leaves what is in use alone.
+            with staging(tmp_path / "b"):
+                assert list(tmp_path.glob(".b.*/model.onnx"))
             process.send_signal(how)
             _, error = process.communicate(timeout=60)
         finally:
@@ -336,6 +404,23 @@ class TestTarget:
             assert process.returncode == 130
             assert "Traceback" not in error
             assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+        else:
+            assert len(list(tmp_path.glob(".b.*.tmp"))) == 1
+            export_run(run, tmp_path / "b")
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "run"]
+
+    def test_a_kill_between_two_names_brings_the_bundle_back(self, made, tmp_path):
+        old = shutil.copytree(made / "bundle", tmp_path / ".b.abcd1234.tmp.old")
+        kept = contents(old)
+        for name in (".b.2.abcd1234.tmp", ".c.abcd1234.tmp", ".b.mine.tmp"):  # others'
+            (tmp_path / name).mkdir()
+        with staging(tmp_path / "b"):
+            assert contents(tmp_path / "b") == kept
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"b", ".b.2.abcd1234.tmp", ".c.abcd1234.tmp", ".b.mine.tmp"}
+        shutil.copytree(made / "bundle", old)
+        with staging(tmp_path / "b"):
+            assert not old.exists()
 
 
 def damage(run, what):

@@ -65,6 +65,7 @@ def assert_as_exact_as_pytorch(args, g, function=None):
     ours = output_and_gradients(function, args, g)
     names = [n for n, t in zip(NAMES, ["y", *args], strict=False) if t is not None]
     eps = torch.finfo(args[0].dtype).eps
+    wrong = []
     for name, mine, theirs, exact in zip(names, ours, reference, truth, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, name
         if not torch.isfinite(theirs).all():
@@ -73,7 +74,9 @@ def assert_as_exact_as_pytorch(args, g, function=None):
         # PyTorch can be lucky with few values. The centers' gradient hangs on B·K of them.
         values = args[0].shape[0] * args[1].shape[1] if name == "centers" else exact.numel()
         slack = 2 * eps if values < 1000 else 1e-7
-        assert error <= 2 * limit + slack, f"{name}: {error:.2e}, PyTorch {limit:.2e}"
+        if not error <= 2 * limit + slack:
+            wrong.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
+    assert not wrong, ", ".join(wrong)
 
 
 @pytest.fixture
@@ -254,6 +257,7 @@ def test_gpu_token_mode(n, dtype):
 @gpu
 def test_gpu_random():
     """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes and strides."""
+    wrong = []
     for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
         torch.manual_seed(case)
         choose = random.Random(case)
@@ -263,6 +267,7 @@ def test_gpu_random():
         k = choose.choice([1, 3, 20, 33, 64, 128])
         n = choose.choice([1, 3, 17, 49, 64, 100, 196, 197, 256, 777])
         b = choose.randint(1, max(1, 20_000 // n if case % 4 == 0 else 2_000 // n))
+        b = min(b, 2**28 // (r * r))  # T_b of every sample in fp64: 2 GiB
         token = case % 10 == 0 and n <= 256
         args, g = make(b, n, c, r, k, dtype, "cuda", token=token)
         kind = choose.choice(["plain", "sliced", "transposed", "expanded"])
@@ -278,7 +283,9 @@ def test_gpu_random():
         try:
             assert_as_exact_as_pytorch(args, g)
         except AssertionError as error:
-            raise AssertionError(f"case {case}: {b, n, c, r, k, dtype, kind, token}") from error
+            wrong.append(f"case {case}: {b, n, c, r, k, dtype, kind, token}: {error}")
+            print(wrong[-1], flush=True)
+    assert not wrong, "\n".join(wrong)
 
 
 @gpu

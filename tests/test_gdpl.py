@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.gdpl import DomainEncoder, GDPLConfig, GDPLModel, convert_gdpl_state_dict
+from fastadapt.gdpl import (
+    DomainEncoder,
+    GDPLConfig,
+    GDPLModel,
+    convert_gdpl_state_dict,
+    load_upstream,
+)
 from tests.gdpl_models import CONTEXT, END, WordTokenizer, clip_model
 from tests.upstream_gdpl import cross_entropy, upstream_logits, upstream_state
 
@@ -123,10 +130,10 @@ class TestClassTree:
         classes = small_model().classes
         (tree,) = classes.trees
         # <start> (a photo) of a, then "annual crop" shared, "land . <end>", "field . <end>", …
-        assert tree.mask.shape == (3 + 2 + 3 + 3 + 3 + 4 + 3 + 2,) * 2
-        assert len(tree.embeddings) == len(tree.mask) - 2
+        assert tree.mask(torch.float32).shape == (3 + 2 + 3 + 3 + 3 + 4 + 3 + 2,) * 2
+        assert len(tree.embeddings) == len(tree.mask(torch.float32)) - 2
         # The end of "a photo of a river." sees its 7 own tokens.
-        assert tree.mask[tree.ends[4]].sum() == 8
+        assert (tree.mask(torch.float32)[tree.ends[4]] == 0).sum() == 8
 
     def test_the_prompt_starts_from_the_template_s_words(self):
         model = small_model()
@@ -205,14 +212,67 @@ class TestModel:
             torch.testing.assert_close(model(x, f).float(), want, rtol=0.1, atol=0.5)
         half = model.bfloat16()
         got = half(x.bfloat16(), f.bfloat16())
-        assert got.dtype == torch.bfloat16
-        torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.5)
+        assert got.dtype == torch.float32  # logits of a half model are as exact as its features
+        torch.testing.assert_close(got, want, rtol=0.1, atol=0.5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_frozen_weights_in_half_precision(self, dtype):
+        x, f = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
+        model = randomize(small_model(GDPLConfig(**{**vars(SMALL), "noise": "off"}))).train()
+        scale = model.clip.logit_scale.item()
+        with torch.autocast("cpu", dtype):
+            autocast = model(x, f)
+        model.set_frozen_dtype(dtype)
+        assert {p.dtype for p in trained(model).values()} == {torch.float32}
+        assert model.clip.logit_scale.item() == scale
+        assert model.clip.visual.conv1.weight.dtype == dtype
+        with torch.autocast("cpu", dtype):
+            got, zero_shot = model(x, f), model.zero_shot(x)
+        assert got.dtype == zero_shot.dtype == torch.float32
+        torch.testing.assert_close(got, autocast, rtol=0.1, atol=0.5)
+        got.logsumexp(1).sum().backward()
+        grads = [p.grad for p in trained(model).values()]
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+    def test_frozen_products_of_the_domain_encoder(self):
+        vit = timm.create_model("test_vit", num_classes=0)
+        model = small_model(encoder=DomainEncoder(vit))
+        x = torch.randn(2, 3, 16, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model.domain_features(x)
+            got = model.set_frozen_dtype(torch.bfloat16).domain_features(x)
+        assert vit.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+        assert vit.blocks[0].norm1.weight.dtype == vit.pos_embed.dtype == torch.float32
+        assert torch.equal(got, want)
+
+    def test_logits_under_autocast_are_not_rounded_to_half(self):
+        model = randomize(small_model()).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.randn(8, 3, 16, 16), torch.randn(8, WIDTH))
+        assert logits.dtype == torch.float32
+        assert not torch.equal(logits, logits.bfloat16().float())
 
     def test_compiles_whole(self):
         model = randomize(small_model()).eval()
         x, f = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, f), model(x, f))
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_a_training_step_compiles_whole(self, half):
+        model = randomize(small_model(GDPLConfig(**{**vars(SMALL), "noise": "off"}))).train()
+        x, f = torch.randn(2, 3, 16, 16), torch.randn(2, WIDTH)
+        if half:
+            model.set_frozen_dtype(torch.bfloat16)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        grads = []
+        for call in (model, compiled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                call(x, f).logsumexp(1).sum().backward()
+            grads.append({name: p.grad.clone() for name, p in trained(model).items()})
+            model.zero_grad()
+        for name, want in grads[0].items():
+            torch.testing.assert_close(grads[1][name], want, rtol=1e-4, atol=1e-4, msg=name)
 
 
 class TestDomainEncoder:
@@ -236,6 +296,27 @@ class TestDomainEncoder:
         assert self.features(larger, x).shape == (2, 5)
         vectors = DomainEncoder(nn.Sequential(conv, nn.Flatten()), input_size=(3, 16, 16))
         assert vectors.dim == 80 and self.features(vectors, x).shape == (2, 80)
+
+    def test_mae_vits(self):
+        """Tokens, the class token left out, from a model made for another size."""
+        encoder = DomainEncoder(
+            "vit_base_patch16_224.mae", pretrained=False, input_size=(3, 64, 64)
+        )
+        assert encoder.spec.num_prefix_tokens == 1 and encoder.spec.num_tokens == 16
+        assert self.features(encoder, torch.randn(2, 3, 32, 32)).shape == (2, 768)
+
+    def test_sam_encoders(self):
+        """Maps [B, C, H/16, W/16] behind a neck."""
+        sam = timm.create_model(
+            "samvit_base_patch16_224", depth=1, embed_dim=32, num_heads=2, neck_chans=24
+        )
+        encoder = DomainEncoder(sam)
+        assert encoder.spec.layout == "channels_first" and encoder.dim == 24
+        x = torch.randn(2, 3, 224, 224)
+        want = sam.eval().forward_features(x).mean((2, 3))
+        torch.testing.assert_close(self.features(encoder, x), want)
+        model = randomize(small_model(encoder=encoder)).eval()
+        assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
 
     def test_own_normalisation(self):
         vit = timm.create_model("test_vit", num_classes=0)
@@ -263,6 +344,8 @@ class TestBadInput:
             ([], "class_names is empty"),
             (["forest", "river", "forest"], "'forest' and 'forest' are the same text"),
             (["sea lake", "sea_lake"], "'sea lake' and 'sea_lake' are the same"),
+            ("forest", "'forest'; expected a list"),
+            (["forest", " "], r"empty name: \['forest', ' '\]"),
             (["forest", " ".join(["very"] * 20)], rf"'very very.*context of {CONTEXT} tokens"),
         ],
     )
@@ -323,6 +406,43 @@ class TestBadInput:
             model(torch.randn(2, 3, 16, 16), torch.randn(2, 9))
         with pytest.raises(fa.InputError, match="no domain encoder"):
             model(torch.randn(2, 3, 16, 16))
+
+    def test_an_encoder_says_what_its_own_settings_are(self):
+        with pytest.raises(fa.InputError, match=r"give DomainEncoder\(input_size="):
+            DomainEncoder(nn.Conv2d(3, 5, 4, 4))
+        with pytest.raises(fa.InputError, match=r"Give DomainEncoder\(layout="):
+            DomainEncoder(nn.Conv2d(3, 4, 4, 4), input_size=(3, 16, 16))
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"depth": 2}, r"deep_ctx has shape \(1, 2, 16\); the model expects \(2, 2, 16\)"),
+            ({"rank": 3}, r"low_rank.* has shape"),
+            ({"hidden": 4}, r"meta_net.linear1.* has shape"),
+            ({"feature_dim": WIDTH + 1}, r"linear1.weight has shape \(5, 8\).* expects \(5, 7\)"),
+        ],
+        ids=str,
+    )
+    def test_upstream_checkpoints_of_other_settings(self, change, says):
+        clip = clip_model()
+        settings = {"feature_dim": WIDTH, "n_ctx": 2, "depth": 3, "rank": 2, "rank_depth": 2}
+        state = upstream_state(clip, **{**settings, "hidden": 5, **change})
+        with pytest.raises(fa.InputError, match=says):
+            load_upstream(small_model(clip=clip), state)
+
+    def test_an_upstream_file(self, tmp_path):
+        clip = clip_model()
+        state = upstream_state(clip, WIDTH, 2, 3, 2, 2, 5)
+        torch.save({"state_dict": state, "epoch": 2}, tmp_path / "model.pth.tar-2")
+        model = small_model(clip=clip)
+        assert load_upstream(model, tmp_path / "model.pth.tar-2") is model
+        for name, want in convert_gdpl_state_dict(state).items():
+            assert torch.equal(model.get_parameter(name), want.float())
+        with pytest.raises(fa.InputError, match=r"low_rank.* is unexpected"):
+            load_upstream(small_model(replace(SMALL, rank=0), clip=clip), state)
+        state["prompt_learner.ctx"][0] = torch.nan
+        with pytest.raises(fa.InputError, match=r"prompt_learner\.ctx holds 16 values"):
+            load_upstream(model, state)
 
     def test_checkpoints_with_a_missing_or_foreign_part(self):
         clip = clip_model()

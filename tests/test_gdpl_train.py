@@ -14,6 +14,7 @@ from fastadapt.data import Sample
 from fastadapt.files import read_tensors
 from fastadapt.gdpl import (
     GDPLConfig,
+    GDPLModel,
     GDPLSource,
     GDPLTrainConfig,
     create_clip,
@@ -121,6 +122,24 @@ class TestTraining:
         with pytest.raises(fa.InputError, match="lr is"):
             train_gdpl(data, out, source, replace(config, lr=1.0), GDPL, seeds=(1, 2), resume=True)
 
+    @pytest.mark.parametrize("augment", ["none", "crops"])
+    def test_every_image_s_domain_features_are_computed_once(
+        self, source, data, tmp_path, monkeypatch, augment
+    ):
+        seen = []
+        real = GDPLModel.domain_features
+
+        def domain_features(self, images):
+            seen.append(len(images))
+            return real(self, images)
+
+        monkeypatch.setattr(GDPLModel, "domain_features", domain_features)
+        config = replace(QUICK, augment=augment)
+        train_gdpl(data, tmp_path / "run", source, config, GDPL, seeds=(1, 2))
+        # Random views of training images are new in every epoch.
+        training = 6 if augment == "none" else 6 * QUICK.epochs
+        assert sum(seen) == 2 * training + 10
+
     def test_runs_are_not_overwritten_unasked(self, source, data, tmp_path):
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(fa.InputError, match="holds a run already"):
@@ -203,6 +222,7 @@ class TestCommand:
             (("--rank", 8), "--rank does not belong to --method gdpl"),
             (("--seeds", "1;2"), "--seeds is '1;2'"),
             (("--optimizer", "adam"), "optimizer is 'adam'"),
+            (("--domain-features", "f.safetensors"), "leave out --domain-encoder"),
         ],
     )
     def test_options_that_do_not_fit(self, command, source, data, tmp_path, more, says):
@@ -234,6 +254,17 @@ class TestCheckpoint:
         # The frozen parts are not in the file.
         kept, _ = read_tensors(tmp_path / "adapter.safetensors")
         assert kept.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+
+    def test_weights_that_moved(self, tmp_path):
+        source = save_source(tmp_path / "clip")
+        model = source.create(["forest", "river"], GDPL).eval()
+        save_gdpl(model, tmp_path / "run", source)
+        moved = Path(source.domain_weights).rename(tmp_path / "moved.safetensors")
+        with pytest.raises(fa.InputError, match="does not exist"):
+            load_gdpl(tmp_path / "run")
+        loaded = load_gdpl(tmp_path / "run", domain_weights=str(moved))
+        x = torch.randn(2, 3, 16, 16)
+        assert torch.equal(loaded(x), model(x))
 
     def test_other_clip_weights_are_refused(self, tmp_path):
         save_gdpl(small_model(), tmp_path)

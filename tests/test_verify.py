@@ -1,5 +1,7 @@
 import hashlib
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -9,11 +11,15 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import fastadapt as fa
+from fastadapt import cli
 from fastadapt.export import compare, export_onnx, verify_bundle
+from fastadapt.export import verify as verify_step
 from fastadapt.export.artefact import Artefact
 from fastadapt.export.gate import throughput
 from fastadapt.export.graph_input import GraphInput
+from fastadapt.export.manifest import check_files, read_manifest
 from fastadapt.export.parity import Thresholds, check_problems
+from fastadapt.info import versions
 from fastadapt.preprocess import Preprocess
 
 RNG = np.random.default_rng(0)
@@ -194,6 +200,11 @@ class TestVerify:
             ({"format": "other"}, "no manifest of a fastadapt bundle"),
             ({"accepted": False, "problems": ["folding differs"]}, "rejected.*folding differs"),
             ({"files": {}}, r"lists no model\.onnx"),
+            ({"files": []}, r"manifest\.json: 'files' is a list, expected a dict"),
+            ({"files": {"model.onnx": 3}}, "no size and hash of 'model.onnx'"),
+            ({"files": {"../secret": {}}}, "'../secret', outside the bundle"),
+            ({"labels": None}, "'labels' is a NoneType, expected a list"),
+            ({"artefacts": [{"path": "model.onnx"}]}, "a file to run without its 'kind'"),
         ],
     )
     def test_manifests_that_cannot_be_used(self, bundle, changes, says):
@@ -212,6 +223,102 @@ class TestVerify:
         (tmp_path / "manifest.json").write_text('{"format": "fastadapt-bundle", "schema": 1}')
         with pytest.raises(fa.InputError, match="lacks the key 'files'"):
             verify_bundle(tmp_path)
+
+    def test_damaged_golden_samples(self, bundle):
+        images = np.zeros((8, 3, 4, 4), np.uint8)
+        save_file({"images": images}, bundle / "golden.safetensors")
+        write_manifest(bundle)
+        with pytest.raises(fa.InputError, match=r"golden\.safetensors lacks .*'expected'"):
+            verify_bundle(bundle)
+        (bundle / "golden.safetensors").write_bytes(b"no tensors")
+        write_manifest(bundle)
+        with pytest.raises(fa.InputError, match=r"golden\.safetensors is no complete"):
+            verify_bundle(bundle)
+
+    def test_a_bundle_of_schema_1(self, bundle):
+        """What the first version wrote: float input, one file that runs, no list of them."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).requires_grad_(False)
+        old = GraphInput(Preprocess((3, 4, 4)), "float")
+        export_onnx(model, bundle / "model.onnx", input_size=(3, 4, 4), graph_input=old)
+        images = RNG.integers(0, 256, (8, 3, 4, 4), dtype=np.uint8)
+        expected = model(old.preprocess.normalize(torch.from_numpy(images))).numpy()
+        save_file({"images": images, "expected": expected}, bundle / "golden.safetensors")
+        write_manifest(
+            bundle,
+            schema=1,
+            preprocessing={**old.preprocess.to_dict(), "normalization_in_graph": True},
+            versions={"onnxruntime-gpu": "1.0"},
+            model={"file": "model.onnx", "opset": 20, "inputs": [{"name": "images"}]},
+        )
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        del manifest["artefacts"]
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        result = verify_bundle(bundle, speed=False)
+        assert result.passed
+        if "onnxruntime-gpu" in versions():
+            assert result.notes[0].startswith("onnxruntime-gpu 1.0 made it")
+
+    def test_as_json(self, bundle, monkeypatch, capfd):
+        monkeypatch.setattr(sys, "argv", ["fastadapt", "verify", str(bundle), "--json"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code
+        result = json.loads(capfd.readouterr().out)
+        assert result["passed"] and result["files"] == 2
+        (artefact,) = result["artefacts"]
+        assert artefact["status"] == "verified"
+        assert artefact["speed"]["ONNX Runtime, CPU"]["8"] > 0
+        assert "torch" in result["environment"]["versions"]
+
+    def test_a_failure_as_json(self, bundle, monkeypatch, capfd):
+        (bundle / "model.onnx").write_bytes(b"not a model")
+        write_manifest(bundle)
+        monkeypatch.setattr(sys, "argv", ["fastadapt", "verify", str(bundle), "--json"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 1
+        shown = capfd.readouterr()
+        assert not json.loads(shown.out)["passed"]
+        assert "cannot load model.onnx" in shown.err and shown.err.count("\n") == 1
+
+    @pytest.fixture
+    def with_engine(self, bundle):
+        """An engine for a GPU that is not here."""
+        (bundle / "m.engine").write_bytes(b"old")
+        engine = Artefact("tensorrt_rtx", "m.engine", "fp32", "unverified", files=("m.engine",))
+        write_manifest(bundle, artefacts=[ONNX.to_dict(), engine.to_dict()])
+        return bundle, engine
+
+    def test_what_cannot_run_here_says_why(self, with_engine):
+        bundle, _ = with_engine
+        made = {"kind": "tensorrt_rtx", "library": "tensorrt_rtx", "version": "1.7"}
+        (bundle / "m.engine.json").write_text(json.dumps({**made, "targets": ["sm_89"]}))
+        result = verify_bundle(bundle)
+        assert result.passed
+        engine = result.artefacts[1]
+        assert engine.status == "unverified" and "GPU" in engine.reason
+
+    def test_rebuilding_puts_the_new_engine_into_the_manifest(self, with_engine, monkeypatch):
+        bundle, _ = with_engine
+
+        def rebuild(folder, artefact, inputs, expected, **options):
+            (folder / "m.engine").write_bytes(b"fresh")
+            return replace(artefact, status="verified", details={"version": "2"})
+
+        def verify(folder, known, *args, **options):
+            if known.path == "model.onnx":
+                return known
+            return replace(known, status="unverified", reason="for another GPU")
+
+        monkeypatch.setattr(verify_step, "rebuild_artefact", rebuild)
+        monkeypatch.setattr(verify_step, "verify_artefact", verify)
+        assert [a.status for a in verify_bundle(bundle).artefacts] == ["verified", "unverified"]
+        assert (bundle / "m.engine").read_bytes() == b"old"
+        result = verify_bundle(bundle, rebuild=True)
+        assert [a.status for a in result.artefacts] == ["verified", "verified"]
+        manifest = read_manifest(bundle)
+        check_files(bundle, manifest)
+        assert manifest["artefacts"][1]["details"] == {"version": "2"}
 
     def test_a_file_that_is_no_onnx(self, bundle):
         (bundle / "model.onnx").write_bytes(b"not a model")

@@ -13,10 +13,17 @@ Research" (Cao et al.); upstream caoql98/GDPL.
 
 import importlib
 
-from fastadapt.gdpl.checkpoint import GDPLSource, create_clip, load_gdpl, save_gdpl
+from fastadapt.gdpl.checkpoint import (
+    GDPLSource,
+    create_clip,
+    load_gdpl,
+    load_upstream,
+    save_gdpl,
+)
 from fastadapt.gdpl.convert import convert_gdpl_state_dict
 from fastadapt.gdpl.coupled import CoupledLowRank
 from fastadapt.gdpl.domain import DomainEncoder
+from fastadapt.gdpl.features import FeatureTable
 from fastadapt.gdpl.model import GDPLConfig, GDPLModel
 from fastadapt.gdpl.prompts import DomainPromptLearner, Prompts
 
@@ -24,6 +31,7 @@ __all__ = [
     "CoupledLowRank",
     "DomainEncoder",
     "DomainPromptLearner",
+    "FeatureTable",
     "GDPLConfig",
     "GDPLModel",
     "GDPLSource",
@@ -32,6 +40,7 @@ __all__ = [
     "convert_gdpl_state_dict",
     "create_clip",
     "load_gdpl",
+    "load_upstream",
     "save_gdpl",
     "train_gdpl",
 ]

@@ -13,11 +13,13 @@ from fastadapt.checkpoint import CONFIG, WEIGHTS, read_checkpoint
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import (
     check_finite,
+    read_state_dict,
     sha256_tensors,
     write_json,
     write_tensors,
 )
 from fastadapt.gdpl.classes import Tokenizer
+from fastadapt.gdpl.convert import convert_gdpl_state_dict
 from fastadapt.gdpl.domain import DomainEncoder
 from fastadapt.gdpl.model import GDPLConfig, GDPLModel
 
@@ -115,7 +117,12 @@ def fingerprints(model: GDPLModel) -> dict[str, str | None]:
 
 
 def save_gdpl(
-    model: GDPLModel, folder: str | Path, source: GDPLSource | None = None, **extra: Any
+    model: GDPLModel,
+    folder: str | Path,
+    source: GDPLSource | None = None,
+    *,
+    frozen: dict[str, str | None] | None = None,
+    **extra: Any,
 ) -> None:
     """Writes ``config.json`` and ``adapter.safetensors``; each is whole or not there.
 
@@ -124,6 +131,7 @@ def save_gdpl(
         folder: made if need be.
         source: how to make the frozen parts again; without it, :func:`load_gdpl` must be given
             them.
+        frozen: :func:`fingerprints` of the frozen parts, if they are no longer what they were.
         **extra: more keys for config.json.
 
     Raises:
@@ -136,7 +144,7 @@ def save_gdpl(
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "source": None if source is None else asdict(source),
-        "fingerprints": fingerprints(model),
+        "fingerprints": frozen or fingerprints(model),
         "feature_dim": model.prompt_learner.feature_dim,
         "gdpl": model.config.to_dict(),
         "class_names": list(model.class_names),
@@ -154,6 +162,7 @@ def load_gdpl(
     tokenizer: Tokenizer | None = None,
     class_names: Sequence[str] | None = None,
     clip_weights: str | None = None,
+    domain_weights: str | None = None,
 ) -> GDPLModel:
     """Rebuilds a model from what :func:`save_gdpl` wrote, in evaluation mode.
 
@@ -162,7 +171,8 @@ def load_gdpl(
         clip, domain_encoder, tokenizer: as for :class:`GDPLModel`; needed together if the model
             was not made by names.
         class_names: other classes than those it was trained on.
-        clip_weights: a local file of the CLIP model's weights, where the recorded one is gone.
+        clip_weights, domain_weights: local files of the CLIP model's and the domain encoder's
+            weights, where the recorded ones are gone.
 
     Raises:
         InputError: a file is missing, damaged or of a newer version; the frozen weights are
@@ -185,6 +195,8 @@ def load_gdpl(
         source = GDPLSource(**source)
         if clip_weights is not None:
             source = replace(source, clip_weights=clip_weights)
+        if domain_weights is not None:
+            source = replace(source, domain_weights=domain_weights)
         model = source.create(names, settings)
     else:
         encoder = config["feature_dim"] if domain_encoder is None else domain_encoder
@@ -195,15 +207,41 @@ def load_gdpl(
                 f"{folder} was trained with other weights of the {part.replace('_', ' ')} than "
                 "these: give the ones that it was trained with"
             )
+    _load_trained(model, state, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Tensor]) -> GDPLModel:
+    """Puts a checkpoint of the paper's code into a model, in place.
+
+    Args:
+        model: made with the checkpoint's settings, around the CLIP model and the domain encoder
+            that it was trained with.
+        checkpoint: a state dict of upstream's ``CustomCLIP``, or a file of one.
+
+    Raises:
+        InputError: the file cannot be read; a part is missing or foreign, or has another shape
+            than the model's (another depth, rank, context or domain encoder); it is named.
+    """
+    where = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
+    if not isinstance(checkpoint, dict):
+        checkpoint = read_state_dict(checkpoint)
+    state = convert_gdpl_state_dict(checkpoint)
+    check_finite(state, where)
+    _load_trained(model, state, where)
+    return model
+
+
+def _load_trained(model: GDPLModel, state: dict[str, Tensor], where: str) -> None:
+    """Loads exactly what trains. Raises InputError naming the first tensor that does not fit."""
     own = trained_state(model)
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state:
             where = "unexpected" if name in state else "missing"
-            raise InputError(f"{folder / WEIGHTS}: {name} is {where}")
+            raise InputError(f"{where}: {name} is {where}")
         if own[name].shape != state[name].shape:
             raise InputError(
-                f"{folder / WEIGHTS}: {name} has shape {tuple(state[name].shape)}; the model "
+                f"{where}: {name} has shape {tuple(state[name].shape)}; the model "
                 f"expects {tuple(own[name].shape)}"
             )
     model.load_state_dict(state, strict=False)
-    return model.eval()

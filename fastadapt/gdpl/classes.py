@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastadapt.errors import InputError
 from fastadapt.gdpl.coupled import LowRankUpdate
 from fastadapt.gdpl.towers import pool_type, project_text, run_blocks, text_tower
+from fastadapt.kernels.dispatch import compute_dtype
 
 Tokenizer = Callable[..., Tensor]  # (texts, context_length=77) to token ids [texts, 77]
 
@@ -24,7 +25,6 @@ class ClassTree(nn.Module):
 
     Attributes:
         embeddings: [N, D], tokens and positions of all nodes but the prompt's.
-        mask: [N + n_ctx, N + n_ctx], true where a node (row) sees another; the prompt stands last.
         ends: [classes], the nodes of the end tokens.
     """
 
@@ -34,10 +34,11 @@ class ClassTree(nn.Module):
         nodes = {tuple(row[:end]): None for row in rows for end in range(1, len(row) + 1)}
         nodes = sorted(nodes, key=lambda node: node in prompt)
         index = {node: i for i, node in enumerate(nodes)}
-        mask = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+        # Attention on GPUs copies masks whose rows do not start at multiples of 8 values.
+        mask = torch.full((len(nodes), -(-len(nodes) // 8) * 8), float("-inf"))
         for node, i in index.items():
             for end in range(1, len(node) + 1):
-                mask[i, index[node[:end]]] = True
+                mask[i, index[node[:end]]] = 0
 
         device = text.positional_embedding.device
         own = nodes[: len(nodes) - n_ctx]
@@ -47,11 +48,16 @@ class ClassTree(nn.Module):
             embeddings = text.token_embedding(tokens) + text.positional_embedding[positions]
         ends = torch.tensor([index[tuple(row)] for row in rows])
         self.register_buffer("embeddings", embeddings, persistent=False)
-        self.register_buffer("mask", mask.to(device), persistent=False)
+        self.register_buffer("_mask", mask.to(device, embeddings.dtype), persistent=False)
         self.register_buffer("ends", ends.to(device), persistent=False)
 
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[N + n_ctx, N + n_ctx], to add to attention's scores: 0 where a node (row) sees another,
+        else -inf; the prompt stands last."""
+        return self._mask.to(dtype)[:, : len(self._mask)]
+
     def extra_repr(self) -> str:
-        return f"classes={len(self.ends)}, nodes={len(self.mask)}"
+        return f"classes={len(self.ends)}, nodes={len(self._mask)}"
 
 
 class ClassPrompts(nn.Module):
@@ -122,11 +128,10 @@ class ClassPrompts(nn.Module):
         features = []
         for tree in self.trees:
             x = torch.cat([tree.embeddings.expand(prompt.shape[0], -1, -1), prompt], dim=1)
-            mask = torch.zeros(tree.mask.shape, dtype=x.dtype, device=x.device)
-            mask = mask.masked_fill(~tree.mask, float("-inf"))
+            mask = tree.mask(compute_dtype(x))  # cast once, not in every layer
             blocks = text.transformer.resblocks
             x = run_blocks(blocks, x, deep_prompts, updates, mask, grad_checkpointing)
-            features.append(project_text(text, x[:, tree.ends]))
+            features.append(project_text(text, x.index_select(1, tree.ends)))
         return torch.cat(features, dim=1)
 
 
@@ -141,10 +146,14 @@ def tokenize_classes(
     Raises:
         InputError: as :class:`ClassPrompts`.
     """
+    if isinstance(class_names, str):
+        raise InputError(f"class_names is the text {class_names!r}; expected a list of names")
     if not class_names:
         raise InputError("class_names is empty; expected at least one name")
     if template.count("{}") != 1:
         raise InputError(f"template is {template!r}; expected one {{}} in it, for the class name")
+    if not all(isinstance(name, str) and name.strip(" _") for name in class_names):
+        raise InputError(f"class_names holds an empty name: {list(class_names)}")
     text = text_tower(clip)
     length = len(text.positional_embedding)
 

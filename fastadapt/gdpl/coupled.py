@@ -58,11 +58,14 @@ class LowRankBranch(nn.Module):
             self.out_proj_B.zero_()
             self.in_proj_S.fill_(1)
 
-    def updates(self, scales: Tensor, scaling: float) -> list[LowRankUpdate]:
+    def updates(
+        self, scales: Tensor, scaling: float, dtype: torch.dtype | None
+    ) -> list[LowRankUpdate]:
         """One update per layer; ``scales`` is S' [L, r], ``scaling`` alpha / r."""
         in_b = self.in_proj_B * (scales * (scaling / IN_PROJ_DIVISOR))[:, None]
-        out_b = self.out_proj_B * scaling
-        layers = zip(self.in_proj_A, in_b, self.out_proj_A, out_b, strict=True)
+        stacks = (self.in_proj_A, in_b, self.out_proj_A, self.out_proj_B * scaling)
+        # All layers are cast at once, and their gradients stacked at once.
+        layers = zip(*(stack.to(dtype).unbind(0) for stack in stacks), strict=True)
         return [LowRankUpdate(*layer) for layer in layers]
 
 
@@ -81,7 +84,8 @@ class CoupledLowRank(nn.Module):
         rank: r.
         alpha: scale of the updates.
 
-    Calling it gives two lists of :class:`LowRankUpdate`, vision and text, one per layer.
+    Calling it, perhaps with the dtype that the branches compute in, gives two lists of
+    :class:`LowRankUpdate`, vision and text, one per layer.
 
     Raises:
         InputError: fewer than one layer, or a rank below 1.
@@ -112,11 +116,16 @@ class CoupledLowRank(nn.Module):
     def layers(self) -> int:
         return len(self.vision.in_proj_S)
 
-    def forward(self) -> tuple[list[LowRankUpdate], list[LowRankUpdate]]:
+    def forward(
+        self, dtype: torch.dtype | None = None
+    ) -> tuple[list[LowRankUpdate], list[LowRankUpdate]]:
         scales = torch.stack([self.vision.in_proj_S, self.text.in_proj_S], dim=-1)
         vision, text = (scales + scales @ self.relation).unbind(-1)
         scaling = self.alpha / self.rank
-        return self.vision.updates(vision, scaling), self.text.updates(text, scaling)
+        return (
+            self.vision.updates(vision, scaling, dtype),
+            self.text.updates(text, scaling, dtype),
+        )
 
     def extra_repr(self) -> str:
         return f"layers={self.layers}, rank={self.rank}, alpha={self.alpha:g}"

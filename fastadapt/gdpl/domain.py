@@ -57,7 +57,11 @@ class DomainEncoder(nn.Module):
         if isinstance(encoder, str):
             size = None if input_size is None else input_size[-1]
             encoder = backbones.create_backbone(
-                encoder, pretrained=pretrained, weights=weights, image_size=size
+                encoder,
+                pretrained=pretrained,
+                weights=weights,
+                image_size=size,
+                weights_option="--domain-weights",
             )
         self.encoder = backbones.unwrap(encoder).requires_grad_(False).eval()
         given = backbones.feature_function(self.encoder, features)
@@ -73,6 +77,7 @@ class DomainEncoder(nn.Module):
             input_size=input_size,
             layout=layout,
             num_prefix_tokens=num_prefix_tokens,
+            settings="DomainEncoder",
         )
         self.dim = self.spec.dim
         self.normalization = normalization

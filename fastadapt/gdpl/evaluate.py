@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fastadapt.data import Sample
 from fastadapt.features import ImageSource
+from fastadapt.gdpl.features import FeatureTable
 from fastadapt.gdpl.fewshot import harmonic_mean
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.metrics import classification_metrics
@@ -39,7 +39,10 @@ class Task:
 
 @dataclass
 class Evaluator:
-    """Runs models on tasks; keeps the domain features of every image that it has seen.
+    """Runs models on tasks; keeps the domain features of what it has measured.
+
+    Features are computed in the order and in the batches of the samples that they belong to, so
+    that they do not depend on what was measured before.
 
     Attributes:
         preprocess: of the CLIP model.
@@ -47,6 +50,7 @@ class Evaluator:
         workers: threads that read images.
         autocast: makes the context that models run in.
         progress: bars and lines.
+        table: domain features that were computed before; ``None`` if the model computes them.
         batch_size: in images.
     """
 
@@ -55,18 +59,22 @@ class Evaluator:
     workers: int
     autocast: Callable[[], AbstractContextManager]
     progress: Progress
+    table: FeatureTable | None = None
     batch_size: int = 32
-    _features: dict[Path, Tensor] = field(default_factory=dict)
+    _features: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def domain_features(
-        self, model: GDPLModel, samples: Sequence[Sample], images: Tensor
-    ) -> Tensor:
-        """Features [B, D_f] of plain images, computed the first time they are asked for."""
-        if any(sample.path not in self._features for sample in samples):
-            with self.autocast():
-                features = model.domain_features(images).float().cpu()
-            self._features |= dict(zip((s.path for s in samples), features, strict=True))
-        return torch.stack([self._features[s.path] for s in samples]).to(self.device)
+    def domain_features(self, model: GDPLModel, samples: Sequence[Sample]) -> Tensor:
+        """Features [len(samples), D_f] of plain images, on the device."""
+        if self.table is not None:
+            return self.table.of([sample.path for sample in samples]).to(self.device)
+        source = ImageSource(samples, self.preprocess, self.device, self.workers)
+        batches = source.batches(np.arange(len(samples)), None, self.batch_size)
+        return torch.cat([self._encode(model, images) for images, _ in batches])
+
+    @torch.no_grad()
+    def _encode(self, model: GDPLModel, images: Tensor) -> Tensor:
+        with self.autocast():
+            return model.domain_features(images).float()
 
     def measure(self, model: GDPLModel, task: Task, zero_shot: bool = False) -> dict[str, Any]:
         """Metrics of a model on a task; its class names are those of the task afterwards.
@@ -84,15 +92,16 @@ class Evaluator:
         bar = self.progress.add_task(
             f"evaluate {task.name}", total=len(order), unit="images", note=""
         )
+        known = self._features.setdefault(task.name, [])
+        if self.table is not None and not known:
+            known += self.domain_features(model, task.samples).split(self.batch_size)
         predictions = []
         with torch.inference_mode():
-            for images, labels in source.batches(order, None, self.batch_size):
-                batch = task.samples[len(predictions) :][: len(labels)]
+            for index, (images, labels) in enumerate(source.batches(order, None, self.batch_size)):
+                if not zero_shot and index == len(known):
+                    known.append(self._encode(model, images))
                 with self.autocast():
-                    if zero_shot:
-                        logits = model.zero_shot(images)
-                    else:
-                        logits = model(images, self.domain_features(model, batch, images))
+                    logits = model.zero_shot(images) if zero_shot else model(images, known[index])
                 predictions += logits.argmax(1).tolist()
                 self.progress.advance(bar, len(labels))
         self.progress.remove_task(bar)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastadapt.data import Sample
 from fastadapt.errors import InputError
 from fastadapt.features import ImageSource
+from fastadapt.gdpl.checkpoint import trained_state
 from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.trainer import learning_rate, precision
+from fastadapt.runfolder import State
+from fastadapt.trainer import copy_of, learning_rate, precision
 
 
 @dataclass(frozen=True)
@@ -72,55 +75,73 @@ def train_epochs(
     config: GDPLTrainConfig,
     evaluator: Evaluator,
     seed: int,
-) -> list[dict[str, float]]:
-    """Trains a model on some images; returns what was measured in each epoch.
+    state: State,
+    save: Callable[[State], None],
+) -> None:
+    """Trains a model on some images from ``state`` on.
 
-    Every random stream follows from the seed and the epoch.
+    Every random stream of an epoch follows from the seed and the epoch, and domain features that
+    are kept from the samples alone: a run that continues gives what it would have given.
+
+    Args:
+        model: on the device.
+        samples: the training images.
+        config: how to train.
+        evaluator: knows how images are read, and where to compute.
+        seed: of everything random.
+        state: where training stands; kept up to date.
+        save: called after every epoch.
 
     Raises:
         InputError: the loss is no longer finite.
     """
+    device = evaluator.device
     source = ImageSource(
-        samples, evaluator.preprocess, evaluator.device, evaluator.workers, config.augment, seed
+        samples, evaluator.preprocess, device, evaluator.workers, config.augment, seed
     )
+    # Features of plain images are those of every epoch; random views get their own.
+    plain = config.augment == "none" or evaluator.table is not None
+    features = evaluator.domain_features(model, samples) if plain else None
     optimizer = make_optimizer(model, config)
     trained = optimizer.param_groups[0]["params"]
-    fp16 = precision(config.amp, evaluator.device) == torch.float16
-    scaler = torch.amp.GradScaler(evaluator.device.type, enabled=fp16)
-    steps = math.ceil(len(samples) / config.batch_size)
+    fp16 = precision(config.amp, device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    if state.epoch:
+        model.load_state_dict(state.model, strict=False)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state.optimizer})
+        if state.scaler:
+            scaler.load_state_dict(state.scaler)
+    size = config.batch_size
+    steps = math.ceil(len(samples) / size)
     warmup = min(round(config.warmup_epochs * steps), config.epochs * steps)
     progress = evaluator.progress
     bar = progress.add_task(
-        f"seed {seed}", total=config.epochs * len(samples), unit="images", note=""
+        f"seed {seed}",
+        total=config.epochs * len(samples),
+        completed=state.epoch * len(samples),
+        unit="images",
+        note="",
     )
-    history = []
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(state.epoch + 1, config.epochs + 1):
         started = time.perf_counter()
         rng = np.random.default_rng((seed, epoch))
         torch.manual_seed(int(rng.integers(2**63)))
         order = rng.permutation(len(samples))
         views = np.full(len(samples), 0 if config.augment == "none" else epoch)
+        rows = torch.from_numpy(order).to(device)
+        losses = _Losses(epoch, steps, config.lr)
+        hits = torch.zeros((), dtype=torch.long, device=device)
         model.train()
-        total, hits = 0.0, 0
-        batches = source.batches(order, views, config.batch_size)
+        batches = source.batches(order, views, size)
         for step, (images, labels) in enumerate(batches, start=1):
             lr = learning_rate((epoch - 1) * steps + step, config.epochs * steps, warmup, config.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            features = None
-            if config.augment == "none":
-                chosen = order[(step - 1) * config.batch_size :][: len(labels)]
-                batch = [samples[i] for i in chosen]
-                features = evaluator.domain_features(model, batch, images)
+            batch = rows[(step - 1) * size : step * size]
+            known = None if features is None else features.index_select(0, batch)
             with evaluator.autocast():
-                logits = model(images, features)
+                logits = model(images, known)
             loss = F.cross_entropy(logits.float(), labels)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise InputError(
-                    f"the loss is {value} in epoch {epoch}, step {step} of {steps}: start anew "
-                    f"with a lower --lr (it is {config.lr:g}), with --clip-grad 1 or --amp off"
-                )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             if config.clip_grad is not None:
@@ -128,29 +149,73 @@ def train_epochs(
                 torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
             scaler.step(optimizer)
             scaler.update()
-            total += value * len(labels)
-            hits += int((logits.argmax(1) == labels).sum())
-            progress.update(bar, advance=len(labels), note=f"loss {value:.3f}")
-        row = {
-            "epoch": epoch,
-            "lr": lr,
-            "train_loss": total / len(samples),
-            "train_accuracy": hits / len(samples),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        history.append(row)
+            losses.add(loss.detach(), len(labels))
+            hits += (logits.detach().argmax(1) == labels).sum()
+            progress.update(bar, advance=len(labels), note=losses.note)
+        state.epoch = epoch
+        state.history.append(
+            {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": losses.total() / len(samples),
+                "train_accuracy": int(hits) / len(samples),
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+        )
+        state.model = copy_of(trained_state(model))
+        state.optimizer = optimizer.state_dict()["state"]
+        state.scaler = scaler.state_dict()
+        save(state)
+        row = state.history[-1]
         progress.console.print(
             f"seed {seed}  epoch {epoch:3d}  train loss {row['train_loss']:.4f}  "
             f"train accuracy {row['train_accuracy']:.2%}  {row['seconds']:.1f} s"
         )
     progress.remove_task(bar)
-    return history
+
+
+class _Losses:
+    """An epoch's losses. They are read every few steps: reading waits for the GPU."""
+
+    EVERY = 16
+
+    def __init__(self, epoch: int, steps: int, lr: float):
+        self.where = f"epoch {epoch}, step {{}} of {steps}"
+        self.lr = lr
+        self.note = ""
+        self._waiting: list[tuple[Tensor, int]] = []
+        self._read = 0
+        self._sum = 0.0
+
+    def add(self, loss: Tensor, count: int) -> None:
+        """Raises InputError if one of the losses so far is not finite."""
+        self._waiting.append((loss, count))
+        if len(self._waiting) == self.EVERY:
+            self.total()
+
+    def total(self) -> float:
+        """The sum over all images. Raises InputError as :meth:`add`."""
+        if not self._waiting:
+            return self._sum
+        values = torch.stack([loss for loss, _ in self._waiting]).tolist()
+        for value, (_, count) in zip(values, self._waiting, strict=True):
+            self._read += 1
+            if not math.isfinite(value):
+                raise InputError(
+                    f"the loss is {value} in {self.where.format(self._read)}: start anew with a "
+                    f"lower --lr (it is {self.lr:g}), with --clip-grad 1 or --amp off"
+                )
+            self._sum += value * count
+        self.note = f"loss {value:.3f}"
+        self._waiting.clear()
+        return self._sum
 
 
 def make_optimizer(model: GDPLModel, config: GDPLTrainConfig) -> torch.optim.Optimizer:
-    """Over everything that requires gradients."""
+    """Over everything that requires gradients; on a GPU in one kernel."""
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    settings["fused"] = True if trained[0].is_cuda else None
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, momentum=0.9, **settings)
     return torch.optim.AdamW(trained, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from fastadapt.gdpl.classes import ClassPrompts, Tokenizer
 from fastadapt.gdpl.coupled import CoupledLowRank
 from fastadapt.gdpl.domain import DomainEncoder
 from fastadapt.gdpl.prompts import DomainPromptLearner
+from fastadapt.kernels.dispatch import accumulate_dtype, compute_dtype, without_autocast
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class GDPLModel(nn.Module):
             standard one if ``None``. Models with another need ``open_clip.get_tokenizer(name)``.
 
     Shape:
-        Images [B, 3, H, W] with CLIP's normalisation to logits [B, classes].
+        Images [B, 3, H, W] with CLIP's normalisation to logits [B, classes], in fp32 at least.
 
     Attributes:
         clip, domain_encoder: the frozen parts.
@@ -191,6 +195,27 @@ class GDPLModel(nn.Module):
         """Recompute the branches' layers in the backward pass."""
         self.grad_checkpointing = enable
 
+    def set_frozen_dtype(self, dtype: torch.dtype) -> GDPLModel:
+        """Keeps the frozen weights in half precision, for training under autocast in it.
+
+        They are cast once, not in every step, and take half the memory. The CLIP model is cast
+        whole, but for the logits' scale and bias. Of the domain encoder only what autocast would
+        cast is, the weights of its products, so that it needs autocast from now on. What trains
+        stays as it is.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+        """
+        kept = {name: p.detach() for name, p in self.clip.named_parameters(recurse=False)}
+        self.clip.to(dtype)
+        for name in ("logit_scale", "logit_bias"):
+            if kept.get(name) is not None:
+                getattr(self.clip, name).data = kept[name]
+        for module in () if self.domain_encoder is None else self.domain_encoder.modules():
+            if type(module) in (nn.Linear, nn.Conv2d):
+                module.to(dtype)
+        return self.set_class_names(self.class_names)
+
     def domain_features(self, images: Tensor) -> Tensor:
         """Features [B, D_f] of images [B, 3, H, W], to be kept if the images come again.
 
@@ -205,21 +230,29 @@ class GDPLModel(nn.Module):
         return self.domain_encoder(images, self.clip_mean, self.clip_std)
 
     def encode(self, images: Tensor, domain_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised features of images [B, D] and, for each image, of classes [B, classes, D]."""
+        """Normalised features of images [B, D] and, for each image, of classes [B, classes, D].
+
+        A CLIP model in half precision runs in it throughout, under autocast, too: its layer norms
+        are computed in fp32 inside their kernels, and need no casts around them.
+        """
         prompts = self.prompt_learner(domain_features)
-        vision, text = ((), ()) if self.low_rank is None else self.low_rank()
-        image_features = towers.encode_image(
-            self.clip.visual,
-            images,
-            prompts.vision,
-            prompts.deep_vision,
-            vision,
-            self.grad_checkpointing,
-        )
-        text_features = self.classes.encode(
-            self.clip, prompts.text, prompts.deep_text, text, self.grad_checkpointing
-        )
-        return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+        weight = self.clip.visual.class_embedding
+        half = weight.dtype in HALF_DTYPES
+        dtype = weight.dtype if half else compute_dtype(weight)
+        vision, text = ((), ()) if self.low_rank is None else self.low_rank(dtype)
+        with without_autocast(images) if half else nullcontext():
+            image_features = towers.encode_image(
+                self.clip.visual,
+                images,
+                prompts.vision,
+                prompts.deep_vision,
+                vision,
+                self.grad_checkpointing,
+            )
+            text_features = self.classes.encode(
+                self.clip, prompts.text, prompts.deep_text, text, self.grad_checkpointing
+            )
+        return _normalize(image_features), _normalize(text_features)
 
     @torch.no_grad()
     def zero_shot(self, images: Tensor) -> Tensor:
@@ -234,9 +267,12 @@ class GDPLModel(nn.Module):
                 f"the template {self.config.template!r} has no {self.config.n_ctx} words in front "
                 "of the class name, which CLIP alone would read there"
             )
-        text_features = self.classes.encode(self.clip, words[None], words.new_empty(0), ())
-        image_features = self.clip.encode_image(images, normalize=True)
-        return self._logits(image_features, F.normalize(text_features, dim=-1))
+        half = words.dtype in HALF_DTYPES
+        with without_autocast(images) if half else nullcontext():
+            none = words.new_empty(0, 1, *words.shape)
+            text_features = self.classes.encode(self.clip, words[None], none, ())
+            image_features = self.clip.encode_image(images.to(words.dtype))
+        return self._logits(_normalize(image_features), _normalize(text_features))
 
     def forward(self, images: Tensor, domain_features: Tensor | None = None) -> Tensor:
         if domain_features is None:
@@ -244,7 +280,14 @@ class GDPLModel(nn.Module):
         return self._logits(*self.encode(images, domain_features))
 
     def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        logits = (text_features @ image_features[:, :, None]).squeeze(-1)
-        logits = self.clip.logit_scale.exp() * logits
-        bias = getattr(self.clip, "logit_bias", None)
-        return logits if bias is None else logits + bias
+        # Scaled by 100, half precision would tell no logits apart that differ by a quarter.
+        with without_autocast(image_features):
+            logits = (text_features @ image_features[:, :, None]).squeeze(-1)
+            logits = self.clip.logit_scale.to(logits.dtype).exp() * logits
+            bias = getattr(self.clip, "logit_bias", None)
+            return logits if bias is None else logits + bias
+
+
+def _normalize(features: Tensor) -> Tensor:
+    """To length 1, in fp32 at least."""
+    return F.normalize(features.to(accumulate_dtype(features.dtype)), dim=-1)

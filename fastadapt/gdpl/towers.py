@@ -87,7 +87,7 @@ def encode_image(
         deep_prompts: [depth − 1, B, n, D], in their place in the layers after it.
         updates: of the first layers' attention.
     """
-    x = visual._embeds(images)
+    x = visual._embeds(images.to(visual.conv1.weight.dtype))
     prompt = visual.ln_pre(prompt.to(x.dtype)).expand(x.shape[0], -1, -1)
     x = torch.cat([x, prompt], dim=1)
     x = run_blocks(visual.transformer.resblocks, x, deep_prompts, updates, None, grad_checkpointing)
@@ -123,10 +123,12 @@ def run_blocks(
         grad_checkpointing: keep the layers' inputs alone and compute them again in the backward
             pass.
     """
+    # All layers' at once, and so their gradients. x.shape[0], not len(x): that would fix the batch
+    # size in an exported graph.
+    prompts = deep_prompts.to(x.dtype).expand(-1, x.shape[0], -1, -1).unbind(0)
     for index, block in enumerate(blocks):
-        if 1 <= index <= len(deep_prompts):
-            # x.shape[0], not len(x): that would fix the batch size in an exported graph.
-            prompt = deep_prompts[index - 1].to(x.dtype).expand(x.shape[0], -1, -1)
+        if 1 <= index <= len(prompts):
+            prompt = prompts[index - 1]
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
         if grad_checkpointing and torch.is_grad_enabled():
@@ -150,7 +152,9 @@ def attention(
     """Self-attention with updated projections, [B, N, D] to the same."""
     in_a, in_b, out_a, out_b = update or (None,) * 4
     qkv = low_rank_linear(x, attn.in_proj_weight, attn.in_proj_bias, in_a, in_b)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # Split where their gradients are put side by side again, without another copy.
+    parts = (part.unflatten(-1, (attn.num_heads, -1)) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (part.transpose(1, 2) for part in parts)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
     return low_rank_linear(y, attn.out_proj.weight, attn.out_proj.bias, out_a, out_b)
@@ -159,13 +163,14 @@ def attention(
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> Tensor:
-    """``x (W + b a)ᵀ + bias``.
+    """``x (W + b a)ᵀ + bias`` for x [..., in]; a and b in the dtype that is computed in.
 
     The update is not added to the weight: then no gradient of the weight's size is computed.
     """
-    y = F.linear(x, weight, bias)
     if a is None:
-        return y
-    update = F.linear(x, a.to(weight.dtype)).flatten(0, -2)
-    # The sum is part of the product: no kernel and no tensor of its own.
-    return torch.addmm(y.flatten(0, -2), update, b.to(weight.dtype).t()).view_as(y)
+        return F.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    y = F.linear(rows, weight, bias)
+    # The sum is part of the product, in place: no kernel and no tensor of its own.
+    y = y.addmm_(F.linear(rows, a), b.t())
+    return y.unflatten(0, x.shape[:-1])

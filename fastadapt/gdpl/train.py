@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from fastadapt.augment import check_augment
+from fastadapt.checkpoint import CONFIG
 from fastadapt.data import Dataset, read_dataset
 from fastadapt.errors import InputError
-from fastadapt.files import read_json, write_json, write_text
+from fastadapt.files import write_json, write_text
 from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
 from fastadapt.gdpl.evaluate import Evaluator, Task
+from fastadapt.gdpl.features import FeatureTable
 from fastadapt.gdpl.fewshot import (
     evaluation_samples,
     of_classes,
@@ -28,7 +30,21 @@ from fastadapt.gdpl.model import GDPLConfig, GDPLModel
 from fastadapt.info import versions
 from fastadapt.preprocess import Preprocess
 from fastadapt.progress import default_workers, progress_bars
-from fastadapt.runfolder import LABELS, RESULTS, SPLITS, check_folder, check_settings, write_metrics
+from fastadapt.runfolder import (
+    LABELS,
+    RESULTS,
+    SPLITS,
+    STATE,
+    State,
+    check_folder,
+    check_settings,
+    finished_results,
+    load_state,
+    remove_if_empty,
+    remove_leftovers,
+    save_state,
+    write_metrics,
+)
 from fastadapt.train import RECORDED, full_disk_or_memory, parse_device, readable
 from fastadapt.trainer import precision
 
@@ -43,6 +59,7 @@ def train_gdpl(
     seeds: Sequence[int] = (1,),
     eval_data: Sequence[str | Path] = (),
     names_file: str | Path | None = None,
+    domain_features: FeatureTable | None = None,
     device: str = "auto",
     workers: int | None = None,
     skip_unreadable: bool = False,
@@ -56,7 +73,8 @@ def train_gdpl(
     training and evaluation is the same for all. With one seed ``out`` is the run folder, with more
     each has its own in it, ``seed1`` and so on: ``config.json``, ``adapter.safetensors``
     (:func:`fastadapt.gdpl.load_gdpl`), ``labels.txt``, ``splits.csv``, ``metrics.jsonl``,
-    ``results.json``. ``out/results.json`` holds the results of all.
+    ``results.json``; while it is unfinished also ``state.safetensors``, written after every epoch.
+    ``out/results.json`` holds the results of all.
 
     Args:
         data: see :func:`fastadapt.data.read_dataset`.
@@ -67,9 +85,13 @@ def train_gdpl(
         seeds: one run each.
         eval_data: other data sets, each measured as a whole (its test split, if it has one).
         names_file: see :func:`fastadapt.gdpl.fewshot.read_names`; for all data sets.
+        domain_features: of the plain images of all data sets, for a source that names a width
+            and no encoder. Random views then have the features of the plain image.
         device, workers, skip_unreadable, quiet: as for :func:`fastadapt.train.train`.
-        resume: leave the seeds that are finished as they are.
-        overwrite: replace runs.
+        resume: continue after the last epoch that was completed; seeds that are finished stay as
+            they are. On a CPU the result is bit for bit that of an uninterrupted run with the same
+            number of threads.
+        overwrite: replace runs. Their files stay until the new run has completed an epoch.
 
     Returns:
         ``{"seeds": {seed: {"metrics": {task: metrics}, …}}, "zero_shot": {task: metrics}, …}``.
@@ -78,16 +100,12 @@ def train_gdpl(
         InputError: anything given does not fit; the loss is no longer finite.
     """
     config, gdpl_config = config or GDPLTrainConfig(), gdpl_config or GDPLConfig()
-    out, seeds = Path(out), tuple(seeds)
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one of them")
+    out, seeds, table = Path(out), tuple(seeds), domain_features
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"seeds are {seeds}; expected different numbers, 0 or more")
     folders = {seed: out if len(seeds) == 1 else out / f"seed{seed}" for seed in seeds}
-    finished = {seed for seed in seeds if resume and (folders[seed] / RESULTS).is_file()}
-    for seed in seeds:
-        if seed not in finished:
-            check_folder(folders[seed], False, overwrite or resume)
+    _check_folders(out, folders.values(), resume, overwrite)
+    _check_source(source, table)
     target = parse_device(device)
     amp = precision(config.amp, target)
     autocast = nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
@@ -104,6 +122,8 @@ def train_gdpl(
         train_range, tasks = _tasks(dataset, names, config)
         tasks += _other_tasks(eval_data, read[1:], names, {task.name for task in tasks})
         train_samples = of_classes(dataset.split("train"), train_range)
+        if table is not None:  # an image without features is told now
+            table.of([s.path for s in (*train_samples, *(s for t in tasks for s in t.samples))])
 
         runs: dict[str, Any] = {}
         zero_shot, evaluator = None, None
@@ -116,39 +136,62 @@ def train_gdpl(
             settings = {
                 "data": dataset.fingerprint(),
                 "fingerprint": fingerprints(model),
+                "domain_features": None if table is None else table.fingerprint(),
                 **asdict(source),
                 **asdict(gdpl_config),
                 **asdict(config),
                 "classes": {task.name: task.classes for task in tasks},
             }
-            if seed in finished:
-                found = read_json(folders[seed] / RESULTS)
-                check_settings(settings, found["settings"], folders[seed])
+            folder, state, found = folders[seed], State(), None
+            if resume and (folder / STATE).is_file():
+                state, then = load_state(folder / STATE)
+                check_settings(settings, then, folder)
+                say(f"seed {seed}: resuming after epoch {state.epoch}")
+            elif resume:
+                found = finished_results(folder, settings)
+            if found is not None:
                 runs[str(seed)], zero_shot = found, found["zero_shot"]
                 say(f"seed {seed} is finished already")
                 continue
             if evaluator is None:
                 images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
                 check_augment(config.augment, images)
-                evaluator = Evaluator(images, target, workers, autocast, progress)
+                evaluator = Evaluator(images, target, workers, autocast, progress, table)
             shots = sample_shots(train_samples, config.shots, seed)
-            with full_disk_or_memory(folders[seed]):
-                if zero_shot is None and model.classes.context is not None:
-                    zero_shot = {t.name: evaluator.measure(model, t, zero_shot=True) for t in tasks}
+            if amp is not None:
+                model.set_frozen_dtype(amp)
+
+            def save(state: State, folder=folder, settings=settings) -> None:
+                save_state(state, settings, folder / STATE)
+                write_metrics(folder, state.history)
+                if overwrite and folder == folders[seeds[0]] and state.epoch == 1:
+                    _discard_results(out, folders.values(), folder)
+
+            existed = folder.is_dir()
+            try:
+                with full_disk_or_memory(folder):
+                    remove_leftovers(folder)
+                    train_epochs(model, shots, config, evaluator, seed, state, save)
+                    if zero_shot is None and model.classes.context is not None:
+                        zero_shot = {
+                            task.name: evaluator.measure(model, task, zero_shot=True)
+                            for task in tasks
+                        }
+                    metrics = {task.name: evaluator.measure(model, task) for task in tasks}
                     model.set_class_names(tasks[0].classes)
-                history = train_epochs(model, shots, config, evaluator, seed)
-                metrics = {task.name: evaluator.measure(model, task) for task in tasks}
-            runs[str(seed)] = {
-                "seed": seed,
-                "train_images": len(shots),
-                "first_loss": history[0]["train_loss"],
-                "last_loss": history[-1]["train_loss"],
-                "metrics": metrics,
-                "zero_shot": zero_shot,
-                "settings": settings,
-            }
-            model.set_class_names(tasks[0].classes)
-            _write_run(folders[seed], model, source, runs[str(seed)], history, dataset, evaluator)
+                    runs[str(seed)] = {
+                        "seed": seed,
+                        "train_images": len(shots),
+                        "first_loss": state.history[0]["train_loss"],
+                        "last_loss": state.history[-1]["train_loss"],
+                        "metrics": metrics,
+                        "zero_shot": zero_shot,
+                        "settings": settings,
+                    }
+                    _write_run(folder, model, source, runs[str(seed)], dataset, evaluator)
+            finally:
+                if not existed:
+                    remove_if_empty(folder)
         first = runs[str(seeds[0])]
         results = {
             "classes": {task.name: list(task.classes) for task in tasks},
@@ -161,6 +204,45 @@ def train_gdpl(
         if len(seeds) > 1:
             write_json(out / RESULTS, results)
     return results
+
+
+def _check_folders(out: Path, folders: Collection[Path], resume: bool, overwrite: bool) -> None:
+    """Refuses folders that must not be written to, before any work.
+
+    Raises:
+        InputError: as :func:`fastadapt.runfolder.check_folder`; ``out`` holds a run of one seed,
+            and several are asked for.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one of them")
+    if resume and not out.is_dir():
+        raise InputError(f"{out} does not exist, so there is no run to resume")
+    if len(folders) > 1 and ((out / CONFIG).is_file() or (out / STATE).is_file()):
+        raise InputError(
+            f"{out} holds the run of one seed; several have a folder each: give another --out"
+        )
+    for folder in folders:
+        check_folder(folder, False, overwrite or resume)
+    if len(folders) > 1 and (out / RESULTS).is_file() and not (overwrite or resume):
+        raise InputError(f"{out} holds the results of other seeds: give another --out")
+
+
+def _check_source(source: GDPLSource, table: FeatureTable | None) -> None:
+    """Raises InputError unless features come either from an encoder or from a table of them."""
+    encoder = source.domain_encoder
+    if isinstance(encoder, str) and table is not None:
+        raise InputError("give a domain encoder or domain features, not both")
+    if isinstance(encoder, int) and (table is None or table.width != encoder):
+        got = "none are given" if table is None else f"{table.file} has {table.width}"
+        raise InputError(f"the source wants domain features of width {encoder}, but {got}")
+
+
+def _discard_results(out: Path, folders: Iterable[Path], now: Path) -> None:
+    """What earlier runs left for ``--resume``, once the one that replaces them has a state."""
+    for folder in {out, *folders}:
+        (folder / RESULTS).unlink(missing_ok=True)
+        if folder != now:
+            (folder / STATE).unlink(missing_ok=True)
 
 
 def _class_names(dataset: Dataset, names: dict[str, str]) -> tuple[str, ...]:
@@ -207,20 +289,20 @@ def _write_run(
     model: GDPLModel,
     source: GDPLSource,
     result: dict[str, Any],
-    history: list[dict[str, float]],
     dataset: Dataset,
     evaluator: Evaluator,
 ) -> None:
-    """The run folder of one seed; results last, since they mark it as finished."""
+    """The run folder of one seed; results mark it as finished, then its state goes."""
     save_gdpl(
         model,
         folder,
         source,
+        frozen=result["settings"]["fingerprint"],
         labels=list(model.class_names),
         preprocess=evaluator.preprocess.to_dict(),
         train={"settings": result["settings"]},
     )
     write_text(folder / LABELS, "".join(f"{name}\n" for name in model.class_names))
     dataset.write_splits(folder / SPLITS)
-    write_metrics(folder, history)
     write_json(folder / RESULTS, result)
+    (folder / STATE).unlink(missing_ok=True)
