@@ -1,6 +1,6 @@
 """A whole model in every runtime: images per second, latency, and whether the outputs agree.
 
-ViT-B/16 with a CLAdapter, random weights. Everything computes the same from the same fp32 images
+ViT-B/16 with a CLAdapter, random weights. Everything computes the same from the same uint8 images
 on the GPU, normalisation included; inputs and outputs stay there (no copies over PCIe). A runtime
 that does not agree with the unfolded fp32 model is not timed.
 """
@@ -25,10 +25,11 @@ import fastadapt as fa
 from fastadapt.bench.cluster_attention import upstream_formulation
 from fastadapt.export.aotinductor import build_aoti
 from fastadapt.export.artefact import THRESHOLDS, Batches
-from fastadapt.export.onnx import deployed, export_onnx
+from fastadapt.export.graph_input import Deployed, GraphInput
+from fastadapt.export.onnx import export_onnx
+from fastadapt.export.parity import Parity, compare
 from fastadapt.export.precision import MixedPrecision, precision_units
 from fastadapt.export.runtimes import CudaGraphs, load_runtime
-from fastadapt.export.verify import Parity, compare
 from fastadapt.layers import ClusterAttention
 from fastadapt.preprocess import Preprocess
 
@@ -55,19 +56,20 @@ def make_model() -> fa.AdaptedModel:
 
 
 def make_images(count: int) -> Tensor:
-    """RGB in [0, 1], [count, 3, SIZE, SIZE]: smooth, of different colours and contrasts."""
+    """uint8 [count, SIZE, SIZE, 3]: smooth, of different colours and contrasts."""
     generator = torch.Generator().manual_seed(1)
     small = torch.rand(count, 3, 7, 7, generator=generator)
     small = small * torch.rand(count, 1, 1, 1, generator=generator)
-    return nn.functional.interpolate(small, (SIZE, SIZE), mode="bilinear")
+    images = nn.functional.interpolate(small, (SIZE, SIZE), mode="bilinear")
+    return (images * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _preprocess() -> Preprocess:
-    return Preprocess((3, SIZE, SIZE))
+def _graph_input() -> GraphInput:
+    return GraphInput(Preprocess((3, SIZE, SIZE)))
 
 
 def _behind_input(model: nn.Module) -> nn.Module:
-    return deployed(model, _preprocess(), 3)
+    return Deployed(model, _graph_input())
 
 
 def prepare(part: str, folder: str) -> float:
@@ -85,7 +87,7 @@ def prepare(part: str, folder: str) -> float:
         units = precision_units(folded, torch.rand(1, 3, SIZE, SIZE))
         half = MixedPrecision(folded, torch.float16, units)
         path = Path(folder) / ONNX
-        export_onnx(half, path, input_size=(3, SIZE, SIZE), normalize=_preprocess())
+        export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=_graph_input())
     elif part == "aoti":
         model = _behind_input(_half(folded)).cuda()
         batch = Batches(min(BATCHES), 64, max(BATCHES))
@@ -172,7 +174,7 @@ def run(quick: bool = False) -> dict:
     images = make_images(SAMPLES)
     with torch.no_grad():
         expected = _behind_input(make_model())(images).numpy()
-    notes = ["Inputs and outputs stay on the GPU; fp32 images, normalisation in the graph."]
+    notes = ["Inputs and outputs stay on the GPU; uint8 images, normalisation in the graph."]
     speeds: dict[str, dict[int, float]] = {}
     latencies, parities, wrong = [], [], []
     with tempfile.TemporaryDirectory() as folder:

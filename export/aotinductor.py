@@ -73,7 +73,7 @@ def build_aoti(
     sizes = None
     if not fixed:
         dynamic = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
-        sizes = dynamic_shapes(model, dynamic, len(example))
+        sizes = _dynamic_shapes(model, dynamic, len(example))
     with _quiet(), atomic_path(path) as temporary:
         # The compiler insists on the suffix, and a temporary name has another.
         package = temporary.with_name(f"{temporary.name}.pt2")
@@ -109,12 +109,12 @@ def target(device: torch.device | str) -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-def dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
+def _dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
     """The batch is dynamic in every one of ``count`` inputs; a ``*others`` is one argument."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
     rest = (batch,) * (count - named)
-    return (*(batch,) * min(named, count), *((rest,) if named < len(parameters) else ()))
+    return (*(batch,) * min(named, count), *((rest,) if rest else ()))
 
 
 def _describe(example: Tensor, fixed: bool) -> dict[str, Any]:

@@ -110,5 +110,5 @@ THRESHOLDS = {
     "fp32": Thresholds(),
     "fp16": Thresholds(error=0.05, cosine=0.999),
     "bf16": Thresholds(error=0.1, cosine=0.99),
-    "int8": Thresholds(error=1.0, cosine=0.9),
+    "int8": Thresholds(error=1.0, cosine=0.5),
 }

@@ -48,7 +48,7 @@ class EngineConfig:
         workspace: most MiB of GPU memory that a layer may use to work in; TensorRT's own limit
             if ``None``.
         hardware_compatible: TensorRT only: runs on all GPUs from Ampere on, at some cost of speed.
-        version_compatible: runs with later versions of the runtime, too.
+        version_compatible: TensorRT only: runs with later versions of it, too.
         timing_cache: where TensorRT keeps what it timed; ``None`` for the user's cache folder.
     """
 
@@ -116,11 +116,12 @@ def choose_flavour(config: EngineConfig) -> Flavour:
             f"--trt: {why}, and TensorRT {full.version} builds only for the GPU at hand: install "
             "TensorRT-RTX, which builds for others (pip install 'fastadapt[trt-rtx]')"
         )
-    if config.hardware_compatible:
-        raise InputError(
-            "--hardware-compatible is TensorRT's; TensorRT-RTX builds for the GPUs of --target, "
-            "and for all from Ampere on if none is named: leave it out"
-        )
+    for flag in ("hardware_compatible", "version_compatible"):
+        if getattr(config, flag):
+            raise InputError(
+                f"--{flag.replace('_', '-')} is TensorRT's; TensorRT-RTX builds for the GPUs of "
+                "--target and for its own version: leave it out"
+            )
     if device is not None and not config.targets and device[1] not in RTX_SERVES:
         name, (major, minor) = device
         raise InputError(
@@ -443,11 +444,11 @@ def _monitor(trt: ModuleType, progress: Progress) -> Any:
         def phase_finish(self, phase_name):
             try:
                 self.phases.pop(phase_name, None)
+                self.show(phase_name, fraction=0.0 if self.phases else 1.0)
             except KeyboardInterrupt:
                 self.interrupted = True
 
-        def show(self, name):
-            fraction = 0.0
+        def show(self, name, fraction=0.0):
             while name in self.phases:
                 name, steps, done = self.phases[name]
                 fraction = min(1.0, (done + fraction) / steps)

@@ -109,7 +109,7 @@ class TestRepair:
     def test_layers_that_need_fp32_are_found_and_named(self, monkeypatch):
         # bf16 is good enough for this model; where it is not, bisection follows.
         from fastadapt.export import precision
-        from fastadapt.export.verify import Thresholds
+        from fastadapt.export.parity import Thresholds
 
         limits = {**precision.THRESHOLDS, "bf16": Thresholds(error=1e-9)}
         monkeypatch.setattr(precision, "THRESHOLDS", limits)

@@ -1,0 +1,123 @@
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastadapt as fa
+from fastadapt.export.aotinductor import build_aoti, check_compiler, target
+from fastadapt.export.artefact import Batches
+from fastadapt.export.graph_input import Deployed, GraphInput
+from fastadapt.export.precision import MixedPrecision, precision_units
+from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
+from fastadapt.preprocess import Preprocess
+
+# As on a machine that has PyTorch alone.
+ELSEWHERE = """
+import sys
+sys.modules["fastadapt"] = None
+import numpy as np, torch
+model = torch._inductor.aoti_load_package(sys.argv[1])
+images = torch.from_numpy(np.load(sys.argv[2]))
+np.save(sys.argv[3], torch.cat([model(images[:3]), model(images[3:4])]).numpy())
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folded adapter in bf16 behind a uint8 input, and its .pt2."""
+    folder = tmp_path_factory.mktemp("aoti")
+    torch.manual_seed(0)
+    config = fa.AdaptConfig(rank=4, num_centers=3, input_size=(3, 16, 16))
+    folded = fa.fold(fa.adapt(nn.Conv2d(3, 8, 4, stride=4), config, num_classes=3))
+    units = precision_units(folded, torch.rand(1, 3, 16, 16))
+    half = MixedPrecision(folded, torch.bfloat16, units, keep=["head"])
+    model = Deployed(half, GraphInput(Preprocess((3, 16, 16))))
+    images = torch.randint(0, 256, (7, 16, 16, 3), dtype=torch.uint8)
+    path = folder / "m.pt2"
+    details = build_aoti(model, (images[:1],), path, Batches(1, 4, 8), precision="bf16")
+    return model, images, path, details
+
+
+def test_agrees_at_every_batch_size(made):
+    model, images, path, _ = made
+    runtime = load_runtime(path)
+    assert (runtime.name, runtime.device) == ("AOTInductor, CPU", "cpu")
+    with torch.no_grad():
+        want = model(images)
+    assert want.std() > 0.1
+    for batch in (1, 2, 3, 7):
+        got = runtime(images[:batch])
+        assert (got - want[:batch]).abs().max() < 0.02 * want.std()
+        assert np.array_equal(runtime(images[:batch].numpy()), got.numpy())
+
+
+def test_runs_without_this_package(made, tmp_path):
+    model, images, path, _ = made
+    np.save(tmp_path / "x.npy", images.numpy())
+    args = [str(path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *args], check=True, timeout=120)
+    with torch.no_grad():
+        want = model(images[:4])
+    assert np.abs(np.load(tmp_path / "y.npy") - want.numpy()).max() < 0.02 * want.std()
+
+
+def test_says_what_it_is_for(made, tmp_path, monkeypatch):
+    _, _, path, details = made
+    assert json.loads(Path(f"{path}.json").read_text()) == details
+    assert details["targets"] == [target("cpu")]
+    assert details["inputs"] == [{"dtype": "uint8", "shape": ["batch", 16, 16, 3]}]
+    for change, reason in (
+        ({"targets": ["sm_90"]}, "compiled for sm_90"),
+        ({"targets": ["cpu VSX"]}, "compiled for cpu VSX; this is cpu"),
+        ({"version": "2.0.1"}, r"compiled by PyTorch 2\.0\.1"),
+    ):
+        copy = tmp_path / "m.pt2"
+        copy.write_bytes(path.read_bytes())
+        (tmp_path / "m.pt2.json").write_text(json.dumps({**details, **change}))
+        with pytest.raises(RuntimeUnavailable, match=reason):
+            load_runtime(copy)
+    with pytest.raises(RuntimeUnavailable, match="not for cuda"):
+        load_runtime(path, device="cuda")
+
+
+def test_truncated_file(made, tmp_path):
+    _, _, path, details = made
+    (tmp_path / "m.pt2").write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "m.pt2.json").write_text(json.dumps(details))
+    with pytest.raises(fa.InputError, match=r"m\.pt2 cannot be loaded"):
+        load_runtime(tmp_path / "m.pt2")
+
+
+class TestRefused:
+    def test_no_compiler(self):
+        with (
+            torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+            pytest.raises(fa.InputError, match=r"--aoti needs a C\+\+ compiler.*install g\+\+"),
+        ):
+            check_compiler()
+
+    def test_what_cannot_be_traced(self, tmp_path):
+        class Odd(nn.Module):
+            def forward(self, x):
+                return x * 2 if x.sum().item() > 0 else x
+
+        with pytest.raises(fa.InputError, match="AOTInductor cannot compile the model: ") as caught:
+            build_aoti(Odd(), (torch.rand(1, 3),), tmp_path / "m.pt2")
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_full_disk_leaves_nothing(self, tmp_path, monkeypatch):
+        def full(program, package_path):
+            Path(package_path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", full)
+        with pytest.raises(OSError, match="No space left"):
+            build_aoti(nn.Flatten(), (torch.rand(1, 3, 2),), tmp_path / "m.pt2")
+        assert list(tmp_path.iterdir()) == []
