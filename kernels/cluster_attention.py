@@ -23,13 +23,6 @@ from fastadapt.kernels.dispatch import (
     without_autocast,
 )
 
-# Whether "auto" takes the kernels. They are fast, and pass a grid of shapes on an H100; but their
-# random campaign there found wrong results (NaN in fp16 with 128 centers and 11 to 15 samples, the
-# gradient of down_weight 1 to 2 % off for 63 channels, fp32 gradients of centers and transforms
-# beyond twice PyTorch's error), and what was changed since has not run on a GPU. Until
-# `pytest tests/test_cluster_attention.py -k gpu` passes whole, they run only where asked for.
-PROVEN = False
-
 
 def center_attention(x: Tensor, centers: Tensor) -> Tensor:
     """How much of each center a sample takes: cosine to its mean token, softmax over centers.
@@ -107,8 +100,8 @@ def cluster_attention(
         down_bias: [R] or ``None``.
         up_weight: [C, R].
         up_bias: [C] or ``None``.
-        backend: ``"auto"`` (the reference, until the kernels are proven: see ``PROVEN``),
-            ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
+            (an error that names the reason where it can't) or ``"reference"``.
 
     Returns:
         [B, N, C] in ``x``'s dtype; under autocast in autocast's.
@@ -121,8 +114,7 @@ def cluster_attention(
     """
     _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     why_not = _why_not_triton(x, centers, transforms, down_weight)
-    chosen = choose_backend(backend, why_not, by_default=PROVEN)
-    if chosen == "reference":
+    if choose_backend(backend, why_not) == "reference":
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
