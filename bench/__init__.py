@@ -19,7 +19,7 @@ from fastadapt.errors import InputError
 CPU = {
     "cluster_attention": True,
     "cladapter": True,
-    "quaternion_linear": False,
+    "quaternion_linear": True,
     "prompt_learner": True,
     "training": True,
     "gdpl": True,
@@ -103,7 +103,7 @@ def run(
 
 def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None) -> None:
     """Runs one benchmark into ``results``; they are written after every shape."""
-    from fastadapt.bench import report
+    from fastadapt.bench import harness, report
     from fastadapt.files import write_json
 
     started = time.perf_counter()
@@ -130,6 +130,7 @@ def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None)
     except Exception as error:  # the other benchmarks' results are worth having
         result["failed"] = report.one_line(error)
         _say(f"{name}: FAILED, {result['failed']}")
+    harness.release()
     if path is not None:
         write_json(path, results)
 

@@ -64,8 +64,7 @@ def measure(call: Callable[[], object], seconds: float = 1.0) -> dict[str, Any]:
         memory = harness.peak_memory(call, total=True)
     except torch.OutOfMemoryError:
         found, memory = {"failed": "out of memory"}, None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    harness.release()
     return found if memory is None else found | {"peak_mib": memory}
 
 

@@ -7,7 +7,13 @@ and with targets, ``fastadapt bench`` times them.
 import pytest
 import torch
 
-from fastadapt.bench import cladapter, cluster_attention, harness, prompt_learner
+from fastadapt.bench import (
+    cladapter,
+    cluster_attention,
+    harness,
+    prompt_learner,
+    quaternion_linear,
+)
 from fastadapt.bench.operation import Case
 
 SHAPES = cluster_attention.shapes(quick=True)
@@ -48,6 +54,12 @@ def test_cluster_attention(benchmark, shape, direction):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cladapter(benchmark, shape, direction):
     direction(benchmark, cladapter.case(*shape))
+
+
+@pytest.mark.parametrize("direction", [forward, forward_backward])
+@pytest.mark.parametrize("shape", quaternion_linear.shapes(quick=True), ids=str)
+def test_quaternion_linear(benchmark, shape, direction):
+    direction(benchmark, quaternion_linear.case(*shape))
 
 
 @pytest.mark.parametrize("direction", [forward, forward_backward])

@@ -80,7 +80,7 @@ def test_every_benchmark_runs_quickly_and_records_where_it_ran(quick):
     for key in ("date", "command", "commit", "copy, TB/s", "matrix product, TFLOP/s"):
         assert environment[key]
     assert environment["versions"]["torch"]
-    for name in ("cluster_attention", "cladapter", "prompt_learner", "training", "gdpl"):
+    for name in ("quaternion_linear", "cladapter", "prompt_learner", "training", "gdpl"):
         result = results["benchmarks"][name]
         assert "failed" not in result and "wrong" not in result
         for record in result["records"]:
@@ -311,6 +311,20 @@ def test_the_floor_is_the_larger_time(monkeypatch):
     assert harness.floor(1e6, 1e9) == pytest.approx(1e6)
 
 
+def test_a_step_that_does_not_fit_is_said(monkeypatch):
+    from fastadapt.bench import steps
+
+    def full():
+        raise torch.OutOfMemoryError("no memory")
+
+    part = steps.part({"upstream": steps.measure(full), "ours": steps.measure(lambda: None)})
+    assert part["failed"] == {"upstream": "out of memory"}
+    assert set(part["wall_us"]) == {"ours"}
+    record = {"shape": "1", "dimensions": "n", "size": 1, "parts": {"step": part}}
+    found = report.tables({"records": [record]})
+    assert found["providers that failed"][0]["provider"] == "upstream, step"
+
+
 def test_tables_name_baseline_floor_target_and_failures():
     result = result_of()["benchmarks"]["cluster_attention"]
     found = report.tables(result)
@@ -425,8 +439,27 @@ def test_pytest_benchmark_has_every_operation():
         command, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("cluster_attention", "cladapter", "prompt_learner"):
+    for name in ("cluster_attention", "quaternion_linear", "cladapter", "prompt_learner"):
         assert f"test_{name}[" in done.stdout
+
+
+def test_a_backward_is_the_difference_of_graph_times(monkeypatch):
+    took = iter([10.0, 30.0, 11.0, 40.0])  # forward, then both directions, of each provider
+
+    def graph_times(calls, repeats):
+        assert len(calls) == 2 and repeats >= 1
+        for call in calls:
+            call()
+        return harness.spread([next(took)])
+
+    monkeypatch.setattr(harness, "graph_times", graph_times)
+    monkeypatch.setattr(harness, "peak_memory", lambda call: 3.0)
+    case = cluster_attention.case(2, 5, 16)
+    providers = {name: case.providers[name] for name in ("ours", "eager", "upstream")}
+    parts = operation.measure(_with(case, providers))["parts"]
+    assert parts["backward"]["gpu_us"]["ours"]["median"] == 20.0
+    assert parts["backward"]["gpu_us"]["upstream"]["median"] == 29.0
+    assert parts[operation.BOTH]["peak_mib"] == {"ours": 3.0, "upstream": 3.0}
 
 
 @pytest.mark.gpu
