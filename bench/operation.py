@@ -13,8 +13,8 @@ from torch import Tensor
 from fastadapt.bench import harness
 
 ERROR_BUDGET = 2  # ours may be off by so many times PyTorch's own error in the same dtype
-BOTH = "forward + backward"
 SLACK = 1e-7  # beside that, for values that PyTorch happens to hit exactly
+BOTH = "forward + backward"
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,13 @@ def measure(case: Case) -> dict[str, Any]:
         (beyond inputs and weights), beside ``flops``, ``bytes`` and ``floor_us``. A provider other
         than ours that fails is named in ``failed``, with its error.
     """
+    try:
+        return _measure(case)
+    finally:
+        torch.compiler.reset()  # the next shape starts without a history of recompilations
+
+
+def _measure(case: Case) -> dict[str, Any]:
     errors, failed = _errors(case)
     record: dict[str, Any] = {
         "shape": case.shape,
@@ -138,7 +145,6 @@ def measure(case: Case) -> dict[str, Any]:
         for part, metrics in found.items():
             for metric, value in metrics.items():
                 parts[part].setdefault(metric, {})[name] = value
-    torch.compiler.reset()  # the next shape starts without a history of recompilations
     return record | {"parts": parts}
 
 

@@ -16,7 +16,7 @@ from fastadapt.kernels import quaternion_linear, quaternion_linear_reference, qu
 
 TITLE = "Quaternion linear layer, Hamilton form, with bias"
 NOTES = (
-    "M × in × out are rows, inputs and outputs. Eager and compiled build the Hamilton matrix in the "
+    "M × in × out are rows, inputs, outputs. Eager and compiled build the Hamilton matrix in the "
     "input's dtype and multiply; upstream does so in fp32, whatever the input is; dense is an "
     "nn.Linear of the same width (cuBLAS), with four times the weights. Asked for is at most 1.2 "
     "times the dense layer's time in both directions: 0.83×."

@@ -78,7 +78,8 @@ def _tables(result: dict[str, Any], environment: dict[str, Any], link: str) -> s
         parts.append(report.markdown_table(report.summary(result)))
     machine = environment["gpu"] or "CPU"
     source = f"{machine}, commit {environment['commit']}, {environment['date'][:10]}"
-    return "\n\n".join([*parts, f"<sub>{source}; all figures: [{link}]({link})</sub>"])
+    notes = " ".join([*result.get("notes", []), f"{source}; all figures: [{link}]({link})."])
+    return "\n\n".join([*parts, f"<sub>{notes}</sub>"])
 
 
 def main() -> int:

@@ -97,7 +97,8 @@ def summary(result: dict[str, Any]) -> list[Record]:
         for metric in _shown(part, {m for p in measured for m, _ in by_metric(p)}):
             values = [p.get(metric, {}) for p in measured]
             unit = _unit(metric, values)
-            base = next((name for name in BASELINES if any(name in v for v in values)), None)
+            known = ("dense", *BASELINES)
+            base = next((name for name in known if any(name in v for v in values)), None)
             head = f"{part}, {unit}: ours" + (f" / {base}" if base else "")
             for row, value in zip(rows, values, strict=True):
                 row[head] = _pair(value, base, unit, ratio=metric != "peak_mib")

@@ -24,9 +24,9 @@ NOTES = (
     "Forward, loss, backward and optimizer, from a batch in the GPU's memory; eager calls, wall "
     "time. Upstream is its recipe restated: fp16 autocast with loss scaling, Adam, the backbone "
     "called within the graph, the adapter with its [B, K, R, R]. Ours is what `fastadapt train` "
-    "does: bf16 autocast, AdamW, no graph for frozen features; cached means that the features of "
-    "stage 1 are there already (upstream has no cache: its stage 1 stands beside it). Peak memory "
-    "includes weights, optimizer and batch."
+    "does: bf16 autocast, AdamW, no graph for frozen features, kernels where they are the default; "
+    "cached means that the features of stage 1 are there already (upstream has no cache: its stage "
+    "1 stands beside it). Peak memory includes weights, optimizer and batch."
 )
 # Backbone and batch; targets in µs on an H100: stage 1, cached.
 SHAPES = {
