@@ -2,7 +2,9 @@
 
 A benchmark is a module with ``TITLE``, ``NOTES`` and ``run(quick)``, which yields a record per
 shape (:func:`fastadapt.bench.operation.measure` makes them), or ``{"left_out": reason}``. A module
-with tables of its own returns ``{"tables": {title: rows}, "notes": [...], "wrong": ...}`` instead.
+with tables of its own returns ``{"tables": {title: rows}, "notes": [...], "wrong": ...}`` instead,
+with ``"readme"``, the titles that the README shows (all if not given), and ``"records"`` if it
+wants to be in pictures and compared with earlier runs.
 """
 
 from __future__ import annotations
@@ -16,19 +18,17 @@ from typing import Any
 
 from fastadapt.errors import InputError
 
-CPU = {
+# Name to whether it runs without a GPU, in the order of a whole run.
+BENCHMARKS = {
     "cluster_attention": True,
     "cladapter": True,
     "quaternion_linear": True,
     "prompt_learner": True,
     "training": True,
     "gdpl": True,
-    "deployment": True,
 }
-# Name to whether it runs without a GPU.
-BENCHMARKS = {
-    name: cpu for name, cpu in CPU.items() if importlib.util.find_spec(f"{__name__}.{name}")
-}
+if importlib.util.find_spec(f"{__name__}.deployment"):
+    BENCHMARKS["deployment"] = False
 SCHEMA = 1
 
 

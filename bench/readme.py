@@ -73,7 +73,10 @@ def _newest(name: str, files: list[tuple[Path, dict]], root: Path) -> str | None
 def _tables(result: dict[str, Any], environment: dict[str, Any], link: str) -> str:
     parts = [f"**{result['title']}**"] if "title" in result else []
     if "tables" in result:
-        parts += [f"{t}:\n\n{report.markdown_table(rows)}" for t, rows in result["tables"].items()]
+        tables = {
+            title: result["tables"][title] for title in result.get("readme", result["tables"])
+        }
+        parts += [f"{title}:\n\n{report.markdown_table(rows)}" for title, rows in tables.items()]
     else:
         parts.append(report.markdown_table(report.summary(result)))
     machine = environment["gpu"] or "CPU"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -460,6 +461,11 @@ def test_a_backward_is_the_difference_of_graph_times(monkeypatch):
     assert parts["backward"]["gpu_us"]["ours"]["median"] == 20.0
     assert parts["backward"]["gpu_us"]["upstream"]["median"] == 29.0
     assert parts[operation.BOTH]["peak_mib"] == {"ours": 3.0, "upstream": 3.0}
+
+
+def test_a_process_that_a_benchmark_starts_runs_no_benchmarks():
+    """Spawned processes import the main module again, under this name."""
+    runpy.run_module("fastadapt.bench.__main__", run_name="__mp_main__")
 
 
 @pytest.mark.gpu
