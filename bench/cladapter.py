@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastadapt.bench import cluster_attention as attention
 from fastadapt.bench import harness
-from fastadapt.bench.operation import BOTH, Case, Provider, measure
-from fastadapt.kernels import cluster_attention, cluster_attention_reference
+from fastadapt.bench.operation import BOTH, Case, Provider, measure, with_backend
+from fastadapt.kernels import cluster_attention_reference
 from fastadapt.layers.cladapter import CLAdapterBlock
 
 TITLE = "CLAdapter block: LayerNorms, cluster attention, MLP of ratio 4, residual"
@@ -40,28 +40,18 @@ def case(batch: int, tokens: int, width: int) -> Case:
         x = torch.randn(shape, generator=generator, device=harness.device())
         return [x.to(harness.dtype()).requires_grad_()]
 
-    def formulation(attend: Callable) -> Callable:
-        a = block.attn
-        weights = a.centers, a.transforms, a.down.weight, a.down.bias, a.up.weight, a.up.bias
-
-        def call(x):
-            x = attend(block.ln_1(x), *weights)
-            return x + block.mlp(block.ln_2(x))
-
-        return call
-
     main = (batch, tokens, width) == next(iter(attention.SHAPES))
     calls = {
-        "ours": formulation(cluster_attention),
-        "eager": formulation(cluster_attention_reference),
-        "upstream": formulation(attention.upstream_formulation),
+        "ours": block,
+        "eager": formulation(block, cluster_attention_reference),
+        "upstream": formulation(block, attention.upstream_formulation),
     }
     if torch.cuda.is_available():
-        ours = formulation(partial(cluster_attention, backend="triton"))
-        calls["ours"] = ours
+        calls["ours"] = with_backend("triton", block)
         calls["compiled"] = torch.compile(calls["eager"], dynamic=False)
         if main:  # compiling takes time
-            calls["ours, compiled"] = torch.compile(ours, dynamic=False)
+            ours = torch.compile(block, dynamic=False)
+            calls["ours, compiled"] = with_backend("triton", ours)
     speedups = {"forward": 1.25, BOTH: 1.2} if main else {"forward": 1, BOTH: 1}
     return Case(
         shape=f"{batch} × {tokens} × {width}",
@@ -69,11 +59,23 @@ def case(batch: int, tokens: int, width: int) -> Case:
         size=batch * tokens * width,
         inputs=inputs,
         providers={name: Provider(call, weights) for name, call in calls.items()},
-        exact=Provider(exact, list(exact.parameters())),
+        exact=Provider(formulation(exact, cluster_attention_reference), list(exact.parameters())),
         work=work(batch, tokens, width),
         names=("y", "dx", *(f"d{name}" for name, _ in block.named_parameters())),
         speedups={part: (factor, "compiled") for part, factor in speedups.items()},
     )
+
+
+def formulation(block: CLAdapterBlock, attend: Callable) -> Callable:
+    """The block in PyTorch's operations around a formulation of cluster attention."""
+    a = block.attn
+    weights = a.centers, a.transforms, a.down.weight, a.down.bias, a.up.weight, a.up.bias
+
+    def call(x):
+        x = attend(block.ln_1(x), *weights)
+        return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.ln_2(x))))
+
+    return call
 
 
 def work(batch: int, tokens: int, width: int) -> dict[str, tuple[float, float]]:

@@ -30,7 +30,7 @@ def dtype() -> torch.dtype:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, first and last decile of samples, which :func:`compare` takes as their noise."""
+    """Median, first and last decile of samples, which ``--compare`` takes as their noise."""
     if len(times) < 2:
         return dict.fromkeys(("median", "low", "high"), times[0])
     deciles = statistics.quantiles(times, n=10, method="inclusive")

@@ -88,7 +88,7 @@ def case(batch: int) -> Case:
         size=batch,
         inputs=inputs,
         providers={name: Provider(call, weights) for name, call in calls.items()},
-        exact=Provider(prompts(exact), list(exact.parameters())),
+        exact=Provider(with_backend("reference", prompts(exact)), list(exact.parameters())),
         work=work(batch, sum(w.numel() for w in weights)),
         names=("text", "vision", "deep_vision", "dfeatures", *_names(learner)),
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastadapt as fa
 from fastadapt.adapt import AdaptedModel
 from fastadapt.bench import harness, steps
+from fastadapt.bench.cladapter import formulation
 from fastadapt.bench.cluster_attention import upstream_formulation
 from fastadapt.features import as_tokens
 from fastadapt.train_config import TrainConfig
@@ -51,17 +52,7 @@ class Upstream(nn.Module):
         x = model._feature_fn(model.backbone, images)[:, model.spec.num_prefix_tokens :]
         x = adapter.norm1(as_tokens(model, x))
         for block in adapter.blocks:
-            a = block.attn
-            x = upstream_formulation(
-                block.ln_1(x),
-                a.centers,
-                a.transforms,
-                a.down.weight,
-                a.down.bias,
-                a.up.weight,
-                a.up.bias,
-            )
-            x = x + block.mlp(block.ln_2(x))
+            x = formulation(block, upstream_formulation)(x)
         return model.head(adapter.norm2(x).mean(1))
 
 
