@@ -71,18 +71,16 @@ def _newest(name: str, files: list[tuple[Path, dict]], root: Path) -> str | None
 
 
 def _tables(result: dict[str, Any], environment: dict[str, Any], link: str) -> str:
-    parts = [f"**{result['title']}**"] if "title" in result else []
-    if "tables" in result:
-        tables = {
-            title: result["tables"][title] for title in result.get("readme", result["tables"])
-        }
-        parts += [f"{title}:\n\n{report.markdown_table(rows)}" for title, rows in tables.items()]
-    else:
-        parts.append(report.markdown_table(report.summary(result)))
     machine = environment["gpu"] or "CPU"
     source = f"{machine}, commit {environment['commit']}, {environment['date'][:10]}"
-    notes = " ".join([*result.get("notes", []), f"{source}; all figures: [{link}]({link})."])
-    return "\n\n".join([*parts, f"<sub>{notes}</sub>"])
+    below = [f"{source}; all figures: [{link}]({link})."]
+    if "tables" in result:
+        shown = {title: result["tables"][title] for title in result.get("readme", result["tables"])}
+        parts = [f"{title}:\n\n{report.markdown_table(rows)}" for title, rows in shown.items()]
+    else:
+        parts = [f"**{result['title']}**", report.markdown_table(report.summary(result))]
+        below = [*result["notes"], *below]
+    return "\n\n".join([*parts, f"<sub>{' '.join(below)}</sub>"])
 
 
 def main() -> int:
