@@ -1,55 +1,139 @@
-"""Benchmarks: a timing harness, providers side by side, results with provenance."""
+"""Benchmarks: one registry, one harness, one report; results with provenance in ``results/``.
+
+A benchmark is a module with ``TITLE``, ``NOTES`` and ``run(quick)``, which yields a record per
+shape (:func:`fastadapt.bench.operation.measure` makes them), or ``{"left_out": reason}``. A module
+with tables of its own returns ``{"tables": {title: rows}, "notes": [...], "wrong": ...}`` instead,
+with ``"readme"``, the titles that the README shows (all if not given), and ``"records"`` if it
+wants to be in pictures and compared with earlier runs.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 from fastadapt.errors import InputError
 
-# Name to module; a module has `run(quick) -> {"tables": {title: rows}, "notes": [...]}`.
+# Name to whether it runs without a GPU, in the order of a whole run.
 BENCHMARKS = {
-    "cluster_attention": "fastadapt.bench.cluster_attention",
-    "cladapter": "fastadapt.bench.cladapter",
-    "deployment": "fastadapt.bench.deployment",
+    "cluster_attention": True,
+    "cladapter": True,
+    "quaternion_linear": True,
+    "prompt_learner": True,
+    "training": True,
+    "gdpl": True,
 }
+if importlib.util.find_spec(f"{__name__}.deployment"):
+    BENCHMARKS["deployment"] = False
+SCHEMA = 1
 
 
-def run(names: list[str], *, quick: bool = False, json_out: str | None = None) -> int:
+def run(
+    names: list[str],
+    *,
+    quick: bool = False,
+    json_out: str | Path | None = None,
+    compare: str | None = None,
+    threshold: float = 5.0,
+    plot: bool = False,
+    command: str = "fastadapt bench",
+) -> int:
     """Runs benchmarks by name (all, if none is named) and prints their tables.
 
     Args:
         names: keys of ``BENCHMARKS``.
         quick: fewer shapes.
-        json_out: write the results there, and as Markdown beside it.
+        json_out: write the results there after every shape, and at the end as Markdown beside it;
+            in a folder, the file is named after machine and commit.
+        compare: results to compare with: a file, or the commit of one under ``results/``.
+        threshold: in percent; a slowdown of ours beyond it, and beyond noise, is a failure.
+        plot: pictures beside ``json_out``.
+        command: noted in the results.
 
     Returns:
-        An exit code: 0, or 1 if a kernel's result was wrong.
+        An exit code: 0; or 1 if a result was wrong, a benchmark failed, or ours got slower.
 
     Raises:
-        InputError: no such benchmark.
+        InputError: no such benchmark, no such results, ``plot`` without ``json_out``.
     """
     for name in names:
         if name not in BENCHMARKS:
             known = ", ".join(BENCHMARKS)
             raise InputError(f"no benchmark is called {name!r}; there are {known}")
-    names = names or list(BENCHMARKS)
+    if plot and json_out is None:
+        raise InputError("--plot needs --json OUT: the pictures are written beside that file")
 
     import torch
 
-    if not torch.cuda.is_available():
-        print(f"Left out, since they need a CUDA GPU: {', '.join(names)}", file=sys.stderr)
-        return 0
-    from fastadapt.bench import harness
+    from fastadapt.bench import comparison, harness, report
 
-    results = {"environment": harness.environment(), "benchmarks": {}}
-    wrong = False
-    for name in names:
-        result = importlib.import_module(BENCHMARKS[name]).run(quick=quick)
-        wrong |= bool(result.get("wrong"))
-        results["benchmarks"][name] = result
-        for title, rows in result["tables"].items():
-            print(f"\n{name}: {title}\n\n{harness.markdown_table(rows)}", flush=True)
-    if json_out is not None:
-        harness.write_results(json_out, results)
-    return int(wrong)
+    before = None if compare is None else comparison.load(compare)
+    environment = harness.environment(command)
+    results: dict[str, Any] = {"schema": SCHEMA, "environment": environment, "benchmarks": {}}
+    path = None if json_out is None else report.result_path(Path(json_out), environment)
+    for name in names or list(BENCHMARKS):
+        if not (torch.cuda.is_available() or BENCHMARKS[name]):
+            _say(f"{name}: left out, it needs a CUDA GPU")
+            results["benchmarks"][name] = {"left_out": ["it needs a CUDA GPU"]}
+            continue
+        _run_one(name, quick, results, path)
+        for title, rows in report.tables(results["benchmarks"][name]).items():
+            print(f"\n{name}: {title}\n\n{report.markdown_table(rows)}\n", flush=True)
+    if not torch.cuda.is_available():
+        _say("left out, since they need a CUDA GPU: GPU time, peak memory, Triton, torch.compile")
+    if path is not None:
+        report.write_markdown(path, results)
+        _say(f"wrote {path}")
+    if plot:
+        from fastadapt.bench.plots import write_plots
+
+        for picture in write_plots(path, results):
+            _say(f"wrote {picture}")
+    bad = any(r.get("wrong") or r.get("failed") for r in results["benchmarks"].values())
+    if before is not None:
+        changes = comparison.changes(before, results)
+        print(comparison.as_text(changes, threshold))
+        bad |= comparison.worse(changes, threshold)
+    return int(bad)
+
+
+def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None) -> None:
+    """Runs one benchmark into ``results``; they are written after every shape."""
+    from fastadapt.bench import harness, report
+    from fastadapt.files import write_json
+
+    started = time.perf_counter()
+    result: dict[str, Any] = {}
+    results["benchmarks"][name] = result
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+        made = module.run(quick=quick)
+        if isinstance(made, dict):
+            result |= made
+        else:
+            result |= {"title": module.TITLE, "notes": [module.NOTES], "records": []}
+            for record in made:
+                if "left_out" in record:
+                    result.setdefault("left_out", []).append(record["left_out"])
+                    _say(f"{name}: left out, {record['left_out']}")
+                    continue
+                result["records"].append(record)
+                if record.get("wrong"):
+                    result.setdefault("wrong", []).append(record["shape"])
+                _say(f"{name}: {record['shape']}, {time.perf_counter() - started:.0f} s")
+                if path is not None:
+                    write_json(path, results)
+    except Exception as error:  # the other benchmarks' results are worth having
+        result["failed"] = report.one_line(error)
+        _say(f"{name}: FAILED, {result['failed']}")
+    harness.release()
+    if path is not None:
+        write_json(path, results)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

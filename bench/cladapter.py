@@ -2,70 +2,98 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from fastadapt.bench import cluster_attention as attention
 from fastadapt.bench import harness
-from fastadapt.bench.cluster_attention import CENTERS, DTYPE, RANK, SHAPES
+from fastadapt.bench.operation import BOTH, Case, Provider, measure, with_backend
+from fastadapt.kernels import cluster_attention_reference
 from fastadapt.layers.cladapter import CLAdapterBlock
 
-
-@contextmanager
-def _backend(name: str):
-    before = os.environ.get("FASTADAPT_BACKEND")
-    os.environ["FASTADAPT_BACKEND"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["FASTADAPT_BACKEND"]
-        else:
-            os.environ["FASTADAPT_BACKEND"] = before
+TITLE = "CLAdapter block: LayerNorms, cluster attention, MLP of ratio 4, residual"
+NOTES = (
+    "All providers share the block's weights; only the tokens are rotated. Eager and compiled have "
+    "the best formulation of cluster attention in PyTorch; “ours, compiled” is torch.compile over "
+    "the block with our kernels in it."
+)
+MLP_RATIO = 4
 
 
-def run(quick: bool = False) -> dict:
-    """Times every shape; see :func:`fastadapt.bench.run`."""
-    rows = []
-    for batch, tokens, width in SHAPES:
-        if quick and batch not in (1, 128):
-            continue
-        torch.manual_seed(0)
-        block = CLAdapterBlock(width, mlp_ratio=4.0, num_centers=CENTERS, rank=RANK)
-        block = block.to("cuda", DTYPE)
-        times = {}
-        torch.compiler.reset()
-        with _backend("reference"):
-            times["compiled"] = _times(torch.compile(block, dynamic=False), batch, tokens, width)
-        with _backend("triton"):
-            times["ours"] = _times(block, batch, tokens, width)
-        row = {"B × N × C": f"{batch} × {tokens} × {width}"}
-        for i, part in enumerate(("forward", "forward + backward")):
-            for provider in ("ours", "compiled"):
-                row[f"{provider}, {part}"] = f"{times[provider][i]:.0f}"
-            row[f"speedup, {part}"] = f"{times['compiled'][i] / times['ours'][i]:.2f}×"
-        rows.append(row)
-    title = "a block, depth 1, mlp_ratio 4, bf16, GPU µs (CUDA graph)"
-    return {"tables": {title: rows}}
-
-
-def _times(block, batch, tokens, width) -> tuple[float, float]:
-    sets = harness.input_sets(2 * batch * tokens * width, most=4)
-    shape = (batch, tokens, width)
-    inputs = [torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(sets)]
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    gradient = torch.randn(shape, device="cuda", dtype=DTYPE)
-    parameters = list(block.parameters())
-
-    def forward(x):
-        with torch.no_grad():
-            return block(x)
-
-    def both(x):
-        return torch.autograd.grad(block(x), [x, *parameters], gradient)
-
-    return (
-        harness.graph_time([lambda x=x: forward(x) for x in inputs], repeats=2),
-        harness.graph_time([lambda x=x: both(x) for x in leaves], repeats=1),
+def case(batch: int, tokens: int, width: int) -> Case:
+    """One shape with all that can run it here."""
+    torch.manual_seed(0)
+    block = CLAdapterBlock(
+        width, mlp_ratio=MLP_RATIO, num_centers=attention.CENTERS, rank=attention.RANK
     )
+    block = block.to(harness.device(), harness.dtype())
+    exact = copy.deepcopy(block).double()
+    weights = list(block.parameters())
+
+    def inputs(seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator(harness.device()).manual_seed(seed)
+        shape = (batch, tokens, width)
+        x = torch.randn(shape, generator=generator, device=harness.device())
+        return [x.to(harness.dtype()).requires_grad_()]
+
+    main = (batch, tokens, width) == next(iter(attention.SHAPES))
+    calls = {
+        "ours": block,
+        "eager": formulation(block, cluster_attention_reference),
+        "upstream": formulation(block, attention.upstream_formulation),
+    }
+    if torch.cuda.is_available():
+        calls["ours"] = with_backend("triton", block)
+        calls["compiled"] = torch.compile(calls["eager"], dynamic=False)
+        if main:  # compiling takes time
+            ours = torch.compile(block, dynamic=False)
+            calls["ours, compiled"] = with_backend("triton", ours)
+    speedups = {"forward": 1.25, BOTH: 1.2} if main else {"forward": 1, BOTH: 1}
+    return Case(
+        shape=f"{batch} × {tokens} × {width}",
+        dimensions="batch × tokens × channels",
+        size=batch * tokens * width,
+        inputs=inputs,
+        providers={name: Provider(call, weights) for name, call in calls.items()},
+        exact=Provider(formulation(exact, cluster_attention_reference), list(exact.parameters())),
+        work=work(batch, tokens, width),
+        names=("y", "dx", *(f"d{name}" for name, _ in block.named_parameters())),
+        speedups={part: (factor, "compiled") for part, factor in speedups.items()},
+    )
+
+
+def formulation(block: CLAdapterBlock, attend: Callable) -> Callable:
+    """The block in PyTorch's operations around a formulation of cluster attention."""
+    a = block.attn
+    weights = a.centers, a.transforms, a.down.weight, a.down.bias, a.up.weight, a.up.bias
+
+    def call(x):
+        x = attend(block.ln_1(x), *weights)
+        return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.ln_2(x))))
+
+    return call
+
+
+def work(batch: int, tokens: int, width: int) -> dict[str, tuple[float, float]]:
+    """FLOPs, and bytes at least: tokens in and out, the MLP's weights once."""
+    rows, size = batch * tokens, harness.dtype().itemsize
+    part = attention.work(batch, tokens, width)
+    weights = 2 * MLP_RATIO * width**2
+    forward, backward = part["forward"], part["backward"]
+    return {
+        "forward": (forward[0] + 2 * rows * weights, 2 * size * rows * width + size * weights),
+        "backward": (
+            backward[0] + 4 * rows * weights,
+            3 * size * rows * width + 2 * size * weights,
+        ),
+    }
+
+
+def run(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """Times every shape; see :func:`fastadapt.bench.run`."""
+    for shape in attention.shapes(quick):
+        yield measure(case(*shape))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import gc
 import os
-import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -15,20 +14,51 @@ from pathlib import Path
 
 import torch
 
-PEAK_FLOPS = 700e12  # a bf16 product on an H100, measured at 4096 to 8192
-PEAK_BYTES = 3e12  # a device copy, read and written
+from fastadapt.info import versions
+
+Call = Callable[[], object]
 
 
-def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 4, replays: int = 15) -> float:
-    """GPU time per call in µs: median over replays of a CUDA graph of all ``calls`` in turn.
+def device() -> torch.device:
+    """Where benchmarks run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    Give one call per set of inputs, and more bytes than the L2 cache holds over all of them:
-    a single buffer would measure the cache.
+
+def dtype() -> torch.dtype:
+    """What operations are timed in: bf16 on a GPU; fp32 on a CPU, few of which have bf16 units."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median, first and last decile of samples, which ``--compare`` takes as their noise."""
+    if len(times) < 2:
+        return dict.fromkeys(("median", "low", "high"), times[0])
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return {"median": statistics.median(times), "low": deciles[0], "high": deciles[-1]}
+
+
+def difference(whole: dict[str, float], part: dict[str, float]) -> dict[str, float]:
+    """The spread of ``whole − part``, as wide as both together."""
+    return {
+        "median": whole["median"] - part["median"],
+        "low": whole["low"] - part["high"],
+        "high": whole["high"] - part["low"],
+    }
+
+
+def graph_times(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> dict[str, float]:
+    """GPU time per call in µs, over replays of a CUDA graph of all ``calls`` in turn.
+
+    Give one call per set of inputs, and more bytes than the L2 cache holds over all of them
+    (:func:`input_sets`): a single buffer would measure the cache.
+
+    Returns:
+        See :func:`spread`; each replay is one sample.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(2):
             for call in calls:
                 call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -47,29 +77,68 @@ def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 4, replays:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1e3 / (repeats * len(calls))
+        times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
+    return spread(times)
 
 
-def wall_time(call: Callable[[], object], repeats: int = 50) -> float:
-    """Wall time of one eager call, launch to completion, in µs; median."""
-    for _ in range(5):
+def graph_time(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> float:
+    """The median of :func:`graph_times`."""
+    return graph_times(calls, repeats, replays)["median"]
+
+
+def wall_times(
+    call: Call, repeats: int = 50, seconds: float = 1.0, least: int = 5
+) -> dict[str, float]:
+    """Wall time of one eager call in µs, launch to completion.
+
+    Args:
+        repeats: samples at most.
+        seconds: begin no further sample after this time, once there are ``least``.
+
+    Returns:
+        See :func:`spread`.
+    """
+    for _ in range(3):
         call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
+    synchronize()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < repeats and (len(times) < least or time.perf_counter() - began < seconds):
         start = time.perf_counter()
         call()
+        synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return spread(times)
+
+
+def wall_time(call: Call, repeats: int = 50) -> float:
+    """The median of :func:`wall_times`."""
+    return wall_times(call, repeats)["median"]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
 
 
-def peak_memory(call: Callable[[], object]) -> float:
-    """MiB that one call allocates at most beyond what was there before."""
+def release() -> None:
+    """Gives back what earlier benchmarks held, so that it counts nowhere."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory(call: Call, *, total: bool = False) -> float | None:
+    """MiB on the GPU that one call needs at most; ``None`` without a GPU.
+
+    Args:
+        total: count what was there before (weights, inputs), too.
+    """
+    if not torch.cuda.is_available():
+        return None
     call()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = 0 if total else torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
@@ -77,70 +146,93 @@ def peak_memory(call: Callable[[], object]) -> float:
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+    """‖value − truth‖ / ‖truth‖."""
+    return float((value.to(truth.dtype) - truth).norm() / truth.norm().clamp_min(1e-300))
 
 
 def input_sets(bytes_per_set: int, most: int = 8) -> int:
-    """How many sets of inputs are worth four times an H100's L2 cache."""
-    return max(2, min(most, 200_000_000 // max(1, bytes_per_set)))
+    """How many sets of inputs are four times the L2 cache, 2 to ``most``; 2 without a GPU."""
+    if not torch.cuda.is_available():
+        return 2
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(most, -(-4 * cache // max(1, bytes_per_set))))
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """What this machine reaches, measured once: ``flops`` and ``bytes`` per second.
+
+    Bytes count reading and writing of a large copy; the matrix product is square and in
+    :func:`dtype`, the better of two sizes.
+    """
+    where = device()
+    large = where.type == "cuda"
+    count = 2**28 if large else 2**25
+    source, target = torch.rand(count, device=where), torch.empty(count, device=where)
+    copied = _device_time(lambda: target.copy_(source))
+    rates = []
+    for n in (4096, 8192) if large else (512, 1024):
+        a, b = (torch.randn(n, n, device=where).to(dtype()) for _ in range(2))
+        rates.append(2 * n**3 / _device_time(lambda a=a, b=b: a @ b))
+    return {"flops": max(rates) * 1e6, "bytes": 8 * count / copied * 1e6}
+
+
+def _device_time(call: Call) -> float:
+    """Median in µs, on a GPU without the launch."""
+    times = graph_times([call]) if torch.cuda.is_available() else wall_times(call, 20)
+    return times["median"]
 
 
 def floor(flops: float, moved: float) -> float:
-    """The larger of the times for the operations and for the bytes, in µs."""
-    return max(flops / PEAK_FLOPS, moved / PEAK_BYTES) * 1e6
+    """The larger of the times for the operations and for the bytes at :func:`ceilings`, in µs."""
+    limit = ceilings()
+    return max(flops / limit["flops"], moved / limit["bytes"]) * 1e6
 
 
-def environment() -> dict:
-    """Commit, GPU and versions: what a result is worth nothing without."""
+def environment(command: str) -> dict:
+    """Commit, machine, versions: what a result is worth nothing without.
+
+    Measures :func:`ceilings` first, so that the clocks are those of a busy GPU.
+    """
+    limit = ceilings()
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["fastadapt bench", *sys.argv[1:]]),
+        "command": command,
         "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "gpu": None,
+        "copy, TB/s": round(limit["bytes"] / 1e12, 3),
+        "matrix product, TFLOP/s": round(limit["flops"] / 1e12, 1),
+        "dtype": str(dtype()).removeprefix("torch."),
+        "versions": versions(),
     }
-    try:
-        import triton
-
-        result["triton"] = triton.__version__
-    except ImportError:
-        result["triton"] = None
     if torch.cuda.is_available():
         result["gpu"] = torch.cuda.get_device_name()
         result["cuda"] = torch.version.cuda
+        result |= _gpu_state()
+    else:
+        result["threads"] = torch.get_num_threads()
     return result
+
+
+def _gpu_state() -> dict[str, str]:
+    """Driver and clocks as the driver's own tool tells them; nothing where it is missing."""
+    keys = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", "--id=0"]
+    values = _output(command)
+    return dict(zip(keys, values.split(", "), strict=False)) if values else {}
 
 
 def _commit() -> str | None:
     if "FASTADAPT_COMMIT" in os.environ:  # a copy without its repository
         return os.environ["FASTADAPT_COMMIT"]
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    folder = str(Path(__file__).parent)
+    return _output(["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"])
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; ``None`` if it cannot run or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """Rows of one shape of keys as a Markdown table."""
-    heads = list(rows[0])
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for row in rows:
-        cells = [row.get(head) for head in heads]
-        lines.append("| " + " | ".join("–" if c is None else str(c) for c in cells) + " |")
-    return "\n".join(lines)
-
-
-def write_results(path: str, results: dict) -> None:
-    """``results`` as JSON, and its tables as Markdown beside it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=1) + "\n")
-    parts = ["# Benchmark results", ""]
-    parts += [f"- {key}: {value}" for key, value in results["environment"].items()]
-    for name, result in results["benchmarks"].items():
-        for title, rows in result["tables"].items():
-            parts += ["", f"## {name}: {title}", "", markdown_table(rows)]
-        parts += ["", *result.get("notes", [])]
-    target.with_suffix(".md").write_text("\n".join(parts).rstrip() + "\n")

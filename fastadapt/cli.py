@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,13 +52,32 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
     json: Annotated[
-        Path | None, typer.Option(help="Write the results here, and as Markdown beside it.")
+        Path | None,
+        typer.Option(help="Write the results to this file or folder, and as Markdown beside it."),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|COMMIT", help="Say what got faster or slower since then."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, help="Slower than --compare by more percent: exit code 1.")
+    ] = 5.0,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw pictures beside --json.")] = False,
 ) -> None:
-    """Time the kernels beside PyTorch's own operations, on a GPU."""
+    """Time operations, training and deployment beside PyTorch's own and the papers' code."""
     from fastadapt.bench import run
 
-    raise typer.Exit(run(names or [], quick=quick, json_out=None if json is None else str(json)))
+    raise typer.Exit(
+        run(
+            names or [],
+            quick=quick,
+            json_out=json,
+            compare=compare,
+            threshold=threshold,
+            plot=plot,
+            command=shlex.join(["fastadapt", *sys.argv[1:]]),
+        )
+    )
 
 
 @app.command()

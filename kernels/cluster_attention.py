@@ -23,13 +23,6 @@ from fastadapt.kernels.dispatch import (
     without_autocast,
 )
 
-# Whether "auto" takes the kernels. They are fast, and pass a grid of shapes on an H100; but their
-# random campaign there found wrong results (NaN in fp16 with 128 centers and 11 to 15 samples, the
-# gradient of down_weight 1 to 2 % off for 63 channels, fp32 gradients of centers and transforms
-# beyond twice PyTorch's error), and what was changed since has not run on a GPU. Until
-# `pytest tests/test_cluster_attention.py -k gpu` passes whole, they run only where asked for.
-PROVEN = False
-
 
 def center_attention(x: Tensor, centers: Tensor) -> Tensor:
     """How much of each center a sample takes: cosine to its mean token, softmax over centers.
@@ -93,9 +86,11 @@ def cluster_attention(
 
     In half precision the Triton backend fuses the products of channel mode; in fp32 and in token
     mode they are PyTorch's (TF32 where PyTorch allows it) and attention and mixing are Triton's.
-    For the backward it saves, beside the arguments, the down-projected tokens [B, N, R] (channel
-    mode), the mixed transforms [B, R, R] and fp32 vectors of B·(C + 2K) numbers. Only gradients
-    that are asked for are computed. There is no second derivative.
+    For the backward it saves, beside the arguments, in channel mode the tokens after the down
+    projection and, if ``up_weight`` needs a gradient, after T_b (2 × [B, N, R]; the second costs
+    less to keep than to compute again), the mixed transforms [B, R, R] and fp32 vectors of
+    B·(C + 2K) numbers. Only gradients that are asked for are computed. There is no second
+    derivative.
 
     Args:
         x: [B, N, C] tokens; fp64, fp32, bf16 or fp16. Any strides.
@@ -105,8 +100,8 @@ def cluster_attention(
         down_bias: [R] or ``None``.
         up_weight: [C, R].
         up_bias: [C] or ``None``.
-        backend: ``"auto"`` (the reference, until the kernels are proven: see ``PROVEN``),
-            ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
+            (an error that names the reason where it can't) or ``"reference"``.
 
     Returns:
         [B, N, C] in ``x``'s dtype; under autocast in autocast's.
@@ -119,8 +114,7 @@ def cluster_attention(
     """
     _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     why_not = _why_not_triton(x, centers, transforms, down_weight)
-    chosen = choose_backend(backend, why_not, by_default=PROVEN)
-    if chosen == "reference":
+    if choose_backend(backend, why_not) == "reference":
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
@@ -130,11 +124,13 @@ def cluster_attention(
         down_weight = down_weight.to(dtype)
         up_weight = up_weight.to(dtype)
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        return _forward_op(*args)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        save_z = training and up_weight is not None and up_weight.requires_grad
+        return _forward_op(*args, save_z)[0]
+    if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
-    return _forward(*args)[0]
+    return _forward(*args, save_z=False)[0]
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
@@ -148,9 +144,9 @@ def _launch():
     return cluster_attention_launch
 
 
-def _forward(x, *rest) -> tuple[Tensor, ...]:
+def _forward(x, *rest, save_z) -> tuple[Tensor, ...]:
     with on_device(x), without_autocast(x):
-        y, saved = _launch().forward(x, *rest)
+        y, saved = _launch().forward(x, *rest, save_z=save_z)
     return (y, *saved)
 
 
@@ -163,16 +159,16 @@ def _backward(g, needs, args, saved: list[Tensor]):
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        y, *saved = _forward(*args)
+        y, *saved = _forward(*args, save_z=ctx.needs_input_grad[5])
         ctx.save_for_backward(*args, *saved)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        *args, h, mixed, state = ctx.saved_tensors
-        saved = [h, mixed, state]
-        del h, mixed, state
+        *args, h, mixed, state, z = ctx.saved_tensors
+        saved = [h, mixed, state, z]
+        del h, mixed, state, z
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         return _backward(g, ctx.needs_input_grad, args, saved)
 
@@ -186,12 +182,14 @@ def _forward_op(
     down_bias: Tensor | None,
     up_weight: Tensor | None,
     up_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    save_z: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    return _forward(*args, save_z=save_z)
 
 
 @_forward_op.register_fake
-def _(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+def _(x, centers, transforms, down_weight, down_bias, up_weight, up_bias, save_z):
     b, n, c = x.shape
     k = centers.shape[1]
     m = transforms.shape[1]
@@ -201,7 +199,8 @@ def _(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
             m = (m + 7) // 8 * 8  # the kernels' padding
         h = x.new_empty(b * n, m)
     state = x.new_empty(b * (2 * k + c + 1) + k, dtype=torch.float32)
-    return x.new_empty(b, n, c), h, x.new_empty(b, m, m), state
+    z = torch.empty_like(h) if save_z else x.new_empty(0)
+    return x.new_empty(b, n, c), h, x.new_empty(b, m, m), state, z
 
 
 @torch.library.custom_op("fastadapt::cluster_attention_backward", mutates_args=())
@@ -231,14 +230,14 @@ def _(g, needs, x, centers, transforms, down_weight, down_bias, up_weight, up_bi
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*inputs[:-1], *output[1:])
 
 
 def _op_backward(ctx, g, *_):
-    *args, h, mixed, state = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad)
-    grads = iter(_backward_op(g, needs, *args, [h, mixed, state]))
-    return tuple(next(grads) if need else None for need in needs)
+    *args, h, mixed, state, z = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:-1])
+    grads = iter(_backward_op(g, needs, *args, [h, mixed, state, z]))
+    return (*(next(grads) if need else None for need in needs), None)
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -1,12 +1,18 @@
-"""The `transform` kernel of cluster attention for Hopper, with warps that specialise.
+"""The two large kernels of cluster attention for Hopper.
 
-One warp copies, two groups of four warps multiply, each its own 64 rows. The copying warp runs
-ahead through a ring of weight tiles, from T_b into the up projection and into the next row tile,
-so that the groups never start a phase with empty hands, and while one group stores its output the
-other keeps the tensor cores busy. The plain kernel computes the same for every other case.
+One to three groups of four warps, each with 64 rows of its own, share a ring of weight tiles. The
+first group refills it ahead of all, so that none starts a phase with empty hands, and they run free
+of each other otherwise: while one stores its output, the others keep the tensor cores busy. The
+plain kernels compute the same for every other case.
+
+All tiles are 64 columns wide. A program handles one tile of rows from its first copy to its last
+store; the launcher chooses as many groups as make the fewest waves. There is no warp that only
+copies: with it a third group would leave every thread 128 registers, fewer than its sums take.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,809 +39,472 @@ def _accumulator_layout(cols):
 
 
 @gluon.jit
-def _tile_rows(tile, full_tiles):
-    """First row of a tile, and whether the groups have 64 rows each or share 64."""
-    full = tile < full_tiles
-    row = gl.where(full, tile * 128, full_tiles * 64 + tile * 64)
-    return row, full
+def _barriers(v: gl.constexpr):
+    """For each slot of the ring: it is full; every group is through with it."""
+    full = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(gl.constexpr(v.stages)):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=v.groups)
+    return full, empty
 
 
 @gluon.jit
-def _copy(
-    h_desc,
-    t_desc,
-    w_desc,
-    h_smem,
-    ring,
-    h_full,
-    h_empty,
-    full_bars,
-    empty_bars,
-    rows,
-    tokens,
-    width,
-    tiles,
-    full_tiles,
-    MIX: gl.constexpr,
-    W_TRANSPOSED: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-    BC: gl.constexpr,
-):
-    """The copying warp: h of a row tile once, then T_b of its samples, then the up weight."""
-    slot = 0
-    phase = 1  # of a fresh barrier: nothing to wait for
-    h_phase = 1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, full = _tile_rows(tile, full_tiles)
-        mbarrier.wait(h_empty, h_phase)
-        h_phase ^= 1
-        mbarrier.expect(h_full, 128 * BR * 2)
-        _load(h_desc, [row, 0], h_full, h_smem.index(0))
-        _load(h_desc, [gl.where(full, row + 64, row), 0], h_full, h_smem.index(1))
-        if MIX:
-            end = gl.minimum(gl.where(full, row + 128, row + 64), rows) - 1
-            for sample in range(row // tokens, end // tokens + 1):
-                for n in gl.static_range(BR // BC):
-                    mbarrier.wait(empty_bars.index(slot), phase)
-                    mbarrier.expect(full_bars.index(slot), BC * BR * 2)
-                    _load(t_desc, [sample * BR, n * BC], full_bars.index(slot), ring.index(slot))
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
-        for c in range(0, width, BC):
-            mbarrier.wait(empty_bars.index(slot), phase)
-            mbarrier.expect(full_bars.index(slot), BC * BR * 2)
-            if W_TRANSPOSED:
-                _load(w_desc, [0, c], full_bars.index(slot), ring.index(slot))
-            else:
-                w = _view(ring.index(slot), w_desc.dtype, [BC, BR], w_desc.layout)
-                _load(w_desc, [c, 0], full_bars.index(slot), w)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+def _wait(bars, i, v: gl.constexpr):
+    """Until the barrier of item i's slot was passed for item i."""
+    mbarrier.wait(bars.index(i % v.stages), (i // v.stages) & 1)
 
 
 @gluon.jit
-def _multiply(
-    group: gl.constexpr,
-    w_desc,
-    y_desc,
-    bias_ptr,
-    h_smem,
-    y_smem,
-    ring,
-    h_full,
-    h_empty,
-    full_bars,
-    empty_bars,
-    rows,
-    tokens,
-    width,
-    tiles,
-    full_tiles,
-    MIX: gl.constexpr,
-    W_TRANSPOSED: gl.constexpr,
-    BIAS: gl.constexpr,
-    ROW_BIAS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-    BC: gl.constexpr,
-):
-    """One group of four warps: z = h @ T_b for 64 rows, kept in registers, then y = z @ w."""
-    dtype: gl.constexpr = y_desc.dtype
-    layout: gl.constexpr = _accumulator_layout(BC)
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    o_c = gl.arange(0, BC, layout=gl.SliceLayout(0, layout))
-    zeros = gl.zeros([64, BC], gl.float32, layout)
-    slot = 0
-    phase = 0
-    h_phase = 0
-    buffer = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        tile_row, full = _tile_rows(tile, full_tiles)
-        row = gl.where(full, tile_row + group * 64, tile_row)
-        first = row // tokens
-        last = (gl.minimum(row + 64, rows) - 1) // tokens
-        h = h_smem.index(group)
-        mbarrier.wait(h_full, h_phase)
-        h_phase ^= 1
-        if MIX:
-            end = gl.minimum(gl.where(full, tile_row + 128, tile_row + 64), rows) - 1
-            z0 = gl.zeros([64, BC], dtype, a_layout)
-            z1 = z0
-            z2 = z0
-            z3 = z0
-            for sample in range(tile_row // tokens, end // tokens + 1):
-                mine = (sample >= first) & (sample <= last)
-                # Rows of other samples meet the wrong transform here: keep those of this one.
-                keep = ((row + o_m) // tokens == sample)[:, None]
-                for n in gl.static_range(BR // BC):
-                    mbarrier.wait(full_bars.index(slot), phase)
-                    if mine:
-                        acc = warpgroup_mma(h, ring.index(slot), zeros, use_acc=False)
-                        if n == 0:
-                            z0 = _select(keep, acc, z0, layout)
-                        if n == 1:
-                            z1 = _select(keep, acc, z1, layout)
-                        if n == 2:
-                            z2 = _select(keep, acc, z2, layout)
-                        if n == 3:
-                            z3 = _select(keep, acc, z3, layout)
-                    mbarrier.arrive(empty_bars.index(slot), count=1)
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
-            mbarrier.arrive(h_empty, count=1)
+def _store_tile(t, row, col, desc, smem, PENDING: gl.constexpr):
+    """Stores t through smem, of which ``PENDING`` other stores may not have been read yet."""
+    tma.store_wait(PENDING)
+    smem.store(t)
+    fence_async_shared()
+    _store(desc, [row, col], smem)
+
+
+@gluon.jit
+def _halves(t):
+    """The left and the right half of t's columns: no data moves, they lie in registers."""
+    COLS: gl.constexpr = t.type.shape[1]
+    return t.reshape([64, 2, COLS // 2]).permute((0, 2, 1)).split()
+
+
+@dataclass(frozen=True)
+class Project:
+    """A variant of ``project_kernel``."""
+
+    rank: int  # 64, 128 or 256
+    groups: int
+    stages: int  # of the ring; at least rank / 64, at most 3 of them
+    slots: int  # samples that 64 rows may belong to: 8 or 16
+    transposed: bool  # the weight is [C, R]
+    bias: bool
+    sums: bool
+    mix: bool  # also out @ T_bᵀ
+    mixed_sums: bool
+
+
+@gluon.jit
+def _fill_project(i, args, v: gl.constexpr):
+    """Starts the copies of item i: a tile of x and of the weight, then tiles of T_b."""
+    x_desc, w_desc, t_desc = args[0], args[1], args[2]
+    x_ring, w_ring, full_bars = args[3], args[4], args[5]
+    steps, samples, first, row = args[6], args[7], args[8], args[9]
+    slot = i % v.stages
+    full = full_bars.index(slot)
+    if i < steps:
+        mbarrier.expect(full, (64 * v.groups + v.rank) * 64 * 2)
+        for group in gl.static_range(gl.constexpr(v.groups)):
+            _load(x_desc, [row + 64 * group, i * 64], full, x_ring.index(v.groups * slot + group))
+        if v.transposed:
+            _load(w_desc, [i * 64, 0], full, w_ring.index(slot))
         else:
-            a = h.load(gl.DotOperandLayout(0, layout, 2))
-            mbarrier.arrive(h_empty, count=1)
-        prev = zeros
-        prev_c = -1
-        for c in range(0, width, BC):
-            mbarrier.wait(full_bars.index(slot), phase)
-            if full | ((c // BC) % 2 == group):
-                w = ring.index(slot)
-                if not W_TRANSPOSED:
-                    w = _view(w, dtype, [BC, BR], w_desc.layout).permute((1, 0))
-                if MIX:
-                    acc = warpgroup_mma(z0, w.slice(0, BC), zeros, use_acc=False, is_async=True)
-                    if BR > BC:
-                        acc = warpgroup_mma(z1, w.slice(BC, BC), acc, is_async=True)
-                    if BR > 2 * BC:
-                        acc = warpgroup_mma(z2, w.slice(2 * BC, BC), acc, is_async=True)
-                        acc = warpgroup_mma(z3, w.slice(3 * BC, BC), acc, is_async=True)
-                else:
-                    acc = warpgroup_mma(a, w, zeros, use_acc=False, is_async=True)
-                # While the tensor cores work on this tile, store the one before.
-                if prev_c >= 0:
-                    _store_tile(
-                        prev,
-                        prev_c,
-                        row,
-                        rows,
-                        tokens,
-                        width,
-                        first,
-                        last,
-                        y_desc,
-                        bias_ptr,
-                        y_smem.index(group * 2 + buffer),
-                        o_m,
-                        o_c,
-                        BIAS,
-                        ROW_BIAS,
-                    )
-                    buffer ^= 1
-                prev = warpgroup_mma_wait(0, [acc])
-                prev_c = c
-            mbarrier.arrive(empty_bars.index(slot), count=1)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-        if prev_c >= 0:
-            _store_tile(
-                prev,
-                prev_c,
-                row,
-                rows,
-                tokens,
-                width,
-                first,
-                last,
-                y_desc,
-                bias_ptr,
-                y_smem.index(group * 2 + buffer),
-                o_m,
-                o_c,
-                BIAS,
-                ROW_BIAS,
-            )
-            buffer ^= 1
-    tma.store_wait(0)
+            _load(w_desc, [0, i * 64], full, w_ring.index(slot))
+    elif v.mix:
+        n = (i - steps) // samples
+        sample = first + (i - steps) % samples
+        mbarrier.expect(full, v.rank * 64 * 2)
+        _load(t_desc, [sample * v.rank + n * 64, 0], full, w_ring.index(slot))
 
 
 @gluon.jit
-def _select(keep, acc, z, layout: gl.constexpr):
-    old = gl.convert_layout(z, layout)
-    return gl.convert_layout(gl.where(keep, acc.to(z.dtype), old), z.type.layout)
+def _refill_project(i, group: gl.constexpr, items, empty_bars, fill, v: gl.constexpr):
+    """The first group refills the slot of item i once all groups are through with it."""
+    if group == 0 and i >= 0 and i + v.stages < items:
+        _wait(empty_bars, i, v)
+        _fill_project(i + v.stages, fill, v)
 
 
 @gluon.jit
-def _store_tile(
-    y,
-    c,
-    row,
-    rows,
-    tokens,
-    width,
-    first,
-    last,
-    y_desc,
-    bias_ptr,
-    smem,
-    o_m,
-    o_c,
-    BIAS: gl.constexpr,
-    ROW_BIAS: gl.constexpr,
-):
-    if BIAS:
-        m_c = c + o_c < width
-        y += gl.load(bias_ptr + c + o_c, mask=m_c, other=0.0).to(gl.float32)[None, :]
-    if ROW_BIAS:
-        m_c = c + o_c < width
-        samples = rows // tokens
-        if last - first < 2:
-            p_first = bias_ptr + gl.cast(first, gl.int64) * width + c + o_c
-            b_first = gl.load(p_first, mask=m_c & (first < samples), other=0.0)
-            p_last = bias_ptr + gl.cast(last, gl.int64) * width + c + o_c
-            b_last = gl.load(p_last, mask=m_c & (last < samples), other=0.0)
-            in_first = ((row + o_m) // tokens == first)[:, None]
-            y += gl.where(in_first, b_first[None, :], b_last[None, :])
-        else:
-            sample = gl.minimum((row + o_m) // tokens, samples - 1)
-            p = bias_ptr + (sample.to(gl.int64) * width)[:, None] + (c + o_c)[None, :]
-            y += gl.load(p, mask=m_c[None, :], other=0.0)
-    tma.store_wait(1)  # the other buffer may still be on its way, this one is free
-    smem.store(y.to(y_desc.dtype))
-    fence_async_shared()
-    _store(y_desc, [row, c], smem)
-
-
-@gluon.jit
-def transform_kernel(
-    h_desc,  # [rows, R], blocks of [64, BR]
-    t_desc,  # [B·R, R], blocks of [BR, BC]; unused without MIX
-    w_desc,  # [C, R], blocks of [BC, BR], or transposed [R, C], blocks of [BR, BC]
-    y_desc,  # [rows, C], blocks of [64, BC]
-    bias_ptr,  # [C], or with ROW_BIAS [B, C] fp32
-    rows,
-    tokens,
-    width,
-    tiles,
-    full_tiles,
-    MIX: gl.constexpr,
-    W_TRANSPOSED: gl.constexpr,
-    BIAS: gl.constexpr,
-    ROW_BIAS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-    BC: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    dtype: gl.constexpr = h_desc.dtype
-    h_smem = gl.allocate_shared_memory(dtype, [2, 64, BR], h_desc.layout)
-    ring = gl.allocate_shared_memory(dtype, [STAGES, BR, BC], t_desc.layout)
-    y_smem = gl.allocate_shared_memory(dtype, [4, 64, BC], y_desc.layout)
-    h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    h_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(h_full, count=1)
-    mbarrier.init(h_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(i), count=1)
-        mbarrier.init(empty_bars.index(i), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _multiply,
-                (
-                    0,
-                    w_desc,
-                    y_desc,
-                    bias_ptr,
-                    h_smem,
-                    y_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    width,
-                    tiles,
-                    full_tiles,
-                    MIX,
-                    W_TRANSPOSED,
-                    BIAS,
-                    ROW_BIAS,
-                    STAGES,
-                    BR,
-                    BC,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    1,
-                    w_desc,
-                    y_desc,
-                    bias_ptr,
-                    h_smem,
-                    y_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    width,
-                    tiles,
-                    full_tiles,
-                    MIX,
-                    W_TRANSPOSED,
-                    BIAS,
-                    ROW_BIAS,
-                    STAGES,
-                    BR,
-                    BC,
-                ),
-            ),
-            (
-                _copy,
-                (
-                    h_desc,
-                    t_desc,
-                    w_desc,
-                    h_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    width,
-                    tiles,
-                    full_tiles,
-                    MIX,
-                    W_TRANSPOSED,
-                    STAGES,
-                    BR,
-                    BC,
-                ),
-            ),
-        ],
-        [4, 1],
-        [232, 40],
-    )
-
-
-@gluon.jit
-def _copy_mix(
-    h_desc,
-    t_desc,
-    h_smem,
-    ring,
-    h_full,
-    h_empty,
-    full_bars,
-    empty_bars,
-    rows,
-    tokens,
-    tiles,
-    TRANSPOSED: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-):
-    slot = 0
-    phase = 1
-    h_phase = 1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row = tile * 128
-        mbarrier.wait(h_empty, h_phase)
-        h_phase ^= 1
-        mbarrier.expect(h_full, 128 * BR * 2)
-        _load(h_desc, [row, 0], h_full, h_smem.index(0))
-        _load(h_desc, [row + 64, 0], h_full, h_smem.index(1))
-        end = gl.minimum(row + 128, rows) - 1
-        for n in range(0, BR, 64):
-            for sample in range(row // tokens, end // tokens + 1):
-                full = full_bars.index(slot)
-                mbarrier.wait(empty_bars.index(slot), phase)
-                mbarrier.expect(full, 64 * BR * 2)
-                if TRANSPOSED:
-                    _load(t_desc, [sample * BR + n, 0], full, ring.index(slot))
-                else:
-                    _load(t_desc, [sample * BR, n], full, ring.index(slot))
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
-
-
-@gluon.jit
-def _multiply_mix(
-    group: gl.constexpr,
-    z_desc,
-    sums_ptr,
-    h_smem,
-    z_smem,
-    ring,
-    h_full,
-    h_empty,
-    full_bars,
-    empty_bars,
-    rows,
-    tokens,
-    tiles,
-    TRANSPOSED: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-):
-    layout: gl.constexpr = _accumulator_layout(64)
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    zeros = gl.zeros([64, 64], gl.float32, layout)
-    slot = 0
-    phase = 0
-    h_phase = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row = tile * 128 + group * 64
-        first = row // tokens
-        last = (gl.minimum(row + 64, rows) - 1) // tokens
-        tile_last = (gl.minimum(tile * 128 + 128, rows) - 1) // tokens
-        mbarrier.wait(h_full, h_phase)
-        h_phase ^= 1
-        h = h_smem.index(group).load(gl.DotOperandLayout(0, layout, 2))
-        mbarrier.arrive(h_empty, count=1)
-        for n in range(0, BR, 64):
-            z = zeros
-            for sample in range(tile * 128 // tokens, tile_last + 1):
-                mbarrier.wait(full_bars.index(slot), phase)
-                if (sample >= first) & (sample <= last):
-                    t = ring.index(slot)
-                    if TRANSPOSED:
-                        t = t.permute((1, 0))
-                    acc = warpgroup_mma(h, t, zeros, use_acc=False)
-                    z = gl.where(((row + o_m) // tokens == sample)[:, None], acc, z)
-                mbarrier.arrive(empty_bars.index(slot), count=1)
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
-            if SUMS:
-                unit = gl.cast(tile * 2 + group, gl.int64)
-                gl.store(sums_ptr + unit * BR + n + o_n, gl.sum(z, 0))
-            tma.store_wait(0)
-            z_smem.index(group).store(z.to(z_desc.dtype))
-            fence_async_shared()
-            _store(z_desc, [row, n], z_smem.index(group))
-    tma.store_wait(0)
-
-
-@gluon.jit
-def mix_rows_kernel(
-    h_desc,  # [rows, R], blocks of [64, BR]
-    t_desc,  # [B·R, R], blocks of [BR, 64], or for T_bᵀ of [64, BR]
-    z_desc,  # [rows, R], blocks of [64, 64]: h @ T_b or h @ T_bᵀ; may be h itself
-    sums_ptr,  # [2 * tiles, R] fp32: column sums of z
-    rows,
-    tokens,
-    tiles,
-    TRANSPOSED: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    """The first half of `transform` alone, as the backward needs it."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    dtype: gl.constexpr = t_desc.dtype
-    h_smem = gl.allocate_shared_memory(dtype, [2, 64, BR], h_desc.layout)
-    ring = gl.allocate_shared_memory(dtype, [STAGES] + t_desc.block_type.shape, t_desc.layout)  # noqa: RUF005
-    z_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], z_desc.layout)
-    h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    h_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(h_full, count=1)
-    mbarrier.init(h_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(i), count=1)
-        mbarrier.init(empty_bars.index(i), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _multiply_mix,
-                (
-                    0,
-                    z_desc,
-                    sums_ptr,
-                    h_smem,
-                    z_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    tiles,
-                    TRANSPOSED,
-                    SUMS,
-                    STAGES,
-                    BR,
-                ),
-            ),
-            (
-                _multiply_mix,
-                (
-                    1,
-                    z_desc,
-                    sums_ptr,
-                    h_smem,
-                    z_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    tiles,
-                    TRANSPOSED,
-                    SUMS,
-                    STAGES,
-                    BR,
-                ),
-            ),
-            (
-                _copy_mix,
-                (
-                    h_desc,
-                    t_desc,
-                    h_smem,
-                    ring,
-                    h_full,
-                    h_empty,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    tokens,
-                    tiles,
-                    TRANSPOSED,
-                    STAGES,
-                    BR,
-                ),
-            ),
-        ],
-        [4, 1],
-        [232, 40],
-    )
-
-
-@gluon.jit
-def _copy_rows(
-    x_desc,
-    w_desc,
-    x_ring,
-    w_ring,
-    full_bars,
-    empty_bars,
-    width,
-    tiles,
-    TRANSPOSED: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-):
-    slot = 0
-    phase = 1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for k in range(0, width, 64):
-            full = full_bars.index(slot)
-            mbarrier.wait(empty_bars.index(slot), phase)
-            mbarrier.expect(full, (128 + BR) * 64 * 2)
-            _load(x_desc, [tile * 128, k], full, x_ring.index(2 * slot))
-            _load(x_desc, [tile * 128 + 64, k], full, x_ring.index(2 * slot + 1))
-            if TRANSPOSED:
-                _load(w_desc, [k, 0], full, w_ring.index(slot))
-            else:
-                _load(w_desc, [0, k], full, w_ring.index(slot))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-
-
-@gluon.jit
-def _multiply_rows(
-    group: gl.constexpr,
-    out_desc,
-    bias_ptr,
-    sums_ptr,
-    x_ring,
-    w_ring,
-    hot_smem,
-    out_smem,
-    full_bars,
-    empty_bars,
-    rows,
-    width,
-    rank,
-    tokens,
-    slots,
-    tiles,
-    TRANSPOSED: gl.constexpr,
-    BIAS: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
-):
+def _project_group(group: gl.constexpr, args, fill, v: gl.constexpr):
+    out_desc, mixed_desc = args[0], args[1]
+    bias_ptr, sums_ptr, mixed_sums_ptr = args[2], args[3], args[4]
+    x_ring, w_ring, hot_smem, full_bars, empty_bars = args[5], args[6], args[7], args[8], args[9]
+    rows, width, tokens, slots, mix_tokens = args[10], args[11], args[12], args[13], args[14]
+    steps, items, samples, first_sample = args[15], args[16], args[17], args[18]
     dtype: gl.constexpr = out_desc.dtype
+    BR: gl.constexpr = v.rank
+    BS: gl.constexpr = v.slots
     layout: gl.constexpr = _accumulator_layout(BR)
-    s_layout: gl.constexpr = _accumulator_layout(16)
-    o_r = gl.arange(0, BR, layout=gl.SliceLayout(0, layout))
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-    o_s = gl.arange(0, 16, layout=gl.SliceLayout(0, s_layout))
-    no_sums = gl.zeros([64, 16], gl.float32, s_layout)
-    slot = 0
-    phase = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row = tile * 128 + group * 64
+    s_layout: gl.constexpr = _accumulator_layout(BS)
+    hot_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    unit = gl.program_id(0) * v.groups + group
+    row = unit * 64
+    if group == 0:
+        for i in gl.static_range(gl.constexpr(v.stages)):
+            if i < items:
+                _fill_project(i, fill, v)
+    if v.sums:
+        # Summing rows is a product with the one-hot matrix "row belongs to the s-th sample".
         first = row // tokens
         present = (gl.minimum(row + 64, rows) - 1) // tokens - first + 1
-        if SUMS:
-            hot = ((row + o_m) // tokens - first)[:, None] == o_s[None, :]
-            hot_smem.index(group).store(hot.to(dtype))
-            fence_async_shared()
-            unit = gl.cast(tile * 2 + group, gl.int64)
-            p_sums = sums_ptr + unit * slots * width + o_m[:, None] + (o_s * width)[None, :]
-        acc = gl.zeros([64, BR], gl.float32, layout)
-        for k in range(0, width, 64):
-            mbarrier.wait(full_bars.index(slot), phase)
-            x = x_ring.index(2 * slot + group)
-            w = w_ring.index(slot)
-            if not TRANSPOSED:
-                w = w.permute((1, 0))
-            acc = warpgroup_mma(x, w, acc, is_async=True)
-            if SUMS:
-                sums = warpgroup_mma(
-                    x.permute((1, 0)), hot_smem.index(group), no_sums, use_acc=False, is_async=True
-                )
-                acc, sums = warpgroup_mma_wait(0, [acc, sums])
-            else:
-                acc = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(empty_bars.index(slot), count=1)
-            if SUMS:
-                m_sums = (k + o_m < width)[:, None] & (o_s < present)[None, :]
-                gl.store(p_sums + k, sums, mask=m_sums)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-        if BIAS:
-            acc += gl.load(bias_ptr + o_r, mask=o_r < rank, other=0.0).to(gl.float32)[None, :]
-        tma.store_wait(0)
-        out_smem.index(group).store(acc.to(dtype))
+        o_h = gl.arange(0, 64, layout=gl.SliceLayout(0, hot_layout))
+        o_t = gl.arange(0, BS, layout=gl.SliceLayout(1, hot_layout))
+        hot = o_t[:, None] == ((row + o_h) // tokens - first)[None, :]
+        hot_smem.index(group).store(hot.to(dtype))
         fence_async_shared()
-        _store(out_desc, [row, 0], out_smem.index(group))
+        hot_t = hot_smem.index(group).permute((1, 0))
+        o_c = gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+        o_s = gl.arange(0, BS, layout=gl.SliceLayout(0, s_layout))
+        p_sums = sums_ptr + gl.cast(unit, gl.int64) * slots * width
+        o_sums = o_c[:, None] + (o_s * width)[None, :]
+        no_sums = gl.zeros([64, BS], gl.float32, s_layout)
+    acc = gl.zeros([64, BR], gl.float32, layout)
+    for i in range(steps):
+        _wait(full_bars, i, v)
+        x = x_ring.index(v.groups * (i % v.stages) + group)
+        w = w_ring.index(i % v.stages)
+        if not v.transposed:
+            w = w.permute((1, 0))
+        if v.sums:
+            sums = warpgroup_mma(x.permute((1, 0)), hot_t, no_sums, use_acc=False, is_async=True)
+        acc = warpgroup_mma(x, w, acc, is_async=True)
+        _refill_project(i - 1, group, items, empty_bars, fill, v)
+        if v.sums:
+            # They are put away while the larger product runs.
+            sums = warpgroup_mma_wait(1, [sums])
+            m_sums = (o_s < present)[None, :] & (i * 64 + o_c < width)[:, None]
+            gl.store(p_sums + (o_sums + i * 64), sums, mask=m_sums)
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(empty_bars.index(i % v.stages), count=1)
+    if v.bias:
+        o_r = gl.arange(0, BR, layout=gl.SliceLayout(0, layout))
+        acc += gl.load(bias_ptr + o_r).to(gl.float32)[None, :]
+    out = acc.to(dtype)
+    # The group's own slots of x are free: they carry its output by 64 columns.
+    if BR == 64:
+        _store_tile(out, row, 0, out_desc, x_ring.index(group), 0)
+    elif BR == 128:
+        left, right = _halves(out)
+        _store_tile(left, row, 0, out_desc, x_ring.index(group), 0)
+        _store_tile(right, row, 64, out_desc, x_ring.index(v.groups + group), 1)
+    else:
+        left, right = _halves(out)
+        t0, t1 = _halves(left)
+        t2, t3 = _halves(right)
+        _store_tile(t0, row, 0, out_desc, x_ring.index(group), 0)
+        _store_tile(t1, row, 64, out_desc, x_ring.index(v.groups + group), 1)
+        _store_tile(t2, row, 128, out_desc, x_ring.index(2 * v.groups + group), 2)
+        _store_tile(t3, row, 192, out_desc, x_ring.index(group), 2)
+    if v.mix:
+        t_layout: gl.constexpr = _accumulator_layout(64)
+        a = gl.convert_layout(out, gl.DotOperandLayout(0, t_layout, 2))
+        o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, t_layout))
+        o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, t_layout))
+        zeros = gl.zeros([64, 64], gl.float32, t_layout)
+        mine_first = row // mix_tokens
+        mine_last = (gl.minimum(row + 64, rows) - 1) // mix_tokens
+        i = steps
+        for n in gl.static_range(BR // 64):
+            z = zeros
+            for sample in range(first_sample, first_sample + samples):
+                _wait(full_bars, i, v)
+                _refill_project(i - 1, group, items, empty_bars, fill, v)
+                if (sample >= mine_first) & (sample <= mine_last):
+                    t = w_ring.index(i % v.stages).permute((1, 0))
+                    mixed = warpgroup_mma(a, t, zeros, use_acc=False, is_async=True)
+                    mixed = warpgroup_mma_wait(0, [mixed])
+                    # Rows of other samples met the wrong transform: keep those of this one.
+                    z = gl.where(((row + o_m) // mix_tokens == sample)[:, None], mixed, z)
+                mbarrier.arrive(empty_bars.index(i % v.stages), count=1)
+                i += 1
+            if v.mixed_sums:
+                p_z = mixed_sums_ptr + gl.cast(unit, gl.int64) * BR + n * 64 + o_n
+                gl.store(p_z, gl.sum(z, 0))
+            buffer = x_ring.index(v.groups * ((n + 1) % v.stages) + group)
+            _store_tile(z.to(dtype), row, n * 64, mixed_desc, buffer, 0)
     tma.store_wait(0)
 
 
 @gluon.jit
 def project_kernel(
     x_desc,  # [rows, C], blocks of [64, 64]
-    w_desc,  # [R, C], blocks of [BR, 64], or transposed [C, R], blocks of [64, BR]
-    out_desc,  # [rows, R], blocks of [64, BR]
+    w_desc,  # [R, C], blocks of [R, 64], or transposed [C, R], blocks of [64, R]
+    t_desc,  # [B·R, R], blocks of [64, R]; None without mix
+    out_desc,  # [rows, R], blocks of [64, 64]: x @ weight + bias
+    mixed_desc,  # the same: out @ T_bᵀ
     bias_ptr,  # [R]
-    sums_ptr,  # [2 * tiles, slots, C] fp32
+    sums_ptr,  # [row blocks of 64, slots, C] fp32: column sums of x, of each sample's rows
+    mixed_sums_ptr,  # [row blocks of 64, R] fp32: column sums of out @ T_bᵀ
     rows,
     width,
-    rank,
-    tokens,
+    tokens,  # rows of a sample of the sums
     slots,
-    tiles,
-    TRANSPOSED: gl.constexpr,
-    BIAS: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BR: gl.constexpr,
+    mix_tokens,  # rows of a sample of T_b
+    v: gl.constexpr,  # Project
     PDL: gl.constexpr,
 ):
-    """x @ weight with the sums of x over the tokens of each sample, in tiles of 128 rows."""
+    dtype: gl.constexpr = x_desc.dtype
+    x_ring = gl.allocate_shared_memory(dtype, [v.groups * v.stages, 64, 64], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(dtype, [v.stages] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
+    hot_smem = gl.allocate_shared_memory(dtype, [v.groups, v.slots, 64], x_desc.layout)
+    full_bars, empty_bars = _barriers(v)
+    fence_async_shared()
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    dtype: gl.constexpr = x_desc.dtype
-    hot_layout: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-    x_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], x_desc.layout)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
-    hot_smem = gl.allocate_shared_memory(dtype, [2, 64, 16], hot_layout)
-    out_smem = gl.allocate_shared_memory(dtype, [2, 64, BR], out_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(i), count=1)
-        mbarrier.init(empty_bars.index(i), count=2)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _multiply_rows,
-                (
-                    0,
-                    out_desc,
-                    bias_ptr,
-                    sums_ptr,
-                    x_ring,
-                    w_ring,
-                    hot_smem,
-                    out_smem,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    width,
-                    rank,
-                    tokens,
-                    slots,
-                    tiles,
-                    TRANSPOSED,
-                    BIAS,
-                    SUMS,
-                    STAGES,
-                    BR,
-                ),
-            ),
-            (
-                _multiply_rows,
-                (
-                    1,
-                    out_desc,
-                    bias_ptr,
-                    sums_ptr,
-                    x_ring,
-                    w_ring,
-                    hot_smem,
-                    out_smem,
-                    full_bars,
-                    empty_bars,
-                    rows,
-                    width,
-                    rank,
-                    tokens,
-                    slots,
-                    tiles,
-                    TRANSPOSED,
-                    BIAS,
-                    SUMS,
-                    STAGES,
-                    BR,
-                ),
-            ),
-            (
-                _copy_rows,
-                (
-                    x_desc,
-                    w_desc,
-                    x_ring,
-                    w_ring,
-                    full_bars,
-                    empty_bars,
-                    width,
-                    tiles,
-                    TRANSPOSED,
-                    STAGES,
-                    BR,
-                ),
-            ),
-        ],
-        [4, 1],
-        [232, 40],
+    row = gl.program_id(0) * (64 * v.groups)
+    steps = (width + 63) // 64
+    items = steps
+    first_sample = 0
+    samples = 1
+    if v.mix:
+        first_sample = row // mix_tokens
+        samples = (gl.minimum(row + 64 * v.groups, rows) - 1) // mix_tokens + 1 - first_sample
+        items += samples * (v.rank // 64)
+    # fmt: off
+    args = (
+        out_desc, mixed_desc, bias_ptr, sums_ptr, mixed_sums_ptr, x_ring, w_ring, hot_smem,
+        full_bars, empty_bars, rows, width, tokens, slots, mix_tokens, steps, items, samples,
+        first_sample,
     )
+    # fmt: on
+    fill = (x_desc, w_desc, t_desc, x_ring, w_ring, full_bars, steps, samples, first_sample, row)
+    if v.groups == 1:
+        _project_group(0, args, fill, v)
+    elif v.groups == 2:
+        gl.warp_specialize(
+            [(_project_group, (0, args, fill, v)), (_project_group, (1, args, fill, v))],
+            [4],
+            [240],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_project_group, (0, args, fill, v)),
+                (_project_group, (1, args, fill, v)),
+                (_project_group, (2, args, fill, v)),
+            ],
+            [4, 4],
+            [168, 168],
+        )
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A variant of ``transform_kernel``."""
+
+    rank: int  # 64, 128 or 256
+    groups: int
+    stages: int  # of the ring
+    mix: bool  # z = h @ T_b, or z = h
+    store_z: bool
+    w_transposed: bool  # the weight is [R, C]
+    biases: int  # blocks of biases that a tile needs: none, one, or with row_bias one of each group
+    row_bias: bool  # every sample has a bias of its own
+
+
+@gluon.jit
+def _fill_transform(i, args, v: gl.constexpr):
+    """Starts the copies of item i: a tile of T_b, of all samples in turn, then of the weight."""
+    t_desc, w_desc, bias_desc, ring, bias_ring = args[0], args[1], args[2], args[3], args[4]
+    full_bars, t_items, first, row, tokens = args[5], args[6], args[7], args[8], args[9]
+    slot = i % v.stages
+    full = full_bars.index(slot)
+    if v.mix and i < t_items:
+        mbarrier.expect(full, 64 * v.rank * 2)
+        sample = first + i // (v.rank // 64)
+        _load(t_desc, [sample * v.rank, i % (v.rank // 64) * 64], full, ring.index(slot))
+    else:
+        c = (i - t_items) * 64
+        mbarrier.expect(full, (v.rank + 16 * v.biases) * 64 * 2)
+        if v.w_transposed:
+            _load(w_desc, [0, c], full, ring.index(slot))
+        else:
+            w = _view(ring.index(slot), w_desc.dtype, [64, v.rank], w_desc.layout)
+            _load(w_desc, [c, 0], full, w)
+        for j in gl.static_range(gl.constexpr(v.biases)):
+            sample = (row + 64 * j) // tokens if v.row_bias else 0
+            _load(bias_desc, [sample, c], full, bias_ring.index(v.biases * slot + j))
+
+
+@gluon.jit
+def _refill_transform(i, group: gl.constexpr, items, empty_bars, fill, v: gl.constexpr):
+    """The first group refills the slot of item i once all groups are through with it."""
+    if group == 0 and i >= 0 and i + v.stages < items:
+        _wait(empty_bars, i, v)
+        _fill_transform(i + v.stages, fill, v)
+
+
+@gluon.jit
+def _select(keep, acc, z, layout: gl.constexpr):
+    """acc where ``keep``, z elsewhere; both layouts hold a value in the same register."""
+    old = gl.convert_layout(z, layout)
+    return gl.convert_layout(gl.where(keep, acc.to(z.dtype), old), z.type.layout)
+
+
+@gluon.jit
+def _product(a0, a1, a2, a3, w, acc, USE_ACC: gl.constexpr, v: gl.constexpr):
+    """Starts a @ w, a in chunks of 64 columns."""
+    acc = warpgroup_mma(a0, w.slice(0, 64), acc, use_acc=USE_ACC, is_async=True)
+    if v.rank > 64:
+        acc = warpgroup_mma(a1, w.slice(64, 64), acc, is_async=True)
+    if v.rank > 128:
+        acc = warpgroup_mma(a2, w.slice(128, 64), acc, is_async=True)
+        acc = warpgroup_mma(a3, w.slice(192, 64), acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
+    h_desc, w_desc, z_desc, y_desc = args[0], args[1], args[2], args[3]
+    h_smem, ring, bias_ring = args[4], args[5], args[6]
+    h_full, full_bars, empty_bars = args[7], args[8], args[9]
+    rows, tokens, width, items = args[10], args[11], args[12], args[13]
+    first_sample, samples = args[14], args[15]
+    dtype: gl.constexpr = y_desc.dtype
+    CHUNKS: gl.constexpr = v.rank // 64
+    layout: gl.constexpr = _accumulator_layout(64)
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    zeros = gl.zeros([64, 64], gl.float32, layout)
+    row = (gl.program_id(0) * v.groups + group) * 64
+    first = row // tokens
+    last = (gl.minimum(row + 64, rows) - 1) // tokens
+    if group == 0:
+        mbarrier.expect(h_full, v.groups * 64 * v.rank * 2)
+        for n in gl.static_range(gl.constexpr(v.groups * CHUNKS)):
+            _load(h_desc, [row + n // CHUNKS * 64, n % CHUNKS * 64], h_full, h_smem.index(n))
+        for i in gl.static_range(gl.constexpr(v.stages)):
+            if i < items:
+                _fill_transform(i, fill, v)
+    mbarrier.wait(h_full, 0)
+    h0 = h_smem.index(group * CHUNKS)
+    h1 = h_smem.index(group * CHUNKS + 1 % CHUNKS)
+    h2 = h_smem.index(group * CHUNKS + 2 % CHUNKS)
+    h3 = h_smem.index(group * CHUNKS + 3 % CHUNKS)
+    i = 0
+    if v.mix:
+        z0 = gl.zeros([64, 64], dtype, a_layout)
+        z1 = z0
+        z2 = z0
+        z3 = z0
+        for sample in range(first_sample, first_sample + samples):
+            mine = (sample >= first) & (sample <= last)
+            # Rows of other samples meet the wrong transform here: keep those of this one.
+            keep = ((row + o_m) // tokens == sample)[:, None]
+            for n in gl.static_range(CHUNKS):
+                _wait(full_bars, i, v)
+                _refill_transform(i - 1, group, items, empty_bars, fill, v)
+                if mine:
+                    acc = _product(h0, h1, h2, h3, ring.index(i % v.stages), zeros, False, v)
+                    acc = warpgroup_mma_wait(0, [acc])
+                    if n == 0:
+                        z0 = _select(keep, acc, z0, layout)
+                    if n == 1:
+                        z1 = _select(keep, acc, z1, layout)
+                    if n == 2:
+                        z2 = _select(keep, acc, z2, layout)
+                    if n == 3:
+                        z3 = _select(keep, acc, z3, layout)
+                mbarrier.arrive(empty_bars.index(i % v.stages), count=1)
+                i += 1
+    else:
+        z0 = h0.load(a_layout)
+        z1 = h1.load(a_layout)
+        z2 = h2.load(a_layout)
+        z3 = h3.load(a_layout)
+    # The group's part of h is free now: it carries the output.
+    if v.store_z:
+        _store_tile(gl.convert_layout(z0, layout), row, 0, z_desc, h0, 3)
+        if CHUNKS > 1:
+            _store_tile(gl.convert_layout(z1, layout), row, 64, z_desc, h1, 3)
+        if CHUNKS > 2:
+            _store_tile(gl.convert_layout(z2, layout), row, 128, z_desc, h2, 3)
+            _store_tile(gl.convert_layout(z3, layout), row, 192, z_desc, h3, 3)
+    # Adding biases is a product, too, with the one-hot matrix "row has the s-th of 16 biases".
+    o_row = gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout))
+    o_s = gl.arange(0, 16, layout=gl.SliceLayout(0, a_layout))
+    of_row = (row + o_row) // tokens - first if v.row_bias else o_row * 0
+    hot = (of_row[:, None] == o_s[None, :]).to(dtype)
+    prev = zeros
+    buffer = 0
+    for c in range(0, width, 64):
+        _wait(full_bars, i, v)
+        slot = i % v.stages
+        w = ring.index(slot)
+        if not v.w_transposed:
+            w = _view(w, dtype, [64, v.rank], w_desc.layout).permute((1, 0))
+        if v.biases > 0:
+            b = bias_ring.index(v.biases * slot + (group if v.row_bias else 0))
+            acc = warpgroup_mma(hot, b, zeros, use_acc=False, is_async=True)
+            acc = _product(z0, z1, z2, z3, w, acc, True, v)
+        else:
+            acc = _product(z0, z1, z2, z3, w, zeros, False, v)
+        # While the tensor cores work on this tile, put the one before away.
+        if c > 0:
+            smem = h_smem.index(group * CHUNKS + buffer)
+            _store_tile(prev.to(dtype), row, c - 64, y_desc, smem, CHUNKS - 1)
+            buffer = (buffer + 1) % CHUNKS
+        _refill_transform(i - 1, group, items, empty_bars, fill, v)
+        prev = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(empty_bars.index(slot), count=1)
+        i += 1
+    smem = h_smem.index(group * CHUNKS + buffer)
+    _store_tile(prev.to(dtype), row, (width - 1) // 64 * 64, y_desc, smem, CHUNKS - 1)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def transform_kernel(
+    h_desc,  # [rows, R], blocks of [64, 64]
+    t_desc,  # [B·R, R], blocks of [R, 64]; None without mix
+    w_desc,  # [C, R], blocks of [64, R], or transposed [R, C], blocks of [R, 64]
+    z_desc,  # [rows, R], blocks of [64, 64]; None without store_z
+    y_desc,  # [rows, C], blocks of [64, 64]
+    bias_desc,  # [1, C], or one row for each sample [B, C]; blocks of [16, 64]
+    rows,
+    tokens,
+    width,
+    v: gl.constexpr,  # Transform
+    PDL: gl.constexpr,
+):
+    """z = h @ T_b, then y = z @ weight + bias."""
+    dtype: gl.constexpr = h_desc.dtype
+    h_smem = gl.allocate_shared_memory(dtype, [v.groups * v.rank // 64, 64, 64], h_desc.layout)
+    ring = gl.allocate_shared_memory(dtype, [v.stages, v.rank, 64], h_desc.layout)
+    biases: gl.constexpr = max(1, v.stages * v.biases)
+    bias_ring = gl.allocate_shared_memory(dtype, [biases, 16, 64], h_desc.layout)
+    h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(h_full, count=1)
+    full_bars, empty_bars = _barriers(v)
+    fence_async_shared()
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = gl.program_id(0) * (64 * v.groups)
+    first_sample = row // tokens
+    samples = (gl.minimum(row + 64 * v.groups, rows) - 1) // tokens + 1 - first_sample
+    t_items = 0
+    if v.mix:
+        t_items = samples * (v.rank // 64)
+    items = t_items + (width + 63) // 64
+    # fmt: off
+    args = (
+        h_desc, w_desc, z_desc, y_desc, h_smem, ring, bias_ring, h_full, full_bars, empty_bars,
+        rows, tokens, width, items, first_sample, samples,
+    )
+    fill = (
+        t_desc, w_desc, bias_desc, ring, bias_ring, full_bars, t_items, first_sample, row, tokens,
+    )
+    # fmt: on
+    if v.groups == 1:
+        _transform_group(0, args, fill, v)
+    elif v.groups == 2:
+        gl.warp_specialize(
+            [(_transform_group, (0, args, fill, v)), (_transform_group, (1, args, fill, v))],
+            [4],
+            [240],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_transform_group, (0, args, fill, v)),
+                (_transform_group, (1, args, fill, v)),
+                (_transform_group, (2, args, fill, v)),
+            ],
+            [4, 4],
+            [168, 168],
+        )

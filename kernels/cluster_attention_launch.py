@@ -48,8 +48,7 @@ class Config:
     unmix_cols: int
     device: Device
     pdl: bool
-    specialised_project: bool
-    specialised_transform: bool
+    groups: int  # of Hopper's own kernels; 0 for the plain ones
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,9 +86,11 @@ def default_config(
         expand = Tile(64, 0, 32, 64, transform.warps, 2)
     half = min(block_rank, 128)
     outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
-    # Gluon's kernels have fixed tiles: 128 rows, 64 columns, all of R.
-    special = major == 9 and rank in (64, 128, 256) and tokens >= 5 and _gluon() is not None
-    tiles = -(-rows // 128)
+    # Hopper's own kernels: one to three groups of 64 rows, as many as make the least work when a
+    # tile costs one group's worth beside its rows (weights, fill, drain).
+    groups = 0
+    if major == 9 and rank in (64, 128, 256) and tokens >= 5 and rows > 4096 and _gluon():
+        groups = min((1, 2, 3), key=lambda g: -(-rows // (64 * g * multiprocessors)) * (g + 1))
     return Config(
         project=project,
         transform=transform,
@@ -99,14 +100,13 @@ def default_config(
         unmix_cols=256 if big else 128,
         device=device,
         pdl=major >= 9,
-        specialised_project=special and 5 * tiles > 3 * multiprocessors,
-        specialised_transform=special and 4 * tiles > multiprocessors,
+        groups=groups,
     )
 
 
-def _slots(tile: Tile, rows: int, tokens: int) -> int:
+def _slots(tile_rows: int, rows: int, tokens: int) -> int:
     """How many samples the rows of one tile can belong to."""
-    return min((tile.all_rows - 2) // tokens + 2, tile.all_rows, rows // tokens)
+    return min((tile_rows - 2) // tokens + 2, tile_rows, rows // tokens)
 
 
 def config_for(x: Tensor, rank: int) -> Config:
@@ -129,7 +129,16 @@ def _samples_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
     return first, Descriptor(t, [1, tile.extra_rows, cols])
 
 
-def project(x, weight, bias, tokens, config, *, transposed, sums):
+def project(
+    x,
+    weight,
+    bias,
+    tokens,
+    config,
+    *,
+    transposed,
+    sums,
+):
     """x [rows, C] times weight ([R, C], or [C, R] if transposed) plus bias, and x's token sums.
 
     Returns:
@@ -138,12 +147,13 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     """
     rows, width = x.shape
     rank = weight.shape[1 if transposed else 0]
-    if config.specialised_project:
-        return _project_specialised(x, weight, bias, tokens, config, transposed, sums)
+    if config.groups:
+        out, _, partial, _ = _project_specialised(x, weight, bias, tokens, config, transposed, sums)
+        return out, partial, 64
     tile = config.project
     out = x.new_empty(rows, rank)
     tiles = -(-rows // tile.all_rows)
-    slots = _slots(tile, rows, tokens)
+    slots = _slots(tile.all_rows, rows, tokens)
     partial = x.new_empty(tiles, slots, width, dtype=torch.float32) if sums else None
     box = [tile.depth, tile.cols] if transposed else [tile.cols, tile.depth]
     launch(
@@ -175,111 +185,113 @@ def project(x, weight, bias, tokens, config, *, transposed, sums):
     return out, partial, tile.all_rows
 
 
-def _project_specialised(x, weight, bias, tokens, config, transposed, sums):
+def project_back(g, weight, mixed, config, *, sums, mix, mixed_sums):
+    """gz = g @ weight [C, R], and gh = gz @ T_bᵀ if ``mix``.
+
+    Returns:
+        gz and gh [rows, R]; the column sums of g [tiles, C] and of gh [tiles, R], fp32; ``None``
+        for what is not asked for.
+    """
+    rows = g.shape[0]
+    if config.groups:
+        return _project_specialised(
+            g, weight, None, rows, config, True, sums, mixed if mix else None, mixed_sums
+        )
+    gz, g_sums, _ = project(g, weight, None, rows, config, transposed=True, sums=sums)
+    gh = gh_sums = None
+    if mix:
+        gh = torch.empty_like(gz)
+        _, gh_sums = transform(
+            gz, mixed.shape[0], config, mixed=mixed, t_transposed=True, z=gh, sums=mixed_sums
+        )
+    return gz, gh, g_sums, gh_sums
+
+
+def _project_specialised(
+    x, weight, bias, tokens, config, transposed, sums, mixed=None, mixed_sums=False
+):
     rows, width = x.shape
     rank = weight.shape[1 if transposed else 0]
+    groups = config.groups
+    tiles = -(-rows // (64 * groups))
+    slots = _slots(64, rows, tokens)
     out = x.new_empty(rows, rank)
-    tiles = -(-rows // 128)
-    slots = _slots(_GROUP, rows, tokens)
-    groups = -(-rows // 64)
-    partial = x.new_empty(groups, slots, width, dtype=torch.float32) if sums else None
+    out_mixed = None if mixed is None else torch.empty_like(out)
+    x_sums = x.new_empty(tiles * groups, slots, width, dtype=torch.float32) if sums else None
+    out_sums = x.new_empty(tiles * groups, rank, dtype=torch.float32) if mixed_sums else None
     launch(
         _gluon().project_kernel,
-        (min(tiles, config.device.multiprocessors),),
+        (tiles,),
         config.device,
         gluon_descriptor(x, [64, 64]),
         gluon_descriptor(weight, [64, rank] if transposed else [rank, 64]),
-        gluon_descriptor(out, [64, rank]),
+        None if mixed is None else gluon_descriptor(mixed.view(-1, rank), [64, rank]),
+        gluon_descriptor(out, [64, 64]),
+        None if mixed is None else gluon_descriptor(out_mixed, [64, 64]),
         bias,
-        partial,
+        x_sums,
+        out_sums,
         rows,
         width,
-        rank,
         tokens,
         slots,
-        tiles,
-        TRANSPOSED=transposed,
-        BIAS=bias is not None,
-        SUMS=sums,
-        STAGES=3 if rank == 256 else 4,
-        BR=rank,
+        1 if mixed is None else rows // mixed.shape[0],
+        v=_gluon().Project(
+            rank=rank,
+            groups=groups,
+            stages=min(6, (_SHARED - 12_000) // ((64 * groups + rank) * 128)),
+            slots=8 if slots <= 8 else 16,
+            transposed=transposed,
+            bias=bias is not None,
+            sums=sums,
+            mix=mixed is not None,
+            mixed_sums=mixed_sums,
+        ),
         pdl=config.pdl,
         warps=4,
     )
-    return out, partial, 64
+    if sums:  # the last tile may end in blocks of no rows, which have no sums
+        x_sums = x_sums[: -(-rows // 64)]
+    return out, out_mixed, x_sums, out_sums
 
 
-def mix_rows(h, batch, mixed, z, config, *, transposed=False, sums=False):
-    """z = h @ T_b, or h @ T_bᵀ; ``z`` may be ``h``, since a program keeps to its own rows.
-
-    Returns:
-        The column sums of z over row tiles, [tiles, R] fp32, or ``None``.
-    """
-    if not config.specialised_transform:
-        args = {"mixed": mixed, "t_transposed": transposed, "z": z, "sums": sums}
-        return transform(h, batch, config, **args)[1]
-    rows, rank = h.shape
-    tiles = -(-rows // 128)
-    partial = h.new_empty(2 * tiles, rank, dtype=torch.float32) if sums else None
-    launch(
-        _gluon().mix_rows_kernel,
-        (min(tiles, config.device.multiprocessors),),
-        config.device,
-        gluon_descriptor(h, [64, rank]),
-        gluon_descriptor(mixed.view(-1, rank), [64, rank] if transposed else [rank, 64]),
-        gluon_descriptor(z, [64, 64]),
-        partial,
-        rows,
-        rows // batch,
-        tiles,
-        TRANSPOSED=transposed,
-        SUMS=sums,
-        STAGES=4,
-        BR=rank,
-        pdl=config.pdl,
-        warps=4,
-    )
-    return partial
-
-
-def _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bias, tokens):
+def _transform_specialised(h, z, config, mixed, weight, w_transposed, bias, row_bias, tokens):
     rows, rank = h.shape
     width = weight.shape[1 if w_transposed else 0]
     y = h.new_empty(rows, width)
-    # Whole waves of 128-row tiles, then one wave in which both groups share 64 rows.
-    tiles = -(-rows // 128)
-    rest = tiles % config.device.multiprocessors
-    full = tiles - rest if 2 * rest <= config.device.multiprocessors else tiles
-    tiles = full + -(-max(0, rows - 128 * full) // 64)
-    t = weight if mixed is None else mixed.view(-1, rank)
+    groups = config.groups
+    biases = 0 if bias is None else groups if row_bias else 1
+    slot = rank * 128 + biases * 2048  # bytes of the ring's slots
     launch(
         _gluon().transform_kernel,
-        (min(tiles, config.device.multiprocessors),),
+        (-(-rows // (64 * groups)),),
         config.device,
-        gluon_descriptor(h, [64, rank]),
-        gluon_descriptor(t, [rank, 64]),
+        gluon_descriptor(h, [64, 64]),
+        None if mixed is None else gluon_descriptor(mixed.view(-1, rank), [rank, 64]),
         gluon_descriptor(weight, [rank, 64] if w_transposed else [64, rank]),
+        None if z is None else gluon_descriptor(z, [64, 64]),
         gluon_descriptor(y, [64, 64]),
-        bias,
+        None if bias is None else gluon_descriptor(bias.to(h.dtype).view(-1, width), [16, 64]),
         rows,
         tokens,
         width,
-        tiles,
-        full,
-        MIX=mixed is not None,
-        W_TRANSPOSED=w_transposed,
-        BIAS=bias is not None and not row_bias,
-        ROW_BIAS=row_bias,
-        STAGES=4,
-        BR=rank,
-        BC=64,
+        v=_gluon().Transform(
+            rank=rank,
+            groups=groups,
+            stages=min(6, (_SHARED - groups * rank * 128) // slot),
+            mix=mixed is not None,
+            store_z=z is not None,
+            w_transposed=w_transposed,
+            biases=biases,
+            row_bias=row_bias,
+        ),
         pdl=config.pdl,
         warps=4,
     )
     return y
 
 
-_GROUP = Tile(64, 0, 0, 0, 4, 0)  # the rows of one group of warps
+_SHARED = 231_000  # bytes of Hopper's shared memory for tiles, barriers set aside
 
 
 @functools.lru_cache
@@ -297,7 +309,7 @@ def attend(sums, centers, tokens, tile_rows, batch, config):
     width, num_centers = centers.shape
     state = sums.new_empty(batch * (2 * num_centers + width + 1) + num_centers)
     block_k = block(num_centers)
-    # More samples than multiprocessors: leave room for two programs on each.
+    # More samples than multiprocessors: leave room for several programs on each.
     crowded = batch > config.device.multiprocessors
     block_c = min(block(width), (16384 if crowded else 32768) // block_k)
     launch(
@@ -318,7 +330,7 @@ def attend(sums, centers, tokens, tile_rows, batch, config):
         BT=min(8, block((tokens - 2) // tile_rows + 2, 1)),
         ONE_BLOCK=block_c >= width,
         pdl=config.pdl,
-        warps=8,
+        warps=4 if crowded else 8,
     )
     return state
 
@@ -374,7 +386,7 @@ def transform(
         mixed: [B, R, R], or ``None`` for z = h.
         z: [rows, R] to write z to; may be ``h``.
         weight: [C, R], or [R, C] if ``w_transposed``; ``None`` for no y.
-        bias: [C], or [B, C] fp32 with ``row_bias``.
+        bias: [C], or [B, C] with ``row_bias``.
         sums: also the column sums of z over each row tile.
 
     Returns:
@@ -382,8 +394,10 @@ def transform(
     """
     rows, rank = h.shape
     tokens = rows // batch
-    if config.specialised_transform and weight is not None and z is None:
-        y = _transform_specialised(h, config, mixed, weight, w_transposed, bias, row_bias, tokens)
+    if config.groups and weight is not None:
+        y = _transform_specialised(
+            h, z, config, mixed, weight, w_transposed, bias, row_bias, tokens
+        )
         return y, None
     tile = config.expand if mixed is None else config.transform
     block_rank = block(rank)
@@ -435,7 +449,7 @@ def transform(
         BR=block_rank,
         BK=depth,
         BC=tile.cols,
-        BS=block(_slots(tile, rows, tokens)),
+        BS=block(_slots(tile.all_rows, rows, tokens)),
         MIX=mixed is not None,
         T_TRANSPOSED=t_transposed,
         STORE_Z=z is not None,
@@ -519,12 +533,12 @@ def unmix(d_mixed, state, transforms, config, *, need_transforms, need_a):
     return d_transforms, da
 
 
-def unattend(da, state, centers, tokens, config, *, need_x):
-    """Gradients of ``attend``: ds [B, K], and dq / N [B, C] (``None`` unless ``need_x``)."""
+def unattend(da, state, centers, tokens, dtype, config, *, need_x):
+    """Gradients of ``attend``: ds [B, K] fp32, and dq / N [B, C] (``None`` unless ``need_x``)."""
     batch = da.shape[1]
     width, num_centers = centers.shape
     ds = da.new_empty(batch, num_centers)
-    dq = da.new_empty(batch, width) if need_x else None
+    dq = da.new_empty(batch, width, dtype=dtype) if need_x else None
     block_k = block(num_centers)
     launch(
         kernels.unattend_kernel,
@@ -555,10 +569,10 @@ def reduce(ds, state, batch, centers, up_sums, down_sums, config, d_centers, d_u
     width, num_centers = centers.shape
     rank = 0 if d_down is None else d_down.shape[0]
     bc = 32
-    programs = -(-width // bc) + -(-rank // bc)
+    programs = [0 if d is None else -(-d.shape[0] // bc) for d in (d_centers, d_up, d_down)]
     launch(
         kernels.reduce_kernel,
-        (programs,),
+        (sum(programs),),
         config.device,
         ds,
         state,
@@ -573,6 +587,7 @@ def reduce(ds, state, batch, centers, up_sums, down_sums, config, d_centers, d_u
         rank,
         0 if up_sums is None else up_sums.shape[0],
         0 if down_sums is None else down_sums.shape[0],
+        *programs[:2],
         num_centers=num_centers,
         BB=32,
         BC=bc,
@@ -585,18 +600,19 @@ def reduce(ds, state, batch, centers, up_sums, down_sums, config, d_centers, d_u
     )
 
 
-def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias, *, save_z):
     """Cluster attention; x [B, N, C] and the projections have one dtype, the rest any.
 
     Returns:
         y [B, N, C], and what the backward needs: h [B·N, R] (empty in token mode), T_b
-        [B, R, R] and the state of ``attend``.
+        [B, R, R], the state of ``attend`` and, if ``save_z``, h @ T_b [B·N, R] (else empty).
     """
     batch, tokens, width = x.shape
     centers = centers.contiguous()
     transforms = transforms.contiguous()
     if down_weight is None or x.dtype == torch.float32:
-        return _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+        args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+        return _forward_unfused(*args, save_z)
     rank = down_weight.shape[0]
     config = config_for(x, rank)
     x = _pad(x, 1)
@@ -614,15 +630,18 @@ def forward(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
     sums = _unpad(sums, width)
     state = attend(sums, centers, tokens, tile_rows, batch, config)
     mixed = mix(state, transforms, batch, x.dtype, config)
+    z = torch.empty_like(h) if save_z else None
     y, _ = transform(
         h,
         batch,
         config,
         mixed=mixed,
+        z=z,
         weight=_pad(up_weight, 2),
         bias=None if up_bias is None else _pad(up_bias, 1),
     )
-    return _unpad(y, width).view(batch, tokens, width), (h, mixed, state)
+    saved = (h, mixed, state, x.new_empty(0) if z is None else z)
+    return _unpad(y, width).view(batch, tokens, width), saved
 
 
 def backward(g, needs, args, saved):
@@ -645,26 +664,28 @@ def backward(g, needs, args, saved):
     batch, tokens, width = x.shape
     rank = down_weight.shape[0]
     config = config_for(x, rank)
-    dx = d_transforms = d_down = d_up = gh = da = ds = dq = down_sums = None
+    dx = d_transforms = d_down = d_up = da = ds = dq = None
 
     # In an order that lets every intermediate go before the next large one comes.
-    h, mixed, state = saved
+    h, mixed, state, z = saved
     saved.clear()
     if need_up:
-        z = torch.empty_like(h)
-        mix_rows(h, batch, mixed, z, config)
+        if not z.numel():
+            z = torch.empty_like(h)
+            transform(h, batch, config, mixed=mixed, z=z)
         d_up = torch.mm(g.reshape(-1, width).t(), z)
-        del z
-    g = _pad(g, 1).flatten(0, 1)
-    gz, up_sums, _ = project(
-        g, _pad(up_weight, 2), None, g.shape[0], config, transposed=True, sums=need_up_bias
+    del z
+    gz, gh, up_sums, down_sums = project_back(
+        _pad(g, 1).flatten(0, 1),
+        _pad(up_weight, 2),
+        mixed,
+        config,
+        sums=need_up_bias,
+        mix=need_x or need_down or need_down_bias,
+        mixed_sums=need_down_bias,
     )
-    if need_x or need_down or need_down_bias:
-        gh = torch.empty_like(gz)
-        down_sums = mix_rows(gz, batch, mixed, gh, config, transposed=True, sums=need_down_bias)
     del mixed
-    if need_down:
-        d_down = torch.mm(gh.t(), x.reshape(-1, width))
+    # What was written last is still in the L2 cache: G_b, its gradients, then gh twice.
     if need_a or need_transforms:
         d_mixed = outer(h, gz, batch, config)
         del h, gz
@@ -678,7 +699,9 @@ def backward(g, needs, args, saved):
         )
         del d_mixed
     if need_a:
-        ds, dq = unattend(da, state, centers, tokens, config, need_x=need_x)
+        ds, dq = unattend(da, state, centers, tokens, x.dtype, config, need_x=need_x)
+    if need_down:
+        d_down = torch.mm(gh.t(), x.reshape(-1, width))
     d_centers = torch.empty_like(centers) if need_centers else None
     d_down_bias = torch.empty_like(down_bias) if need_down_bias else None
     d_up_bias = torch.empty_like(up_bias) if need_up_bias else None
@@ -717,7 +740,7 @@ def backward(g, needs, args, saved):
     return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
 
 
-def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
+def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, up_bias, save_z):
     """Token mode and fp32: the products are cuBLAS's, attention and mixing ours."""
     batch, tokens, _ = x.shape
     config = config_for(x, 16)
@@ -725,14 +748,16 @@ def _forward_unfused(x, centers, transforms, down_weight, down_bias, up_weight, 
     state = attend(sums, centers, tokens, tokens, batch, config)
     mixed = mix(state, transforms, batch, x.dtype, config)
     if down_weight is None:
-        return torch.bmm(mixed, x), (x.new_empty(0), mixed, state)
+        return torch.bmm(mixed, x), (x.new_empty(0), mixed, state, x.new_empty(0))
     h = F.linear(x, down_weight, down_bias)
-    return F.linear(torch.bmm(h, mixed), up_weight, up_bias), (h.flatten(0, 1), mixed, state)
+    z = torch.bmm(h, mixed)
+    y = F.linear(z, up_weight, up_bias)
+    return y, (h.flatten(0, 1), mixed, state, z.flatten(0, 1) if save_z else x.new_empty(0))
 
 
 def _backward_unfused(g, needs, args, saved):
     x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
-    h, mixed, state = saved
+    h, mixed, state, z = saved
     saved.clear()
     need_x, need_centers, need_transforms, need_down, need_down_bias, need_up, need_up_bias = needs
     need_a = need_x or need_centers
@@ -744,7 +769,9 @@ def _backward_unfused(g, needs, args, saved):
         h = h.view(batch, tokens, -1)
         gz = g @ up_weight
         if need_up:
-            d_up = g.flatten(0, 1).t() @ torch.bmm(h, mixed).flatten(0, 1)
+            z = z if z.numel() else torch.bmm(h, mixed).flatten(0, 1)
+            d_up = g.flatten(0, 1).t() @ z
+            del z
         if need_up_bias:
             d_up_bias = g.sum((0, 1)).to(up_bias.dtype)
         gh = torch.bmm(gz, mixed.transpose(1, 2))
@@ -764,7 +791,7 @@ def _backward_unfused(g, needs, args, saved):
         )
         del d_mixed
     if need_a:
-        ds, dq = unattend(da, state, centers, tokens, config, need_x=need_x)
+        ds, dq = unattend(da, state, centers, tokens, x.dtype, config, need_x=need_x)
         if need_centers:
             reduce(ds, state, batch, centers, None, None, config, d_centers, None, None)
     if need_x:

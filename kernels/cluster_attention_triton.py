@@ -148,20 +148,22 @@ def attend_kernel(
     s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
     o_k = tl.arange(0, BK)
     m_k = o_k < num_centers
+    c_square = tl.zeros((BK,), tl.float32)
     if ONE_BLOCK:
         # A parameter: nothing that still runs writes it, so the load need not wait.
         centers = _load_centers(centers_ptr, 0, width, num_centers, BC, BK)
+        c_square += tl.sum(centers * centers, 0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     first = sample * tokens // tile_rows
     tiles = (sample * tokens + tokens - 1) // tile_rows - first + 1
     dots = tl.zeros((BK,), tl.float32)
-    c_square = tl.zeros((BK,), tl.float32)
     q_square = tl.zeros((BC,), tl.float32)
     for c in range(0, width, BC):
         if not ONE_BLOCK:
             centers = _load_centers(centers_ptr, c, width, num_centers, BC, BK)
+            c_square += tl.sum(centers * centers, 0)
         o_c = c + tl.arange(0, BC)
         m_c = o_c < width
         q = tl.zeros((BC,), tl.float32)
@@ -174,7 +176,6 @@ def attend_kernel(
         q = tl.div_rn(q, tl.cast(tokens, tl.float32))
         tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
         dots += tl.sum(q[:, None] * centers, 0)
-        c_square += tl.sum(centers * centers, 0)
         q_square += q * q
     q_norm = tl.sqrt_rn(tl.sum(q_square, 0))
     c_norm = tl.sqrt_rn(c_square)
@@ -282,7 +283,7 @@ def transform_kernel(
     z1_desc,
     y0_desc,  # [rows, C], blocks of [BM0, BC]
     y1_desc,
-    bias_ptr,  # [C], or with ROW_BIAS [B, C] fp32
+    bias_ptr,  # [C], or with ROW_BIAS [B, C]
     sums_ptr,  # [tiles, R] fp32: column sums of z
     rows,
     tokens,
@@ -513,7 +514,8 @@ def unattend_kernel(
             centers = _load_centers(centers_ptr, c, width, num_centers, BC, BK)
             q = tl.load(q_ptr + sample * width + o_c, mask=m_c, other=0.0) / q_norm
             dq = (tl.sum(centers * ds_c[None, :], 1) - q * along) / q_norm
-            tl.store(dq_ptr + sample * width + o_c, dq / tokens, mask=m_c)
+            dq = (dq / tokens).to(dq_ptr.dtype.element_ty)
+            tl.store(dq_ptr + sample * width + o_c, dq, mask=m_c)
 
 
 @triton.jit
@@ -531,6 +533,8 @@ def reduce_kernel(
     rank,
     up_tiles,
     down_tiles,
+    center_programs,
+    up_programs,
     num_centers: tl.constexpr,
     BB: tl.constexpr,
     BC: tl.constexpr,
@@ -540,17 +544,14 @@ def reduce_kernel(
     NEED_DOWN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The sums over the batch: centers and biases. Programs of C first, then those of R."""
+    """The sums over samples and tiles, by 32 columns: centers, then up_bias, then down_bias."""
     if PDL:
         gdc_wait()
     program = tl.program_id(0)
-    programs_c = tl.cdiv(width, BC)
-    if program < programs_c:
-        o_c = program * BC + tl.arange(0, BC)
-        m_c = o_c < width
-        if NEED_UP:
-            _sum_rows(up_sums_ptr, d_up_bias_ptr, up_tiles, width, o_c, m_c, BC)
+    o_c = program * BC + tl.arange(0, BC)
+    if program < center_programs:
         if NEED_CENTERS:
+            m_c = o_c < width
             s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
             o_k = tl.arange(0, BK)
             m_k = o_k < num_centers
@@ -579,10 +580,14 @@ def reduce_kernel(
             centers = _load_centers(centers_ptr, program * BC, width, num_centers, BC, BK)
             d_centers = (acc - centers / c_norm * along[None, :]) / c_norm
             tl.store(d_centers_ptr + o_ck, d_centers.to(d_centers_ptr.dtype.element_ty), mask=m_ck)
+    elif program < center_programs + up_programs:
+        if NEED_UP:
+            o_c -= center_programs * BC
+            _sum_rows(up_sums_ptr, d_up_bias_ptr, up_tiles, width, o_c, o_c < width, BC)
     else:
         if NEED_DOWN:
-            o_r = (program - programs_c) * BC + tl.arange(0, BC)
-            _sum_rows(down_sums_ptr, d_down_bias_ptr, down_tiles, rank, o_r, o_r < rank, BC)
+            o_c -= (center_programs + up_programs) * BC
+            _sum_rows(down_sums_ptr, d_down_bias_ptr, down_tiles, rank, o_c, o_c < rank, BC)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
+import json
 import resource
 import subprocess
 import sys
 
 import pytest
-import torch
 
 
 def fastadapt(*args, **kwargs):
@@ -50,5 +50,11 @@ def test_bench_names_what_there_is_and_what_was_left_out():
     done = fastadapt("bench", "warp_drive")
     assert done.returncode == 1
     assert "'warp_drive'; there are cluster_attention, cladapter" in done.stderr
-    if not torch.cuda.is_available():
-        assert "need a CUDA GPU" in fastadapt("bench", "cladapter").stderr
+
+
+def test_bench_writes_its_results(tmp_path):
+    done = fastadapt("bench", "prompt_learner", "--quick", "--json", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.json")
+    command = json.loads(file.read_text())["environment"]["command"]
+    assert command == f"fastadapt bench prompt_learner --quick --json {tmp_path}"

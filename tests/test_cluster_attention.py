@@ -218,7 +218,7 @@ def test_interpreted_gradients_asked_for_singly(asked):
 def test_interpreted_opcheck(token):
     args, _ = make(2, 9, 24, 16, 3, torch.float16, token=token)
     args = [t.requires_grad_() for t in args] + [None] * (7 - len(args))
-    torch.library.opcheck(torch.ops.fastadapt.cluster_attention.default, tuple(args))
+    torch.library.opcheck(torch.ops.fastadapt.cluster_attention.default, (*args, True))
 
 
 # The kernels on the GPU
@@ -310,7 +310,7 @@ def test_gpu_autocast_with_fp32_parameters(dtype):
 def test_gpu_opcheck(token):
     args, _ = make(4, 49, 96, 64, 3, torch.bfloat16, "cuda", token=token)
     args = [t.requires_grad_() for t in args] + [None] * (7 - len(args))
-    torch.library.opcheck(torch.ops.fastadapt.cluster_attention.default, tuple(args))
+    torch.library.opcheck(torch.ops.fastadapt.cluster_attention.default, (*args, True))
 
 
 @gpu

@@ -438,7 +438,7 @@ class TestBadInput:
         assert load_upstream(model, tmp_path / "model.pth.tar-2") is model
         for name, want in convert_gdpl_state_dict(state).items():
             assert torch.equal(model.get_parameter(name), want.float())
-        with pytest.raises(fa.InputError, match=r"low_rank.* is unexpected"):
+        with pytest.raises(fa.InputError, match=r"^the checkpoint: low_rank.* is unexpected"):
             load_upstream(small_model(replace(SMALL, rank=0), clip=clip), state)
         state["prompt_learner.ctx"][0] = torch.nan
         with pytest.raises(fa.InputError, match=r"prompt_learner\.ctx holds 16 values"):

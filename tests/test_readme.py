@@ -24,20 +24,11 @@ def test_gdpls_figures():
     assert all(row in README for row in rows)
 
 
-def test_the_kernels_figures():
-    results = json.loads((ROOT / "bench/results/h100.json").read_text())
-    tables = results["benchmarks"]["cluster_attention"]["tables"]
-    forward, backward = (
-        {row["B × N × C"]: row for row in rows}
-        for title, rows in tables.items()
-        if title.startswith(("forward", "backward"))
-    )
-    for shape, f in forward.items():
-        b = backward[shape]
-        figures = [shape]
-        for row in (f, b):
-            figures += [row["ours"], row["compiled"], row["compiled / ours"]]
-        assert f"| {' | '.join(figures)} |" in README
+def test_the_benchmarks_tables():
+    """After a new run: python -m fastadapt.bench.readme."""
+    from fastadapt.bench import readme
+
+    assert readme.render(README, ROOT) == README
 
 
 def test_every_picture_and_link_is_there():

@@ -237,8 +237,8 @@ def _load_trained(model: GDPLModel, state: dict[str, Tensor], where: str) -> Non
     own = trained_state(model)
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state:
-            where = "unexpected" if name in state else "missing"
-            raise InputError(f"{where}: {name} is {where}")
+            problem = "unexpected" if name in state else "missing"
+            raise InputError(f"{where}: {name} is {problem}")
         if own[name].shape != state[name].shape:
             raise InputError(
                 f"{where}: {name} has shape {tuple(state[name].shape)}; the model "
