@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -246,70 +245,22 @@ class _Export:
 
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Folds, exports, compares, writes. Raises GateError and InputError."""
-        settings, console = self.settings, self.console
-        if settings.engines.int8:
-            _check_int8(trained, samples)
-        graph_input = GraphInput(
-            trained.preprocess, settings.input, settings.normalize, settings.resize
-        )
-        chosen = choose(samples.samples, GOLDEN_SAMPLES)
-        pixels = read_pixels(chosen, graph_input)
-        normalized = trained.preprocess.normalize(pixels.model)
-        others: dict[str, Tensor] = {}
-        if trained.domain_features is not None:
-            paths = [sample.path for sample in chosen]
-            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
-        example = (normalized, *others.values())
-        with self.step("fold"):
-            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
-            if others:
-                folded.domain_encoder = None
-        console.print(f"  {report.summary}")
+        material = self._prepare(trained, samples)
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
-                write_onnx = functools.partial(
-                    export_onnx,
-                    input_size=trained.preprocess.input_size,
-                    other_inputs={name: tuple(x.shape[1:]) for name, x in others.items()},
-                    graph_input=graph_input,
-                    labels=trained.labels,
-                    metadata=_metadata(trained, graph_input),
-                )
-                described = write_onnx(folded, folder / MODEL)
-            with self.step(f"compare on {len(chosen)} images at batch {_listed(BATCHES)}"):
-                expected = _outputs(trained.model, example, batch=8)
-                inputs = {
-                    NAME: graph_input.array(pixels.given.numpy()),
-                    **{name: x.numpy() for name, x in others.items()},
-                }
-                classes = bool(trained.labels)
-                parities = _gate(folder / MODEL, folded, example, inputs, expected, classes)
-                if settings.resize:
-                    parities.insert(0, _resizing(trained, pixels, example, expected))
-            console.print(parity_table(parities))
+                described = material.write_onnx(material.folded, folder / MODEL)
+            with self.step(f"compare on {len(material.chosen)} images at batch {_listed(BATCHES)}"):
+                parities = _gate(folder / MODEL, material)
+            self.console.print(parity_table(parities))
             problems = check_problems(parities)
-            artefacts = [_onnx_artefact(folder, problems)]
-            if not problems:
-                engine_source = EngineSource(
-                    folder=folder,
-                    onnx=folder / MODEL,
-                    onnx_parity=[p for p in parities if p.stage == END_TO_END],
-                    folded=folded,
-                    example=tuple(x[:1] for x in example),
-                    inputs=inputs,
-                    expected=expected,
-                    exact=lambda: _outputs_fp64(trained.model, example),
-                    classes=classes,
-                    write_onnx=write_onnx,
-                    deployed=lambda module: Deployed(module, graph_input),
-                    images=lambda: _int8_images(samples, trained.labels, graph_input),
-                    speed=settings.speed,
-                )
-                artefacts = build_artefacts(settings.engines, engine_source, console)
+            if problems:
+                artefacts = [_failed_onnx(folder, problems)]
+            else:
+                source = _engine_source(folder, material, parities, self.settings.speed)
+                artefacts = build_artefacts(self.settings.engines, source, self.console)
                 problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
-            golden = {NAME: pixels.given, **others}
-            _write_golden(folder / GOLDEN, chosen, golden, expected)
+            _write_golden(folder / GOLDEN, material)
             manifest = {
                 "format": FORMAT,
                 "schema": SCHEMA,
@@ -318,19 +269,23 @@ class _Export:
                 "problems": problems,
                 "model": {"file": MODEL, **described},
                 "labels": trained.labels,
-                "preprocessing": graph_input.to_dict(),
+                "preprocessing": material.graph_input.to_dict(),
                 "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
                 "source": trained.source,
-                "golden": {"file": GOLDEN, "samples": len(chosen), "origin": samples.origin},
+                "golden": {
+                    "file": GOLDEN,
+                    "samples": len(material.chosen),
+                    "origin": samples.origin,
+                },
                 "environment": environment(),
-                "fold_report": report.to_dict(),
+                "fold_report": material.fold_report.to_dict(),
                 "parity": [parity.to_dict() for parity in parities],
                 "thresholds": asdict(Thresholds()),
                 "artefacts": [artefact.to_dict() for artefact in artefacts],
                 "files": list_files(folder),
             }
-            # The report comes before the last line of the manifest: its own hash.
-            write_text(folder / REPORT, render_report(manifest, chosen, expected))
+            # The report shows every hash but its own, which comes last.
+            write_text(folder / REPORT, render_report(manifest, material.chosen, material.expected))
             manifest["files"] = list_files(folder)
             write_json(folder / MANIFEST, manifest)
             manifest = read_json(folder / MANIFEST)
@@ -340,8 +295,34 @@ class _Export:
             raise GateError(
                 f"the export was rejected: {problems[0]}{more}. It is kept in {self.rejected}"
             )
-        console.print(_file_table(self.out, manifest))
-        return ExportResult(self.out, manifest, report, tuple(parities))
+        self.console.print(_file_table(self.out, manifest))
+        return ExportResult(self.out, manifest, material.fold_report, tuple(parities))
+
+    def _prepare(self, trained: Trained, samples: Samples) -> _Material:
+        """Reads the images and folds the model."""
+        settings = self.settings
+        if settings.engines.int8:
+            _check_int8(trained, samples)
+        graph_input = GraphInput(
+            trained.preprocess, settings.input, settings.normalize, settings.resize
+        )
+        chosen = choose(samples.samples, GOLDEN_SAMPLES)
+        pixels = read_pixels(chosen, graph_input)
+        normalized = trained.preprocess.normalize(pixels.model)
+        others = {}
+        if trained.domain_features is not None:
+            paths = [sample.path for sample in chosen]
+            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
+        example = (normalized, *others.values())
+        with self.step("fold"):
+            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
+            if others:
+                folded.domain_encoder = None
+        self.console.print(f"  {report.summary}")
+        expected = _outputs(trained.model, example, batch=8)
+        return _Material(
+            trained, samples, chosen, graph_input, pixels, others, example, expected, folded, report
+        )
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -350,44 +331,111 @@ class _Export:
         self.console.print(f"[green]✓[/] {what}")
 
 
-def _gate(
-    file: Path,
-    folded: nn.Module,
-    example: tuple[Tensor, ...],
-    inputs: Inputs,
-    expected: np.ndarray,
-    classes: bool,
-) -> list[Parity]:
+@dataclass(frozen=True)
+class _Material:
+    """What an export works with.
+
+    Attributes:
+        trained: the model before folding, and what is known of it.
+        samples, chosen: all images that may be used, and those of the gate.
+        graph_input: what the files take.
+        pixels: of the chosen images.
+        others: further inputs of the model, by name.
+        example: all its inputs, the normalised images first.
+        expected: its outputs for them [samples, outputs].
+        folded, fold_report: what folding made.
+    """
+
+    trained: Trained
+    samples: Samples
+    chosen: list[Sample]
+    graph_input: GraphInput
+    pixels: Pixels
+    others: dict[str, Tensor]
+    example: tuple[Tensor, ...]
+    expected: np.ndarray
+    folded: nn.Module
+    fold_report: FoldReport
+
+    @property
+    def classes(self) -> bool:
+        return bool(self.trained.labels)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the files take, for the chosen images."""
+        others = {name: x.numpy() for name, x in self.others.items()}
+        return {NAME: self.graph_input.array(self.pixels.given.numpy()), **others}
+
+    def write_onnx(self, module: nn.Module, path: Path, **options: Any) -> dict[str, Any]:
+        """:func:`export_onnx` of a module that takes and gives what ``folded`` does."""
+        return export_onnx(
+            module,
+            path,
+            input_size=self.trained.preprocess.input_size,
+            other_inputs={name: tuple(x.shape[1:]) for name, x in self.others.items()},
+            graph_input=self.graph_input,
+            labels=self.trained.labels,
+            metadata=_metadata(self.trained, self.graph_input),
+            **options,
+        )
+
+
+def _gate(file: Path, material: _Material) -> list[Parity]:
     """Unfolded against folded, folded against ONNX Runtime, and the first against the last."""
-    parities = []
+    expected, classes, example = material.expected, material.classes, material.example
+    parities = [_resizing(material)] if material.graph_input.resize else []
     for batch in BATCHES:
-        outputs = _outputs(folded, example, batch)
+        outputs = _outputs(material.folded, example, batch)
         parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
     references = {"ONNX Runtime": outputs, END_TO_END: expected}
     try:
         session = onnx_session(file)
     except InputError as error:
         return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
-    return parities + compare_onnx(session, inputs, references, classes)
+    return parities + compare_onnx(session, material.inputs, references, classes)
 
 
-def _resizing(
-    trained: Trained, pixels: Pixels, example: tuple[Tensor, ...], expected: np.ndarray
-) -> Parity:
+def _resizing(material: _Material) -> Parity:
     """What the graph's way of resizing changes, beside the training's."""
-    normalized = trained.preprocess.normalize(pixels.training)
-    training = _outputs(trained.model, (normalized, *example[1:]), batch=8)
-    classes, batch = bool(trained.labels), len(expected)
+    trained, expected = material.trained, material.expected
+    normalized = trained.preprocess.normalize(material.pixels.training)
+    training = _outputs(trained.model, (normalized, *material.example[1:]), batch=8)
     return compare(
-        training, expected, stage="resizing", batch=batch, classes=classes, thresholds=RESIZED
+        training,
+        expected,
+        stage="resizing",
+        batch=len(expected),
+        classes=material.classes,
+        thresholds=RESIZED,
     )
 
 
-def _onnx_artefact(folder: Path, problems: list[str]) -> Artefact:
+def _failed_onnx(folder: Path, problems: list[str]) -> Artefact:
     """The fp32 file of a bundle that the gate rejected."""
     files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
-    reason = problems[0] if problems else ""
-    return Artefact("onnx", MODEL, "fp32", FAILED, reason=reason, files=files)
+    return Artefact("onnx", MODEL, "fp32", FAILED, reason=problems[0], files=files)
+
+
+def _engine_source(
+    folder: Path, material: _Material, parities: list[Parity], speed: bool
+) -> EngineSource:
+    """What engines are made from."""
+    return EngineSource(
+        folder=folder,
+        onnx=folder / MODEL,
+        onnx_parity=[parity for parity in parities if parity.stage == END_TO_END],
+        folded=material.folded,
+        example=tuple(x[:1] for x in material.example),
+        inputs=material.inputs,
+        expected=material.expected,
+        exact=lambda: _outputs_fp64(material.trained.model, material.example),
+        classes=material.classes,
+        write_onnx=material.write_onnx,
+        deployed=lambda module: Deployed(module, material.graph_input),
+        images=lambda: _int8_images(material),
+        speed=speed,
+    )
 
 
 def _check_int8(trained: Trained, samples: Samples) -> None:
@@ -402,20 +450,20 @@ def _check_int8(trained: Trained, samples: Samples) -> None:
         raise InputError("--int8 is for graphs that take images alone: leave out --domain-input")
 
 
-def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
+def _int8_images(material: _Material) -> Images:
     """What INT8 is calibrated with, and judged by."""
-    calibration, validation = samples.calibration, samples.validation
+    labels, validation = material.trained.labels, material.samples.validation
     known = all(sample.label in labels for sample in validation)
-    targets = np.array([labels.index(sample.label) for sample in validation]) if known else None
-    preprocess = graph_input.preprocess
+    preprocess = material.trained.preprocess
 
     def read(paths: Sequence[Path]) -> np.ndarray:
-        return graph_input.array(torch.stack([preprocess.read(path) for path in paths]).numpy())
+        pixels = torch.stack([preprocess.read(path) for path in paths])
+        return material.graph_input.array(pixels.numpy())
 
     return Images(
-        [sample.path for sample in calibration],
+        [sample.path for sample in material.samples.calibration],
         [sample.path for sample in validation],
-        targets,
+        np.array([labels.index(sample.label) for sample in validation]) if known else None,
         read,
     )
 
@@ -430,14 +478,16 @@ def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:
     }
 
 
-def _write_golden(
-    path: Path, samples: list[Sample], inputs: dict[str, Tensor], expected: np.ndarray
-) -> None:
+def _write_golden(path: Path, material: _Material) -> None:
     """What the model gets (images in uint8), and what the trained model says to it."""
-    files = json.dumps([sample.path.name for sample in samples], ensure_ascii=False)
-    labels = json.dumps([sample.label for sample in samples], ensure_ascii=False)
-    tensors = {**inputs, "expected": torch.from_numpy(expected)}
-    write_tensors(path, tensors, {"files": files, "labels": labels})
+    names = [sample.path.name for sample in material.chosen]
+    labels = [sample.label for sample in material.chosen]
+    expected = torch.from_numpy(material.expected)
+    tensors = {NAME: material.pixels.given, **material.others, "expected": expected}
+    metadata = {"files": names, "labels": labels}
+    write_tensors(
+        path, tensors, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
+    )
 
 
 @torch.no_grad()

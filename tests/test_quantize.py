@@ -35,9 +35,7 @@ def made(tmp_path_factory):
     validation = whole[:32] + broken[:32]
     targets = np.repeat([0, 1], 32)
     convert_backbone(weights, folder / "backbone.safetensors")
-    backbone = timm.create_model(
-        BACKBONE, checkpoint_path=str(folder / "backbone.safetensors")
-    )
+    backbone = timm.create_model(BACKBONE, checkpoint_path=str(folder / "backbone.safetensors"))
     torch.manual_seed(0)
     config = fa.AdaptConfig(rank=16, mlp_ratio=0.25, input_size=(3, SIZE, SIZE))
     model = fa.fold(fa.adapt(backbone, config, num_classes=2))
