@@ -8,30 +8,23 @@ manifest, and what was at ``BUNDLE`` stays as it was.
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from fastadapt import __version__
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import FAILED, Artefact
 from fastadapt.export.engines import EngineOptions, artefact_problems, build_artefacts
-from fastadapt.export.engines import Source as EngineSource
 from fastadapt.export.fold import FoldReport, fold_with_report
-from fastadapt.export.gate import BATCHES, Inputs, compare_onnx, onnx_session
-from fastadapt.export.graph_input import NAME, Deployed, GraphInput, check_settings
+from fastadapt.export.gate import BATCHES
+from fastadapt.export.graph_input import GraphInput, check_settings
 from fastadapt.export.manifest import (
     FORMAT,
     GOLDEN,
@@ -43,21 +36,25 @@ from fastadapt.export.manifest import (
     environment,
     list_files,
 )
-from fastadapt.export.onnx import export_onnx
+from fastadapt.export.material import (
+    Material,
+    check_int8,
+    engine_source,
+    failed_onnx,
+    gate,
+    outputs,
+    write_golden,
+)
 from fastadapt.export.parity import (
     GateError,
     Parity,
     Thresholds,
     check_problems,
-    compare,
     parity_table,
 )
-from fastadapt.export.quantize import Images
 from fastadapt.export.report import render_report
 from fastadapt.export.samples import (
     GOLDEN_SAMPLES,
-    Pixels,
-    Sample,
     Samples,
     choose,
     folder_samples,
@@ -67,13 +64,10 @@ from fastadapt.export.samples import (
 )
 from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
-from fastadapt.files import read_json, write_json, write_tensors, write_text
+from fastadapt.files import read_json, write_json, write_text
 
-END_TO_END = "end to end"
 DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
-# The graph's filter rounds some pixels to the next level: a change of the input, not of the model.
-RESIZED = Thresholds(error=0.05, cosine=0.999)
 
 
 @dataclass(frozen=True)
@@ -250,17 +244,17 @@ class _Export:
             with self.step("export to ONNX"):
                 described = material.write_onnx(material.folded, folder / MODEL)
             with self.step(f"compare on {len(material.chosen)} images at batch {_listed(BATCHES)}"):
-                parities = _gate(folder / MODEL, material)
+                parities = gate(folder / MODEL, material)
             self.console.print(parity_table(parities))
             problems = check_problems(parities)
             if problems:
-                artefacts = [_failed_onnx(folder, problems)]
+                artefacts = [failed_onnx(folder, problems)]
             else:
-                source = _engine_source(folder, material, parities, self.settings.speed)
+                source = engine_source(folder, material, parities, self.settings.speed)
                 artefacts = build_artefacts(self.settings.engines, source, self.console)
                 problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
-            _write_golden(folder / GOLDEN, material)
+            write_golden(folder / GOLDEN, material)
             manifest = {
                 "format": FORMAT,
                 "schema": SCHEMA,
@@ -298,11 +292,11 @@ class _Export:
         self.console.print(_file_table(self.out, manifest))
         return ExportResult(self.out, manifest, material.fold_report, tuple(parities))
 
-    def _prepare(self, trained: Trained, samples: Samples) -> _Material:
+    def _prepare(self, trained: Trained, samples: Samples) -> Material:
         """Reads the images and folds the model."""
         settings = self.settings
         if settings.engines.int8:
-            _check_int8(trained, samples)
+            check_int8(trained, samples)
         graph_input = GraphInput(
             trained.preprocess, settings.input, settings.normalize, settings.resize
         )
@@ -319,8 +313,8 @@ class _Export:
             if others:
                 folded.domain_encoder = None
         self.console.print(f"  {report.summary}")
-        expected = _outputs(trained.model, example, batch=8)
-        return _Material(
+        expected = outputs(trained.model, example, batch=8)
+        return Material(
             trained, samples, chosen, graph_input, pixels, others, example, expected, folded, report
         )
 
@@ -329,180 +323,6 @@ class _Export:
         with self.console.status(f"{what} …"):
             yield
         self.console.print(f"[green]✓[/] {what}")
-
-
-@dataclass(frozen=True)
-class _Material:
-    """What an export works with.
-
-    Attributes:
-        trained: the model before folding, and what is known of it.
-        samples, chosen: all images that may be used, and those of the gate.
-        graph_input: what the files take.
-        pixels: of the chosen images.
-        others: further inputs of the model, by name.
-        example: all its inputs, the normalised images first.
-        expected: its outputs for them [samples, outputs].
-        folded, fold_report: what folding made.
-    """
-
-    trained: Trained
-    samples: Samples
-    chosen: list[Sample]
-    graph_input: GraphInput
-    pixels: Pixels
-    others: dict[str, Tensor]
-    example: tuple[Tensor, ...]
-    expected: np.ndarray
-    folded: nn.Module
-    fold_report: FoldReport
-
-    @property
-    def classes(self) -> bool:
-        return bool(self.trained.labels)
-
-    @property
-    def inputs(self) -> Inputs:
-        """What the files take, for the chosen images."""
-        others = {name: x.numpy() for name, x in self.others.items()}
-        return {NAME: self.graph_input.array(self.pixels.given.numpy()), **others}
-
-    def write_onnx(self, module: nn.Module, path: Path, **options: Any) -> dict[str, Any]:
-        """:func:`export_onnx` of a module that takes and gives what ``folded`` does."""
-        return export_onnx(
-            module,
-            path,
-            input_size=self.trained.preprocess.input_size,
-            other_inputs={name: tuple(x.shape[1:]) for name, x in self.others.items()},
-            graph_input=self.graph_input,
-            labels=self.trained.labels,
-            metadata=_metadata(self.trained, self.graph_input),
-            **options,
-        )
-
-
-def _gate(file: Path, material: _Material) -> list[Parity]:
-    """Unfolded against folded, folded against ONNX Runtime, and the first against the last."""
-    expected, classes, example = material.expected, material.classes, material.example
-    parities = [_resizing(material)] if material.graph_input.resize else []
-    for batch in BATCHES:
-        outputs = _outputs(material.folded, example, batch)
-        parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
-    references = {"ONNX Runtime": outputs, END_TO_END: expected}
-    try:
-        session = onnx_session(file)
-    except InputError as error:
-        return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
-    return parities + compare_onnx(session, material.inputs, references, classes)
-
-
-def _resizing(material: _Material) -> Parity:
-    """What the graph's way of resizing changes, beside the training's."""
-    trained, expected = material.trained, material.expected
-    normalized = trained.preprocess.normalize(material.pixels.training)
-    training = _outputs(trained.model, (normalized, *material.example[1:]), batch=8)
-    return compare(
-        training,
-        expected,
-        stage="resizing",
-        batch=len(expected),
-        classes=material.classes,
-        thresholds=RESIZED,
-    )
-
-
-def _failed_onnx(folder: Path, problems: list[str]) -> Artefact:
-    """The fp32 file of a bundle that the gate rejected."""
-    files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
-    return Artefact("onnx", MODEL, "fp32", FAILED, reason=problems[0], files=files)
-
-
-def _engine_source(
-    folder: Path, material: _Material, parities: list[Parity], speed: bool
-) -> EngineSource:
-    """What engines are made from."""
-    return EngineSource(
-        folder=folder,
-        onnx=folder / MODEL,
-        onnx_parity=[parity for parity in parities if parity.stage == END_TO_END],
-        folded=material.folded,
-        example=tuple(x[:1] for x in material.example),
-        inputs=material.inputs,
-        expected=material.expected,
-        exact=lambda: _outputs_fp64(material.trained.model, material.example),
-        classes=material.classes,
-        write_onnx=material.write_onnx,
-        deployed=lambda module: Deployed(module, material.graph_input),
-        images=lambda: _int8_images(material),
-        speed=speed,
-    )
-
-
-def _check_int8(trained: Trained, samples: Samples) -> None:
-    """Raises InputError if there is nothing to calibrate INT8 with, or to judge it by."""
-    if not samples.calibration or not samples.validation:
-        raise InputError(
-            "--int8 is calibrated and judged on image files: give a folder of them with --images"
-        )
-    if not trained.labels:
-        raise InputError("--int8 is judged by its accuracy, and this model has no classes")
-    if trained.domain_features is not None:
-        raise InputError("--int8 is for graphs that take images alone: leave out --domain-input")
-
-
-def _int8_images(material: _Material) -> Images:
-    """What INT8 is calibrated with, and judged by."""
-    labels, validation = material.trained.labels, material.samples.validation
-    known = all(sample.label in labels for sample in validation)
-    preprocess = material.trained.preprocess
-
-    def read(paths: Sequence[Path]) -> np.ndarray:
-        pixels = torch.stack([preprocess.read(path) for path in paths])
-        return material.graph_input.array(pixels.numpy())
-
-    return Images(
-        [sample.path for sample in material.samples.calibration],
-        [sample.path for sample in validation],
-        np.array([labels.index(sample.label) for sample in validation]) if known else None,
-        read,
-    )
-
-
-def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:
-    hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
-    return {
-        "preprocessing": graph_input.to_dict(),
-        "fastadapt": __version__,
-        "backbone": trained.backbone,
-        **{key: trained.source[name] for key, name in hashes.items() if name in trained.source},
-    }
-
-
-def _write_golden(path: Path, material: _Material) -> None:
-    """What the model gets (images in uint8), and what the trained model says to it."""
-    names = [sample.path.name for sample in material.chosen]
-    labels = [sample.label for sample in material.chosen]
-    expected = torch.from_numpy(material.expected)
-    tensors = {NAME: material.pixels.given, **material.others, "expected": expected}
-    metadata = {"files": names, "labels": labels}
-    write_tensors(
-        path, tensors, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
-    )
-
-
-@torch.no_grad()
-def _outputs(
-    model: nn.Module, inputs: tuple[Tensor, ...], batch: int, dtype: torch.dtype = torch.float32
-) -> np.ndarray:
-    batches = zip(*(x.split(batch) for x in inputs), strict=True)
-    parts = [model(*part).flatten(1) for part in batches]
-    return torch.cat(parts).to(dtype).numpy()
-
-
-def _outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
-    """What the model would say without its own rounding."""
-    exact = copy.deepcopy(model).double()
-    return _outputs(exact, tuple(x.double() for x in inputs), batch=8, dtype=torch.float64)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:
