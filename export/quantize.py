@@ -106,16 +106,16 @@ def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: st
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
+        def __init__(self, name: str):
+            self.name = name
             self.batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
 
         def get_next(self):
             batch = next(self.batches, None)
-            return None if batch is None else {name: batch}
+            return None if batch is None else {self.name: batch}
 
     gpu = device == "cuda"
     activations = quantization.QuantType.QInt8 if gpu else quantization.QuantType.QUInt8
-    name = _input_name(onnx)
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)  # it warns on the root logger
     path = Path(path)
@@ -126,7 +126,7 @@ def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: st
             quantization.quantize_static(
                 str(prepared),
                 str(result),
-                Reader(),
+                Reader(_input_name(prepared)),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(OPERATORS),
                 nodes_to_exclude=_delicate(prepared),

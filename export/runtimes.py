@@ -203,7 +203,8 @@ class OnnxRuntime(Runtime):
         pairs = [(binding.bind_output, self.output, output)]
         pairs += [(binding.bind_input, *pair) for pair in zip(self.inputs, inputs, strict=True)]
         for bind, value, x in pairs:
-            bind(value.name, "cuda", x.device.index or 0, _NUMPY[x.dtype], x.shape, x.data_ptr())
+            shape, device = list(x.shape), x.device.index or 0
+            bind(value.name, "cuda", device, _NUMPY[x.dtype], shape, x.data_ptr())
         torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
         session.run_with_iobinding(binding)
 

@@ -63,8 +63,26 @@ def bench(
         float, typer.Option(min=0, help="Slower than --compare by more percent: exit code 1.")
     ] = 5.0,
     plot: Annotated[bool, typer.Option("--plot", help="Draw pictures beside --json.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Measure launch configurations, keep the best."),
+    ] = False,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BxNxC", help="Tune this batch, tokens, channels; may be repeated."),
+    ] = None,
 ) -> None:
     """Time operations, training and deployment beside PyTorch's own and the papers' code."""
+    from fastadapt.errors import InputError
+
+    if size and not tune:
+        raise InputError("--size goes with --tune: benchmarks have sizes of their own")
+    if tune:
+        from fastadapt.bench.tune import parse_size
+        from fastadapt.bench.tune import run as run_tuning
+
+        run_tuning([parse_size(text) for text in size or ()])
+        return
     from fastadapt.bench import run
 
     raise typer.Exit(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.kernels import cluster_attention_triton as kernels
+from fastadapt.kernels import tuning
 from fastadapt.kernels.launch import (
     Descriptor,
     Device,
@@ -52,13 +53,7 @@ class Config:
 
 
 @functools.lru_cache(maxsize=4096)
-def default_config(
-    rows: int,
-    tokens: int,
-    width: int,
-    rank: int,
-    device: Device,
-) -> Config:
+def default_config(rows: int, tokens: int, width: int, rank: int, device: Device) -> Config:
     """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
     multiprocessors, shared, major = device[1:]
     block_rank = block(rank)
@@ -68,8 +63,18 @@ def default_config(
         # 24 rows' worth of work is what a tile costs beside its rows (fill, weights, drain).
         return -(-rows // (m * multiprocessors)) * (m + 24)
 
+    choices = candidates(rows, tokens, rank, device)
     # Short samples: a tall tile would hold too many of them.
-    tall = min((192, 128, 64), key=waves) if big and tokens >= 16 else 64
+    tall = min(choices["tall"], key=waves)
+    # Hopper's own kernels: one to three groups of 64 rows, as many as make the least work when a
+    # tile costs one group's worth beside its rows (weights, fill, drain).
+    groups = 0
+    if rows > 4096 and len(choices["groups"]) > 1:
+        groups = min((1, 2, 3), key=lambda g: -(-rows // (64 * g * multiprocessors)) * (g + 1))
+    if device.index is not None:
+        tuned = tuning.chosen("cluster_attention", device.index, (rows, tokens, width, rank))
+        if tuned.get("tall") in choices["tall"] and tuned.get("groups") in choices["groups"]:
+            tall, groups = tuned["tall"], tuned["groups"]
     if tall == 64:
         project = Tile(64, 0, block_rank if big else min(block_rank, 128), 64, 4, 4 if big else 3)
         transform = Tile(64, 0, 128 if big else 64 if shared >= 150_000 else 32, 64, 8, 2)
@@ -86,11 +91,6 @@ def default_config(
         expand = Tile(64, 0, 32, 64, transform.warps, 2)
     half = min(block_rank, 128)
     outer = Tile(half, 0, block_rank if big else half, 64, 8 if big else 4, 3 if big else 2)
-    # Hopper's own kernels: one to three groups of 64 rows, as many as make the least work when a
-    # tile costs one group's worth beside its rows (weights, fill, drain).
-    groups = 0
-    if major == 9 and rank in (64, 128, 256) and tokens >= 5 and rows > 4096 and _gluon():
-        groups = min((1, 2, 3), key=lambda g: -(-rows // (64 * g * multiprocessors)) * (g + 1))
     return Config(
         project=project,
         transform=transform,
@@ -102,6 +102,16 @@ def default_config(
         pdl=major >= 9,
         groups=groups,
     )
+
+
+def candidates(rows: int, tokens: int, rank: int, device: Device) -> dict[str, tuple[int, ...]]:
+    """What may be tuned: the plain kernels' row tile; Hopper's groups (0: the plain ones)."""
+    big = device.shared >= 200_000 and block(rank) <= 256
+    hopper = device.major == 9 and rank in (64, 128, 256) and tokens >= 5 and _gluon() is not None
+    return {
+        "tall": (192, 128, 64) if big and tokens >= 16 else (64,),
+        "groups": (0, 1, 2, 3) if hopper else (0,),
+    }
 
 
 def _slots(tile_rows: int, rows: int, tokens: int) -> int:
