@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.kernels.dispatch import accumulate_dtype, choose_backend, compute_dtype
+from fastadapt.kernels.dispatch import (
+    accumulate_dtype,
+    choose_backend,
+    compute_dtype,
+    on_device,
+    why_not_device,
+    without_autocast,
+)
+
+# Whether "auto" takes the kernels: not before their tests have passed on a GPU.
+PROVEN = False
 
 # Added below the root by upstream (core_qnn/quaternion_ops.py), so trained weights depend on it.
 ROTATION_EPS = 1e-4
@@ -108,6 +118,10 @@ def quaternion_linear(
 ) -> Tensor:
     """A linear layer over quaternions: ``weight ⊗ x`` (Hamilton) or ``w x w⁻¹`` (rotation).
 
+    The Triton backend reads each weight for all of its uses and never builds the dense matrix,
+    nor its gradient. For the backward only the arguments are saved (x as computed with, under
+    autocast); only gradients that are asked for are computed. There is no second derivative.
+
     Args:
         x: [..., 4·I], components r, i, j, k side by side; fp64, fp32, bf16 or fp16.
         weight_r, weight_i, weight_j, weight_k: [I, O] (in × out, as upstream keeps them); or
@@ -119,7 +133,8 @@ def quaternion_linear(
             ``rotation=True``.
         zero_half: ``x`` is [..., 2·I], the components j and k alone; r and i are zero, and the
             products with them are not done.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (the reference, until the kernels are proven: see ``PROVEN``),
+            ``"triton"`` or ``"reference"``.
 
     Returns:
         [..., 4·O] in ``x``'s dtype; under autocast in autocast's.
@@ -157,15 +172,166 @@ def quaternion_linear(
             )
     if scale is not None and not rotation:
         raise ValueError("scale belongs to the rotation form: pass rotation=True with it")
-    choose_backend(backend, "quaternion_linear has no Triton kernels in this version")
-    return quaternion_linear_reference(
-        x,
-        weight_r,
-        weight_i,
-        weight_j,
-        weight_k,
-        bias,
-        rotation=rotation,
-        scale=scale,
-        zero_half=zero_half,
-    )
+    weights = (weight_r, weight_i, weight_j, weight_k)
+    chosen = choose_backend(backend, _why_not_triton(x, *weights, scale, bias), by_default=PROVEN)
+    if chosen == "reference":
+        return quaternion_linear_reference(
+            x, *weights, bias, rotation=rotation, scale=scale, zero_half=zero_half
+        )
+    args = (x.to(compute_dtype(x)), *weights, bias, scale)
+    if torch.compiler.is_compiling():
+        return _forward_op(*args, rotation, zero_half)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        return _Function.apply(rotation, zero_half, *args)
+    return _forward(*args, rotation, zero_half)
+
+
+# The kernels as operators. Eager calls go through _Function instead, which does the same with
+# less on the way.
+
+
+def _launch():
+    """The launchers: Triton is imported with the first call."""
+    from fastadapt.kernels import quaternion_linear_launch
+
+    return quaternion_linear_launch
+
+
+def _forward(x, r, i, j, k, bias, scale, rotation, zero_half) -> Tensor:
+    with on_device(x), without_autocast(x):
+        return _launch().forward(
+            x, (r, i, j, k), bias, scale, rotation=rotation, zero_half=zero_half
+        )
+
+
+def _backward(g, x, r, i, j, k, bias, scale, rotation, zero_half, needs):
+    """Gradients of x, of the weights and the scale as one tensor, and of the bias.
+
+    Args:
+        needs: for x, the four weights, bias and scale in this order, whether to compute theirs.
+    """
+    with on_device(g), without_autocast(g):
+        return _launch().backward(
+            g,
+            x,
+            (r, i, j, k),
+            scale,
+            rotation=rotation,
+            zero_half=zero_half,
+            need_x=needs[0],
+            need_w=any(needs[1:5]) or needs[6],
+            need_b=needs[5],
+            bias_dtype=None if bias is None else bias.dtype,
+        )
+
+
+def _in_order(dx, dw, db, needs) -> tuple[Tensor | None, ...]:
+    """What ``_backward`` gives, in the order of the arguments."""
+    dw = (None,) * 5 if dw is None else (*dw.unbind(), None)
+    grads = (dx, *dw[:4], db, dw[4])
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rotation, zero_half, *args):
+        ctx.form = rotation, zero_half
+        ctx.save_for_backward(*args)
+        return _forward(*args, rotation, zero_half)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        needs = ctx.needs_input_grad[2:]
+        return None, None, *_in_order(*_backward(g, *ctx.saved_tensors, *ctx.form, needs), needs)
+
+
+@torch.library.custom_op("fastadapt::quaternion_linear", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight_r: Tensor,
+    weight_i: Tensor,
+    weight_j: Tensor,
+    weight_k: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    rotation: bool,
+    zero_half: bool,
+) -> Tensor:
+    weights = (weight_r, weight_i, weight_j, weight_k)
+    return _forward(x, *weights, bias, scale, rotation, zero_half)
+
+
+@_forward_op.register_fake
+def _(x, weight_r, weight_i, weight_j, weight_k, bias, scale, rotation, zero_half):
+    return x.new_empty(*x.shape[:-1], 4 * weight_r.shape[-1])
+
+
+@torch.library.custom_op("fastadapt::quaternion_linear_backward", mutates_args=())
+def _backward_op(
+    g: Tensor,
+    x: Tensor,
+    weight_r: Tensor,
+    weight_i: Tensor,
+    weight_j: Tensor,
+    weight_k: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    rotation: bool,
+    zero_half: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    weights = (weight_r, weight_i, weight_j, weight_k)
+    grads = _backward(g, x, *weights, bias, scale, rotation, zero_half, needs)
+    return [grad for grad in grads if grad is not None]
+
+
+@_backward_op.register_fake
+def _(g, x, weight_r, weight_i, weight_j, weight_k, bias, scale, rotation, zero_half, needs):
+    grads = [x.new_empty(x.shape)] if needs[0] else []
+    if any(needs[1:5]) or needs[6]:
+        kinds = 4 if scale is None else 5
+        grads.append(weight_r.new_empty(kinds, *weight_r.shape))
+    if needs[5]:
+        grads.append(bias.new_empty(bias.shape))
+    return grads
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, rotation, zero_half = inputs
+    ctx.form = rotation, zero_half
+    ctx.save_for_backward(*tensors)
+
+
+def _op_backward(ctx, g):
+    needs = list(ctx.needs_input_grad[:7])
+    grads = iter(_backward_op(g, *ctx.saved_tensors, *ctx.form, needs))
+    dx = next(grads) if needs[0] else None
+    dw = next(grads) if any(needs[1:5]) or needs[6] else None
+    db = next(grads) if needs[5] else None
+    return *_in_order(dx, dw, db, needs), None, None
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _why_not_triton(x, r, i, j, k, scale, bias) -> str | None:
+    reason = why_not_device(x)
+    if reason is not None:
+        return reason
+    taken = (torch.float32, torch.bfloat16, torch.float16)
+    dtype = compute_dtype(x)
+    if dtype not in taken:
+        return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
+    for name, t in (("weight_i", i), ("weight_j", j), ("weight_k", k), ("scale", scale)):
+        if t is not None and t.dtype != r.dtype:
+            return f"weight_r has dtype {r.dtype} and {name} {t.dtype}; the kernels take one for all"
+    for name, t in (("weight_r", r), ("bias", bias)):
+        if t is not None and t.dtype not in taken:
+            return f"{name} has dtype {t.dtype}; the kernels take float32, bfloat16 and float16"
+    groups = r.shape[0] if r.dim() == 3 else 1
+    if groups == 0 or groups > 65_535:
+        return f"{groups} groups; the kernels take 1 to 65535"
+    if x.shape[-1] and x.numel() // (groups * x.shape[-1]) >= 2**31 - 256:
+        return "as many rows as 2³¹"
+    return None
