@@ -50,15 +50,14 @@ def linear_tile(
     rows: int, depth: int, width: int, groups: int, wide: bool, rotation: bool, device: Device
 ) -> Tile:
     """The rule for output and gradient of x; ``wide`` means fp32."""
-    m = min(64, block(rows))
-    # fp32 and rotations hold more in registers: sums and entries.
-    small = wide or rotation
-    if m == 64 and not small and rows > 64:
-        tile = Tile(64, 64, 32, 8, 3)
-    elif small:
-        tile = Tile(min(m, 32), 32, 32, 4, 2)
+    if wide:  # on the multipliers of single numbers: short, or the operands fill the registers
+        tile = Tile(16 if rows <= 16 else 32, 32, 16, 8, 2)
+    elif rows <= 16:
+        tile = Tile(16, 32, 32 if rotation else 64, 4, 3)
+    elif rotation or rows <= 64:
+        tile = Tile(64, 32, 32 if rotation else 64, 8, 2)
     else:
-        tile = Tile(m, 32, 64, 4, 3)
+        tile = Tile(64, 64, 32, 8, 3)
     tiles = -(-rows // tile.rows) * -(-width // tile.cols) * groups
     splits = min(4, _splits(tiles, -(-depth // tile.depth), device))
     return Tile(tile.rows, tile.cols, tile.depth, tile.warps, tile.stages, splits)
@@ -69,12 +68,14 @@ def gradient_tile(
     rows: int, inputs: int, outputs: int, groups: int, wide: bool, rotation: bool, device: Device
 ) -> Tile:
     """The rule for gradients of weights: ``depth`` runs over the rows of x."""
-    if wide or rotation:
-        tile = Tile(32, 32, 32, 4, 2)
+    if wide:
+        tile = Tile(32, 32, 16, 8, 2)
+    elif rotation:
+        tile = Tile(64, 32, 32, 8, 2)
     elif rows <= 64:
         tile = Tile(32, 32, min(64, block(rows)), 4, 2)
     else:
-        tile = Tile(64, 64, 64, 8, 3)
+        tile = Tile(64, 64, 32, 8, 3)
     tiles = -(-inputs // tile.rows) * -(-outputs // tile.cols) * groups
     splits = min(32, _splits(tiles, -(-rows // (4 * tile.depth)), device))
     return Tile(tile.rows, tile.cols, tile.depth, tile.warps, tile.stages, splits)
@@ -141,12 +142,143 @@ def _arguments(x: Tensor, weights, scale, rotation: bool):
     return weights, scale, device_of(x.device.index), "ieee" if ieee else "tf32"
 
 
+# Hamilton products as sums of terms left[a] @ right[a ^ c]: sign(a, c) of x_a in y_c.
+_SIGNS = ((1, 1, 1, 1), (-1, 1, 1, -1), (-1, -1, 1, 1), (-1, 1, -1, 1))
+
+
+@functools.cache
+def _terms(kind: str, zero_half: bool) -> tuple[int, int, int]:
+    """For every component c of a result, which a come in which order, negative signs first.
+
+    Args:
+        kind: ``"output"`` (a of x), ``"input"`` (a of the gradient of y) or ``"weights"`` (a of
+            x, with the component a ^ c of the gradient of y).
+
+    Returns:
+        The order, 2 bits a term, 8 bits a component; how many are negative, 4 bits a component;
+        how many terms there are.
+    """
+    order = negative = 0
+    used = (2, 3) if zero_half and kind != "input" else (0, 1, 2, 3)
+    for c in range(4):
+        sign = {
+            "output": lambda a, c=c: _SIGNS[a][c],
+            "input": lambda a, c=c: _SIGNS[c][a],
+            "weights": lambda a, c=c: _SIGNS[a][a ^ c],
+        }[kind]
+        for place, a in enumerate(sorted(used, key=sign)):
+            order |= a << (8 * c + 2 * place)
+        negative |= sum(sign(a) < 0 for a in used) << (4 * c)
+    return order - 2**32 if order >= 2**31 else order, negative, len(used)
+
+
+@functools.lru_cache
+def _gluon():
+    """The kernel for Hopper; ``None`` where this Triton has another Gluon than it needs."""
+    try:
+        from fastadapt.kernels import quaternion_linear_gluon
+    except (ImportError, AttributeError):
+        return None
+    return quaternion_linear_gluon
+
+
+def _specialised(rows: int, inputs: int, outputs: int, groups, form: Form, x: Tensor) -> bool:
+    """Whether the kernel for Hopper takes a layer: large, in half precision, all tiles whole."""
+    return (
+        rows >= 512
+        and groups == 1
+        and inputs % 64 == 0
+        and outputs % 64 == 0
+        and not form.rotation
+        and x.dtype != torch.float32
+        and device_of(x.device.index).major == 9
+        and _gluon() is not None
+    )
+
+
+def _columns(width: int) -> int:
+    """The widest tile that divides ``width``, a multiple of 64."""
+    return next(n for n in (256, 128, 64) if width % n == 0)
+
+
+def _copyable(t: Tensor) -> Tensor:
+    """A matrix that the bulk copies can read: rows of whole 16 bytes, columns side by side."""
+    t = t.view(-1, t.shape[-1]) if t.dim() != 2 else t
+    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _packed(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights as the bulk copies read them, in one launch if they need a cast (autocast)."""
+    weights = [w.view(w.shape[-2:]) for w in weights]
+    if weights[0].dtype != dtype:
+        packed = torch.empty((4, *weights[0].shape), dtype=dtype, device=weights[0].device)
+        return list(torch.stack(weights, out=packed).unbind())
+    return [_copyable(w) for w in weights]
+
+
+def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, steps, splits=1):
+    """Launches the kernel for Hopper; see there."""
+    device = device_of(left.device.index)
+    cols = _columns(width)
+    order, negative, terms = _terms(kind, zero_half)
+    half_result = zero_half and kind == "input"
+    first, count = (2, 2) if half_result else (0, 4)
+    tiles_m, tiles_n = -(-height // 128), width // cols
+    tiles = splits * tiles_m * tiles_n * count
+    box = [cols, 64] if kind == "input" else [64, cols]
+    launch(
+        _gluon().product_kernel,
+        (min(tiles, device.multiprocessors),),
+        device,
+        gluon_descriptor(left, [64, 64]),
+        *(gluon_descriptor(t, box) for t in right),
+        None if kind == "weights" else gluon_descriptor(out, [64, cols]),
+        out if kind == "weights" else None,
+        bias,
+        order,
+        negative,
+        first,
+        count,
+        depth,
+        height,
+        width,
+        steps,
+        tiles,
+        tiles_m,
+        tiles_n,
+        TERMS=terms,
+        SKIPPED=2 if terms == 2 else 0,
+        KIND=kind,
+        BIAS=bias is not None,
+        STAGES=4 if kind == "weights" or cols < 256 else 3,
+        BN=cols,
+        pdl=True,
+        warps=4,
+    )
+
+
 def _linear(x, weights, bias, scale, out, depth, width, form: Form, *, backward: bool):
     """y = W ⊗ x + bias into ``out``, or backward: dx = W̄ ⊗ g, with x = g."""
     x, groups, rows, x_g, x_m, x_k = x
     weights, scale, device, precision = _arguments(x, weights, scale, form.rotation)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    if _specialised(rows, depth, width, groups, form, x):
+        _product(
+            "input" if backward else "output",
+            _copyable(x),
+            _packed(weights, x.dtype),
+            out.view(rows, -1),
+            bias,
+            form.zero_half,
+            depth=depth,
+            height=rows,
+            width=width,
+            steps=depth // 64,
+        )
+        return
     wide = x.dtype == torch.float32
     tile = linear_tile(rows, depth, width, groups, wide, form.rotation, device)
     parts = out
@@ -192,6 +324,9 @@ def _gradients(x, g, weights, scale, dw, db, inputs, outputs, form: Form):
     x, groups, rows, x_g, x_m, x_i = x
     g, _, _, g_g, g_m, g_o = g
     weights, scale, device, precision = _arguments(x, weights, scale, form.rotation)
+    if dw is not None and _specialised(rows, inputs, outputs, groups, form, x):
+        _large_gradients(x, g, dw, db, rows, inputs, outputs, g_m, g_o, form.zero_half)
+        return
     wide = x.dtype == torch.float32
     inputs_tiled = inputs if dw is not None else 1  # for the bias alone, one tile of them
     tile = gradient_tile(rows, inputs_tiled, outputs, groups, wide, form.rotation, device)
@@ -237,6 +372,52 @@ def _gradients(x, g, weights, scale, dw, db, inputs, outputs, form: Form):
     )
     if tile.splits > 1:
         pairs = [(parts, out) for parts, out in ((dw_parts, dw), (db_parts, db)) if out is not None]
+        _reduce(pairs[0], pairs[1] if len(pairs) == 2 else None, device)
+
+
+def _large_gradients(x, g, dw, db, rows, inputs, outputs, g_m, g_o, zero_half):
+    """The same with the kernel for Hopper."""
+    device = device_of(x.device.index)
+    tiles = 4 * -(-inputs // 128) * (outputs // _columns(outputs))
+    steps = -(-rows // 64)
+    splits = max(1, min(steps // 8, device.multiprocessors // tiles))
+    steps = -(-steps // splits)
+    dw_parts = dw if splits == 1 else dw.new_empty(splits, dw.numel(), dtype=torch.float32)
+    _product(
+        "weights",
+        _copyable(x),
+        [_copyable(g)] * 4,
+        dw_parts,
+        None,
+        zero_half,
+        depth=rows,
+        height=inputs,
+        width=outputs,
+        steps=steps,
+        splits=splits,
+    )
+    pairs = [] if splits == 1 else [(dw_parts, dw)]
+    if db is not None:
+        columns, parts = 64, min(64, -(-rows // 128))
+        sums = db.new_empty(parts, db.numel(), dtype=torch.float32)
+        launch(
+            kernels.sums_kernel,
+            (-(-db.numel() // columns), parts),
+            device,
+            g,
+            sums,
+            rows,
+            db.numel(),
+            g_m,
+            g_o,
+            -(-rows // parts),
+            BM=64,
+            BN=columns,
+            pdl=True,
+            warps=4,
+        )
+        pairs.append((sums, db))
+    if pairs:
         _reduce(pairs[0], pairs[1] if len(pairs) == 2 else None, device)
 
 
