@@ -325,7 +325,9 @@ def _why_not_triton(x, r, i, j, k, scale, bias) -> str | None:
         return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
     for name, t in (("weight_i", i), ("weight_j", j), ("weight_k", k), ("scale", scale)):
         if t is not None and t.dtype != r.dtype:
-            return f"weight_r has dtype {r.dtype} and {name} {t.dtype}; the kernels take one for all"
+            return (
+                f"weight_r has dtype {r.dtype} and {name} {t.dtype}; the kernels take one for all"
+            )
     for name, t in (("weight_r", r), ("bias", bias)):
         if t is not None and t.dtype not in taken:
             return f"{name} has dtype {t.dtype}; the kernels take float32, bfloat16 and float16"

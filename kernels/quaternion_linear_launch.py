@@ -228,6 +228,9 @@ def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, s
     tiles_m, tiles_n = -(-height // 128), width // cols
     tiles = splits * tiles_m * tiles_n * count
     box = [cols, 64] if kind == "input" else [64, cols]
+    # As many tiles on the way as fit beside the two groups' results and the barriers.
+    staging = 0 if kind == "weights" else 2 * 64 * cols * 2
+    stages = (device.shared - staging - 1024) // ((128 + cols) * 64 * 2)
     launch(
         _gluon().product_kernel,
         (min(tiles, device.multiprocessors),),
@@ -252,7 +255,7 @@ def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, s
         SKIPPED=2 if terms == 2 else 0,
         KIND=kind,
         BIAS=bias is not None,
-        STAGES=4 if kind == "weights" or cols < 256 else 3,
+        STAGES=min(6, stages),
         BN=cols,
         pdl=True,
         warps=4,

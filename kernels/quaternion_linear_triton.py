@@ -215,10 +215,9 @@ def linear_kernel(
         w2 = tl.load(j_ptr + o_w, mask=m_w, other=0.0)
         w3 = tl.load(k_ptr + o_w, mask=m_w, other=0.0)
         # In full fp32, sums of a tile are added to the sum so far: shorter sums round less.
+        acc = (acc0, acc1, acc2, acc3)
         if PRECISION == "ieee":
             acc = (zeros, zeros, zeros, zeros)
-        else:
-            acc = (acc0, acc1, acc2, acc3)
         if ROTATION:
             w = (w0.to(tl.float32), w1.to(tl.float32), w2.to(tl.float32), w3.to(tl.float32))
             scale = w0
@@ -238,9 +237,7 @@ def linear_kernel(
             )
         else:
             w = (w0.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype))
-            acc = _hamilton(
-                (x0, x1, x2, x3), w, acc, False, BACKWARD, IN_HALF, OUT_HALF, PRECISION
-            )
+            acc = _hamilton((x0, x1, x2, x3), w, acc, False, BACKWARD, IN_HALF, OUT_HALF, PRECISION)
         if PRECISION == "ieee":
             acc0 += acc[0]
             acc1 += acc[1]
@@ -372,7 +369,8 @@ def gradient_kernel(
         g1 = tl.load(p_g + g_c, mask=m_g, other=0.0).to(dtype)
         g2 = tl.load(p_g + 2 * g_c, mask=m_g, other=0.0).to(dtype)
         g3 = tl.load(p_g + 3 * g_c, mask=m_g, other=0.0).to(dtype)
-        if BIAS:
+        # One is known at compile time, the other is not.
+        if BIAS:  # noqa: SIM102
             if tile_i == 0:
                 b0 += tl.sum(g0.to(tl.float32), 0)
                 b1 += tl.sum(g1.to(tl.float32), 0)
@@ -442,7 +440,7 @@ def gradient_kernel(
             d = _unrotate(e, r, i, j, k, inverse)
         for n in tl.static_range(4):
             tl.store(p_d + n * groups * size, d[n].to(dw_ptr.dtype.element_ty), mask=m_w)
-    if BIAS:
+    if BIAS:  # noqa: SIM102
         if tile_i == 0:
             p_b = db_ptr + (split * groups + group) * 4 * outputs + o_o
             tl.store(p_b, b0.to(db_ptr.dtype.element_ty), mask=m_o)
