@@ -466,11 +466,14 @@ def test_gpu_random():
     failures = []
     for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
         try:
-            failures += random_case(case)
+            found = random_case(case)
         except Exception as error:
-            failures.append(f"case {case}: {type(error).__name__}: {error}")
-            if "CUDA error" in str(error):
-                break  # nothing after it can succeed in this process
+            found = [f"case {case}: {type(error).__name__}: {error}"]
+        failures += found
+        if found:
+            print(*found, sep="\n", flush=True)
+        if any("CUDA error" in line for line in found):
+            break  # nothing after it can succeed in this process
     assert not failures, "\n".join(failures)
 
 
