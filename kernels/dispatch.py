@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 
@@ -53,11 +54,16 @@ def why_not_device(x: torch.Tensor) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
     if x.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(x.device.index)
-        return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
+        return _why_not_gpu(x.device.index)
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"x is on device {x.device}"
+
+
+@functools.cache
+def _why_not_gpu(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
 
 
 def on_device(x: torch.Tensor):

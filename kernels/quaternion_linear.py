@@ -6,6 +6,9 @@ layer multiplies them with a matrix of quaternions: a dense layer with a quarter
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -146,39 +149,17 @@ def quaternion_linear(
     Source: upstream ``core_qnn/quaternion_ops.py``, ``quaternion_linear`` and
     ``quaternion_linear_rotation`` with ``quaternion_format=True``.
     """
-    shape = tuple(weight_r.shape)
-    if len(shape) not in (2, 3):
-        raise ValueError(f"weight_r has shape {shape}; expected [I, O] or [G, I, O]")
-    *groups, i, o = shape
-    width, times = (2 * i, "two") if zero_half else (4 * i, "four")
-    fits = x.dim() >= 1 and x.shape[-1] == width
-    if not fits or (groups and (x.dim() < 3 or x.shape[0] != groups[0])):
-        want = ", ".join([*map(str, groups), "...", str(width)])
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; expected [{want}], {times} times the {i} rows "
-            f"of weights {shape}"
-        )
-    expected = {
-        "weight_i": (weight_i, shape),
-        "weight_j": (weight_j, shape),
-        "weight_k": (weight_k, shape),
-        "scale": (scale, shape),
-        "bias": (bias, (*groups, 4 * o)),
-    }
-    for name, (tensor, want) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != want:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected {want} for weight_r {shape}"
-            )
-    if scale is not None and not rotation:
-        raise ValueError("scale belongs to the rotation form: pass rotation=True with it")
     weights = (weight_r, weight_i, weight_j, weight_k)
-    chosen = choose_backend(backend, _why_not_triton(x, *weights, scale, bias), by_default=PROVEN)
+    dtype = compute_dtype(x)
+    described = [None if t is None else (t.shape, t.dtype) for t in (*weights, bias, scale)]
+    check = _check if torch.compiler.is_compiling() else _check_once
+    why_not = check(x.shape, dtype, *described, rotation, zero_half)
+    chosen = choose_backend(backend, why_not_device(x) or why_not, by_default=PROVEN)
     if chosen == "reference":
         return quaternion_linear_reference(
             x, *weights, bias, rotation=rotation, scale=scale, zero_half=zero_half
         )
-    args = (x.to(compute_dtype(x)), *weights, bias, scale)
+    args = (x.to(dtype), *weights, bias, scale)
     if torch.compiler.is_compiling():
         return _forward_op(*args, rotation, zero_half)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
@@ -315,25 +296,55 @@ def _op_backward(ctx, g):
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _why_not_triton(x, r, i, j, k, scale, bias) -> str | None:
-    reason = why_not_device(x)
-    if reason is not None:
-        return reason
-    taken = (torch.float32, torch.bfloat16, torch.float16)
-    dtype = compute_dtype(x)
-    if dtype not in taken:
-        return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
-    for name, t in (("weight_i", i), ("weight_j", j), ("weight_k", k), ("scale", scale)):
-        if t is not None and t.dtype != r.dtype:
-            return (
-                f"weight_r has dtype {r.dtype} and {name} {t.dtype}; the kernels take one for all"
+def _check(x_shape, dtype, r, i, j, k, bias, scale, rotation, zero_half) -> str | None:
+    """Raises ValueError for shapes that do not fit; returns why the kernels cannot run them.
+
+    Args:
+        x_shape: of x.
+        dtype: in which is computed.
+        r, i, j, k, bias, scale: shape and dtype of each, or ``None``.
+    """
+    shape = tuple(r[0])
+    if len(shape) not in (2, 3):
+        raise ValueError(f"weight_r has shape {shape}; expected [I, O] or [G, I, O]")
+    *groups, rows, cols = shape
+    width, times = (2 * rows, "two") if zero_half else (4 * rows, "four")
+    fits = len(x_shape) >= 1 and x_shape[-1] == width
+    if not fits or (groups and (len(x_shape) < 3 or x_shape[0] != groups[0])):
+        want = ", ".join([*map(str, groups), "...", str(width)])
+        raise ValueError(
+            f"x has shape {tuple(x_shape)}; expected [{want}], {times} times the {rows} rows "
+            f"of weights {shape}"
+        )
+    expected = {
+        "weight_i": (i, shape),
+        "weight_j": (j, shape),
+        "weight_k": (k, shape),
+        "scale": (scale, shape),
+        "bias": (bias, (*groups, 4 * cols)),
+    }
+    for name, (described, want) in expected.items():
+        if described is not None and tuple(described[0]) != want:
+            raise ValueError(
+                f"{name} has shape {tuple(described[0])}; expected {want} for weight_r {shape}"
             )
-    for name, t in (("weight_r", r), ("bias", bias)):
-        if t is not None and t.dtype not in taken:
-            return f"{name} has dtype {t.dtype}; the kernels take float32, bfloat16 and float16"
-    groups = r.shape[0] if r.dim() == 3 else 1
-    if groups == 0 or groups > 65_535:
-        return f"{groups} groups; the kernels take 1 to 65535"
-    if x.shape[-1] and x.numel() // (groups * x.shape[-1]) >= 2**31 - 256:
-        return "as many rows as 2³¹"
+    if scale is not None and not rotation:
+        raise ValueError("scale belongs to the rotation form: pass rotation=True with it")
+
+    taken = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = {"x": dtype, "weight_r": r[1], "bias": r[1] if bias is None else bias[1]}
+    for name, found in dtypes.items():
+        if found not in taken:
+            return f"{name} has dtype {found}; the kernels take float32, bfloat16 and float16"
+    for name, described in (("weight_i", i), ("weight_j", j), ("weight_k", k), ("scale", scale)):
+        if described is not None and described[1] != r[1]:
+            return f"weight_r has dtype {r[1]}, {name} {described[1]}; the kernels take one for all"
+    count = groups[0] if groups else 1
+    if not 1 <= count <= 65_535 or rows < 1 or cols < 1:
+        return f"weights of shape {shape}; the kernels take 1 to 65535 groups, none of them empty"
+    if math.prod(x_shape) // (count * width) >= 2**31 - 256:
+        return f"x of shape {tuple(x_shape)}: 2³¹ rows or more"
     return None
+
+
+_check_once = functools.lru_cache(maxsize=4096)(_check)

@@ -60,6 +60,7 @@ def _copy(
     height,
     width,
     steps,
+    chunk,
     tiles,
     tiles_m,
     tiles_n,
@@ -80,10 +81,11 @@ def _copy(
             m = m % tiles_m
         m = m * 128
         n = n * BN
-        for term in range(TERMS):
-            a = (order >> (8 * c + 2 * term)) & 3
+        for turn in range(gl.cdiv(steps, chunk) * TERMS):
+            a = (order >> (8 * c + 2 * (turn % TERMS))) & 3
             b = a ^ c
-            for step in range(steps):
+            done = turn // TERMS * chunk
+            for step in range(done, gl.minimum(done + chunk, steps)):
                 k = start + step * 64
                 full = full_bars.index(slot)
                 mbarrier.wait(empty_bars.index(slot), phase)
@@ -173,6 +175,7 @@ def _multiply(
     height,
     width,
     steps,
+    chunk,
     tiles,
     tiles_m,
     tiles_n,
@@ -191,13 +194,19 @@ def _multiply(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         c, m, n = _locate(tile, tiles_n, first, count, KIND == "weights")
         n = n * BN
-        minus = ((negative >> (4 * c)) & 7) * steps
+        if BIAS:  # on its way while the products run
+            bias = gl.load(bias_ptr + c * width + n + o_n)
+        minus = (negative >> (4 * c)) & 7
         acc = gl.zeros([64, BN], gl.float32, layout)
         ring = (left_ring, right_ring, full_bars, empty_bars)
-        acc, slot, phase = _accumulate(group, acc, minus, *ring, slot, phase, KIND, STAGES)
-        acc = -acc
-        plus = TERMS * steps - minus
-        acc, slot, phase = _accumulate(group, acc, plus, *ring, slot, phase, KIND, STAGES)
+        for done in range(0, steps, chunk):
+            size = gl.minimum(chunk, steps - done)
+            acc, slot, phase = _accumulate(
+                group, -acc, minus * size, *ring, slot, phase, KIND, STAGES
+            )
+            acc, slot, phase = _accumulate(
+                group, -acc, (TERMS - minus) * size, *ring, slot, phase, KIND, STAGES
+            )
         if KIND == "weights":
             # [splits, 4, height, width]
             row = (m % tiles_m) * 128 + group * 64 + o_m
@@ -207,7 +216,7 @@ def _multiply(
         else:
             col = (c - first) * width + n
             if BIAS:
-                acc += gl.load(bias_ptr + col + o_n).to(gl.float32)[None, :]
+                acc += bias.to(gl.float32)[None, :]
             tma.store_wait(0)
             out_smem.index(group).store(acc.to(out_desc.dtype))
             fence_async_shared()
@@ -216,7 +225,9 @@ def _multiply(
         tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["order", "negative", "depth", "height", "steps", "chunk", "tiles", "tiles_m"]
+)
 def product_kernel(
     left_desc,  # output: x [M, 4·I]; input: g [M, 4·O]; weights: x; blocks of [64, 64]
     right0_desc,  # the weights [I, O], blocks of [64, BN], for "input" of [BN, 64]
@@ -234,6 +245,7 @@ def product_kernel(
     height,  # weights: I
     width,  # of one component of the result
     steps,  # of 64 along the depth (weights: along a split's rows)
+    chunk,  # so many of them for all terms before the next
     tiles,
     tiles_m,  # weights: along I
     tiles_n,
@@ -284,6 +296,7 @@ def product_kernel(
                     height,
                     width,
                     steps,
+                    chunk,
                     tiles,
                     tiles_m,
                     tiles_n,
@@ -312,6 +325,7 @@ def product_kernel(
                     height,
                     width,
                     steps,
+                    chunk,
                     tiles,
                     tiles_m,
                     tiles_n,
@@ -341,6 +355,7 @@ def product_kernel(
                     height,
                     width,
                     steps,
+                    chunk,
                     tiles,
                     tiles_m,
                     tiles_n,

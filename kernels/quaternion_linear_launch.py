@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fastadapt.kernels import quaternion_linear_triton as kernels
-from fastadapt.kernels.launch import Device, block, device_of, gluon_descriptor, launch
+from fastadapt.kernels.launch import Device, Launch, device_of, gluon_descriptor, launch
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -19,18 +19,36 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What a layer computes, beside its sizes."""
 
+    inputs: int  # I
+    outputs: int  # O
+    groups: int | None
     rotation: bool
     scale: bool
     zero_half: bool
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    ieee: bool  # fp32 without TF32
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Launch configuration of one product: its tile, warps, stages, parts of the reduction."""
+class Rows(NamedTuple):
+    """How [G, M, width] lies in memory."""
+
+    groups: int
+    rows: int
+    group_stride: int
+    row_stride: int
+    col_stride: int
+
+
+class Tile(NamedTuple):
+    """Launch configuration of one product: its tile, warps, stages, parts of the reduction.
+
+    Tiles of 64 rows have four warps: with eight, Triton 3.6 lays some of the products that add
+    up over 128 rows, and they read beyond the tile.
+    """
 
     rows: int
     cols: int
@@ -40,68 +58,54 @@ class Tile:
     splits: int = 1
 
 
-def _splits(tiles: int, steps: int, device: Device, least: int = 1) -> int:
-    """Parts of a reduction of ``steps`` tiles, so that all multiprocessors have something to do."""
-    return max(least, min(steps, device.multiprocessors // tiles))
-
-
-@functools.lru_cache(maxsize=4096)
-def linear_tile(
-    rows: int, depth: int, width: int, groups: int, wide: bool, rotation: bool, device: Device
-) -> Tile:
-    """The rule for output and gradient of x; ``wide`` means fp32."""
-    if wide:  # on the multipliers of single numbers: short, or the operands fill the registers
+def linear_tile(rows: int, depth: int, width: int, groups: int, form: Form, device: Device) -> Tile:
+    """The rule for output and gradient of x."""
+    if form.dtype == torch.float32:
+        # On the multipliers of single numbers: short, or the operands fill the registers.
         tile = Tile(16 if rows <= 16 else 32, 32, 16, 8, 2)
-    elif rows <= 16:
-        tile = Tile(16, 32, 32 if rotation else 64, 4, 3)
-    elif rotation or rows <= 64:
-        tile = Tile(64, 32, 32 if rotation else 64, 8, 2)
+    elif form.rotation:
+        tile = Tile(16, 32, 32, 4, 3) if rows <= 128 else Tile(64, 32, 32, 4, 2)
+    elif rows <= 128:
+        tile = Tile(16, 32, 64, 4, 4 if depth >= 512 else 3)
     else:
-        tile = Tile(64, 64, 32, 8, 3)
+        tile = Tile(64, 64, 32, 4, 3)
     tiles = -(-rows // tile.rows) * -(-width // tile.cols) * groups
-    splits = min(4, _splits(tiles, -(-depth // tile.depth), device))
-    return Tile(tile.rows, tile.cols, tile.depth, tile.warps, tile.stages, splits)
+    # A second pass adds the parts: worth it only for long reductions.
+    splits = min(4, device.multiprocessors // tiles, -(-depth // tile.depth) // 8)
+    return tile._replace(splits=max(1, splits))
 
 
-@functools.lru_cache(maxsize=4096)
 def gradient_tile(
-    rows: int, inputs: int, outputs: int, groups: int, wide: bool, rotation: bool, device: Device
+    rows: int, inputs: int, outputs: int, groups: int, form: Form, device: Device
 ) -> Tile:
     """The rule for gradients of weights: ``depth`` runs over the rows of x."""
-    if wide:
+
+    def tiles(tile: Tile) -> int:
+        return -(-inputs // tile.rows) * -(-outputs // tile.cols) * groups
+
+    if form.dtype == torch.float32:
         tile = Tile(32, 32, 16, 8, 2)
-    elif rotation:
-        tile = Tile(64, 32, 32, 8, 2)
-    elif rows <= 64:
-        tile = Tile(32, 32, min(64, block(rows)), 4, 2)
+    elif form.rotation:
+        tile = Tile(64, 16, 32, 4, 2)
+    elif rows <= 16:
+        shapes = (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2))
+        crowded = (t for t in shapes if tiles(t) >= device.multiprocessors)
+        tile = next(crowded, Tile(32, 32, 16, 4, 2))
+    elif rows <= 64 and tiles(Tile(64, 32, 32, 4, 2)) < device.multiprocessors:
+        tile = Tile(32, 32, 32, 4, 2)
     else:
-        tile = Tile(64, 64, 32, 8, 3)
-    tiles = -(-inputs // tile.rows) * -(-outputs // tile.cols) * groups
-    splits = min(32, _splits(tiles, -(-rows // (4 * tile.depth)), device))
-    return Tile(tile.rows, tile.cols, tile.depth, tile.warps, tile.stages, splits)
-
-
-def _rows(x: Tensor, groups: int | None) -> tuple[Tensor, int, int, int, int, int]:
-    """x as [G, M, width] in memory: itself or a copy, G, M, and its three strides."""
-    width = x.shape[-1]
-    g = 1 if groups is None else groups
-    m = x.numel() // (g * width)
-    if x.is_contiguous():
-        return x, g, m, m * width, width, 1
-    if x.dim() > (2 if groups is None else 3) or x.dim() == 1:
-        x = x.reshape(m, width) if groups is None else x.reshape(g, m, width)
-    return x, g, m, 0 if groups is None else x.stride(0), x.stride(-2), x.stride(-1)
+        tile = Tile(64, 32, 64, 4, 2 if rows <= 256 else 3)
+    splits = min(32, device.multiprocessors // tiles(tile), -(-rows // tile.depth) // 4)
+    return tile._replace(splits=max(1, splits))
 
 
 def forward(x, weights, bias, scale, *, rotation: bool, zero_half: bool) -> Tensor:
     """y [..., 4·O] in x's dtype; arguments as ``quaternion_linear``."""
-    *groups, inputs, outputs = weights[0].shape
-    y = x.new_empty(*x.shape[:-1], 4 * outputs)
-    if y.numel() == 0:
-        return y
-    x = _rows(x, groups[0] if groups else None)
-    form = Form(rotation, scale is not None, zero_half)
-    _linear(x, weights, bias, scale, y, inputs, outputs, form, backward=False)
+    form = _form(x, weights, scale, rotation, zero_half)
+    y = torch.empty((*x.shape[:-1], 4 * form.outputs), dtype=x.dtype, device=x.device)
+    if y.numel():
+        x, rows = _rows(x, form.groups)
+        _linear(x, rows, _contiguous(weights), _contiguous((bias, scale)), y, form, False)
     return y
 
 
@@ -112,38 +116,199 @@ def backward(g, x, weights, scale, *, rotation, zero_half, need_x, need_w, need_
         Of x; of the weights (and the scale, if there is one) as one tensor [4 (5), …]; of the
         bias. ``None`` for what is not needed.
     """
-    *groups, inputs, outputs = weights[0].shape
-    form = Form(rotation, scale is not None, zero_half)
-    kinds = 5 if form.scale else 4
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    new = torch.zeros if x.numel() == 0 else torch.empty  # no rows: nothing will write them
+    form = _form(x, weights, scale, rotation, zero_half)
+    device, shape = x.device, weights[0].shape
+    # Without rows, nothing will write them.
+    new = torch.empty if x.numel() else torch.zeros
+    dx = torch.empty(x.shape, dtype=x.dtype, device=device) if need_x else None
     dw = db = None
     if need_w:
-        dw = new((kinds, *weights[0].shape), dtype=weights[0].dtype, device=x.device)
+        dw = new((5 if form.scale else 4, *shape), dtype=form.weight_dtype, device=device)
     if need_b:
-        db = new((*groups, 4 * outputs), dtype=bias_dtype, device=x.device)
+        db = new((*shape[:-2], 4 * form.outputs), dtype=bias_dtype, device=device)
     if x.numel() == 0:
         return dx, dw, db
-    g = _rows(g, groups[0] if groups else None)
+    g, g_rows = _rows(g, form.groups)
+    weights, others = _contiguous(weights), _contiguous((None, scale))
     if need_x:
-        _linear(g, weights, None, scale, dx, outputs, inputs, form, backward=True)
+        _linear(g, g_rows, weights, others, dx, form, True)
     if need_w or need_b:
-        x = _rows(x, groups[0] if groups else None)
-        _gradients(x, g, weights, scale, dw, db, inputs, outputs, form)
+        x, x_rows = _rows(x, form.groups)
+        _gradients(x, x_rows, g, g_rows, weights, others[1], dw, db, form)
     return dx, dw, db
 
 
-def _arguments(x: Tensor, weights, scale, rotation: bool):
-    """Contiguous weights, the device, and what all kernels' launches share."""
-    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
-    if scale is not None and not scale.is_contiguous():
-        scale = scale.contiguous()
-    ieee = x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return weights, scale, device_of(x.device.index), "ieee" if ieee else "tf32"
+def _form(x: Tensor, weights, scale, rotation: bool, zero_half: bool) -> Form:
+    *groups, inputs, outputs = weights[0].shape
+    return Form(
+        inputs,
+        outputs,
+        groups[0] if groups else None,
+        rotation,
+        scale is not None,
+        zero_half,
+        x.dtype,
+        weights[0].dtype,
+        x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32,
+    )
 
 
-# Hamilton products as sums of terms left[a] @ right[a ^ c]: sign(a, c) of x_a in y_c.
-_SIGNS = ((1, 1, 1, 1), (-1, 1, 1, -1), (-1, -1, 1, 1), (-1, 1, -1, 1))
+def _contiguous(tensors) -> list[Tensor | None]:
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _rows(x: Tensor, groups: int | None) -> tuple[Tensor, Rows]:
+    """x as [G, M, width], a copy only where its strides allow no view."""
+    width = x.shape[-1]
+    g = groups or 1
+    m = x.numel() // (g * width)
+    if x.is_contiguous():
+        return x, Rows(g, m, 0 if groups is None else m * width, width, 1)
+    x = x.reshape(m, width) if groups is None else x.reshape(g, m, width)
+    return x, Rows(g, m, 0 if groups is None else x.stride(0), x.stride(-2), x.stride(-1))
+
+
+def _linear(x, rows: Rows, weights, others, out, form: Form, back: bool) -> None:
+    """y = W ⊗ x + bias into ``out``, or back: dx = W̄ ⊗ g, with x = g."""
+    bias, scale = others
+    device = device_of(x.device.index)
+    if _specialised(rows, form, device):
+        _large_linear(x, rows, weights, bias, out, form, device, back)
+        return
+    run, splits = _linear_launch(rows, None if bias is None else bias.dtype, form, device, back)
+    if splits == 1:
+        run(x, *weights, scale, bias, out)
+        return
+    parts = torch.empty((splits, out.numel()), dtype=torch.float32, device=x.device)
+    run(x, *weights, scale, bias, parts)
+    _reduce((parts, out), None, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear_launch(rows: Rows, bias_dtype, form: Form, device: Device, back: bool):
+    depth, width = (form.outputs, form.inputs) if back else (form.inputs, form.outputs)
+    tile = linear_tile(rows.rows, depth, width, rows.groups, form, device)
+    run = Launch(
+        kernels.linear_kernel,
+        (-(-rows.rows // tile.rows) * -(-width // tile.cols), tile.splits, rows.groups),
+        device,
+        (rows.rows, depth, width, *rows[2:], _part(depth, tile)),
+        (
+            tile.rows,
+            tile.cols,
+            tile.depth,
+            back,
+            form.rotation,
+            form.scale,
+            bias_dtype is not None,
+            form.zero_half and not back,
+            form.zero_half and back,
+            _DTYPES[form.dtype],
+            "ieee" if form.ieee else "tf32",
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
+        pdl=device.major >= 9,
+    )
+    return run, tile.splits
+
+
+def _gradients(x, x_rows: Rows, g, g_rows: Rows, weights, scale, dw, db, form: Form) -> None:
+    """dW = g ⊗ x̄ and the bias's gradient, summed over all rows."""
+    device = device_of(x.device.index)
+    if dw is not None and _specialised(x_rows, form, device):
+        _large_gradients(x, g, g_rows, dw, db, form, device)
+        return
+    bias_dtype = None if db is None else db.dtype
+    run, splits = _gradient_launch(x_rows, g_rows, dw is not None, bias_dtype, form, device)
+    if splits == 1:
+        run(x, g, *weights, scale, dw, db)
+        return
+    pairs = [
+        (torch.empty((splits, out.numel()), dtype=torch.float32, device=x.device), out)
+        for out in (dw, db)
+        if out is not None
+    ]
+    parts = [pair[0] for pair in pairs]
+    run(
+        x,
+        g,
+        *weights,
+        scale,
+        parts[0] if dw is not None else None,
+        parts[-1] if db is not None else None,
+    )
+    _reduce(*pairs, *(None,) * (2 - len(pairs)), device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _gradient_launch(x_rows: Rows, g_rows: Rows, need_w: bool, bias_dtype, form, device):
+    inputs = form.inputs if need_w else 1  # for the bias alone, one tile of them
+    tile = gradient_tile(x_rows.rows, inputs, form.outputs, x_rows.groups, form, device)
+    tiles = -(-inputs // tile.rows) * -(-form.outputs // tile.cols)
+    run = Launch(
+        kernels.gradient_kernel,
+        (tiles, tile.splits, x_rows.groups),
+        device,
+        (
+            x_rows.rows,
+            form.inputs,
+            form.outputs,
+            *x_rows[2:],
+            *g_rows[2:],
+            _part(x_rows.rows, tile),
+        ),
+        (
+            tile.depth,
+            tile.rows,
+            tile.cols,
+            form.rotation,
+            form.scale,
+            form.zero_half,
+            need_w,
+            bias_dtype is not None,
+            _DTYPES[form.dtype],
+            "ieee" if form.ieee else "tf32",
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
+        pdl=device.major >= 9,
+    )
+    return run, tile.splits
+
+
+def _part(size: int, tile: Tile) -> int:
+    """How much of a reduction over ``size`` one split does: whole tiles."""
+    return -(-size // (tile.splits * tile.depth)) * tile.depth
+
+
+def _reduce(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor] | None, device: Device) -> None:
+    """Sums parts [splits, count] to results [count], of one or two at once."""
+    b = b or (None, None)
+    sizes = [
+        (0, 1, None) if out is None else (out.numel(), parts.shape[0], out.dtype)
+        for parts, out in (a, b)
+    ]
+    _reduce_launch(*sizes, device)(*a, *b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce_launch(a, b, device: Device) -> Launch:
+    size = 1024
+    return Launch(
+        kernels.reduce_kernel,
+        (-(-a[0] // size) + -(-b[0] // size),),
+        device,
+        (a[0], b[0], a[1], b[1]),
+        (size,),
+        warps=4,
+        pdl=device.major >= 9,
+    )
+
+
+# Large Hamilton products on Hopper: sums of terms left[a] @ right[a ^ c].
+
+_SIGNS = ((1, 1, 1, 1), (-1, 1, 1, -1), (-1, -1, 1, 1), (-1, 1, -1, 1))  # of x_a in y_c
 
 
 @functools.cache
@@ -182,54 +347,47 @@ def _gluon():
     return quaternion_linear_gluon
 
 
-def _specialised(rows: int, inputs: int, outputs: int, groups, form: Form, x: Tensor) -> bool:
+def _specialised(rows: Rows, form: Form, device: Device) -> bool:
     """Whether the kernel for Hopper takes a layer: large, in half precision, all tiles whole."""
     return (
-        rows >= 512
-        and groups == 1
-        and inputs % 64 == 0
-        and outputs % 64 == 0
+        rows.rows >= 512
+        and rows.groups == 1
+        and form.inputs % 64 == 0
+        and form.outputs % 64 == 0
         and not form.rotation
-        and x.dtype != torch.float32
-        and device_of(x.device.index).major == 9
+        and form.dtype != torch.float32
+        and device.major == 9
         and _gluon() is not None
     )
 
 
-def _columns(width: int) -> int:
-    """The widest tile that divides ``width``, a multiple of 64."""
-    return next(n for n in (256, 128, 64) if width % n == 0)
+def _columns(width: int, others: int, device: Device) -> int:
+    """The widest tile that divides ``width`` (a multiple of 64) and keeps most programs busy."""
+    widths = [n for n in (256, 128, 64) if width % n == 0]
+    busy = (n for n in widths if others * (width // n) >= 0.75 * device.multiprocessors)
+    return next(busy, widths[-1])
 
 
 def _copyable(t: Tensor) -> Tensor:
     """A matrix that the bulk copies can read: rows of whole 16 bytes, columns side by side."""
-    t = t.view(-1, t.shape[-1]) if t.dim() != 2 else t
-    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0:
+    t = t if t.dim() == 2 else t.view(-1, t.shape[-1])
+    if t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) and t.data_ptr() % 16 == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _packed(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights as the bulk copies read them, in one launch if they need a cast (autocast)."""
-    weights = [w.view(w.shape[-2:]) for w in weights]
-    if weights[0].dtype != dtype:
-        packed = torch.empty((4, *weights[0].shape), dtype=dtype, device=weights[0].device)
-        return list(torch.stack(weights, out=packed).unbind())
-    return [_copyable(w) for w in weights]
-
-
-def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, steps, splits=1):
+def _product(kind, left, right, out, bias, form, device, *, depth, height, width, cols, **split):
     """Launches the kernel for Hopper; see there."""
-    device = device_of(left.device.index)
-    cols = _columns(width)
-    order, negative, terms = _terms(kind, zero_half)
-    half_result = zero_half and kind == "input"
+    steps, splits = split.get("steps", depth // 64), split.get("splits", 1)
+    order, negative, terms = _terms(kind, form.zero_half)
+    half_result = form.zero_half and kind == "input"
     first, count = (2, 2) if half_result else (0, 4)
     tiles_m, tiles_n = -(-height // 128), width // cols
     tiles = splits * tiles_m * tiles_n * count
+    weights = kind == "weights"
     box = [cols, 64] if kind == "input" else [64, cols]
     # As many tiles on the way as fit beside the two groups' results and the barriers.
-    staging = 0 if kind == "weights" else 2 * 64 * cols * 2
+    staging = 0 if weights else 2 * 64 * cols * 2
     stages = (device.shared - staging - 1024) // ((128 + cols) * 64 * 2)
     launch(
         _gluon().product_kernel,
@@ -237,8 +395,8 @@ def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, s
         device,
         gluon_descriptor(left, [64, 64]),
         *(gluon_descriptor(t, box) for t in right),
-        None if kind == "weights" else gluon_descriptor(out, [64, cols]),
-        out if kind == "weights" else None,
+        None if weights else gluon_descriptor(out, [64, cols]),
+        out if weights else None,
         bias,
         order,
         negative,
@@ -248,6 +406,7 @@ def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, s
         height,
         width,
         steps,
+        _CHUNK if weights else steps,
         tiles,
         tiles_m,
         tiles_n,
@@ -262,192 +421,81 @@ def _product(kind, left, right, out, bias, zero_half, *, depth, height, width, s
     )
 
 
-def _linear(x, weights, bias, scale, out, depth, width, form: Form, *, backward: bool):
-    """y = W ⊗ x + bias into ``out``, or backward: dx = W̄ ⊗ g, with x = g."""
-    x, groups, rows, x_g, x_m, x_k = x
-    weights, scale, device, precision = _arguments(x, weights, scale, form.rotation)
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    if _specialised(rows, depth, width, groups, form, x):
-        _product(
-            "input" if backward else "output",
-            _copyable(x),
-            _packed(weights, x.dtype),
-            out.view(rows, -1),
-            bias,
-            form.zero_half,
-            depth=depth,
-            height=rows,
-            width=width,
-            steps=depth // 64,
-        )
-        return
-    wide = x.dtype == torch.float32
-    tile = linear_tile(rows, depth, width, groups, wide, form.rotation, device)
-    parts = out
-    if tile.splits > 1:
-        parts = torch.empty((tile.splits, out.numel()), dtype=torch.float32, device=x.device)
-    launch(
-        kernels.linear_kernel,
-        (-(-rows // tile.rows) * -(-width // tile.cols), tile.splits, groups),
-        device,
-        x,
-        *weights,
-        scale,
+# Weights' gradients: so many tiles of 64 rows are read of all components before the next rows, so
+# that x and g come from memory once and the other three times from L2.
+_CHUNK = 4
+
+
+def _large_linear(x, rows: Rows, weights, bias, out, form, device, back: bool) -> None:
+    depth, width = (form.outputs, form.inputs) if back else (form.inputs, form.outputs)
+    weights = [w.view(w.shape[-2:]) for w in weights]
+    if form.weight_dtype != form.dtype:  # autocast
+        packed = torch.empty((4, *weights[0].shape), dtype=form.dtype, device=x.device)
+        weights = torch.stack(weights, out=packed).unbind()
+    count = 2 if back and form.zero_half else 4
+    _product(
+        "input" if back else "output",
+        _copyable(x),
+        [_copyable(w) for w in weights],
+        out.view(rows.rows, -1),
         bias,
-        parts,
-        rows,
-        depth,
-        width,
-        x_g,
-        x_m,
-        x_k,
-        _part(depth, tile),
-        BM=tile.rows,
-        BN=tile.cols,
-        BK=tile.depth,
-        BACKWARD=backward,
-        ROTATION=form.rotation,
-        SCALE=form.scale,
-        BIAS=bias is not None,
-        IN_HALF=form.zero_half and not backward,
-        OUT_HALF=form.zero_half and backward,
-        dtype=_DTYPES[x.dtype],
-        PRECISION=precision,
-        pdl=device.major >= 9,
-        warps=tile.warps,
-        stages=tile.stages,
-    )
-    if tile.splits > 1:
-        _reduce((parts, out), None, device)
-
-
-def _gradients(x, g, weights, scale, dw, db, inputs, outputs, form: Form):
-    """dW = g ⊗ x̄ and the bias's gradient, summed over all rows."""
-    x, groups, rows, x_g, x_m, x_i = x
-    g, _, _, g_g, g_m, g_o = g
-    weights, scale, device, precision = _arguments(x, weights, scale, form.rotation)
-    if dw is not None and _specialised(rows, inputs, outputs, groups, form, x):
-        _large_gradients(x, g, dw, db, rows, inputs, outputs, g_m, g_o, form.zero_half)
-        return
-    wide = x.dtype == torch.float32
-    inputs_tiled = inputs if dw is not None else 1  # for the bias alone, one tile of them
-    tile = gradient_tile(rows, inputs_tiled, outputs, groups, wide, form.rotation, device)
-    dw_parts, db_parts = dw, db
-    if tile.splits > 1:
-        if dw is not None:
-            dw_parts = dw.new_empty(tile.splits, dw.numel(), dtype=torch.float32)
-        if db is not None:
-            db_parts = db.new_empty(tile.splits, db.numel(), dtype=torch.float32)
-    launch(
-        kernels.gradient_kernel,
-        (-(-inputs_tiled // tile.rows) * -(-outputs // tile.cols), tile.splits, groups),
+        form,
         device,
-        x,
-        g,
-        *weights,
-        scale,
-        dw_parts,
-        db_parts,
-        rows,
-        inputs,
-        outputs,
-        x_g,
-        x_m,
-        x_i,
-        g_g,
-        g_m,
-        g_o,
-        _part(rows, tile),
-        BM=tile.depth,
-        BI=tile.rows,
-        BO=tile.cols,
-        ROTATION=form.rotation,
-        SCALE=form.scale,
-        HALF=form.zero_half,
-        WEIGHTS=dw is not None,
-        BIAS=db is not None,
-        dtype=_DTYPES[x.dtype],
-        PRECISION=precision,
-        pdl=device.major >= 9,
-        warps=tile.warps,
-        stages=tile.stages,
+        depth=depth,
+        height=rows.rows,
+        width=width,
+        cols=_columns(width, -(-rows.rows // 128) * count, device),
     )
-    if tile.splits > 1:
-        pairs = [(parts, out) for parts, out in ((dw_parts, dw), (db_parts, db)) if out is not None]
-        _reduce(pairs[0], pairs[1] if len(pairs) == 2 else None, device)
 
 
-def _large_gradients(x, g, dw, db, rows, inputs, outputs, g_m, g_o, zero_half):
-    """The same with the kernel for Hopper."""
-    device = device_of(x.device.index)
-    tiles = 4 * -(-inputs // 128) * (outputs // _columns(outputs))
+def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> None:
+    rows, inputs, outputs = g_rows.rows, form.inputs, form.outputs
     steps = -(-rows // 64)
-    splits = max(1, min(steps // 8, device.multiprocessors // tiles))
-    steps = -(-steps // splits)
-    dw_parts = dw if splits == 1 else dw.new_empty(splits, dw.numel(), dtype=torch.float32)
+    # Fewer columns mean fewer parts to add, more mean fewer bytes per product.
+    cols = _columns(outputs, 10**9 if rows >= 16384 else 4 * -(-inputs // 128), device)
+    cols = max(cols, min(128, outputs & -outputs))
+    tiles = 4 * -(-inputs // 128) * (outputs // cols)
+    splits = max(1, min(steps // 4, device.multiprocessors // tiles))
+    pairs = []
+    parts = dw
+    if splits > 1:
+        parts = torch.empty((splits, dw.numel()), dtype=torch.float32, device=x.device)
+        pairs.append((parts, dw))
     _product(
         "weights",
         _copyable(x),
         [_copyable(g)] * 4,
-        dw_parts,
+        parts,
         None,
-        zero_half,
+        form,
+        device,
         depth=rows,
         height=inputs,
         width=outputs,
-        steps=steps,
+        cols=cols,
+        steps=-(-steps // splits),
         splits=splits,
     )
-    pairs = [] if splits == 1 else [(dw_parts, dw)]
     if db is not None:
-        columns, parts = 64, min(64, -(-rows // 128))
-        sums = db.new_empty(parts, db.numel(), dtype=torch.float32)
-        launch(
-            kernels.sums_kernel,
-            (-(-db.numel() // columns), parts),
-            device,
-            g,
-            sums,
-            rows,
-            db.numel(),
-            g_m,
-            g_o,
-            -(-rows // parts),
-            BM=64,
-            BN=columns,
-            pdl=True,
-            warps=4,
-        )
+        run, sums_splits = _sums_launch(g_rows, db.numel(), device)
+        sums = torch.empty((sums_splits, db.numel()), dtype=torch.float32, device=x.device)
+        run(g, sums)
         pairs.append((sums, db))
     if pairs:
-        _reduce(pairs[0], pairs[1] if len(pairs) == 2 else None, device)
+        _reduce(*pairs, *(None,) * (2 - len(pairs)), device)
 
 
-def _part(size: int, tile: Tile) -> int:
-    """How much of a reduction over ``size`` one split does: whole tiles."""
-    return -(-size // (tile.splits * tile.depth)) * tile.depth
-
-
-def _reduce(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor] | None, device: Device) -> None:
-    """Sums parts [splits, count] to results [count], of one or two at once."""
-    block_size = 1024
-    a_parts, a_out = a
-    b_parts, b_out = (None, None) if b is None else b
-    a_count, b_count = a_out.numel(), 0 if b is None else b_out.numel()
-    launch(
-        kernels.reduce_kernel,
-        (-(-a_count // block_size) + -(-b_count // block_size),),
+@functools.lru_cache(maxsize=4096)
+def _sums_launch(g_rows: Rows, width: int, device: Device) -> tuple[Launch, int]:
+    rows, _, row_stride, col_stride = g_rows[1:]
+    splits = min(64, -(-rows // 128))
+    run = Launch(
+        kernels.sums_kernel,
+        (-(-width // 64), splits),
         device,
-        a_parts,
-        a_out,
-        b_parts,
-        b_out,
-        a_count,
-        b_count,
-        a_parts.shape[0],
-        1 if b is None else b_parts.shape[0],
-        BLOCK=block_size,
-        pdl=device.major >= 9,
+        (rows, width, row_stride, col_stride, -(-rows // splits)),
+        (64, 64),
         warps=4,
+        pdl=device.major >= 9,
     )
+    return run, splits

@@ -136,7 +136,7 @@ def _rotate(
     return acc0, acc1, acc2, acc3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x_ptr,  # [G, M, 4·K]: x, or BACKWARD the gradient of y
     r_ptr,  # [G, K, N] each, or BACKWARD [G, N, K]
@@ -294,7 +294,7 @@ def _unrotate(d, r, i, j, k, inverse):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gradient_kernel(
     x_ptr,  # [G, M, 4·I]
     g_ptr,  # [G, M, 4·O]
@@ -352,9 +352,7 @@ def gradient_kernel(
     e = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
     e_lost = e
     b0 = tl.zeros((BO,), tl.float32)
-    b1 = b0
-    b2 = b0
-    b3 = b0
+    b1, b2, b3, b0_lost, b1_lost, b2_lost, b3_lost = b0, b0, b0, b0, b0, b0, b0
     if PDL:
         gdc_wait()
     for m in range(start, end, BM):
@@ -372,10 +370,10 @@ def gradient_kernel(
         # One is known at compile time, the other is not.
         if BIAS:  # noqa: SIM102
             if tile_i == 0:
-                b0 += tl.sum(g0.to(tl.float32), 0)
-                b1 += tl.sum(g1.to(tl.float32), 0)
-                b2 += tl.sum(g2.to(tl.float32), 0)
-                b3 += tl.sum(g3.to(tl.float32), 0)
+                b0, b0_lost = _add(b0, b0_lost, tl.sum(g0.to(tl.float32), 0))
+                b1, b1_lost = _add(b1, b1_lost, tl.sum(g1.to(tl.float32), 0))
+                b2, b2_lost = _add(b2, b2_lost, tl.sum(g2.to(tl.float32), 0))
+                b3, b3_lost = _add(b3, b3_lost, tl.sum(g3.to(tl.float32), 0))
         if WEIGHTS:
             if HALF:
                 x2 = tl.load(p_x, mask=m_x, other=0.0).to(dtype)
@@ -477,7 +475,7 @@ def _add_dot(acc, lost, x, g, PRECISION: tl.constexpr):
     return tl.dot(x, g, acc, input_precision=PRECISION), lost
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_split"])
 def sums_kernel(
     g_ptr,  # [M, N]
     sums_ptr,  # [splits, N] fp32
@@ -519,7 +517,7 @@ def _sum_parts(parts_ptr, out_ptr, block, count, splits, BLOCK: tl.constexpr):
     tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["a_splits", "b_splits"])
 def reduce_kernel(
     a_ptr,  # [a_splits, a_count] fp32
     a_out_ptr,  # [a_count]
