@@ -230,7 +230,7 @@ def make(m, i, o, dtype, device="cpu", *, groups=None, form="hamilton", zero_hal
     leading = () if groups is None else (groups,)
 
     def normal(*shape, factor=1.0):
-        return (torch.randn(*leading, *shape) * factor).to(device, dtype)
+        return (torch.randn(*leading, *shape, device=device) * factor).to(dtype)
 
     x = normal(m, (2 if zero_half else 4) * i)
     w = [normal(i, o, factor=(4 * i) ** -0.5) for _ in range(4)]
@@ -271,7 +271,11 @@ def errors_beyond_pytorch(args, g, kwargs, function=with_triton):
         if not torch.isfinite(theirs).all():
             continue  # beyond fp16's range in PyTorch as well
         error, limit = relative_error(mine, exact), relative_error(theirs, exact)
-        slack = 2 * eps if exact.numel() < 1000 else 1e-7  # PyTorch can be lucky with few values
+        # PyTorch can be lucky with few values, or few different ones.
+        few = (
+            exact.numel() < 1000 or exact.flatten()[:: exact.numel() // 1000].unique().numel() < 500
+        )
+        slack = 2 * eps if few else 1e-7
         if not error <= 2 * limit + slack:
             found.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
     return found
@@ -470,8 +474,7 @@ def test_gpu_random():
         except Exception as error:
             found = [f"case {case}: {type(error).__name__}: {error}"]
         failures += found
-        if found:
-            print(*found, sep="\n", flush=True)
+        print(f"{case} done", *found, sep="\n", flush=True)  # for a campaign that is cut off
         if any("CUDA error" in line for line in found):
             break  # nothing after it can succeed in this process
     assert not failures, "\n".join(failures)
