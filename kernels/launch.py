@@ -115,12 +115,12 @@ class Launch:
     """One kernel with everything but its tensors: for calls of the same sizes, again and again.
 
     Preparing arguments costs more than launching. What follows from a call's sizes is decided
-    once and kept here; the compiled kernel is remembered by the tensors' alignment alone.
+    once and kept here; the compiled kernel is remembered by the tensors' dtypes and alignment.
 
     Args:
         kernel: with tensors first, then ``numbers``, then constexpr parameters, ``PDL`` the last.
         grid: up to three numbers.
-        device: that all tensors will be on; their dtypes must always be the same, too.
+        device: that all tensors will be on.
         numbers: integers.
         constants: constexpr parameters in order, without ``PDL``.
         pdl: programmatic dependent launch.
@@ -139,7 +139,7 @@ class Launch:
         self.compiled = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        key = tuple([t is None or t.data_ptr() % 16 == 0 for t in tensors])
+        key = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
         hit = self.compiled.get(key)
         if hit is not None:
             run, function, metadata = hit

@@ -233,7 +233,7 @@ def product_kernel(
     right0_desc,  # the weights [I, O], blocks of [64, BN], for "input" of [BN, 64]
     right1_desc,
     right2_desc,
-    right3_desc,  # weights: all four are g [M, 4·O], blocks of [64, BN]
+    right3_desc,  # weights: only the first, g [M, 4·O], blocks of [64, BN]
     out_desc,  # output: y [M, 4·O]; input: dx; blocks of [64, BN]; weights: None
     out_ptr,  # weights: [splits, 4, I, O]
     bias_ptr,  # [4·O] or None

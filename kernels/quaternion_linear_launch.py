@@ -60,18 +60,23 @@ class Tile(NamedTuple):
 
 def linear_tile(rows: int, depth: int, width: int, groups: int, form: Form, device: Device) -> Tile:
     """The rule for output and gradient of x."""
+
+    def tiles(tile: Tile) -> int:
+        return -(-rows // tile.rows) * -(-width // tile.cols) * groups
+
+    large = Tile(64, 64, 32, 4, 2 if form.rotation else 3)
     if form.dtype == torch.float32:
         # On the multipliers of single numbers: short, or the operands fill the registers.
-        tile = Tile(16 if rows <= 16 else 32, 32, 16, 8, 2)
+        tile = Tile(16 if rows <= 64 else 32, 32, 16, 8, 2)
+    elif tiles(large) >= 2 * device.multiprocessors:
+        tile = large
     elif form.rotation:
-        tile = Tile(16, 32, 32, 4, 3) if rows <= 128 else Tile(64, 32, 32, 4, 2)
-    elif rows <= 128:
-        tile = Tile(16, 32, 64, 4, 4 if depth >= 512 else 3)
+        tile = Tile(16, 32, 32, 4, 3)
     else:
-        tile = Tile(64, 64, 32, 4, 3)
-    tiles = -(-rows // tile.rows) * -(-width // tile.cols) * groups
+        tile = Tile(16, 32, 64, 4, 4 if depth >= 512 else 3)
     # A second pass adds the parts: worth it only for long reductions.
-    splits = min(4, device.multiprocessors // tiles, -(-depth // tile.depth) // 8)
+    least = 2 if form.rotation or form.dtype == torch.float32 else 8
+    splits = min(4, device.multiprocessors // tiles(tile), -(-depth // tile.depth) // least)
     return tile._replace(splits=max(1, splits))
 
 
@@ -91,8 +96,8 @@ def gradient_tile(
         shapes = (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2))
         crowded = (t for t in shapes if tiles(t) >= device.multiprocessors)
         tile = next(crowded, Tile(32, 32, 16, 4, 2))
-    elif rows <= 64 and tiles(Tile(64, 32, 32, 4, 2)) < device.multiprocessors:
-        tile = Tile(32, 32, 32, 4, 2)
+    elif tiles(Tile(64, 32, 64, 4, 2)) < device.multiprocessors:
+        tile = Tile(16, 32, 64, 4, 2)
     else:
         tile = Tile(64, 32, 64, 4, 2 if rows <= 256 else 3)
     splits = min(32, device.multiprocessors // tiles(tile), -(-rows // tile.depth) // 4)
@@ -350,7 +355,8 @@ def _gluon():
 def _specialised(rows: Rows, form: Form, device: Device) -> bool:
     """Whether the kernel for Hopper takes a layer: large, in half precision, all tiles whole."""
     return (
-        rows.rows >= 512
+        rows.rows >= 128
+        and rows.rows * form.inputs * form.outputs >= 2**25
         and rows.groups == 1
         and form.inputs % 64 == 0
         and form.outputs % 64 == 0
@@ -394,7 +400,7 @@ def _product(kind, left, right, out, bias, form, device, *, depth, height, width
         (min(tiles, device.multiprocessors),),
         device,
         gluon_descriptor(left, [64, 64]),
-        *(gluon_descriptor(t, box) for t in right),
+        *(None if t is None else gluon_descriptor(t, box) for t in right),
         None if weights else gluon_descriptor(out, [64, cols]),
         out if weights else None,
         bias,
@@ -406,7 +412,7 @@ def _product(kind, left, right, out, bias, form, device, *, depth, height, width
         height,
         width,
         steps,
-        _CHUNK if weights else steps,
+        split.get("chunk", steps),
         tiles,
         tiles_m,
         tiles_n,
@@ -419,11 +425,6 @@ def _product(kind, left, right, out, bias, form, device, *, depth, height, width
         pdl=True,
         warps=4,
     )
-
-
-# Weights' gradients: so many tiles of 64 rows are read of all components before the next rows, so
-# that x and g come from memory once and the other three times from L2.
-_CHUNK = 4
 
 
 def _large_linear(x, rows: Rows, weights, bias, out, form, device, back: bool) -> None:
@@ -464,7 +465,7 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> 
     _product(
         "weights",
         _copyable(x),
-        [_copyable(g)] * 4,
+        [_copyable(g), None, None, None],
         parts,
         None,
         form,
@@ -475,6 +476,9 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> 
         cols=cols,
         steps=-(-steps // splits),
         splits=splits,
+        # So many tiles of all components before the next rows: with the splits all over x and g,
+        # they come from memory once and the other times from L2.
+        chunk=16 if splits == 1 else 4,
     )
     if db is not None:
         run, sums_splits = _sums_launch(g_rows, db.numel(), device)

@@ -75,6 +75,16 @@ def _hamilton(
 
 
 @triton.jit
+def _operand(t, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """t as the products take it. TF32 is rounded to nearest: the tensor cores would truncate."""
+    t = t.to(dtype)
+    if dtype == tl.float32 and PRECISION == "tf32":
+        rounded = ((t.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        t = tl.where(t == t, rounded, t)
+    return t
+
+
+@triton.jit
 def _unit(r, i, j, k):
     """The normalised weights, and one over the norm."""
     inverse = tl.div_rn(1.0, tl.sqrt_rn(r * r + i * i + j * j + k * k + ROTATION_EPS))
@@ -123,16 +133,16 @@ def _rotate(
     acc0, acc1, acc2, acc3 = acc
     if not OUT_HALF:
         if not IN_HALF:
-            acc1 = tl.dot(x1, e11.to(dtype), acc1, input_precision=PRECISION)
-        acc1 = tl.dot(x2, e21.to(dtype), acc1, input_precision=PRECISION)
-        acc1 = tl.dot(x3, e31.to(dtype), acc1, input_precision=PRECISION)
+            acc1 = tl.dot(x1, _operand(e11, dtype, PRECISION), acc1, input_precision=PRECISION)
+        acc1 = tl.dot(x2, _operand(e21, dtype, PRECISION), acc1, input_precision=PRECISION)
+        acc1 = tl.dot(x3, _operand(e31, dtype, PRECISION), acc1, input_precision=PRECISION)
     if not IN_HALF:
-        acc2 = tl.dot(x1, e12.to(dtype), acc2, input_precision=PRECISION)
-        acc3 = tl.dot(x1, e13.to(dtype), acc3, input_precision=PRECISION)
-    acc2 = tl.dot(x2, e22.to(dtype), acc2, input_precision=PRECISION)
-    acc2 = tl.dot(x3, e32.to(dtype), acc2, input_precision=PRECISION)
-    acc3 = tl.dot(x2, e23.to(dtype), acc3, input_precision=PRECISION)
-    acc3 = tl.dot(x3, e33.to(dtype), acc3, input_precision=PRECISION)
+        acc2 = tl.dot(x1, _operand(e12, dtype, PRECISION), acc2, input_precision=PRECISION)
+        acc3 = tl.dot(x1, _operand(e13, dtype, PRECISION), acc3, input_precision=PRECISION)
+    acc2 = tl.dot(x2, _operand(e22, dtype, PRECISION), acc2, input_precision=PRECISION)
+    acc2 = tl.dot(x3, _operand(e32, dtype, PRECISION), acc2, input_precision=PRECISION)
+    acc3 = tl.dot(x2, _operand(e23, dtype, PRECISION), acc3, input_precision=PRECISION)
+    acc3 = tl.dot(x3, _operand(e33, dtype, PRECISION), acc3, input_precision=PRECISION)
     return acc0, acc1, acc2, acc3
 
 
@@ -198,18 +208,18 @@ def linear_kernel(
         m_x = m_m & (tl.arange(0, BK) < left)[None, :]
         m_w = (tl.arange(0, BK) < left)[:, None] & m_n
         if IN_HALF:
-            x2 = tl.load(p_x, mask=m_x, other=0.0).to(dtype)
-            x3 = tl.load(p_x + component, mask=m_x, other=0.0).to(dtype)
+            x2 = _operand(tl.load(p_x, mask=m_x, other=0.0), dtype, PRECISION)
+            x3 = _operand(tl.load(p_x + component, mask=m_x, other=0.0), dtype, PRECISION)
             x0 = x2  # not used
             x1 = x2
         else:
             if ROTATION:
                 x0 = tl.zeros((BM, BK), dtype)  # not used
             else:
-                x0 = tl.load(p_x, mask=m_x, other=0.0).to(dtype)
-            x1 = tl.load(p_x + component, mask=m_x, other=0.0).to(dtype)
-            x2 = tl.load(p_x + 2 * component, mask=m_x, other=0.0).to(dtype)
-            x3 = tl.load(p_x + 3 * component, mask=m_x, other=0.0).to(dtype)
+                x0 = _operand(tl.load(p_x, mask=m_x, other=0.0), dtype, PRECISION)
+            x1 = _operand(tl.load(p_x + component, mask=m_x, other=0.0), dtype, PRECISION)
+            x2 = _operand(tl.load(p_x + 2 * component, mask=m_x, other=0.0), dtype, PRECISION)
+            x3 = _operand(tl.load(p_x + 3 * component, mask=m_x, other=0.0), dtype, PRECISION)
         w0 = tl.load(r_ptr + o_w, mask=m_w, other=0.0)
         w1 = tl.load(i_ptr + o_w, mask=m_w, other=0.0)
         w2 = tl.load(j_ptr + o_w, mask=m_w, other=0.0)
@@ -236,7 +246,12 @@ def linear_kernel(
                 PRECISION,
             )
         else:
-            w = (w0.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype))
+            w = (
+                _operand(w0, dtype, PRECISION),
+                _operand(w1, dtype, PRECISION),
+                _operand(w2, dtype, PRECISION),
+                _operand(w3, dtype, PRECISION),
+            )
             acc = _hamilton((x0, x1, x2, x3), w, acc, False, BACKWARD, IN_HALF, OUT_HALF, PRECISION)
         if PRECISION == "ieee":
             acc0 += acc[0]
@@ -361,12 +376,12 @@ def gradient_kernel(
         m_g = m_m[:, None] & m_o[None, :]
         # Of a rotation's component r only the bias gets a gradient.
         if ROTATION and not BIAS:
-            g0 = tl.zeros((BM, BO), dtype)
+            g0 = tl.zeros((BM, BO), g_ptr.dtype.element_ty)
         else:
-            g0 = tl.load(p_g, mask=m_g, other=0.0).to(dtype)
-        g1 = tl.load(p_g + g_c, mask=m_g, other=0.0).to(dtype)
-        g2 = tl.load(p_g + 2 * g_c, mask=m_g, other=0.0).to(dtype)
-        g3 = tl.load(p_g + 3 * g_c, mask=m_g, other=0.0).to(dtype)
+            g0 = tl.load(p_g, mask=m_g, other=0.0)
+        g1 = tl.load(p_g + g_c, mask=m_g, other=0.0)
+        g2 = tl.load(p_g + 2 * g_c, mask=m_g, other=0.0)
+        g3 = tl.load(p_g + 3 * g_c, mask=m_g, other=0.0)
         # One is known at compile time, the other is not.
         if BIAS:  # noqa: SIM102
             if tile_i == 0:
@@ -375,18 +390,22 @@ def gradient_kernel(
                 b2, b2_lost = _add(b2, b2_lost, tl.sum(g2.to(tl.float32), 0))
                 b3, b3_lost = _add(b3, b3_lost, tl.sum(g3.to(tl.float32), 0))
         if WEIGHTS:
+            g0 = _operand(g0, dtype, PRECISION)
+            g1 = _operand(g1, dtype, PRECISION)
+            g2 = _operand(g2, dtype, PRECISION)
+            g3 = _operand(g3, dtype, PRECISION)
             if HALF:
-                x2 = tl.load(p_x, mask=m_x, other=0.0).to(dtype)
-                x3 = tl.load(p_x + x_c, mask=m_x, other=0.0).to(dtype)
+                x2 = _operand(tl.load(p_x, mask=m_x, other=0.0), dtype, PRECISION)
+                x3 = _operand(tl.load(p_x + x_c, mask=m_x, other=0.0), dtype, PRECISION)
                 x0 = x2  # not used
                 x1 = x2
             else:
-                x1 = tl.load(p_x + x_c, mask=m_x, other=0.0).to(dtype)
-                x2 = tl.load(p_x + 2 * x_c, mask=m_x, other=0.0).to(dtype)
-                x3 = tl.load(p_x + 3 * x_c, mask=m_x, other=0.0).to(dtype)
+                x1 = _operand(tl.load(p_x + x_c, mask=m_x, other=0.0), dtype, PRECISION)
+                x2 = _operand(tl.load(p_x + 2 * x_c, mask=m_x, other=0.0), dtype, PRECISION)
+                x3 = _operand(tl.load(p_x + 3 * x_c, mask=m_x, other=0.0), dtype, PRECISION)
                 x0 = x1  # not used
                 if not ROTATION:
-                    x0 = tl.load(p_x, mask=m_x, other=0.0).to(dtype)
+                    x0 = _operand(tl.load(p_x, mask=m_x, other=0.0), dtype, PRECISION)
             if ROTATION:
                 e, e_lost = _outer(e, e_lost, (x1, x2, x3), (g1, g2, g3), HALF, PRECISION)
             elif PRECISION == "ieee":
