@@ -22,7 +22,10 @@ from fastadapt.kernels.dispatch import (
     without_autocast,
 )
 
-# Whether "auto" takes the kernels: not before their tests have passed on a GPU.
+# Whether "auto" takes the kernels. On an H100 their grid of shapes passed but for fp16 bias
+# gradients of large layers (a kernel compiled for bf16 was taken) and TF32 (inputs were truncated);
+# both were changed since and have not run there. Until `pytest tests/test_quaternion_linear.py -k
+# gpu` passes whole, they run only where asked for.
 PROVEN = False
 
 # Added below the root by upstream (core_qnn/quaternion_ops.py), so trained weights depend on it.
@@ -136,8 +139,9 @@ def quaternion_linear(
             ``rotation=True``.
         zero_half: ``x`` is [..., 2·I], the components j and k alone; r and i are zero, and the
             products with them are not done.
-        backend: ``"auto"`` (the reference, until the kernels are proven: see ``PROVEN``),
-            ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (the reference, until the kernels are proven: see ``PROVEN``; later,
+            too, in fp32 with more than 64 rows, where it is faster), ``"triton"`` or
+            ``"reference"``.
 
     Returns:
         [..., 4·O] in ``x``'s dtype; under autocast in autocast's.
@@ -153,8 +157,9 @@ def quaternion_linear(
     dtype = compute_dtype(x)
     described = [None if t is None else (t.shape, t.dtype) for t in (*weights, bias, scale)]
     check = _check if torch.compiler.is_compiling() else _check_once
-    why_not = check(x.shape, dtype, *described, rotation, zero_half)
-    chosen = choose_backend(backend, why_not_device(x) or why_not, by_default=PROVEN)
+    why_not, fast = check(x.shape, dtype, *described, rotation, zero_half)
+    by_default = PROVEN and fast
+    chosen = choose_backend(backend, why_not_device(x) or why_not, by_default=by_default)
     if chosen == "reference":
         return quaternion_linear_reference(
             x, *weights, bias, rotation=rotation, scale=scale, zero_half=zero_half
@@ -296,13 +301,16 @@ def _op_backward(ctx, g):
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _check(x_shape, dtype, r, i, j, k, bias, scale, rotation, zero_half) -> str | None:
-    """Raises ValueError for shapes that do not fit; returns why the kernels cannot run them.
+def _check(x_shape, dtype, r, i, j, k, bias, scale, rotation, zero_half) -> tuple[str | None, bool]:
+    """Raises ValueError for shapes that do not fit.
 
     Args:
         x_shape: of x.
         dtype: in which is computed.
         r, i, j, k, bias, scale: shape and dtype of each, or ``None``.
+
+    Returns:
+        Why the kernels cannot run the call, or ``None``; and whether they are fast at it.
     """
     shape = tuple(r[0])
     if len(shape) not in (2, 3):
@@ -335,16 +343,21 @@ def _check(x_shape, dtype, r, i, j, k, bias, scale, rotation, zero_half) -> str 
     dtypes = {"x": dtype, "weight_r": r[1], "bias": r[1] if bias is None else bias[1]}
     for name, found in dtypes.items():
         if found not in taken:
-            return f"{name} has dtype {found}; the kernels take float32, bfloat16 and float16"
+            why = f"{name} has dtype {found}; the kernels take float32, bfloat16 and float16"
+            return why, False
     for name, described in (("weight_i", i), ("weight_j", j), ("weight_k", k), ("scale", scale)):
         if described is not None and described[1] != r[1]:
-            return f"weight_r has dtype {r[1]}, {name} {described[1]}; the kernels take one for all"
+            why = f"weight_r has dtype {r[1]}, {name} {described[1]}; the kernels take one for all"
+            return why, False
     count = groups[0] if groups else 1
     if not 1 <= count <= 65_535 or rows < 1 or cols < 1:
-        return f"weights of shape {shape}; the kernels take 1 to 65535 groups, none of them empty"
-    if math.prod(x_shape) // (count * width) >= 2**31 - 256:
-        return f"x of shape {tuple(x_shape)}: 2³¹ rows or more"
-    return None
+        why = f"weights of shape {shape}; the kernels take 1 to 65535 groups, none of them empty"
+        return why, False
+    m = math.prod(x_shape) // (count * width)
+    if m >= 2**31 - 256:
+        return f"x of shape {tuple(x_shape)}: 2³¹ rows or more", False
+    # Full fp32 has no tensor cores: beyond a few rows, cuBLAS is faster with the dense matrix.
+    return None, dtype != torch.float32 or m <= 64
 
 
 _check_once = functools.lru_cache(maxsize=4096)(_check)

@@ -46,8 +46,8 @@ class Rows(NamedTuple):
 class Tile(NamedTuple):
     """Launch configuration of one product: its tile, warps, stages, parts of the reduction.
 
-    Tiles of 64 rows have four warps: with eight, Triton 3.6 lays some of the products that add
-    up over 128 rows, and they read beyond the tile.
+    On Hopper, tiles of 64 rows have four warps: with eight, Triton 3.6 lays some of the products
+    that add up over 128 rows, and they read beyond the tile.
     """
 
     rows: int
@@ -64,7 +64,8 @@ def linear_tile(rows: int, depth: int, width: int, groups: int, form: Form, devi
     def tiles(tile: Tile) -> int:
         return -(-rows // tile.rows) * -(-width // tile.cols) * groups
 
-    large = Tile(64, 64, 32, 4, 2 if form.rotation else 3)
+    warps = 4 if device.major in (9, 10) else 8  # where accumulators are not spread over groups
+    large = Tile(64, 64, 32, warps, 2 if form.rotation else 3)
     if form.dtype == torch.float32:
         # On the multipliers of single numbers: short, or the operands fill the registers.
         tile = Tile(16 if rows <= 64 else 32, 32, 16, 8, 2)

@@ -196,6 +196,27 @@ def test_triton_on_the_cpu_says_why_not():
         quaternion_linear(torch.randn(2, 12).double(), *weights(), backend="cuda")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dtype": torch.float64}, "x has dtype torch.float64"),
+        ({"k": ((3, 5), torch.bfloat16)}, "weight_k torch.bfloat16"),
+        ({"bias": ((20,), torch.float64)}, "bias has dtype"),
+        ({"x_shape": (2**31, 12)}, "rows or more"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_named(change, says):
+    from fastadapt.kernels.quaternion_linear import _check
+
+    w = ((3, 5), torch.float32)
+    call = {"x_shape": (7, 12), "dtype": torch.float32, "r": w, "i": w, "j": w, "k": w}
+    call |= {"bias": None, "scale": None, "rotation": False, "zero_half": False}
+    assert _check(**call) == (None, True)
+    assert _check(**call | {"x_shape": (65, 12)}) == (None, False)  # in fp32, cuBLAS is faster
+    why_not, fast = _check(**call | change)
+    assert says in why_not and not fast
+
+
 @pytest.mark.parametrize("zero_half", [False, True])
 @pytest.mark.parametrize("kind", ["output", "input", "weights"])
 def test_the_order_of_terms_is_the_hamilton_product(kind, zero_half):
@@ -417,14 +438,26 @@ def test_gpu(m, i, o, groups, form, zero_half, dtype, poisoned_empty):
 
 
 @gpu
-def test_gpu_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    for form in ("hamilton", "scaled rotation"):
-        args, g, kwargs = make(100, 256, 192, torch.float32, "cuda", form=form)
-        assert not errors_beyond_pytorch(args, g, kwargs)
-    y = call(with_triton, args, kwargs)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    assert not torch.equal(call(with_triton, args, kwargs), y)
+@pytest.mark.parametrize("m", [8, 4096])
+def test_gpu_dtypes_in_turn(m):
+    """What was compiled for one dtype is not used for another of the same sizes."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.bfloat16):
+        assert not errors_beyond_pytorch(*make(m, 64, 128, dtype, "cuda"))
+
+
+@gpu
+def test_gpu_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for form in ("hamilton", "scaled rotation"):
+            torch.backends.cuda.matmul.allow_tf32 = True
+            args, g, kwargs = make(100, 256, 192, torch.float32, "cuda", form=form)
+            assert not errors_beyond_pytorch(args, g, kwargs)
+            y = call(with_triton, args, kwargs)
+            torch.backends.cuda.matmul.allow_tf32 = False
+            assert not torch.equal(call(with_triton, args, kwargs), y)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def random_case(case):
