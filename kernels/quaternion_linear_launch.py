@@ -58,18 +58,22 @@ class Tile(NamedTuple):
     splits: int = 1
 
 
+def _tall(device: Device) -> bool:
+    """Whether products of 64 rows fit the registers: where groups of four warps multiply."""
+    return device.major in (9, 10)
+
+
 def linear_tile(rows: int, depth: int, width: int, groups: int, form: Form, device: Device) -> Tile:
     """The rule for output and gradient of x."""
 
     def tiles(tile: Tile) -> int:
         return -(-rows // tile.rows) * -(-width // tile.cols) * groups
 
-    warps = 4 if device.major in (9, 10) else 8  # where accumulators are not spread over groups
-    large = Tile(64, 64, 32, warps, 2 if form.rotation else 3)
+    large = Tile(64, 64, 32, 4, 2 if form.rotation else 3)
     if form.dtype == torch.float32:
         # On the multipliers of single numbers: short, or the operands fill the registers.
         tile = Tile(16 if rows <= 64 else 32, 32, 16, 8, 2)
-    elif tiles(large) >= 2 * device.multiprocessors:
+    elif _tall(device) and tiles(large) >= device.multiprocessors:
         tile = large
     elif form.rotation:
         tile = Tile(16, 32, 32, 4, 3)
@@ -97,10 +101,10 @@ def gradient_tile(
         shapes = (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2))
         crowded = (t for t in shapes if tiles(t) >= device.multiprocessors)
         tile = next(crowded, Tile(32, 32, 16, 4, 2))
-    elif tiles(Tile(64, 32, 64, 4, 2)) < device.multiprocessors:
-        tile = Tile(16, 32, 64, 4, 2)
-    else:
+    elif _tall(device) and tiles(Tile(64, 32, 64, 4, 2)) >= device.multiprocessors:
         tile = Tile(64, 32, 64, 4, 2 if rows <= 256 else 3)
+    else:
+        tile = Tile(16, 32, 64, 4, 2)
     splits = min(32, device.multiprocessors // tiles(tile), -(-rows // tile.depth) // 4)
     return tile._replace(splits=max(1, splits))
 
