@@ -31,14 +31,6 @@ def test_the_benchmarks_tables():
     assert readme.render(README, ROOT) == README
 
 
-def test_the_quaternion_kernels_figures():
-    results = json.loads((ROOT / "bench/results/quaternion-h100.json").read_text())
-    forward, backward, _ = results["benchmarks"]["quaternion_linear"]["tables"].values()
-    for rows in zip(forward, backward, strict=True):
-        figures = [row[name] for row in rows for name in ("ours", "dense", "compiled")]
-        assert f"| {' | '.join([rows[0]['M × in × out'], *figures])} |" in README
-
-
 def test_every_picture_and_link_is_there():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
