@@ -8,31 +8,23 @@ manifest, and what was at ``BUNDLE`` stays as it was.
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
-import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from fastadapt import __version__
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import FAILED, Artefact
 from fastadapt.export.engines import EngineOptions, artefact_problems, build_artefacts
-from fastadapt.export.engines import Source as EngineSource
 from fastadapt.export.fold import FoldReport, fold_with_report
-from fastadapt.export.gate import BATCHES, Inputs, compare_onnx, onnx_session
-from fastadapt.export.graph_input import NAME, Deployed, GraphInput, check_settings
+from fastadapt.export.gate import BATCHES
+from fastadapt.export.graph_input import GraphInput, check_settings
 from fastadapt.export.manifest import (
     FORMAT,
     GOLDEN,
@@ -44,21 +36,25 @@ from fastadapt.export.manifest import (
     environment,
     list_files,
 )
-from fastadapt.export.onnx import export_onnx
+from fastadapt.export.material import (
+    Material,
+    check_int8,
+    engine_source,
+    failed_onnx,
+    gate,
+    outputs,
+    write_golden,
+)
 from fastadapt.export.parity import (
     GateError,
     Parity,
     Thresholds,
     check_problems,
-    compare,
     parity_table,
 )
-from fastadapt.export.quantize import Images
 from fastadapt.export.report import render_report
 from fastadapt.export.samples import (
     GOLDEN_SAMPLES,
-    Pixels,
-    Sample,
     Samples,
     choose,
     folder_samples,
@@ -68,13 +64,10 @@ from fastadapt.export.samples import (
 )
 from fastadapt.export.sources import Trained, load_run, load_timm, read_run
 from fastadapt.export.staging import check_target, place, staging
-from fastadapt.files import read_json, write_json, write_tensors, write_text
+from fastadapt.files import read_json, write_json, write_text
 
-END_TO_END = "end to end"
 DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
-# The graph's filter rounds some pixels to the next level: a change of the input, not of the model.
-RESIZED = Thresholds(error=0.05, cosine=0.999)
 
 
 @dataclass(frozen=True)
@@ -246,70 +239,22 @@ class _Export:
 
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Folds, exports, compares, writes. Raises GateError and InputError."""
-        settings, console = self.settings, self.console
-        if settings.engines.int8:
-            _check_int8(trained, samples)
-        graph_input = GraphInput(
-            trained.preprocess, settings.input, settings.normalize, settings.resize
-        )
-        chosen = choose(samples.samples, GOLDEN_SAMPLES)
-        pixels = read_pixels(chosen, graph_input)
-        normalized = trained.preprocess.normalize(pixels.model)
-        others: dict[str, Tensor] = {}
-        if trained.domain_features is not None:
-            paths = [sample.path for sample in chosen]
-            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
-        example = (normalized, *others.values())
-        with self.step("fold"):
-            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
-            if others:
-                folded.domain_encoder = None
-        console.print(f"  {report.summary}")
+        material = self._prepare(trained, samples)
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
-                write_onnx = functools.partial(
-                    export_onnx,
-                    input_size=trained.preprocess.input_size,
-                    other_inputs={name: tuple(x.shape[1:]) for name, x in others.items()},
-                    graph_input=graph_input,
-                    labels=trained.labels,
-                    metadata=_metadata(trained, graph_input),
-                )
-                described = write_onnx(folded, folder / MODEL)
-            with self.step(f"compare on {len(chosen)} images at batch {_listed(BATCHES)}"):
-                expected = _outputs(trained.model, example, batch=8)
-                inputs = {
-                    NAME: graph_input.array(pixels.given.numpy()),
-                    **{name: x.numpy() for name, x in others.items()},
-                }
-                classes = bool(trained.labels)
-                parities = _gate(folder / MODEL, folded, example, inputs, expected, classes)
-                if settings.resize:
-                    parities.insert(0, _resizing(trained, pixels, example, expected))
-            console.print(parity_table(parities))
+                described = material.write_onnx(material.folded, folder / MODEL)
+            with self.step(f"compare on {len(material.chosen)} images at batch {_listed(BATCHES)}"):
+                parities = gate(folder / MODEL, material)
+            self.console.print(parity_table(parities))
             problems = check_problems(parities)
-            artefacts = [_onnx_artefact(folder, problems)]
-            if not problems:
-                engine_source = EngineSource(
-                    folder=folder,
-                    onnx=folder / MODEL,
-                    onnx_parity=[p for p in parities if p.stage == END_TO_END],
-                    folded=folded,
-                    example=tuple(x[:1] for x in example),
-                    inputs=inputs,
-                    expected=expected,
-                    exact=lambda: _outputs_fp64(trained.model, example),
-                    classes=classes,
-                    write_onnx=write_onnx,
-                    deployed=lambda module: Deployed(module, graph_input),
-                    images=lambda: _int8_images(samples, trained.labels, graph_input),
-                    speed=settings.speed,
-                )
-                artefacts = build_artefacts(settings.engines, engine_source, console)
+            if problems:
+                artefacts = [failed_onnx(folder, problems)]
+            else:
+                source = engine_source(folder, material, parities, self.settings.speed)
+                artefacts = build_artefacts(self.settings.engines, source, self.console)
                 problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
-            golden = {NAME: pixels.given, **others}
-            _write_golden(folder / GOLDEN, chosen, golden, expected)
+            write_golden(folder / GOLDEN, material)
             manifest = {
                 "format": FORMAT,
                 "schema": SCHEMA,
@@ -318,19 +263,23 @@ class _Export:
                 "problems": problems,
                 "model": {"file": MODEL, **described},
                 "labels": trained.labels,
-                "preprocessing": graph_input.to_dict(),
+                "preprocessing": material.graph_input.to_dict(),
                 "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
                 "source": trained.source,
-                "golden": {"file": GOLDEN, "samples": len(chosen), "origin": samples.origin},
+                "golden": {
+                    "file": GOLDEN,
+                    "samples": len(material.chosen),
+                    "origin": samples.origin,
+                },
                 "environment": environment(),
-                "fold_report": report.to_dict(),
+                "fold_report": material.fold_report.to_dict(),
                 "parity": [parity.to_dict() for parity in parities],
                 "thresholds": asdict(Thresholds()),
                 "artefacts": [artefact.to_dict() for artefact in artefacts],
                 "files": list_files(folder),
             }
-            # The report comes before the last line of the manifest: its own hash.
-            write_text(folder / REPORT, render_report(manifest, chosen, expected))
+            # The report shows every hash but its own, which comes last.
+            write_text(folder / REPORT, render_report(manifest, material.chosen, material.expected))
             manifest["files"] = list_files(folder)
             write_json(folder / MANIFEST, manifest)
             manifest = read_json(folder / MANIFEST)
@@ -340,119 +289,40 @@ class _Export:
             raise GateError(
                 f"the export was rejected: {problems[0]}{more}. It is kept in {self.rejected}"
             )
-        console.print(_file_table(self.out, manifest))
-        return ExportResult(self.out, manifest, report, tuple(parities))
+        self.console.print(_file_table(self.out, manifest))
+        return ExportResult(self.out, manifest, material.fold_report, tuple(parities))
+
+    def _prepare(self, trained: Trained, samples: Samples) -> Material:
+        """Reads the images and folds the model."""
+        settings = self.settings
+        if settings.engines.int8:
+            check_int8(trained, samples)
+        graph_input = GraphInput(
+            trained.preprocess, settings.input, settings.normalize, settings.resize
+        )
+        chosen = choose(samples.samples, GOLDEN_SAMPLES)
+        pixels = read_pixels(chosen, graph_input)
+        normalized = trained.preprocess.normalize(pixels.model)
+        others = {}
+        if trained.domain_features is not None:
+            paths = [sample.path for sample in chosen]
+            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
+        example = (normalized, *others.values())
+        with self.step("fold"):
+            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
+            if others:
+                folded.domain_encoder = None
+        self.console.print(f"  {report.summary}")
+        expected = outputs(trained.model, example, batch=8)
+        return Material(
+            trained, samples, chosen, graph_input, pixels, others, example, expected, folded, report
+        )
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
         with self.console.status(f"{what} …"):
             yield
         self.console.print(f"[green]✓[/] {what}")
-
-
-def _gate(
-    file: Path,
-    folded: nn.Module,
-    example: tuple[Tensor, ...],
-    inputs: Inputs,
-    expected: np.ndarray,
-    classes: bool,
-) -> list[Parity]:
-    """Unfolded against folded, folded against ONNX Runtime, and the first against the last."""
-    parities = []
-    for batch in BATCHES:
-        outputs = _outputs(folded, example, batch)
-        parities.append(compare(expected, outputs, stage="folding", batch=batch, classes=classes))
-    references = {"ONNX Runtime": outputs, END_TO_END: expected}
-    try:
-        session = onnx_session(file)
-    except InputError as error:
-        return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
-    return parities + compare_onnx(session, inputs, references, classes)
-
-
-def _resizing(
-    trained: Trained, pixels: Pixels, example: tuple[Tensor, ...], expected: np.ndarray
-) -> Parity:
-    """What the graph's way of resizing changes, beside the training's."""
-    normalized = trained.preprocess.normalize(pixels.training)
-    training = _outputs(trained.model, (normalized, *example[1:]), batch=8)
-    classes, batch = bool(trained.labels), len(expected)
-    return compare(
-        training, expected, stage="resizing", batch=batch, classes=classes, thresholds=RESIZED
-    )
-
-
-def _onnx_artefact(folder: Path, problems: list[str]) -> Artefact:
-    """The fp32 file of a bundle that the gate rejected."""
-    files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
-    reason = problems[0] if problems else ""
-    return Artefact("onnx", MODEL, "fp32", FAILED, reason=reason, files=files)
-
-
-def _check_int8(trained: Trained, samples: Samples) -> None:
-    """Raises InputError if there is nothing to calibrate INT8 with, or to judge it by."""
-    if not samples.calibration or not samples.validation:
-        raise InputError(
-            "--int8 is calibrated and judged on image files: give a folder of them with --images"
-        )
-    if not trained.labels:
-        raise InputError("--int8 is judged by its accuracy, and this model has no classes")
-    if trained.domain_features is not None:
-        raise InputError("--int8 is for graphs that take images alone: leave out --domain-input")
-
-
-def _int8_images(samples: Samples, labels: list[str], graph_input: GraphInput) -> Images:
-    """What INT8 is calibrated with, and judged by."""
-    calibration, validation = samples.calibration, samples.validation
-    known = all(sample.label in labels for sample in validation)
-    targets = np.array([labels.index(sample.label) for sample in validation]) if known else None
-    preprocess = graph_input.preprocess
-
-    def read(paths: Sequence[Path]) -> np.ndarray:
-        return graph_input.array(torch.stack([preprocess.read(path) for path in paths]).numpy())
-
-    return Images(
-        [sample.path for sample in calibration],
-        [sample.path for sample in validation],
-        targets,
-        read,
-    )
-
-
-def _metadata(trained: Trained, graph_input: GraphInput) -> dict[str, Any]:
-    hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
-    return {
-        "preprocessing": graph_input.to_dict(),
-        "fastadapt": __version__,
-        "backbone": trained.backbone,
-        **{key: trained.source[name] for key, name in hashes.items() if name in trained.source},
-    }
-
-
-def _write_golden(
-    path: Path, samples: list[Sample], inputs: dict[str, Tensor], expected: np.ndarray
-) -> None:
-    """What the model gets (images in uint8), and what the trained model says to it."""
-    files = json.dumps([sample.path.name for sample in samples], ensure_ascii=False)
-    labels = json.dumps([sample.label for sample in samples], ensure_ascii=False)
-    tensors = {**inputs, "expected": torch.from_numpy(expected)}
-    write_tensors(path, tensors, {"files": files, "labels": labels})
-
-
-@torch.no_grad()
-def _outputs(
-    model: nn.Module, inputs: tuple[Tensor, ...], batch: int, dtype: torch.dtype = torch.float32
-) -> np.ndarray:
-    batches = zip(*(x.split(batch) for x in inputs), strict=True)
-    parts = [model(*part).flatten(1) for part in batches]
-    return torch.cat(parts).to(dtype).numpy()
-
-
-def _outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
-    """What the model would say without its own rounding."""
-    exact = copy.deepcopy(model).double()
-    return _outputs(exact, tuple(x.double() for x in inputs), batch=8, dtype=torch.float64)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:

@@ -16,6 +16,15 @@ SCHEMA = 2
 MANIFEST, MODEL, GOLDEN, LABELS = "manifest.json", "model.onnx", "golden.safetensors", "labels.txt"
 REPORT = "report.html"
 
+RUNS_ON = (
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "torch",
+    "timm",
+    "pillow",
+)
 _KEYS = {
     "files": dict,
     "labels": list,
@@ -57,11 +66,20 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
                 f"{file}: {key!r} is a {type(manifest[key]).__name__}, expected a "
                 f"{kind.__name__}: {_MEANT}"
             )
+    if not isinstance(manifest["model"].get("inputs"), list):
+        raise InputError(f"{file} lacks the model's 'inputs': {_MEANT}")
     for row in manifest["artefacts"]:
         for key in ("kind", "path", "precision", "status"):
             if not isinstance(row, dict) or key not in row:
                 raise InputError(f"{file} lists a file to run without its {key!r}: {_MEANT}")
     return manifest
+
+
+def check_accepted(bundle: str | Path, manifest: dict[str, Any]) -> None:
+    """Raises InputError if the gate rejected the bundle."""
+    if not manifest["accepted"]:
+        reason = next(iter(manifest["problems"]), "no reason is recorded")
+        raise InputError(f"{bundle} was rejected when it was made: {reason}")
 
 
 def check_files(bundle: str | Path, manifest: dict[str, Any]) -> None:
@@ -113,11 +131,9 @@ def version_changes(manifest: dict[str, Any]) -> list[str]:
     """The packages that a bundle runs on, where this machine has others than it was made with."""
     made = manifest.get("environment", {}).get("versions", {})
     here = versions()
-    packages = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13", "torch", "timm")
-    packages = (*packages, "pillow")
     return [
         f"{name} {made[name]} made it, {here[name]} is here"
-        for name in packages
+        for name in RUNS_ON
         if name in made and name in here and made[name] != here[name]
     ]
 

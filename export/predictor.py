@@ -1,6 +1,6 @@
 """``fastadapt.export.load``: a bundle as a function of images, in the best runtime there is.
 
->>> predict = fastadapt.export.load("bundle")
+>>> predict = fa.export.load("bundle")
 >>> predict(["a.png", "b.png"]).labels
 ['crack', 'good']
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastadapt.errors import InputError
 from fastadapt.export.artefact import VERIFIED, Artefact
 from fastadapt.export.graph_input import GraphInput
-from fastadapt.export.manifest import check_files, read_manifest
+from fastadapt.export.manifest import check_accepted, check_files, read_manifest
 from fastadapt.export.runtimes import Runtime, RuntimeUnavailable, load_runtime
 from fastadapt.preprocess import load_image, to_rgb
 
@@ -135,8 +135,7 @@ def load(
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    if not manifest["accepted"]:
-        raise InputError(f"{bundle} was rejected when it was made: {manifest['problems'][0]}")
+    check_accepted(bundle, manifest)
     if check:
         check_files(bundle, manifest)
     names = [value["name"] for value in manifest["model"].get("inputs", ())]

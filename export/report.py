@@ -163,7 +163,7 @@ def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.nd
 
 
 def _thumbnail(sample: Sample) -> str:
-    image = sample.read()
+    image = sample.read().copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)

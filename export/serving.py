@@ -15,7 +15,7 @@ from typing import Any
 from fastadapt.errors import InputError
 from fastadapt.export.artefact import VERIFIED, Artefact
 from fastadapt.export.graph_input import GraphInput
-from fastadapt.export.manifest import LABELS, MODEL, check_files, read_manifest
+from fastadapt.export.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
 from fastadapt.export.staging import place, staging
 from fastadapt.files import write_text
 
@@ -77,8 +77,7 @@ def write_repository(
     bundle = Path(bundle)
     target = check_repository(repository, bundle, overwrite)
     manifest = read_manifest(bundle)
-    if not manifest["accepted"]:
-        raise InputError(f"{bundle} was rejected when it was made: {manifest['problems'][0]}")
+    check_accepted(bundle, manifest)
     check_files(bundle, manifest)
     backend, artefact = _choose(bundle, manifest, backend)
     config = model_config(target.name, manifest, backend, artefact)

@@ -87,11 +87,17 @@ def _remove_leftovers(out: Path) -> None:
     for folder in sorted(out.parent.glob(".*.tmp*")):
         if not ours.fullmatch(folder.name) or not folder.is_dir() or _in_use(folder):
             continue
-        replaced = folder.suffix == ".old" and (folder / MANIFEST).is_file()
-        if replaced and not out.exists() and read_json(folder / MANIFEST).get("accepted"):
+        if folder.suffix == ".old" and not out.exists() and _is_accepted(folder):
             folder.rename(out)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_accepted(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / MANIFEST).get("accepted"))
+    except InputError:
+        return False
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ the run that it came from.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,7 @@ from fastadapt.export.manifest import (
     GOLDEN,
     MANIFEST,
     MODEL,
+    check_accepted,
     check_files,
     environment,
     list_files,
@@ -52,7 +54,12 @@ class Verification:
 
     @property
     def parities(self) -> tuple[Parity, ...]:
-        return tuple(parity for artefact in self.artefacts for parity in artefact.parity)
+        """Of every file and batch size; their stage names the file."""
+        return tuple(
+            replace(parity, stage=f"golden, {artefact.path}")
+            for artefact in self.artefacts
+            for parity in artefact.parity
+        )
 
     @property
     def passed(self) -> bool:
@@ -106,8 +113,7 @@ def verify_bundle(
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    if not manifest["accepted"]:
-        raise InputError(f"{bundle} was rejected when it was made: {manifest['problems'][0]}")
+    check_accepted(bundle, manifest)
     check_files(bundle, manifest)
     tensors, _ = read_tensors(bundle / GOLDEN)
     names = [value["name"] for value in manifest["model"]["inputs"]]
@@ -120,6 +126,8 @@ def verify_bundle(
             continue
         found = verify_artefact(bundle, known, inputs, expected, classes=classes, speed=speed)
         if rebuild and found.kind.startswith("tensorrt") and not found.parity:
+            if not torch.cuda.is_available():
+                raise InputError(f"--rebuild needs the GPU that {found.path} shall run on")
             found = rebuild_artefact(
                 bundle, found, inputs, expected, classes=classes, console=console
             )

@@ -29,6 +29,7 @@ __all__ = [
     "QuaternionLinear",
     "adapt",
     "convert_cladapter_state_dict",
+    "export",
     "fold",
     "gdpl",
     "kernels",
@@ -45,6 +46,6 @@ def __getattr__(name: str):
         from fastadapt.export.fold import fold
 
         return fold
-    if name == "gdpl":
-        return importlib.import_module("fastadapt.gdpl")
+    if name in ("gdpl", "export"):
+        return importlib.import_module(f"fastadapt.{name}")
     raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")

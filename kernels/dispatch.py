@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 
@@ -53,11 +54,19 @@ def why_not_device(x: torch.Tensor) -> str | None:
     if not _HAS_TRITON:
         return "triton is not installed"
     if x.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(x.device.index)
-        return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
+        ask = _why_not_gpu if torch.compiler.is_compiling() else _why_not_gpu_once
+        return ask(x.device.index)
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"x is on device {x.device}"
+
+
+def _why_not_gpu(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
+
+
+_why_not_gpu_once = functools.cache(_why_not_gpu)
 
 
 def on_device(x: torch.Tensor):

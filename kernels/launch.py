@@ -109,3 +109,54 @@ def launch(kernel, grid: tuple, device: Device, *args, warps, stages=3, pdl=Fals
         if len(_compiled) >= 4096:  # a program of ever new shapes
             _compiled.clear()
         _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+class Launch:
+    """One kernel with everything but its tensors: for calls of the same sizes, again and again.
+
+    Preparing arguments costs more than launching. What follows from a call's sizes is decided
+    once and kept here; the compiled kernel is remembered by the tensors' dtypes and alignment.
+
+    Args:
+        kernel: with tensors first, then ``numbers``, then constexpr parameters, ``PDL`` the last.
+        grid: up to three numbers.
+        device: that all tensors will be on.
+        numbers: integers.
+        constants: constexpr parameters in order, without ``PDL``.
+        pdl: programmatic dependent launch.
+    """
+
+    __slots__ = ("arguments", "compiled", "device", "grid", "kernel", "options")
+
+    def __init__(self, kernel, grid, device, numbers, constants, *, warps, stages=3, pdl=False):
+        self.kernel = kernel
+        self.grid = (*grid, *(1,) * (3 - len(grid)))
+        self.device = device.index
+        self.arguments = (*numbers, *constants, pdl)
+        self.options = {"num_warps": warps, "num_stages": stages}
+        if pdl:
+            self.options["launch_pdl"] = True
+        self.compiled = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        key = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        hit = self.compiled.get(key)
+        if hit is not None:
+            run, function, metadata = hit
+            stream = torch._C._cuda_getCurrentRawStream(self.device)
+            run(
+                *self.grid,
+                stream,
+                function,
+                metadata,
+                None,
+                None,
+                None,
+                *tensors,
+                *self.arguments,
+            )
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
+        names = ("run", "function", "packed_metadata")
+        if self.device is not None and all(hasattr(compiled, name) for name in names):
+            self.compiled[key] = tuple(getattr(compiled, name) for name in names)

@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from fastadapt.kernels import cluster_attention
+from fastadapt.kernels import cluster_attention, quaternion_linear
 from fastadapt.kernels import cluster_attention_launch as launch
 
 
@@ -43,6 +43,35 @@ def cluster_attention_step(b, n, c, r, k, dtype, token=False):
     torch.cuda.synchronize()
 
 
+def quaternion_linear_step(m, i, o, groups, dtype, rotation=False, zero_half=False):
+    leading = () if groups is None else (groups,)
+    x = normal(*leading, m, (2 if zero_half else 4) * i, dtype=dtype)
+    weights = [normal(*leading, i, o, dtype=dtype) for _ in range(4)]
+    bias = normal(*leading, 4 * o, dtype=dtype)
+    scale = normal(*leading, i, o, dtype=dtype) if rotation else None
+    kwargs = {"rotation": rotation, "scale": scale, "zero_half": zero_half, "backend": "triton"}
+    y = quaternion_linear(x, *weights, bias, **kwargs)
+    leaves = [t for t in (x, *weights, bias, scale) if t is not None]
+    torch.autograd.grad(y, leaves, torch.randn(*leading, m, 4 * o).to(dtype).cuda())
+    torch.cuda.synchronize()
+
+
+def quaternion_linear_steps() -> None:
+    for case in (
+        (8, 64, 64, None, torch.bfloat16),
+        (8, 30, 63, 2, torch.bfloat16, False, True),
+        (33, 63, 30, 2, torch.float16, True),
+        (300, 64, 256, None, torch.bfloat16, True, True),
+        (20, 33, 17, None, torch.float32),
+        (600, 250, 128, None, torch.bfloat16),
+        (3000, 250, 120, None, torch.bfloat16),
+        (130, 512, 576, None, torch.bfloat16),  # this size and more: on Hopper its own kernel
+        (700, 320, 256, None, torch.float16, False, True),
+    ):
+        quaternion_linear_step(*case)
+        print("quaternion_linear", *case, flush=True)
+
+
 def main() -> None:
     torch.manual_seed(0)
     chosen = launch.config_for
@@ -58,11 +87,13 @@ def main() -> None:
             cluster_attention_step(*size, torch.bfloat16)
             print("cluster_attention", groups, size, flush=True)
     launch.config_for = chosen
+    cluster_attention_step(3000, 3, 40, 96, 3, torch.bfloat16)  # short samples, many rows
     for size in ((2, 33, 60, 60, 33), (5, 1, 40, 16, 4), (1, 130, 63, 300, 2)):
         for dtype in (torch.float16, torch.float32):
             cluster_attention_step(*size, dtype)
             print("cluster_attention", size, dtype, flush=True)
     cluster_attention_step(3, 17, 40, None, 4, torch.bfloat16, token=True)
+    quaternion_linear_steps()
 
 
 if __name__ == "__main__":

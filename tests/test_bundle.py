@@ -23,6 +23,7 @@ import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import bundle as bundle_step
 from fastadapt.export import export_run, verify_bundle, write_repository
+from fastadapt.export import material as material_step
 from fastadapt.export.parity import GateError
 from fastadapt.export.report import render_report
 from fastadapt.export.samples import Sample, choose
@@ -90,7 +91,7 @@ def quick(made, monkeypatch):
         shutil.copy(made / "bundle" / "model.onnx", path)
         return DESCRIBED
 
-    monkeypatch.setattr(bundle_step, "export_onnx", copy)
+    monkeypatch.setattr(material_step, "export_onnx", copy)
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def broken(made, monkeypatch):
         onnx.save(model, path)
         return DESCRIBED
 
-    monkeypatch.setattr(bundle_step, "export_onnx", wrong)
+    monkeypatch.setattr(material_step, "export_onnx", wrong)
 
 
 def command(monkeypatch, *args):
@@ -311,7 +312,7 @@ class TestGate:
             path.write_bytes(b"junk")
             return DESCRIBED
 
-        monkeypatch.setattr(bundle_step, "export_onnx", junk)
+        monkeypatch.setattr(material_step, "export_onnx", junk)
         with pytest.raises(GateError, match="ONNX Runtime cannot load"):
             export_run(run, tmp_path / "b")
         assert (tmp_path / "b.rejected" / "model.onnx").is_file()
@@ -369,7 +370,8 @@ class TestTarget:
         def full(*args, **kwargs):
             raise OSError(errno.ENOSPC, "No space left on device", "b/golden.safetensors")
 
-        monkeypatch.setattr(bundle_step, step, full)
+        room = material_step if hasattr(material_step, step) else bundle_step
+        monkeypatch.setattr(room, step, full)
         assert command(monkeypatch, "export", run, "--out", tmp_path / "b", "--overwrite") == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -380,9 +382,9 @@ class TestTarget:
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
     def test_a_kill_in_the_middle_leaves_no_half_bundle(self, run, tmp_path, how, quick):
         code = (
-            "import sys, time; from fastadapt.export import bundle\n"
+            "import sys, time; from fastadapt.export import material\n"
             "def slow(folded, path, **kwargs): path.touch(); time.sleep(60)\n"
-            "bundle.export_onnx = slow\n"
+            "material.export_onnx = slow\n"
             "from fastadapt import cli; cli.main()"
         )
         args = [sys.executable, "-c", code, "export", str(run), "--out", str(tmp_path / "b")]

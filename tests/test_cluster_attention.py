@@ -6,6 +6,7 @@ The interpreter is chosen before Triton is imported, so its cases run in a proce
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -36,10 +37,10 @@ def make(b, n, c, r, k, dtype, device="cpu", token=False, params=None):
     params = params or dtype
 
     def normal(*shape, scale=1.0, dtype=params):
-        return (torch.randn(*shape) * scale).to(device, dtype)
+        return (torch.randn(*shape, device=device) * scale).to(dtype)
 
     # A shared offset, so that mean tokens differ from noise.
-    x = (torch.randn(b, n, c) + torch.randn(1, 1, c)).to(device, dtype)
+    x = (torch.randn(b, n, c, device=device) + torch.randn(1, 1, c, device=device)).to(dtype)
     args = [x, normal(c, k), normal(k, *((n, n) if token else (r, r)))]
     if not token:
         args += [normal(r, c, scale=c**-0.5), normal(r), normal(c, r, scale=r**-0.5), normal(c)]
@@ -255,8 +256,18 @@ def test_gpu_token_mode(n, dtype):
 
 
 @gpu
-def test_gpu_random():
-    """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes and strides."""
+@pytest.mark.parametrize("which", ["all", "hopper"])
+def test_gpu_random(which, monkeypatch):
+    """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes and strides.
+
+    With "hopper" those that Hopper's own kernels take, with one to three groups at any size.
+    """
+    if which == "hopper":
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("needs a Hopper GPU")
+        from fastadapt.kernels import cluster_attention_launch as launch
+
+        chosen = launch.config_for
     wrong = []
     for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
         torch.manual_seed(case)
@@ -266,9 +277,19 @@ def test_gpu_random():
         r = choose.choice([16, 60, 64, 96, 128, 256, 256, 256, 300, 512])
         k = choose.choice([1, 3, 20, 33, 64, 128])
         n = choose.choice([1, 3, 17, 49, 64, 100, 196, 197, 256, 777])
+        if which == "hopper":
+            dtype = choose.choice([torch.bfloat16, torch.float16])
+            r = choose.choice([64, 128, 256])
+            n = choose.choice([5, 9, 17, 49, 64, 100, 196, 197, 256, 777])
+            groups = choose.choice([1, 2, 3])
+            monkeypatch.setattr(
+                launch,
+                "config_for",
+                lambda *a, groups=groups: dataclasses.replace(chosen(*a), groups=groups),
+            )
         b = choose.randint(1, max(1, 20_000 // n if case % 4 == 0 else 2_000 // n))
         b = min(b, 2**28 // (r * r))  # T_b of every sample in fp64: 2 GiB
-        token = case % 10 == 0 and n <= 256
+        token = which == "all" and case % 10 == 0 and n <= 256
         args, g = make(b, n, c, r, k, dtype, "cuda", token=token)
         kind = choose.choice(["plain", "sliced", "transposed", "expanded"])
         if kind == "sliced":
@@ -285,6 +306,7 @@ def test_gpu_random():
         except AssertionError as error:
             wrong.append(f"case {case}: {b, n, c, r, k, dtype, kind, token}: {error}")
             print(wrong[-1], flush=True)
+        print(f"case {case} done", flush=True)
     assert not wrong, "\n".join(wrong)
 
 

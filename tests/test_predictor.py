@@ -87,7 +87,7 @@ class TestSameAsTraining:
 
 @pytest.fixture(scope="module")
 def predict(made):
-    return load(made[0] / "uint8")
+    return fa.export.load(made[0] / "uint8")
 
 
 class TestImages:

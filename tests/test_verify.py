@@ -203,6 +203,7 @@ class TestVerify:
             ({"files": []}, r"manifest\.json: 'files' is a list, expected a dict"),
             ({"files": {"model.onnx": 3}}, "no size and hash of 'model.onnx'"),
             ({"files": {"../secret": {}}}, "'../secret', outside the bundle"),
+            ({"model": {}}, "lacks the model's 'inputs'"),
             ({"labels": None}, "'labels' is a NoneType, expected a list"),
             ({"artefacts": [{"path": "model.onnx"}]}, "a file to run without its 'kind'"),
         ],
@@ -310,8 +311,11 @@ class TestVerify:
                 return known
             return replace(known, status="unverified", reason="for another GPU")
 
+        with pytest.raises(fa.InputError, match=r"--rebuild needs the GPU that m\.engine"):
+            monkeypatch.setattr(verify_step, "verify_artefact", verify)
+            verify_bundle(bundle, rebuild=True)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         monkeypatch.setattr(verify_step, "rebuild_artefact", rebuild)
-        monkeypatch.setattr(verify_step, "verify_artefact", verify)
         assert [a.status for a in verify_bundle(bundle).artefacts] == ["verified", "unverified"]
         assert (bundle / "m.engine").read_bytes() == b"old"
         result = verify_bundle(bundle, rebuild=True)

@@ -1,0 +1,372 @@
+"""The Hamilton products of large quaternion layers for Hopper, with warps that specialise.
+
+A component of the result is a sum over four (with a zero half, two) products of one component of
+the left factor with one of the right, whose number is the other two's exclusive or:
+
+    out[c] = sum over a of sign(a, c) · left[a] @ right[a ^ c]
+
+so that a layer is a dense product that picks its tiles: no larger matrix is ever built. Products
+with a negative sign come first, and then the accumulator's sign is turned once.
+
+One warp copies tiles into a ring, two groups of four warps multiply, each 64 of 128 rows. The
+plain kernels compute the same for every other case.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Named anew after Triton 3.6.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _locate(tile, tiles_n, first, count, SUMMED: gl.constexpr):
+    """Component, row block, column block of a tile; SUMMED: row block of all splits."""
+    if SUMMED:
+        c = tile % count
+        rest = tile // count
+        return first + c, rest // tiles_n, rest % tiles_n
+    per_row = count * tiles_n
+    rest = tile % per_row
+    return first + rest // tiles_n, tile // per_row, rest % tiles_n
+
+
+@gluon.jit
+def _copy(
+    left_desc,
+    right0_desc,
+    right1_desc,
+    right2_desc,
+    right3_desc,
+    left_ring,
+    right_ring,
+    full_bars,
+    empty_bars,
+    order,
+    first,
+    count,
+    depth,
+    height,
+    width,
+    steps,
+    chunk,
+    tiles,
+    tiles_m,
+    tiles_n,
+    TERMS: gl.constexpr,
+    SKIPPED: gl.constexpr,
+    KIND: gl.constexpr,
+    STAGES: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """The copying warp."""
+    slot = 0
+    phase = 1  # of a fresh barrier: nothing to wait for
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        c, m, n = _locate(tile, tiles_n, first, count, KIND == "weights")
+        start = 0
+        if KIND == "weights":
+            start = (m // tiles_m) * steps * 64
+            m = m % tiles_m
+        m = m * 128
+        n = n * BN
+        for turn in range(gl.cdiv(steps, chunk) * TERMS):
+            a = (order >> (8 * c + 2 * (turn % TERMS))) & 3
+            b = a ^ c
+            done = turn // TERMS * chunk
+            for step in range(done, gl.minimum(done + chunk, steps)):
+                k = start + step * 64
+                full = full_bars.index(slot)
+                mbarrier.wait(empty_bars.index(slot), phase)
+                mbarrier.expect(full, (128 + BN) * 64 * 2)
+                right = right_ring.index(slot)
+                if KIND == "weights":
+                    col = (a - SKIPPED) * height + m
+                    _load(left_desc, [k, col], full, left_ring.index(2 * slot))
+                    _load(left_desc, [k, col + 64], full, left_ring.index(2 * slot + 1))
+                    _load(right0_desc, [k, b * width + n], full, right)
+                else:
+                    col = (a - SKIPPED) * depth + k
+                    _load(left_desc, [m, col], full, left_ring.index(2 * slot))
+                    _load(left_desc, [m + 64, col], full, left_ring.index(2 * slot + 1))
+                    row = k
+                    col = n
+                    if KIND == "input":
+                        row = n
+                        col = k
+                    if b == 0:
+                        _load(right0_desc, [row, col], full, right)
+                    elif b == 1:
+                        _load(right1_desc, [row, col], full, right)
+                    elif b == 2:
+                        _load(right2_desc, [row, col], full, right)
+                    else:
+                        _load(right3_desc, [row, col], full, right)
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    phase ^= 1
+
+
+@gluon.jit
+def _accumulate(
+    group: gl.constexpr,
+    acc,
+    steps,
+    left_ring,
+    right_ring,
+    full_bars,
+    empty_bars,
+    slot,
+    phase,
+    KIND: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """acc + the products of the next ``steps`` pairs of tiles in the ring."""
+    before = 0
+    for step in range(steps):
+        mbarrier.wait(full_bars.index(slot), phase)
+        left = left_ring.index(2 * slot + group)
+        right = right_ring.index(slot)
+        if KIND == "weights":
+            left = left.permute((1, 0))
+        if KIND == "input":
+            right = right.permute((1, 0))
+        acc = warpgroup_mma(left, right, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, [acc])  # the product before this one is done
+        if step > 0:
+            mbarrier.arrive(empty_bars.index(before), count=1)
+        before = slot
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+    acc = warpgroup_mma_wait(0, [acc])
+    if steps > 0:
+        mbarrier.arrive(empty_bars.index(before), count=1)
+    return acc, slot, phase
+
+
+@gluon.jit
+def _multiply(
+    group: gl.constexpr,
+    out_desc,
+    out_ptr,
+    bias_ptr,
+    left_ring,
+    right_ring,
+    out_smem,
+    full_bars,
+    empty_bars,
+    negative,
+    first,
+    count,
+    height,
+    width,
+    steps,
+    chunk,
+    tiles,
+    tiles_m,
+    tiles_n,
+    TERMS: gl.constexpr,
+    KIND: gl.constexpr,
+    BIAS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BN: gl.constexpr,
+):
+    """One group of four warps."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    slot = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        c, m, n = _locate(tile, tiles_n, first, count, KIND == "weights")
+        n = n * BN
+        if BIAS:  # on its way while the products run
+            bias = gl.load(bias_ptr + c * width + n + o_n)
+        minus = (negative >> (4 * c)) & 7
+        acc = gl.zeros([64, BN], gl.float32, layout)
+        ring = (left_ring, right_ring, full_bars, empty_bars)
+        for done in range(0, steps, chunk):
+            size = gl.minimum(chunk, steps - done)
+            acc, slot, phase = _accumulate(
+                group, -acc, minus * size, *ring, slot, phase, KIND, STAGES
+            )
+            acc, slot, phase = _accumulate(
+                group, -acc, (TERMS - minus) * size, *ring, slot, phase, KIND, STAGES
+            )
+        if KIND == "weights":
+            # [splits, 4, height, width]
+            row = (m % tiles_m) * 128 + group * 64 + o_m
+            page = gl.cast((m // tiles_m) * count + c, gl.int64) * height
+            p_out = out_ptr + ((page + row) * width)[:, None] + (n + o_n)[None, :]
+            gl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=(row < height)[:, None])
+        else:
+            col = (c - first) * width + n
+            if BIAS:
+                acc += bias.to(gl.float32)[None, :]
+            tma.store_wait(0)
+            out_smem.index(group).store(acc.to(out_desc.dtype))
+            fence_async_shared()
+            _store(out_desc, [m * 128 + group * 64, col], out_smem.index(group))
+    if KIND != "weights":
+        tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=["order", "negative", "depth", "height", "steps", "chunk", "tiles", "tiles_m"]
+)
+def product_kernel(
+    left_desc,  # output: x [M, 4·I]; input: g [M, 4·O]; weights: x; blocks of [64, 64]
+    right0_desc,  # the weights [I, O], blocks of [64, BN], for "input" of [BN, 64]
+    right1_desc,
+    right2_desc,
+    right3_desc,  # weights: only the first, g [M, 4·O], blocks of [64, BN]
+    out_desc,  # output: y [M, 4·O]; input: dx; blocks of [64, BN]; weights: None
+    out_ptr,  # weights: [splits, 4, I, O]
+    bias_ptr,  # [4·O] or None
+    order,  # which component of the left factor comes when: 2 bits a term, 8 a component
+    negative,  # how many of the terms are negative: 4 bits a component
+    first,  # first component of the result
+    count,  # how many of them
+    depth,  # of one component: what is reduced
+    height,  # weights: I
+    width,  # of one component of the result
+    steps,  # of 64 along the depth (weights: along a split's rows)
+    chunk,  # so many of them for all terms before the next
+    tiles,
+    tiles_m,  # weights: along I
+    tiles_n,
+    TERMS: gl.constexpr,
+    SKIPPED: gl.constexpr,  # components that the left factor lacks: 2 for a zero half
+    KIND: gl.constexpr,  # "output", "input" or "weights"
+    BIAS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BN: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    dtype: gl.constexpr = left_desc.dtype
+    left_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], left_desc.layout)
+    right_ring = gl.allocate_shared_memory(
+        dtype,
+        [STAGES] + right0_desc.block_type.shape,  # noqa: RUF005
+        right0_desc.layout,
+    )
+    out_smem = left_ring
+    if KIND != "weights":
+        out_smem = gl.allocate_shared_memory(dtype, [2, 64, BN], out_desc.layout)
+    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full_bars.index(i), count=1)
+        mbarrier.init(empty_bars.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0,
+                    out_desc,
+                    out_ptr,
+                    bias_ptr,
+                    left_ring,
+                    right_ring,
+                    out_smem,
+                    full_bars,
+                    empty_bars,
+                    negative,
+                    first,
+                    count,
+                    height,
+                    width,
+                    steps,
+                    chunk,
+                    tiles,
+                    tiles_m,
+                    tiles_n,
+                    TERMS,
+                    KIND,
+                    BIAS,
+                    STAGES,
+                    BN,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1,
+                    out_desc,
+                    out_ptr,
+                    bias_ptr,
+                    left_ring,
+                    right_ring,
+                    out_smem,
+                    full_bars,
+                    empty_bars,
+                    negative,
+                    first,
+                    count,
+                    height,
+                    width,
+                    steps,
+                    chunk,
+                    tiles,
+                    tiles_m,
+                    tiles_n,
+                    TERMS,
+                    KIND,
+                    BIAS,
+                    STAGES,
+                    BN,
+                ),
+            ),
+            (
+                _copy,
+                (
+                    left_desc,
+                    right0_desc,
+                    right1_desc,
+                    right2_desc,
+                    right3_desc,
+                    left_ring,
+                    right_ring,
+                    full_bars,
+                    empty_bars,
+                    order,
+                    first,
+                    count,
+                    depth,
+                    height,
+                    width,
+                    steps,
+                    chunk,
+                    tiles,
+                    tiles_m,
+                    tiles_n,
+                    TERMS,
+                    SKIPPED,
+                    KIND,
+                    STAGES,
+                    BN,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )
