@@ -8,12 +8,15 @@ _WHERE = {
     "export_onnx": "onnx",
     "compare": "parity",
     "verify_bundle": "verify",
+    "EngineOptions": "engines",
+    "load_runtime": "runtimes",
     "export_run": "bundle",
     "export_timm": "bundle",
     "load": "predictor",
     "write_repository": "serving",
 }
 __all__ = [
+    "EngineOptions",
     "FoldReport",
     "compare",
     "export_onnx",
