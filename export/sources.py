@@ -223,9 +223,7 @@ def _put_peft(model: nn.Module, folder: Path) -> None:
         own = {f"{classifier}.{k}" for k, _ in model.get_submodule(classifier).named_parameters()}
         missing = sorted(own - set(model.fastadapt_changed))
         if missing:
-            raise InputError(
-                f"{folder} holds a classifier of {rows} classes without {missing[0]!r}"
-            )
+            raise InputError(f"{folder}: its classifier of {rows} classes lacks {missing[0]!r}")
 
 
 def _classifier(config: dict[str, Any]) -> str | None:
