@@ -91,12 +91,14 @@ def prepare(part: str, folder: str) -> float:
         path = Path(folder) / ONNX
         export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=_graph_input())
     elif part == "aoti":
-        model = _behind_input(_half(folded)).cuda()
+        model = _behind_input(_half(folded)).to(harness.device())
         batch = Batches(min(BATCHES), 64, max(BATCHES))
-        example = (make_images(2).cuda(),)
+        example = (make_images(2).to(harness.device()),)
         build_aoti(model, example, Path(folder) / AOTI, batch, precision="bf16")
     else:
-        _compiled(_behind_input(_half(folded)).cuda())(make_images(int(part)).cuda())
+        _compiled(_behind_input(_half(folded)).to(harness.device()))(
+            make_images(int(part)).to(harness.device())
+        )
     return time.perf_counter() - start
 
 
@@ -134,11 +136,11 @@ def _upstream(model: nn.Module) -> Call:
     model = copy.deepcopy(model)
     for block in model.adapter.blocks:
         block.attn = _UpstreamAttention(block.attn)
-    model = _behind_input(model).cuda()
+    model = _behind_input(model).to(harness.device())
 
     @torch.no_grad()
     def call(images: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(harness.device().type, torch.bfloat16):
             return model(images).float()
 
     return call
@@ -150,7 +152,7 @@ def providers(folder: Path) -> dict[str, tuple[str, Callable[[], Call]]]:
     folded = fa.fold(model)
 
     def eager() -> nn.Module:
-        return _behind_input(_half(folded)).cuda()
+        return _behind_input(_half(folded)).to(harness.device())
 
     def runtime(file: str, cuda_graph: bool = False) -> Callable[[], Call]:
         return lambda: load_runtime(folder / file, device="cuda", cuda_graph=cuda_graph)
@@ -197,7 +199,7 @@ def run(quick: bool = False) -> dict:
                 notes.append(f"{name}: not measured, {type(error).__name__}: {lines[0][:300]}")
             finally:
                 call = make = None
-                torch.cuda.empty_cache()
+                harness.release()
     tables = {
         "WRONG RESULTS, not timed": wrong,
         SPEED: [_speed_row(batch, speeds) for batch in batches],
@@ -234,7 +236,9 @@ def check(
     parities = []
     for batch in sorted({*batches, ODD}):
         rows = torch.arange(math.ceil(len(images) / batch) * batch) % len(images)
-        parts = [call(images[part].cuda()).float().cpu() for part in rows.split(batch)]
+        parts = [
+            call(images[part].to(harness.device())).float().cpu() for part in rows.split(batch)
+        ]
         parities.append(
             compare(
                 expected[rows.numpy()],
@@ -248,7 +252,7 @@ def check(
 
 def images_per_second(call: Call, batch: int, seconds: float = 1.0) -> float:
     """Calls after one another, waited for at the end; the median of several rounds."""
-    x = make_images(batch).cuda()
+    x = make_images(batch).to(harness.device())
     calls = 1
     while _seconds(call, x, calls) < seconds / 6:
         calls *= 2
@@ -256,17 +260,17 @@ def images_per_second(call: Call, batch: int, seconds: float = 1.0) -> float:
 
 
 def _seconds(call: Call, x: Tensor, calls: int) -> float:
-    torch.cuda.synchronize()
+    harness.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         call(x)
-    torch.cuda.synchronize()
+    harness.synchronize()
     return time.perf_counter() - start
 
 
 def latency(call: Call) -> dict[str, str]:
     """p50 and p99 of single calls at batch 1, from the call to the result on the GPU."""
-    x = make_images(1).cuda()
+    x = make_images(1).to(harness.device())
     for _ in range(20):
         call(x)
     times = [_seconds(call, x, 1) * 1e3 for _ in range(LATENCY_CALLS)]

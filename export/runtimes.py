@@ -131,18 +131,23 @@ class OnnxRuntime(Runtime):
             raise RuntimeUnavailable(f"ONNX Runtime cannot run {path.name} on a GPU: {why}")
         self.path = path
         self.threads = threads or usable_cores()
-        self.device = "cuda" if usable and device != "cpu" else "cpu"
-        self.cuda_graph = cuda_graph and self.device == "cuda"
-        self.name = f"ONNX Runtime, {'CUDA' if self.device == 'cuda' else 'CPU'}"
         self._sessions: dict[int | None, Any] = {}
         self._fixed: dict[int, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._open("cuda" if usable and device != "cpu" else "cpu")
+        if self.device == "cuda" and self.providers[0] != "CUDAExecutionProvider":
+            if device == "cuda":
+                raise RuntimeUnavailable(
+                    "ONNX Runtime's CUDA provider does not load here (its CUDA or cuDNN is of "
+                    "another version than the installed one)"
+                )
+            self._open("cpu")
+        self.cuda_graph = cuda_graph and self.device == "cuda"
+
+    def _open(self, device: str) -> None:
+        self._sessions.clear()
+        self.device, self.name = device, f"ONNX Runtime, {device.upper()}"
         session = self._session(None)
         self.providers = tuple(session.get_providers())
-        if self.device == "cuda" and self.providers[0] != "CUDAExecutionProvider":
-            raise RuntimeUnavailable(
-                "ONNX Runtime's CUDA provider does not load here (its CUDA or cuDNN is of another "
-                "version than the installed one)"
-            )
         self.inputs, self.output = session.get_inputs(), session.get_outputs()[0]
 
     def _session(self, batch: int | None) -> Any:

@@ -129,7 +129,7 @@ def choose_flavour(config: EngineConfig) -> Flavour:
             f"{major}.{minor}): install TensorRT (pip install 'fastadapt[trt]', from NVIDIA's "
             "index), or name the GPU that the engine is for, --target sm_89 for one"
         )
-    _capabilities(rtx, config.targets)
+    _capabilities(rtx, _targets(rtx, config))
     return rtx
 
 
@@ -240,10 +240,11 @@ def _known(flavour: Flavour) -> dict[str, Any]:
 
 
 def _targets(flavour: Flavour, config: EngineConfig) -> list[str]:
+    """Those asked for, else the GPU at hand, else all that TensorRT-RTX knows from Ampere on."""
     device = gpu()
-    if config.targets or device is None:
-        return list(config.targets) or [sm for sm in _known(flavour) if sm != "sm_75"]
-    return [_sm(device[1])]
+    if config.targets:
+        return list(config.targets)
+    return [sm for sm in _known(flavour) if sm != "sm_75"] if device is None else [_sm(device[1])]
 
 
 def _capabilities(flavour: Flavour, targets: Sequence[str]) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.export.aotinductor import build_aoti, check_compiler, target
+from fastadapt.export.aotinductor import _dynamic_shapes, build_aoti, check_compiler, target
 from fastadapt.export.artefact import Batches
 from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision import MixedPrecision, precision_units
@@ -92,6 +92,19 @@ def test_truncated_file(made, tmp_path):
     (tmp_path / "m.pt2.json").write_text(json.dumps(details))
     with pytest.raises(fa.InputError, match=r"m\.pt2 cannot be loaded"):
         load_runtime(tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_input_has_the_dynamic_batch(count):
+    class Model(nn.Module):
+        def forward(self, images, *others):
+            return images.sum((1, 2, 3)) + sum(x.sum(1) for x in others)
+
+    example = (torch.rand(2, 3, 4, 4), torch.rand(2, 5))[:count]
+    batch = {0: torch.export.Dim("batch", min=1, max=8)}
+    shapes = _dynamic_shapes(Model(), batch, count)
+    program = torch.export.export(Model(), example, dynamic_shapes=shapes)
+    assert program.module()(*(x[:1].repeat(7, *[1] * (x.dim() - 1)) for x in example)).shape == (7,)
 
 
 class TestRefused:

@@ -56,6 +56,16 @@ class TestOnnxRuntime:
         a, b = X[:, 0, 0, :2], X[:, 0, 1, :2]
         assert np.array_equal(load_runtime(tmp_path / "m.onnx", device="cpu")(a, b), a - b)
 
+    def test_a_cuda_provider_that_does_not_load(self, path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+        if load_runtime(path).device == "cuda":
+            pytest.skip("it does load")
+        assert load_runtime(path)(X).shape == (5, 3)
+        with pytest.raises(RuntimeUnavailable, match="CUDA provider does not load here"):
+            load_runtime(path, device="cuda")
+
     def test_threads(self, path, monkeypatch):
         assert load_runtime(path, device="cpu").threads == usable_cores() >= 1
         runtime = load_runtime(path, device="cpu", threads=3)

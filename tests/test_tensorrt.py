@@ -120,6 +120,16 @@ class TestBuild:
         assert "sm_75" not in details["targets"]
         assert details["summary"]["precision"]["correlation"] == {"bf16": 1}
 
+    def test_a_second_input(self, tmp_path):
+        class Model(torch.nn.Module):
+            def forward(self, images, features):
+                return images.flatten(1)[:, :8] * features
+
+        onnx = tmp_path / "m.onnx"
+        export_onnx(Model(), onnx, input_size=(3, 4, 4), other_inputs={"domain": (8,)})
+        details = build_engine(onnx, tmp_path / "m.engine", EngineConfig(BATCH, ("sm_89",)))
+        assert [value["name"] for value in details["inputs"]] == ["images", "domain"]
+
     def test_workspace(self, graph, tmp_path):
         config = EngineConfig(BATCH, ("sm_89",), workspace=256)
         assert build_engine(graph, tmp_path / "m.engine", config)["workspace"] == 256
