@@ -11,6 +11,7 @@ import numpy as np
 
 from fastadapt.errors import InputError
 from fastadapt.export.parity import Parity, compare
+from fastadapt.export.runtimes import first_line
 
 Inputs = dict[str, np.ndarray]  # what a model takes, by name: [samples, ...], images first
 
@@ -29,7 +30,7 @@ def onnx_session(path: str | Path) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         name = Path(path).name
-        raise InputError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+        raise InputError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
 
 
 def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
@@ -46,7 +47,7 @@ def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
         ]
     except Exception as error:
         raise InputError(
-            f"ONNX Runtime fails at batch size {batch}: {_first_line(error)}"
+            f"ONNX Runtime fails at batch size {batch}: {first_line(error)}"
         ) from error
     return np.concatenate(parts)
 
@@ -82,8 +83,3 @@ def throughput(call: Callable[[], Any], batch: int, seconds: float = 1.0) -> flo
         times.append(end - start)
         start = end
     return batch / float(np.median(times))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

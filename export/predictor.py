@@ -66,6 +66,7 @@ class Predictor:
         artefact: the file that runs.
         runtime: what runs it.
         graph_input: what it takes.
+        others: names of its inputs beside the images.
     """
 
     def __init__(self, manifest: dict[str, Any], artefact: Artefact, runtime: Runtime):
@@ -73,29 +74,34 @@ class Predictor:
         self.graph_input = GraphInput.from_dict(manifest["preprocessing"])
         self.artefact = artefact
         self.runtime = runtime
+        self.others = tuple(value["name"] for value in manifest["model"]["inputs"][1:])
         sizes = artefact.details.get("batch") or {"min": 1, "max": BATCH}
         self._fewest, self._most = sizes["min"], sizes["max"]
 
-    def __call__(self, images: Picture | Sequence[Picture]) -> Prediction:
+    def __call__(self, images: Picture | Sequence[Picture], **others: np.ndarray) -> Prediction:
         """Predicts, with the preprocessing of the training.
 
         Args:
             images: one or many, of any size: paths, PIL images, uint8 RGB arrays [H, W, 3] or
                 uint8 RGB tensors [3, H, W]; or an array [B, H, W, 3] or tensor [B, 3, H, W].
+            **others: what else the model takes, by name: fp32 arrays [images, ...]
+                (``domain_features``, where a GDPL model's encoder was left out).
 
         Raises:
-            InputError: an image cannot be read, or is none of these.
+            InputError: an image cannot be read, or is none of these; another input is missing.
         """
         pixels = [self._pixels(image) for image in _listed(images)]
         if not pixels:
             raise InputError("there are no images to predict")
+        self._check_others(others, len(pixels))
         outputs: list[np.ndarray | None] = [None] * len(pixels)
         shapes = sorted({p.shape for p in pixels})  # one, unless the graph resizes
         for shape in shapes:
             indices = [i for i, p in enumerate(pixels) if p.shape == shape]
             for start in range(0, len(indices), self._most):
                 part = indices[start : start + self._most]
-                rows = self._run(np.stack([pixels[i] for i in part]))
+                further = [np.asarray(others[name], np.float32)[part] for name in self.others]
+                rows = self._run(np.stack([pixels[i] for i in part]), further)
                 for index, row in zip(part, rows, strict=True):
                     outputs[index] = row
         return Prediction(np.stack(outputs).astype(np.float32), self.classes)
@@ -106,11 +112,22 @@ class Predictor:
             return np.moveaxis(np.asarray(image), -1, 0)
         return self.graph_input.preprocess.transform(image).numpy()
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
+    def _check_others(self, others: dict[str, np.ndarray], count: int) -> None:
+        if set(others) != set(self.others):
+            wanted = " and ".join(self.others) or "nothing"
+            raise InputError(
+                f"beside images the model takes {wanted}; given: {', '.join(others) or 'nothing'}"
+            )
+        for name, values in others.items():
+            if len(values) != count:
+                raise InputError(f"{name} has {len(values)} rows; there are {count} images")
+
+    def _run(self, pixels: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
         count = len(pixels)
+        inputs = [self.graph_input.array(pixels), *others]
         if count < self._fewest:  # an engine that takes no fewer
-            pixels = np.resize(pixels, (self._fewest, *pixels.shape[1:]))
-        outputs = self.runtime(self.graph_input.array(pixels))
+            inputs = [np.resize(x, (self._fewest, *x.shape[1:])) for x in inputs]
+        outputs = self.runtime(*inputs)
         return outputs.reshape(len(outputs), -1)[:count]
 
 
@@ -138,12 +155,6 @@ def load(
     check_accepted(bundle, manifest)
     if check:
         check_files(bundle, manifest)
-    names = [value["name"] for value in manifest["model"].get("inputs", ())]
-    if len(names) > 1:
-        raise InputError(
-            f"{bundle} takes {' and '.join(names)}: load() knows images alone; run it with ONNX "
-            "Runtime"
-        )
     artefacts = [Artefact.from_dict(row) for row in manifest["artefacts"]]
     if file is not None:
         artefact = next((a for a in artefacts if a.path == file), None)

@@ -210,10 +210,8 @@ def load_timm(
 
 def _put_peft(model: nn.Module, folder: Path) -> None:
     """Loads a PEFT folder; its classifier may have another number of classes than the model's."""
-    classifier = _classifier(model.pretrained_cfg)
-    own = {f"{classifier}.{key}" for key, _ in model.get_submodule(classifier).named_parameters()}
-    rows = None
-    if (folder / "adapter_model.safetensors").is_file():
+    rows, classifier = None, _classifier(model.pretrained_cfg)
+    if classifier is not None and (folder / "adapter_model.safetensors").is_file():
         saved = read_tensors(folder / "adapter_model.safetensors")[0]
         keys = (f"base_model.model.{classifier}.{s}weight" for s in ("", "modules_to_save."))
         rows = next((len(saved[key]) for key in keys if key in saved), None)
@@ -221,25 +219,24 @@ def _put_peft(model: nn.Module, folder: Path) -> None:
     if replaced:
         model.reset_classifier(rows)
     load_peft(model, folder)
-    missing = own - set(getattr(model, "fastadapt_changed", ())) if replaced else ()
-    if missing:
-        raise InputError(
-            f"{folder} holds a classifier of {rows} classes without its {sorted(missing)[0]!r}"
-        )
+    if replaced:
+        own = {f"{classifier}.{k}" for k, _ in model.get_submodule(classifier).named_parameters()}
+        missing = sorted(own - set(model.fastadapt_changed))
+        if missing:
+            raise InputError(f"{folder}: its classifier of {rows} classes lacks {missing[0]!r}")
 
 
-def _classifier(config: dict[str, Any]) -> str:
-    name = config["classifier"]
-    return name if isinstance(name, str) else name[0]
+def _classifier(config: dict[str, Any]) -> str | None:
+    """The name of a timm model's classifier, the first one where there are two."""
+    name = config.get("classifier")
+    return name if name is None or isinstance(name, str) else name[0]
 
 
 def _classifier_rows(name: str, state: dict[str, Tensor]) -> int:
     """Classes of a state dict's classifier; 0 if it has none."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
-    if config is None:
-        return 0
-    key = f"{_classifier(config.to_dict())}.weight"
-    weight = state.get(key, state.get(f"module.{key}"))
+    classifier = None if config is None else _classifier(config.to_dict())
+    weight = state.get(f"{classifier}.weight", state.get(f"module.{classifier}.weight"))
     return 0 if weight is None else len(weight)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt import cli
-from fastadapt.export import export_run, fold_with_report, verify_bundle
+from fastadapt.export import export_run, fold_with_report, load, verify_bundle
 from fastadapt.export.gate import onnx_session
 from fastadapt.export.verify import golden_inputs
 from fastadapt.files import read_tensors, sha256_file, write_tensors
@@ -162,6 +162,13 @@ class TestDomainInput:
         with torch.no_grad():
             want = model(preprocess.normalize(golden["images"]))
         torch.testing.assert_close(golden["expected"], want, rtol=1e-5, atol=1e-5)
+        predict, features = load(bundle), golden["domain_features"].numpy()
+        found = predict(golden["images"], domain_features=features)
+        torch.testing.assert_close(torch.from_numpy(found.logits), want, rtol=1e-4, atol=1e-4)
+        with pytest.raises(fa.InputError, match="takes domain_features; given: nothing"):
+            predict(golden["images"])
+        with pytest.raises(fa.InputError, match=r"domain_features has 1 rows"):
+            predict(golden["images"], domain_features=features[:1])
         assert verify_bundle(bundle, speed=False).passed
 
     def test_other_features_give_other_logits(self, run, tmp_path):

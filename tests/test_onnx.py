@@ -35,6 +35,8 @@ def timm_model(name, **kwargs):
 
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+ONE_BLOCK = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3}
+TINY_14 = {**ONE_BLOCK, "img_size": 28}
 SWIN = {"img_size": 56, "embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
 BACKBONES = {
     "vit": (timm_model("vit_tiny_patch16_224", **VIT), (3, 32, 32)),
@@ -43,11 +45,14 @@ BACKBONES = {
     "convnext": (timm_model("test_convnext"), (3, 64, 64)),
     "efficientnet": (timm_model("test_efficientnet"), (3, 64, 64)),
     "resnet": (timm_model("test_resnet"), (3, 64, 64)),
+    "mobilenet": (timm_model("mobilenetv3_small_050"), (3, 64, 64)),
+    "layer scale": (timm_model("deit3_small_patch16_224", **ONE_BLOCK), (3, 32, 32)),
+    "two class tokens": (timm_model("deit_tiny_distilled_patch16_224", **ONE_BLOCK), (3, 32, 32)),
+    "registers": (timm_model("vit_small_patch14_reg4_dinov2", **TINY_14), (3, 28, 28)),
+    "rotary": (timm_model("eva02_tiny_patch14_224", **TINY_14), (3, 28, 28)),
     "clip": (clip_tower, (3, 64, 64)),
     "video": (video, (3, 6, 16, 16)),
 }
-
-
 FLOAT = ("vit", "resnet")  # the other input
 
 

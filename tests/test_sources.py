@@ -36,6 +36,7 @@ def weights(tmp_path_factory):
     """Weights of the base model with ten classes, of a fine-tuned one with three, and a LoRA."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(timm_model(10).state_dict(), folder / "base.pth")
+    torch.save(timm_model(0).state_dict(), folder / "headless.pth")
     state = {f"module.{name}": tensor for name, tensor in timm_model(3).state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state}, folder / "tuned.pth")
     base = timm_model(10)
@@ -88,6 +89,15 @@ class TestLoad:
             "adapter_model.safetensors",
         }
 
+    def test_a_peft_folder_on_weights_without_a_classifier(self, weights, tmp_path):
+        folder, wrapped = weights
+        state = {k: v for k, v in timm_model(10).state_dict().items() if not k.startswith("head.")}
+        write_tensors(tmp_path / "f.safetensors", state)
+        options = {"peft": folder / "peft", "weights": tmp_path / "f.safetensors"}
+        trained = load_timm(NAME, image_size=SIZE, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(trained.model(X), wrapped(X))
+
     def test_half_a_classifier_is_refused(self, weights, tmp_path):
         folder = tmp_path / "peft"
         folder.mkdir()
@@ -96,8 +106,9 @@ class TestLoad:
         state, _ = read_tensors(weights[0] / "peft" / "adapter_model.safetensors")
         state = {name: tensor for name, tensor in state.items() if not name.endswith("head.bias")}
         write_tensors(folder / "adapter_model.safetensors", state)
-        with pytest.raises(fa.InputError, match=r"3 classes without its 'head\.bias'"):
-            load_timm(NAME, peft=folder, weights=weights[0] / "base.pth", image_size=SIZE)
+        for name in ("base.pth", "headless.pth"):
+            with pytest.raises(fa.InputError, match=r"3 classes lacks 'head\.bias'"):
+                load_timm(NAME, peft=folder, weights=weights[0] / name, image_size=SIZE)
 
     @pytest.mark.parametrize(
         "options,says",
