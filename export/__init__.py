@@ -24,6 +24,7 @@ __all__ = [
     "export_timm",
     "fold_with_report",
     "load",
+    "load_runtime",
     "verify_bundle",
     "write_repository",
 ]
