@@ -22,11 +22,12 @@ from fastadapt.kernels.dispatch import (
     without_autocast,
 )
 
-# Whether "auto" takes the kernels. On an H100 their grid of shapes passed but for fp16 bias
-# gradients of large layers (a kernel compiled for bf16 was taken) and TF32 (inputs were truncated);
-# both were changed since and have not run there. Until `pytest tests/test_quaternion_linear.py -k
-# gpu` passes whole, they run only where asked for.
-PROVEN = True
+# Whether "auto" takes the kernels. On an H100 all tests of shapes passed, and of 2,060 random calls
+# all but one: 2 rows, 1024 × 1024, two layers, the gradient of weight_k 1.6 % off. The cause was
+# found in the compiled code and removed (see `_hamilton` in quaternion_linear_triton.py), which has
+# not run on a GPU. Until `pytest tests/test_quaternion_linear.py -k gpu` passes whole with 2,000
+# random cases, the kernels run only where asked for.
+PROVEN = False
 
 # Added below the root by upstream (core_qnn/quaternion_ops.py), so trained weights depend on it.
 ROTATION_EPS = 1e-4

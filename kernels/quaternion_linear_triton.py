@@ -67,10 +67,18 @@ def _hamilton(
         acc0 = tl.dot(minus3, w3, acc0, input_precision=PRECISION)
         acc1 = tl.dot(minus2, w3, acc1, input_precision=PRECISION)
         acc1 = tl.dot(plus3, w2, acc1, input_precision=PRECISION)
-    acc2 = tl.dot(scalar2, w0, acc2, input_precision=PRECISION)
-    acc2 = tl.dot(minus3, w1, acc2, input_precision=PRECISION)
-    acc3 = tl.dot(plus2, w1, acc3, input_precision=PRECISION)
-    acc3 = tl.dot(scalar3, w0, acc3, input_precision=PRECISION)
+    # Hopper's tensor cores read a negated operand from registers. Triton 3.6 lets the last product
+    # run on behind the loop, where those registers get other values: let it be one of x itself.
+    if CONJ_X:
+        acc3 = tl.dot(plus2, w1, acc3, input_precision=PRECISION)
+        acc3 = tl.dot(scalar3, w0, acc3, input_precision=PRECISION)
+        acc2 = tl.dot(scalar2, w0, acc2, input_precision=PRECISION)
+        acc2 = tl.dot(minus3, w1, acc2, input_precision=PRECISION)
+    else:
+        acc2 = tl.dot(scalar2, w0, acc2, input_precision=PRECISION)
+        acc2 = tl.dot(minus3, w1, acc2, input_precision=PRECISION)
+        acc3 = tl.dot(plus2, w1, acc3, input_precision=PRECISION)
+        acc3 = tl.dot(scalar3, w0, acc3, input_precision=PRECISION)
     return acc0, acc1, acc2, acc3
 
 
