@@ -139,16 +139,7 @@ def _samples_desc(t: Tensor, tile: Tile, cols: int) -> tuple:
     return first, Descriptor(t, [1, tile.extra_rows, cols])
 
 
-def project(
-    x,
-    weight,
-    bias,
-    tokens,
-    config,
-    *,
-    transposed,
-    sums,
-):
+def project(x, weight, bias, tokens, config, *, transposed, sums):
     """x [rows, C] times weight ([R, C], or [C, R] if transposed) plus bias, and x's token sums.
 
     Returns:

@@ -1,19 +1,20 @@
-"""Triton kernels of cluster attention and their launchers; imported on first use only.
+"""Triton kernels of cluster attention; imported on first use only.
 
 Forward, channel mode (names as in ``cluster_attention``; h = x @ downᵀ + down_bias):
 
     project     h, and on the side the sums of x over the tokens of each sample
     attend      q, cosine similarities, softmax: one program per sample
     mix         T_b for all samples, a [B, K] @ [K, R·R] product
-    transform   z = h @ T_b and, while z is still on chip, y = z @ upᵀ + up_bias
+    transform   z = h @ T_b (kept for dup) and, while it is on chip, y = z @ upᵀ + up_bias
 
 Backward (g = dy):
 
     project     gz = g @ up, and the sum of g over all rows (up_bias)
+    transform   gh = gz @ T_bᵀ, and its sum (down_bias); on Hopper in the same kernel
     outer       G_b = hᵀ @ gz, the gradient of T_b, in the compute dtype
     unmix       one pass over G: dtransforms = aᵀ @ G and da = <G_b, transforms>
-    transform   z = h @ T_b (for dup = gᵀ @ z) and gh = gz @ T_bᵀ, row sums for down_bias
     unattend    softmax, cosine and mean backward: one program per sample
+    reduce      the sums over samples and tiles: centers and biases
     transform   dx = gh @ down + dq / N
 
 The two weight gradients are plain products and go to cuBLAS. Rows are tiled over all B·N tokens:
