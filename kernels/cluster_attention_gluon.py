@@ -25,17 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Named anew after Triton 3.6.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_memory = gl.shared_memory_descriptor
-_view = getattr(_memory, "reinterpret", None) or _memory._reinterpret
-
-
-@gluon.constexpr_function
-def _accumulator_layout(cols):
-    """A [64, cols] accumulator of one group."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
+from fastadapt.kernels.hopper import accumulator_layout, load, store, view
 
 
 @gluon.jit
@@ -61,7 +51,7 @@ def _store_tile(t, row, col, desc, smem, PENDING: gl.constexpr):
     tma.store_wait(PENDING)
     smem.store(t)
     fence_async_shared()
-    _store(desc, [row, col], smem)
+    store(desc, [row, col], smem)
 
 
 @gluon.jit
@@ -97,16 +87,16 @@ def _fill_project(i, args, v: gl.constexpr):
     if i < steps:
         mbarrier.expect(full, (64 * v.groups + v.rank) * 64 * 2)
         for group in gl.static_range(gl.constexpr(v.groups)):
-            _load(x_desc, [row + 64 * group, i * 64], full, x_ring.index(v.groups * slot + group))
+            load(x_desc, [row + 64 * group, i * 64], full, x_ring.index(v.groups * slot + group))
         if v.transposed:
-            _load(w_desc, [i * 64, 0], full, w_ring.index(slot))
+            load(w_desc, [i * 64, 0], full, w_ring.index(slot))
         else:
-            _load(w_desc, [0, i * 64], full, w_ring.index(slot))
+            load(w_desc, [0, i * 64], full, w_ring.index(slot))
     elif v.mix:
         n = (i - steps) // samples
         sample = first + (i - steps) % samples
         mbarrier.expect(full, v.rank * 64 * 2)
-        _load(t_desc, [sample * v.rank + n * 64, 0], full, w_ring.index(slot))
+        load(t_desc, [sample * v.rank + n * 64, 0], full, w_ring.index(slot))
 
 
 @gluon.jit
@@ -127,8 +117,8 @@ def _project_group(group: gl.constexpr, args, fill, v: gl.constexpr):
     dtype: gl.constexpr = out_desc.dtype
     BR: gl.constexpr = v.rank
     BS: gl.constexpr = v.slots
-    layout: gl.constexpr = _accumulator_layout(BR)
-    s_layout: gl.constexpr = _accumulator_layout(BS)
+    layout: gl.constexpr = accumulator_layout(BR)
+    s_layout: gl.constexpr = accumulator_layout(BS)
     hot_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     unit = gl.program_id(0) * v.groups + group
     row = unit * 64
@@ -189,7 +179,7 @@ def _project_group(group: gl.constexpr, args, fill, v: gl.constexpr):
         _store_tile(t2, row, 128, out_desc, x_ring.index(2 * v.groups + group), 2)
         _store_tile(t3, row, 192, out_desc, x_ring.index(group), 2)
     if v.mix:
-        t_layout: gl.constexpr = _accumulator_layout(64)
+        t_layout: gl.constexpr = accumulator_layout(64)
         a = gl.convert_layout(out, gl.DotOperandLayout(0, t_layout, 2))
         o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, t_layout))
         o_n = gl.arange(0, 64, layout=gl.SliceLayout(0, t_layout))
@@ -306,18 +296,18 @@ def _fill_transform(i, args, v: gl.constexpr):
     if v.mix and i < t_items:
         mbarrier.expect(full, 64 * v.rank * 2)
         sample = first + i // (v.rank // 64)
-        _load(t_desc, [sample * v.rank, i % (v.rank // 64) * 64], full, ring.index(slot))
+        load(t_desc, [sample * v.rank, i % (v.rank // 64) * 64], full, ring.index(slot))
     else:
         c = (i - t_items) * 64
         mbarrier.expect(full, (v.rank + 16 * v.biases) * 64 * 2)
         if v.w_transposed:
-            _load(w_desc, [0, c], full, ring.index(slot))
+            load(w_desc, [0, c], full, ring.index(slot))
         else:
-            w = _view(ring.index(slot), w_desc.dtype, [64, v.rank], w_desc.layout)
-            _load(w_desc, [c, 0], full, w)
+            w = view(ring.index(slot), w_desc.dtype, [64, v.rank], w_desc.layout)
+            load(w_desc, [c, 0], full, w)
         for j in gl.static_range(gl.constexpr(v.biases)):
             sample = (row + 64 * j) // tokens if v.row_bias else 0
-            _load(bias_desc, [sample, c], full, bias_ring.index(v.biases * slot + j))
+            load(bias_desc, [sample, c], full, bias_ring.index(v.biases * slot + j))
 
 
 @gluon.jit
@@ -356,7 +346,7 @@ def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
     first_sample, samples = args[14], args[15]
     dtype: gl.constexpr = y_desc.dtype
     CHUNKS: gl.constexpr = v.rank // 64
-    layout: gl.constexpr = _accumulator_layout(64)
+    layout: gl.constexpr = accumulator_layout(64)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     zeros = gl.zeros([64, 64], gl.float32, layout)
@@ -366,7 +356,7 @@ def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
     if group == 0:
         mbarrier.expect(h_full, v.groups * 64 * v.rank * 2)
         for n in gl.static_range(gl.constexpr(v.groups * CHUNKS)):
-            _load(h_desc, [row + n // CHUNKS * 64, n % CHUNKS * 64], h_full, h_smem.index(n))
+            load(h_desc, [row + n // CHUNKS * 64, n % CHUNKS * 64], h_full, h_smem.index(n))
         for i in gl.static_range(gl.constexpr(v.stages)):
             if i < items:
                 _fill_transform(i, fill, v)
@@ -426,7 +416,7 @@ def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
         slot = i % v.stages
         w = ring.index(slot)
         if not v.w_transposed:
-            w = _view(w, dtype, [64, v.rank], w_desc.layout).permute((1, 0))
+            w = view(w, dtype, [64, v.rank], w_desc.layout).permute((1, 0))
         if v.biases > 0:
             b = bias_ring.index(v.biases * slot + (group if v.row_bias else 0))
             acc = warpgroup_mma(hot, b, zeros, use_acc=False, is_async=True)

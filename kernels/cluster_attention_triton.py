@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastadapt.kernels.sums import kahan_add
+
 NORM_EPS = tl.constexpr(1e-12)  # F.normalize's
 
 
@@ -189,14 +191,6 @@ def attend_kernel(
     tl.store(q_norm_ptr + sample, q_norm)
     if sample == 0:
         tl.store(c_norm_ptr + o_k, c_norm, mask=m_k)
-
-
-@triton.jit
-def _add(acc, lost, value):
-    """Kahan's sum: ``lost`` carries what rounding took, for sums over many samples."""
-    value -= lost
-    total = acc + value
-    return total, (total - acc) - value
 
 
 @triton.jit
@@ -446,7 +440,7 @@ def unmix_kernel(
             if NEED_T:
                 a = tl.load(a_ptr + o_a, mask=m_a, other=0.0)
                 if dtype == tl.float32:
-                    acc, lost = _add(acc, lost, tl.dot(g.T, a, input_precision="ieee"))
+                    acc, lost = kahan_add(acc, lost, tl.dot(g.T, a, input_precision="ieee"))
                 else:
                     high = a.to(dtype)
                     low = (a - high.to(tl.float32)).to(dtype)
@@ -570,9 +564,9 @@ def reduce_kernel(
                 m_a = m_b[:, None] & m_k[None, :]
                 ds = tl.load(ds_ptr + o_a, mask=m_a, other=0.0)
                 s = tl.load(s_ptr + o_a, mask=m_a, other=0.0)
-                along, along_lost = _add(along, along_lost, ds * s)
+                along, along_lost = kahan_add(along, along_lost, ds * s)
                 q = q / tl.maximum(q_norm, NORM_EPS)[:, None]
-                acc, lost = _add(acc, lost, tl.dot(q.T, ds, input_precision="ieee"))
+                acc, lost = kahan_add(acc, lost, tl.dot(q.T, ds, input_precision="ieee"))
             c_norm = tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0)
             along = tl.where(c_norm >= NORM_EPS, tl.sum(along, 0), 0.0)
             c_norm = tl.maximum(c_norm, NORM_EPS)[None, :]

@@ -25,9 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Named anew after Triton 3.6.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from fastadapt.kernels.hopper import accumulator_layout, load, store
 
 
 @gluon.jit
@@ -44,26 +42,7 @@ def _locate(tile, tiles_n, first, count, SUMMED: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    left_desc,
-    right0_desc,
-    right1_desc,
-    right2_desc,
-    right3_desc,
-    left_ring,
-    right_ring,
-    full_bars,
-    empty_bars,
-    order,
-    first,
-    count,
-    depth,
-    height,
-    width,
-    steps,
-    chunk,
-    tiles,
-    tiles_m,
-    tiles_n,
+    args,
     TERMS: gl.constexpr,
     SKIPPED: gl.constexpr,
     KIND: gl.constexpr,
@@ -71,6 +50,11 @@ def _copy(
     BN: gl.constexpr,
 ):
     """The copying warp."""
+    left_desc, right0_desc, right1_desc, right2_desc = args[0], args[1], args[2], args[3]
+    right3_desc, left_ring, right_ring, full_bars = args[4], args[5], args[6], args[7]
+    empty_bars, order, first, count, depth = args[8], args[9], args[10], args[11], args[12]
+    height, width, steps, chunk, tiles = args[13], args[14], args[15], args[16], args[17]
+    tiles_m, tiles_n = args[18], args[19]
     slot = 0
     phase = 1  # of a fresh barrier: nothing to wait for
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -93,26 +77,26 @@ def _copy(
                 right = right_ring.index(slot)
                 if KIND == "weights":
                     col = (a - SKIPPED) * height + m
-                    _load(left_desc, [k, col], full, left_ring.index(2 * slot))
-                    _load(left_desc, [k, col + 64], full, left_ring.index(2 * slot + 1))
-                    _load(right0_desc, [k, b * width + n], full, right)
+                    load(left_desc, [k, col], full, left_ring.index(2 * slot))
+                    load(left_desc, [k, col + 64], full, left_ring.index(2 * slot + 1))
+                    load(right0_desc, [k, b * width + n], full, right)
                 else:
                     col = (a - SKIPPED) * depth + k
-                    _load(left_desc, [m, col], full, left_ring.index(2 * slot))
-                    _load(left_desc, [m + 64, col], full, left_ring.index(2 * slot + 1))
+                    load(left_desc, [m, col], full, left_ring.index(2 * slot))
+                    load(left_desc, [m + 64, col], full, left_ring.index(2 * slot + 1))
                     row = k
                     col = n
                     if KIND == "input":
                         row = n
                         col = k
                     if b == 0:
-                        _load(right0_desc, [row, col], full, right)
+                        load(right0_desc, [row, col], full, right)
                     elif b == 1:
-                        _load(right1_desc, [row, col], full, right)
+                        load(right1_desc, [row, col], full, right)
                     elif b == 2:
-                        _load(right2_desc, [row, col], full, right)
+                        load(right2_desc, [row, col], full, right)
                     else:
-                        _load(right3_desc, [row, col], full, right)
+                        load(right3_desc, [row, col], full, right)
                 slot += 1
                 if slot == STAGES:
                     slot = 0
@@ -161,24 +145,7 @@ def _accumulate(
 @gluon.jit
 def _multiply(
     group: gl.constexpr,
-    out_desc,
-    out_ptr,
-    bias_ptr,
-    left_ring,
-    right_ring,
-    out_smem,
-    full_bars,
-    empty_bars,
-    negative,
-    first,
-    count,
-    height,
-    width,
-    steps,
-    chunk,
-    tiles,
-    tiles_m,
-    tiles_n,
+    args,
     TERMS: gl.constexpr,
     KIND: gl.constexpr,
     BIAS: gl.constexpr,
@@ -186,7 +153,11 @@ def _multiply(
     BN: gl.constexpr,
 ):
     """One group of four warps."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    out_desc, out_ptr, bias_ptr, left_ring = args[0], args[1], args[2], args[3]
+    right_ring, out_smem, full_bars, empty_bars = args[4], args[5], args[6], args[7]
+    negative, first, count, height, width = args[8], args[9], args[10], args[11], args[12]
+    steps, chunk, tiles, tiles_m, tiles_n = args[13], args[14], args[15], args[16], args[17]
+    layout: gl.constexpr = accumulator_layout(BN)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     slot = 0
@@ -220,7 +191,7 @@ def _multiply(
             tma.store_wait(0)
             out_smem.index(group).store(acc.to(out_desc.dtype))
             fence_async_shared()
-            _store(out_desc, [m * 128 + group * 64, col], out_smem.index(group))
+            store(out_desc, [m * 128 + group * 64, col], out_smem.index(group))
     if KIND != "weights":
         tma.store_wait(0)
 
@@ -276,96 +247,22 @@ def product_kernel(
         mbarrier.init(full_bars.index(i), count=1)
         mbarrier.init(empty_bars.index(i), count=2)
     fence_async_shared()
+    # fmt: off
+    copy = (
+        left_desc, right0_desc, right1_desc, right2_desc, right3_desc, left_ring, right_ring,
+        full_bars, empty_bars, order, first, count, depth, height, width, steps, chunk, tiles,
+        tiles_m, tiles_n,
+    )
+    multiply = (
+        out_desc, out_ptr, bias_ptr, left_ring, right_ring, out_smem, full_bars, empty_bars,
+        negative, first, count, height, width, steps, chunk, tiles, tiles_m, tiles_n,
+    )
+    # fmt: on
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    0,
-                    out_desc,
-                    out_ptr,
-                    bias_ptr,
-                    left_ring,
-                    right_ring,
-                    out_smem,
-                    full_bars,
-                    empty_bars,
-                    negative,
-                    first,
-                    count,
-                    height,
-                    width,
-                    steps,
-                    chunk,
-                    tiles,
-                    tiles_m,
-                    tiles_n,
-                    TERMS,
-                    KIND,
-                    BIAS,
-                    STAGES,
-                    BN,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    1,
-                    out_desc,
-                    out_ptr,
-                    bias_ptr,
-                    left_ring,
-                    right_ring,
-                    out_smem,
-                    full_bars,
-                    empty_bars,
-                    negative,
-                    first,
-                    count,
-                    height,
-                    width,
-                    steps,
-                    chunk,
-                    tiles,
-                    tiles_m,
-                    tiles_n,
-                    TERMS,
-                    KIND,
-                    BIAS,
-                    STAGES,
-                    BN,
-                ),
-            ),
-            (
-                _copy,
-                (
-                    left_desc,
-                    right0_desc,
-                    right1_desc,
-                    right2_desc,
-                    right3_desc,
-                    left_ring,
-                    right_ring,
-                    full_bars,
-                    empty_bars,
-                    order,
-                    first,
-                    count,
-                    depth,
-                    height,
-                    width,
-                    steps,
-                    chunk,
-                    tiles,
-                    tiles_m,
-                    tiles_n,
-                    TERMS,
-                    SKIPPED,
-                    KIND,
-                    STAGES,
-                    BN,
-                ),
-            ),
+            (_multiply, (0, multiply, TERMS, KIND, BIAS, STAGES, BN)),
+            (_multiply, (1, multiply, TERMS, KIND, BIAS, STAGES, BN)),
+            (_copy, (copy, TERMS, SKIPPED, KIND, STAGES, BN)),
         ],
         [4, 1],
         [232, 40],

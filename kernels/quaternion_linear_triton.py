@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastadapt.kernels.sums import kahan_add
+
 ROTATION_EPS = tl.constexpr(1e-4)  # as in quaternion_linear.py
 
 
@@ -293,14 +295,6 @@ def linear_kernel(
 
 
 @triton.jit
-def _add(acc, lost, value):
-    """Kahan's sum: ``lost`` carries what rounding took, for sums over many rows."""
-    value -= lost
-    total = acc + value
-    return total, (total - acc) - value
-
-
-@triton.jit
 def _unrotate(d, r, i, j, k, inverse):
     """From gradients of the 9 entries to those of the weights (before they were normalised)."""
     d11, d12, d13, d21, d22, d23, d31, d32, d33 = d
@@ -393,10 +387,10 @@ def gradient_kernel(
         # One is known at compile time, the other is not.
         if BIAS:  # noqa: SIM102
             if tile_i == 0:
-                b0, b0_lost = _add(b0, b0_lost, tl.sum(g0.to(tl.float32), 0))
-                b1, b1_lost = _add(b1, b1_lost, tl.sum(g1.to(tl.float32), 0))
-                b2, b2_lost = _add(b2, b2_lost, tl.sum(g2.to(tl.float32), 0))
-                b3, b3_lost = _add(b3, b3_lost, tl.sum(g3.to(tl.float32), 0))
+                b0, b0_lost = kahan_add(b0, b0_lost, tl.sum(g0.to(tl.float32), 0))
+                b1, b1_lost = kahan_add(b1, b1_lost, tl.sum(g1.to(tl.float32), 0))
+                b2, b2_lost = kahan_add(b2, b2_lost, tl.sum(g2.to(tl.float32), 0))
+                b3, b3_lost = kahan_add(b3, b3_lost, tl.sum(g3.to(tl.float32), 0))
         if WEIGHTS:
             g0 = _operand(g0, dtype, PRECISION)
             g1 = _operand(g1, dtype, PRECISION)
@@ -427,10 +421,10 @@ def gradient_kernel(
                     False,
                     PRECISION,
                 )
-                d0, lost0 = _add(d[0], lost[0], tile[0])
-                d1, lost1 = _add(d[1], lost[1], tile[1])
-                d2, lost2 = _add(d[2], lost[2], tile[2])
-                d3, lost3 = _add(d[3], lost[3], tile[3])
+                d0, lost0 = kahan_add(d[0], lost[0], tile[0])
+                d1, lost1 = kahan_add(d[1], lost[1], tile[1])
+                d2, lost2 = kahan_add(d[2], lost[2], tile[2])
+                d3, lost3 = kahan_add(d[3], lost[3], tile[3])
                 d = (d0, d1, d2, d3)
                 lost = (lost0, lost1, lost2, lost3)
             else:
@@ -498,7 +492,7 @@ def _outer(e, lost, x, g, HALF: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _add_dot(acc, lost, x, g, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
-        return _add(acc, lost, tl.dot(x, g, input_precision=PRECISION))
+        return kahan_add(acc, lost, tl.dot(x, g, input_precision=PRECISION))
     return tl.dot(x, g, acc, input_precision=PRECISION), lost
 
 

@@ -1,0 +1,21 @@
+"""Gluon for Hopper as the kernels of all operations use it, under the names of every Triton."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# Named anew after Triton 3.6.
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+view = (
+    getattr(gl.shared_memory_descriptor, "reinterpret", None)
+    or gl.shared_memory_descriptor._reinterpret
+)
+
+
+@gluon.constexpr_function
+def accumulator_layout(cols):
+    """A [64, cols] accumulator of one group of four warps."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
