@@ -21,6 +21,22 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Every new tensor starts as NaN: what a kernel leaves unwritten shows."""
+
+    def poison(create):
+        def created(*args, **kwargs):
+            tensor = create(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return created
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastadapt.bench.harness import relative_error
 from fastadapt.kernels import (
     BackendError,
     center_attention,
@@ -54,10 +55,6 @@ def output_and_gradients(function, args, g, dtype=None):
     return [y.detach(), *torch.autograd.grad(y, asked, g.to(y.dtype))]
 
 
-def relative_error(value, truth):
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-300))
-
-
 def assert_as_exact_as_pytorch(args, g, function=None):
     """Output and gradients within twice PyTorch's error in the same dtype, against fp64."""
     function = function or (lambda *a: cluster_attention(*a, backend="triton"))
@@ -78,22 +75,6 @@ def assert_as_exact_as_pytorch(args, g, function=None):
         if not error <= 2 * limit + slack:
             wrong.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
     assert not wrong, ", ".join(wrong)
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch):
-    """Every new tensor starts as NaN: what a kernel leaves unwritten shows."""
-
-    def poison(create):
-        def created(*args, **kwargs):
-            tensor = create(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return created
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 # The reference

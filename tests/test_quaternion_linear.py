@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
+from fastadapt.bench.harness import relative_error
 from fastadapt.kernels import (
     BackendError,
     quaternion_linear,
@@ -275,10 +276,6 @@ def output_and_gradients(function, args, g, kwargs, dtype=None):
     return [y.detach(), *torch.autograd.grad(y, asked, g.to(y.dtype))]
 
 
-def relative_error(value, truth):
-    return float((value.double() - truth).norm() / truth.norm().clamp_min(1e-300))
-
-
 def errors_beyond_pytorch(args, g, kwargs, function=with_triton):
     """Where output or gradients have more than twice PyTorch's error in the same dtype."""
     truth = output_and_gradients(quaternion_linear_reference, args, g, kwargs, torch.float64)
@@ -300,22 +297,6 @@ def errors_beyond_pytorch(args, g, kwargs, function=with_triton):
         if not error <= 2 * limit + slack:
             found.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
     return found
-
-
-@pytest.fixture
-def poisoned_empty(monkeypatch):
-    """Every new tensor starts as NaN: what a kernel leaves unwritten shows."""
-
-    def poison(create):
-        def created(*args, **kwargs):
-            tensor = create(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return created
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 # In the interpreter. bf16 products are wrong there, so fp16 and fp32.
