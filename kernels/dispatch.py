@@ -23,7 +23,8 @@ def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool
         backend: ``"auto"``, ``"triton"`` or ``"reference"``. The environment variable
             ``FASTADAPT_BACKEND`` takes the place of ``"auto"``.
         why_not_triton: the reason why the kernels cannot run this call, ``None`` if they can.
-        by_default: whether ``"auto"`` takes the kernels where they can run.
+        by_default: whether ``"auto"`` takes the kernels where they can run; not where the
+            reference is faster.
 
     Raises:
         ValueError: ``backend`` is none of the three.

@@ -22,13 +22,6 @@ from fastadapt.kernels.dispatch import (
     without_autocast,
 )
 
-# Whether "auto" takes the kernels. On an H100 all tests of shapes passed, and of 2,060 random calls
-# all but one: 2 rows, 1024 × 1024, two layers, the gradient of weight_k 1.6 % off. The cause was
-# found in the compiled code and removed (see `_hamilton` in quaternion_linear_triton.py), which has
-# not run on a GPU. Until `pytest tests/test_quaternion_linear.py -k gpu` passes whole with 2,000
-# random cases, the kernels run only where asked for.
-PROVEN = False
-
 # Added below the root by upstream (core_qnn/quaternion_ops.py), so trained weights depend on it.
 ROTATION_EPS = 1e-4
 
@@ -140,9 +133,8 @@ def quaternion_linear(
             ``rotation=True``.
         zero_half: ``x`` is [..., 2·I], the components j and k alone; r and i are zero, and the
             products with them are not done.
-        backend: ``"auto"`` (the reference, until the kernels are proven: see ``PROVEN``; later,
-            too, in fp32 with more than 64 rows, where it is faster), ``"triton"`` or
-            ``"reference"``.
+        backend: ``"auto"`` (Triton for CUDA tensors it covers, but not in fp32 with more than 64
+            rows, where the reference is faster), ``"triton"`` or ``"reference"``.
 
     Returns:
         [..., 4·O] in ``x``'s dtype; under autocast in autocast's.
@@ -159,8 +151,7 @@ def quaternion_linear(
     described = [None if t is None else (t.shape, t.dtype) for t in (*weights, bias, scale)]
     check = _check if torch.compiler.is_compiling() else _check_once
     why_not, fast = check(x.shape, dtype, *described, rotation, zero_half)
-    by_default = PROVEN and fast
-    chosen = choose_backend(backend, why_not_device(x) or why_not, by_default=by_default)
+    chosen = choose_backend(backend, why_not_device(x) or why_not, by_default=fast)
     if chosen == "reference":
         return quaternion_linear_reference(
             x, *weights, bias, rotation=rotation, scale=scale, zero_half=zero_half
