@@ -48,7 +48,8 @@ def run(
         names: keys of ``BENCHMARKS``.
         quick: fewer shapes.
         json_out: write the results there after every shape, and at the end as Markdown beside it;
-            in a folder, the file is named after machine and commit.
+            in a folder, the file is named after machine and commit. Results of other benchmarks
+            that are there from the same machine, commit and versions stay.
         compare: results to compare with: a file, or the commit of one under ``results/``.
         threshold: in percent; a slowdown of ours beyond it, and beyond noise, is a failure.
         plot: pictures beside ``json_out``.
@@ -75,6 +76,8 @@ def run(
     environment = harness.environment(command)
     results: dict[str, Any] = {"schema": SCHEMA, "environment": environment, "benchmarks": {}}
     path = None if json_out is None else report.result_path(Path(json_out), environment)
+    if path is not None:
+        report.keep_earlier(path, results)
     for name in names or list(BENCHMARKS):
         if not (torch.cuda.is_available() or BENCHMARKS[name]):
             _say(f"{name}: left out, it needs a CUDA GPU")
@@ -93,7 +96,8 @@ def run(
 
         for picture in write_plots(path, results):
             _say(f"wrote {picture}")
-    bad = any(r.get("wrong") or r.get("failed") for r in results["benchmarks"].values())
+    run_now = [results["benchmarks"][name] for name in names or BENCHMARKS]
+    bad = any(r.get("wrong") or r.get("failed") for r in run_now)
     if before is not None:
         changes = comparison.changes(before, results)
         print(comparison.as_text(changes, threshold))

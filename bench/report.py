@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,23 @@ def result_path(out: Path, environment: dict[str, Any]) -> Path:
         raise InputError(f"--json is {out}; expected a file that ends in .json, or a folder")
     machine = re.sub(r"[^a-z0-9]+", "-", (environment["gpu"] or "cpu").lower())
     return out / f"{machine}-{environment['commit'] or 'unknown'}.json"
+
+
+def keep_earlier(path: Path, results: dict[str, Any]) -> None:
+    """Adds to ``results`` what ``path`` holds of the same machine, commit and versions."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        then, now = found["environment"], results["environment"]
+        same = all(then[key] == now[key] for key in ("gpu", "commit", "versions"))
+        if not same or now["commit"] is None or now["commit"].endswith("-dirty"):
+            return
+        results["benchmarks"] = dict(found["benchmarks"])
+        if now["command"] not in then["command"].split("; "):
+            now["command"] = f"{then['command']}; {now['command']}"
+        else:
+            now["command"] = then["command"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # nothing there, or something else
 
 
 def one_line(error: Exception) -> str:

@@ -187,6 +187,25 @@ def test_results_are_written_after_every_shape(monkeypatch, tmp_path):
     assert (tmp_path / "nvidia-h100-80gb-hbm3-abc1234.json").exists()
 
 
+def test_results_of_one_commit_gather_in_one_file(monkeypatch, tmp_path):
+    from fastadapt.bench import cladapter, cluster_attention
+
+    monkeypatch.setenv("FASTADAPT_COMMIT", "0123abc")
+    for module in (cladapter, cluster_attention):
+        monkeypatch.setattr(module, "run", lambda quick: {"tables": {}, "notes": []})
+    out = tmp_path / "results.json"
+    assert bench.run(["cladapter"], json_out=out, command="first") == 0
+    assert bench.run(["cluster_attention"], json_out=out, command="second") == 0
+    found = json.loads(out.read_text())
+    assert set(found["benchmarks"]) == {"cladapter", "cluster_attention"}
+    assert found["environment"]["command"] == "first; second"
+    monkeypatch.setenv("FASTADAPT_COMMIT", "4567def")
+    assert bench.run(["cluster_attention"], json_out=out, command="third") == 0
+    found = json.loads(out.read_text())
+    assert set(found["benchmarks"]) == {"cluster_attention"}
+    assert found["environment"]["command"] == "third"
+
+
 def test_a_module_with_tables_of_its_own(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "environment", lambda command: result_of()["environment"])
     own = {"tables": {"speed": [{"batch": "8", "images/s": "100"}]}, "notes": ["How."]}
