@@ -2,7 +2,9 @@
 
     compute-sanitizer --tool memcheck python tests/sanitize.py
     compute-sanitizer --tool initcheck python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py
+    compute-sanitizer --tool racecheck python tests/sanitize.py quaternion_linear
+
+Names of operations choose among them.
 
 Every tile of every kernel variant comes up at sizes where tiles are cut off; memory is not cached,
 so that every allocation has its own bounds.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
@@ -72,8 +75,7 @@ def quaternion_linear_steps() -> None:
         print("quaternion_linear", *case, flush=True)
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def cluster_attention_steps() -> None:
     chosen = launch.config_for
     for groups in (0, 1, 2, 3):
 
@@ -93,8 +95,12 @@ def main() -> None:
             cluster_attention_step(*size, dtype)
             print("cluster_attention", size, dtype, flush=True)
     cluster_attention_step(3, 17, 40, None, 4, torch.bfloat16, token=True)
-    quaternion_linear_steps()
+
+
+STEPS = {"cluster_attention": cluster_attention_steps, "quaternion_linear": quaternion_linear_steps}
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    for name in sys.argv[1:] or STEPS:
+        STEPS[name]()
