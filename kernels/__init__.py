@@ -6,18 +6,24 @@ from fastadapt.kernels.cluster_attention import (
     cluster_attention_reference,
 )
 from fastadapt.kernels.dispatch import BackendError
+from fastadapt.kernels.layer_norm import layer_norm, layer_norm_reference
 from fastadapt.kernels.quaternion_linear import (
     quaternion_linear,
     quaternion_linear_reference,
     quaternion_matrix,
 )
+from fastadapt.kernels.residual_mlp import residual_mlp, residual_mlp_reference
 
 __all__ = [
     "BackendError",
     "center_attention",
     "cluster_attention",
     "cluster_attention_reference",
+    "layer_norm",
+    "layer_norm_reference",
     "quaternion_linear",
     "quaternion_linear_reference",
     "quaternion_matrix",
+    "residual_mlp",
+    "residual_mlp_reference",
 ]

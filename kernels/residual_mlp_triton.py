@@ -1,0 +1,168 @@
+"""Triton kernels between the products of the residual MLP; imported on first use only."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fastadapt.kernels.launch import Device, Launch, block, device_of
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2π)
+
+
+@triton.jit
+def gelu_kernel(
+    h_ptr,  # [rows, WIDTH]
+    bias_ptr,  # [WIDTH]
+    out_ptr,  # [rows, WIDTH], may be h
+    rows,
+    WIDTH: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """gelu(h + bias)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    across = tl.cdiv(WIDTH, BC)
+    o_r = tl.program_id(0) // across * BR + tl.arange(0, BR)
+    o_c = tl.program_id(0) % across * BC + tl.arange(0, BC)
+    m_c = o_c < WIDTH
+    mask = (o_r < rows)[:, None] & m_c[None, :]
+    offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
+    bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    half = 0.5 * h
+    a = half + half * tl.math.erf(h * SQRT_HALF)
+    tl.store(out_ptr + offsets, a.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gelu_backward_kernel(
+    h_ptr,  # [rows, WIDTH]
+    bias_ptr,  # [WIDTH]
+    g_ptr,  # [rows, WIDTH]: gradient of gelu(h + bias); becomes the gradient of h
+    out_ptr,  # [rows, WIDTH]: gelu(h + bias) again; or None
+    sums_ptr,  # [programs of a column, sums_width] fp32: sums of the gradient of h; or None
+    rows,
+    sums_width,
+    first_sum,  # the column of sums where they begin
+    WIDTH: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_wait()
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    m_c = o_c < WIDTH
+    bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+    sums = tl.zeros((BR, BC), tl.float32)
+    for row in range(tl.program_id(1) * BR, rows, tl.num_programs(1) * BR):
+        o_r = row + tl.arange(0, BR)
+        mask = (o_r < rows)[:, None] & m_c[None, :]
+        offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
+        h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        below = 0.5 + 0.5 * tl.math.erf(h * SQRT_HALF)  # the normal distribution's integral
+        density = tl.exp(-0.5 * h * h) * INVERSE_SQRT_TAU
+        if out_ptr is not None:
+            tl.store(out_ptr + offsets, (h * below).to(out_ptr.dtype.element_ty), mask=mask)
+        dh = g * (below + h * density)
+        tl.store(g_ptr + offsets, dh.to(g_ptr.dtype.element_ty), mask=mask)
+        if sums_ptr is not None:
+            sums += dh  # rows beyond the last have g = 0
+    if PDL:
+        gdc_launch_dependents()
+    if sums_ptr is not None:
+        p_sums = sums_ptr + tl.program_id(1).to(tl.int64) * sums_width + first_sum + o_c
+        tl.store(p_sums, tl.sum(sums, 0), mask=m_c)
+
+
+class Tile(NamedTuple):
+    """Launch configuration: the rows and columns of a program at a time, and its warps."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+def gelu_tile(width: int) -> Tile:
+    """The rule: 16 numbers per thread, a warp beside the other."""
+    cols = min(1024, block(width, 32))
+    return Tile(2048 // cols, cols, 4)
+
+
+def gelu_backward_tile(width: int) -> Tile:
+    """The rule: 8 numbers of each tensor per thread."""
+    cols = min(256, block(width, 32))
+    return Tile(1024 // cols, cols, 4)
+
+
+def gelu(h: Tensor, bias: Tensor, *, in_place: bool = False) -> Tensor:
+    """gelu(h + bias) of contiguous h [M, H]."""
+    out = h if in_place else torch.empty_like(h)
+    _gelu_launch(*h.shape, device_of(h.device.index))(h, bias.contiguous(), out)
+    return out
+
+
+def gelu_backward(
+    h: Tensor,
+    bias: Tensor,
+    g: Tensor,
+    *,
+    need_output: bool,
+    parts: Tensor | None = None,
+    first: int = 0,
+) -> Tensor | None:
+    """Makes g [M, H], the gradient of :func:`gelu`'s output, that of ``h``, in place.
+
+    Args:
+        need_output: compute the output again and return it.
+        parts: [P, first + H or more] fp32, gets P shares of the sum of all rows of the result, from
+            column ``first`` on.
+    """
+    device = device_of(h.device.index)
+    out = torch.empty_like(h) if need_output else None
+    shares, columns = (4 * device.multiprocessors, 0) if parts is None else parts.shape
+    run = _gelu_backward_launch(*h.shape, shares, columns, first, device)
+    run(h, bias.contiguous(), g, out, parts)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _gelu_launch(rows: int, width: int, device: Device) -> Launch:
+    tile = gelu_tile(width)
+    return Launch(
+        gelu_kernel,
+        (-(-rows // tile.rows) * -(-width // tile.cols),),
+        device,
+        (rows,),
+        (width, tile.rows, tile.cols),
+        warps=tile.warps,
+        pdl=device.major >= 9,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _gelu_backward_launch(
+    rows: int, width: int, parts: int, columns: int, first: int, device: Device
+) -> Launch:
+    tile = gelu_backward_tile(width)
+    return Launch(
+        gelu_backward_kernel,
+        (-(-width // tile.cols), parts),
+        device,
+        (rows, columns, first),
+        (width, tile.rows, tile.cols),
+        warps=tile.warps,
+        pdl=device.major >= 9,
+    )
