@@ -66,9 +66,7 @@ def layer_norm(
         return layer_norm_reference(x, weight, bias, eps, dtype=dtype)
     if dtype is None:
         dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or bias.requires_grad
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _Function.apply(x, weight, bias, eps, dtype)
     with on_device(x):
         return _launch().forward(x, weight, bias, eps, dtype)[0]

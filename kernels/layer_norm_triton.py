@@ -38,7 +38,7 @@ def layer_norm_kernel(
     rows,
     inner,
     outer_stride,
-    row_stride,
+    STRIDE: tl.constexpr,  # between rows; a constant, so that the compiler knows its factors
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     BR: tl.constexpr,
@@ -52,7 +52,7 @@ def layer_norm_kernel(
     m_r = o_r < rows
     m_c = o_c < WIDTH
     mask = m_r[:, None] & m_c[None, :]
-    p_x = x_ptr + _row_offsets(o_r, inner, outer_stride, row_stride)[:, None] + o_c[None, :]
+    p_x = x_ptr + _row_offsets(o_r, inner, outer_stride, STRIDE)[:, None] + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -66,7 +66,7 @@ def layer_norm_kernel(
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
     if stats_ptr is not None:
         tl.store(stats_ptr + o_r, mean, mask=m_r)
-        tl.store(stats_ptr + rows.to(tl.int64) + o_r, rstd, mask=m_r)
+        tl.store(stats_ptr + tl.cast(rows, tl.int64) + o_r, rstd, mask=m_r)
     if added_ptr is not None:
         added = tl.load(added_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
         total = x + added[None, :]
@@ -85,11 +85,11 @@ def layer_norm_backward_kernel(
     rows,
     g_inner,
     g_outer_stride,
-    g_row_stride,
     x_inner,
     x_outer_stride,
-    x_row_stride,
     sums_width,
+    G_STRIDE: tl.constexpr,  # between rows; a constant, so that the compiler knows its factors
+    X_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -107,12 +107,12 @@ def layer_norm_backward_kernel(
         o_r = row + tl.arange(0, BR)
         m_r = o_r < rows
         mask = m_r[:, None] & m_c[None, :]
-        g_rows = _row_offsets(o_r, g_inner, g_outer_stride, g_row_stride)
-        x_rows = _row_offsets(o_r, x_inner, x_outer_stride, x_row_stride)
+        g_rows = _row_offsets(o_r, g_inner, g_outer_stride, G_STRIDE)
+        x_rows = _row_offsets(o_r, x_inner, x_outer_stride, X_STRIDE)
         g = tl.load(g_ptr + g_rows[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + x_rows[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + o_r, mask=m_r, other=0.0)
-        rstd = tl.load(stats_ptr + rows.to(tl.int64) + o_r, mask=m_r, other=0.0)
+        rstd = tl.load(stats_ptr + tl.cast(rows, tl.int64) + o_r, mask=m_r, other=0.0)
         offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -287,8 +287,8 @@ def _forward_launch(rows: Rows, width: int, eps: float, device: Device) -> Launc
         layer_norm_kernel,
         (-(-rows.count // tile.rows),),
         device,
-        rows,
-        (width, eps, tile.rows, block(width)),
+        rows[:3],
+        (rows.row_stride, width, eps, tile.rows, block(width)),
         warps=tile.warps,
         pdl=device.major >= 9,
     )
@@ -303,8 +303,8 @@ def _backward_launch(
         layer_norm_backward_kernel,
         (parts,),
         device,
-        (*g_rows, *x_rows[1:], columns),
-        (width, tile.rows, block(width)),
+        (*g_rows[:3], *x_rows[1:3], columns),
+        (g_rows.row_stride, x_rows.row_stride, width, tile.rows, block(width)),
         warps=tile.warps,
         pdl=device.major >= 9,
     )

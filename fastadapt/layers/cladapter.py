@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadapt.kernels import layer_norm, residual_mlp
+from fastadapt.kernels.dispatch import compute_dtype, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
 
 
@@ -22,10 +25,43 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def _can_fuse(x: Tensor, parts: dict[nn.Module, type[nn.Module]]) -> bool:
+    """Whether an operation of ours may stand for modules: nothing then passes by unseen.
+
+    Not where one was replaced (quantised, adapted, parametrised, folded), has hooks or another
+    ``forward``, or lacks a parameter; nor for a compiler, which fuses by itself, or an exporter.
+    """
+    if torch.compiler.is_compiling() or why_not_device(x) is not None:
+        return False
+    if nn.modules.module._has_any_global_hook():
+        return False
+    return all(type(part) is kind and _is_plain(part) for part, kind in parts.items())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or any(parameter is None for parameter in module._parameters.values())
+    )
+
+
+def _normalise(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``norm(x)``, in ``dtype`` if the fused operation can stand for the module."""
+    if _can_fuse(x, {norm: nn.LayerNorm}):
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
+    return norm(x)
+
+
 class CLAdapterBlock(nn.Module):
     """One block: cluster attention, then a residual MLP; [B, N, C] to [B, N, C].
 
     There is no residual around the attention: upstream has none, and its checkpoints depend on it.
+    On GPUs one operation each stands for ``ln_1`` and for ``ln_2``, ``mlp`` and the sum, as long as
+    these modules are what they were made as, without hooks.
     """
 
     def __init__(self, dim: int, mlp_ratio: float, **attention):
@@ -36,8 +72,25 @@ class CLAdapterBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        # Cluster attention rounds to autocast's dtype itself; so the norm need not write fp32.
+        rounds = type(self.attn) is ClusterAttention and _is_plain(self.attn)
+        x = self.attn(_normalise(self.ln_1, x, compute_dtype(x) if rounds else None))
+        norm, mlp = self.ln_2, self.mlp
+        if type(mlp) is not Mlp or not _can_fuse(
+            x, {norm: nn.LayerNorm, mlp: Mlp, mlp.fc1: nn.Linear, mlp.fc2: nn.Linear}
+        ):
+            return x + mlp(norm(x))
+        first, second = mlp.fc1, mlp.fc2
+        return residual_mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            norm.eps,
+        )
 
 
 class CLAdapter(nn.Module):
@@ -103,10 +156,10 @@ class CLAdapter(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """The adapter on tokens [B, N, C]."""
-        x = self.norm1(x)
+        x = _normalise(self.norm1, x)
         for block in self.blocks:
             x = block(x)
-        return self.norm2(x)
+        return _normalise(self.norm2, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (3, 4, 5):
