@@ -20,7 +20,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from fastadapt.kernels import cluster_attention, quaternion_linear
+from fastadapt.kernels import cluster_attention, layer_norm, quaternion_linear, residual_mlp
 from fastadapt.kernels import cluster_attention_launch as launch
 
 
@@ -97,7 +97,27 @@ def cluster_attention_steps() -> None:
     cluster_attention_step(3, 17, 40, None, 4, torch.bfloat16, token=True)
 
 
-STEPS = {"cluster_attention": cluster_attention_steps, "quaternion_linear": quaternion_linear_steps}
+def residual_mlp_steps() -> None:
+    for m, c, hidden in ((700, 72, 264), (33, 63, 65), (3, 1000, 30)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, g = normal(2, m + 1, c, dtype=dtype)[:, 1:], torch.randn(2, 1, c).to(dtype).cuda()
+            norm = [normal(c, dtype=dtype), normal(c, dtype=dtype)]
+            mlp = [normal(*shape, dtype=dtype) for shape in ((hidden, c), (hidden,), (c, hidden))]
+            for operation, args in (
+                (layer_norm, [x, *norm]),
+                (residual_mlp, [x, *norm, *mlp, normal(c, dtype=dtype)]),
+            ):
+                y = operation(*args, backend="triton")
+                torch.autograd.grad(y, args, g.expand(y.shape))
+                torch.cuda.synchronize()
+                print(operation.__name__, m, c, hidden, dtype, flush=True)
+
+
+STEPS = {
+    "cluster_attention": cluster_attention_steps,
+    "quaternion_linear": quaternion_linear_steps,
+    "residual_mlp": residual_mlp_steps,
+}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 import fastadapt as fa
+from fastadapt.bench.harness import relative_error
+from fastadapt.layers import cladapter
 from tests.upstream import UpstreamPost
 
 SIZES = {"depth": 2, "num_centers": 5, "rank": 6, "mlp_ratio": 2.0}
@@ -56,6 +61,106 @@ def test_compiles_whole_and_under_autocast():
     torch.testing.assert_close(compiled(x), layer(x))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The fused operations that were called, as if there were a GPU."""
+    calls = []
+    monkeypatch.setattr(cladapter, "why_not_device", lambda x: None)
+    for name in ("layer_norm", "residual_mlp"):
+        function = getattr(cladapter, name)
+
+        def recorded(*args, name=name, function=function, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(cladapter, name, recorded)
+    return calls
+
+
+def test_fused_operations_stand_for_plain_modules(fused, monkeypatch):
+    layer, x = adapter(depth=1), torch.randn(2, 7, 8)
+    y = layer(x)
+    assert fused == ["layer_norm", "layer_norm", "residual_mlp", "layer_norm"]
+    monkeypatch.undo()
+    torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+
+
+def with_another_linear(block):
+    class Quantised(nn.Linear):
+        pass
+
+    block.mlp.fc1 = Quantised(8, 16)
+
+
+def without_bias(block):
+    block.mlp.fc1 = nn.Linear(8, 16, bias=False)
+
+
+def parametrised(block):
+    nn.utils.parametrizations.weight_norm(block.mlp.fc2)
+
+
+def with_another_forward(block):
+    block.mlp.forward = block.mlp.forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.mlp.register_forward_hook(lambda *_: None),
+        lambda block: block.mlp.fc1.register_forward_pre_hook(lambda *_: None),
+        lambda block: block.mlp.fc2.register_full_backward_hook(lambda *_: None),
+        lambda block: setattr(block, "mlp", nn.Sequential(nn.Linear(8, 8), nn.GELU())),
+        with_another_linear,
+        lambda block: setattr(block, "ln_2", nn.Identity()),
+        without_bias,
+        parametrised,
+        with_another_forward,
+    ],
+)
+def test_changed_modules_are_called(change, fused):
+    layer, x = adapter(depth=1), torch.randn(2, 7, 8)
+    change(layer.blocks[0])
+    layer(x)
+    assert fused == ["layer_norm"] * 3
+    fused.clear()
+    layer.norm1.register_forward_hook(lambda *_: torch.zeros_like(x))
+    layer(x)
+    assert fused == ["layer_norm"] * 2
+
+
+def test_exporters_and_compilers_see_the_modules(fused):
+    layer, x = adapter(depth=1), torch.randn(2, 7, 8)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.export.export(layer, (x,))
+    assert not fused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_gpu_is_as_exact_as_pytorch(autocast, monkeypatch):
+    """Output and gradients within twice PyTorch's own error, against fp64."""
+    layer = fa.CLAdapter(96, depth=2, num_centers=5, rank=32).cuda()
+    x = torch.randn(8, 50, 96, device="cuda")[:, 1:]
+    if autocast is None:
+        layer, x = layer.bfloat16(), x.bfloat16()
+
+    def run(layer, x, backend, autocast=None):
+        monkeypatch.setenv("FASTADAPT_BACKEND", backend)
+        x = x.detach().requires_grad_()
+        with torch.autocast("cuda", autocast, enabled=autocast is not None):
+            y = layer(x).mean(dim=1)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    truth = run(copy.deepcopy(layer).double(), x.double(), "reference")
+    theirs, ours = run(layer, x, "reference", autocast), run(layer, x, "auto", autocast)
+    names = ["y", "x", *(name for name, _ in layer.named_parameters())]
+    for name, mine, their, exact in zip(names, ours, theirs, truth, strict=True):
+        assert mine.dtype == their.dtype, name
+        slack = 2 * torch.finfo(autocast or torch.bfloat16).eps
+        assert relative_error(mine, exact) <= 2 * relative_error(their, exact) + slack, name
 
 
 def test_every_parameter_gets_a_gradient():

@@ -1,0 +1,432 @@
+"""LayerNorm and the residual MLP: reference, kernels in the interpreter, kernels on the GPU.
+
+The interpreter is chosen before Triton is imported, so its cases run in a process of their own:
+``python -m pytest`` on this file with TRITON_INTERPRET=1, started by one test.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from fastadapt.bench.harness import peak_memory, relative_error
+from fastadapt.kernels import (
+    BackendError,
+    layer_norm,
+    layer_norm_reference,
+    residual_mlp,
+    residual_mlp_reference,
+)
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+RANDOM_CASES = int(os.environ.get("FASTADAPT_RANDOM_CASES", "100"))
+FIRST_CASE = int(os.environ.get("FASTADAPT_FIRST_CASE", "0"))
+NAMES = ("y", "x", "weight", "bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+REFERENCES = {layer_norm: layer_norm_reference, residual_mlp: residual_mlp_reference}
+OPERATIONS = pytest.mark.parametrize("operation", list(REFERENCES))
+
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with the interpreter")
+gpu = pytest.mark.gpu
+
+
+def make(operation, shape, hidden, dtype, device="cpu", params=None):
+    """Arguments of an operation and a gradient of its output."""
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, device=device) * scale).to(params or dtype)
+
+    c = shape[-1]
+    # Rows with a mean and a deviation of their own.
+    x = torch.randn(shape, device=device) * 1.5 + torch.randn(*shape[:-1], 1, device=device)
+    args = [x.to(dtype), 1 + normal(c, scale=0.5), normal(c)]
+    if operation is residual_mlp:
+        args += [normal(hidden, c, scale=c**-0.5), normal(hidden)]
+        args += [normal(c, hidden, scale=hidden**-0.5), normal(c)]
+    return args, torch.randn(shape, device=device).to(dtype)
+
+
+def output_and_gradients(function, args, g, dtype=None):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in args]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, g.to(y.dtype))]
+
+
+def assert_as_exact_as_pytorch(operation, args, g, function=None, autocast=None):
+    """Output and gradients within twice PyTorch's error in the same dtype, against fp64."""
+    reference = REFERENCES[operation]
+
+    def run(function):
+        with torch.autocast(args[0].device.type, autocast, enabled=autocast is not None):
+            return output_and_gradients(function, args, g)
+
+    truth = output_and_gradients(reference, args, g, torch.float64)
+    ours = run(partial(operation, backend="triton") if function is None else function)
+    theirs = run(reference)
+    wrong = []
+    for name, mine, their, exact in zip(NAMES, ours, theirs, truth, strict=False):
+        assert mine.shape == their.shape and mine.dtype == their.dtype, name
+        error, limit = relative_error(mine, exact), relative_error(their, exact)
+        # PyTorch can be lucky with few values.
+        slack = 2 * torch.finfo(mine.dtype).eps if exact.numel() < 1000 else 1e-7
+        if not error <= 2 * limit + slack:
+            wrong.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
+    assert not wrong, ", ".join(wrong)
+
+
+# The references
+
+
+def test_gradcheck():
+    for operation, reference in REFERENCES.items():
+        args, _ = make(operation, (2, 3, 5), 4, torch.float64)
+        assert torch.autograd.gradcheck(reference, [t.requires_grad_() for t in args])
+
+
+def test_the_mlp_is_that_of_modules():
+    (x, w, b, w1, b1, w2, b2), _ = make(residual_mlp, (2, 3, 5), 4, torch.float64)
+    normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, False, keepdim=True) + 1e-3).sqrt()
+    h = (normal * w + b) @ w1.t() + b1
+    gelu = h * 0.5 * (1 + torch.erf(h / 2**0.5))
+    y = residual_mlp_reference(x, w, b, w1, b1, w2, b2, 1e-3)
+    torch.testing.assert_close(y, x + gelu @ w2.t() + b2)
+
+
+@OPERATIONS
+def test_auto_on_the_cpu_is_the_reference(operation):
+    args, _ = make(operation, (2, 3, 8), 6, torch.float64)
+    torch.testing.assert_close(operation(*args), REFERENCES[operation](*args), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="there the kernels do run on the CPU")
+@OPERATIONS
+def test_triton_on_the_cpu_says_why_not(operation):
+    args, _ = make(operation, (2, 3, 8), 6, torch.float32)
+    with pytest.raises(BackendError, match="cpu"):
+        operation(*args, backend="triton")
+
+
+@OPERATIONS
+def test_compiled_and_exported_they_are_ordinary_operators(operation):
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return operation(*args, backend="triton")
+
+    args, g = make(operation, (2, 3, 8), 6, torch.float32)
+    program = torch.export.export(Module(), tuple(args))
+    assert "fastadapt" not in str(program.graph) and "layer_norm" in str(program.graph)
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    assert_as_exact_as_pytorch(operation, args, g, compiled)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (1, (7,), r"weight has shape \(7,\); expected \[C=8\] for x \(2, 3, 8\)"),
+        (2, (8, 1), r"bias has shape \(8, 1\)"),
+        (3, (6, 7), r"fc1_weight has shape \(6, 7\); expected \(6, 8\)"),
+        (4, (5,), "fc1_bias has shape"),
+        (5, (6, 8), r"fc2_weight has shape \(6, 8\); expected \(8, 6\)"),
+        (6, (6,), "fc2_bias has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit(index, shape, message):
+    for operation in REFERENCES:
+        args, _ = make(operation, (2, 3, 8), 6, torch.float32)
+        if index < len(args):
+            args[index] = torch.zeros(shape)
+            with pytest.raises(ValueError, match=message):
+                operation(*args)
+
+
+# The kernels in the interpreter. bf16 is wrong there, so fp16 and fp32.
+
+
+@pytest.mark.skipif(INTERPRETING, reason="starts that process")
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+    done = subprocess.run(
+        [*command, "-k", "interpreted"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Programs that add up many rows each, of few rows."""
+    from fastadapt.kernels import layer_norm_triton
+
+    monkeypatch.setattr(layer_norm_triton, "parts_for", lambda rows, device: min(rows, 5))
+
+
+def strided(kind, shape, x, g, dtype, device="cpu"):
+    """x and g again, of one kind of strides."""
+    *leading, c = shape
+    if kind == "sliced":  # as tokens without the class token
+        x = torch.randn(*leading[:-1], leading[-1] + 1, c, device=device).to(dtype)[..., 1:, :]
+    elif kind == "transposed":  # as a map
+        x = torch.randn(*leading[:-1], c, leading[-1], device=device).to(dtype).mT
+        g = torch.randn(*leading[:-1], c, leading[-1], device=device).to(dtype).mT
+    elif kind == "expanded":  # as the gradient of a mean over tokens
+        g = g[..., :1, :].expand(shape)
+    elif kind == "columns":
+        x = torch.randn(*leading, 2 * c, device=device).to(dtype)[..., ::2]
+    return x, g
+
+
+KINDS = ("plain", "sliced", "transposed", "expanded", "columns")
+
+
+@interpreted
+@OPERATIONS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [((2, 9, 64), 256), ((1, 1, 40), 96), ((150, 16), 17), ((3, 5, 2, 63), 65), ((7, 1), 1)],
+)
+def test_interpreted_shapes(operation, shape, hidden, dtype, poisoned_empty, few_programs):
+    args, g = make(operation, shape, hidden, dtype)
+    assert_as_exact_as_pytorch(operation, args, g)
+
+
+@interpreted
+@OPERATIONS
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted_strides(operation, kind, poisoned_empty, few_programs):
+    shape = (3, 7, 24)
+    args, g = make(operation, shape, 33, torch.float16)
+    args[0], g = strided(kind, shape, args[0], g, torch.float16)
+    args[1] = torch.randn(24, 2).half()[:, 0]
+    if operation is residual_mlp:
+        args[3] = torch.randn(24, 33).half().t()
+    assert_as_exact_as_pytorch(operation, args, g)
+
+
+def assert_alone_as_together(operation, args, g):
+    together = output_and_gradients(partial(operation, backend="triton"), args, g)
+    for asked in range(len(args)):
+        leaves = [t.detach().clone().requires_grad_(i == asked) for i, t in enumerate(args)]
+        y = operation(*leaves, backend="triton")
+        assert torch.equal(y, together[0])
+        (alone,) = torch.autograd.grad(y, leaves[asked], g)
+        assert torch.equal(alone, together[1 + asked]), NAMES[1 + asked]
+    with torch.no_grad():
+        assert torch.equal(operation(*args, backend="triton"), together[0])
+
+
+@interpreted
+@OPERATIONS
+def test_interpreted_gradients_asked_for_singly(operation, poisoned_empty, few_programs):
+    assert_alone_as_together(operation, *make(operation, (2, 9, 24), 40, torch.float16))
+
+
+def assert_retained_graph_gives_the_same(operation, args, g):
+    leaves = [t.requires_grad_() for t in args]
+    y = operation(*leaves, backend="triton")
+    first = torch.autograd.grad(y, leaves, g, retain_graph=True)
+    for before, again in zip(first, torch.autograd.grad(y, leaves, g), strict=True):
+        assert torch.equal(before, again)
+    y = operation(*leaves, backend="triton")
+    (dx,) = torch.autograd.grad(y, leaves[0], g.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
+        dx.sum().backward()
+
+
+@interpreted
+@OPERATIONS
+def test_interpreted_retained_graph_and_second_derivative(operation):
+    assert_retained_graph_gives_the_same(operation, *make(operation, (2, 9, 24), 40, torch.float16))
+
+
+@interpreted
+def test_interpreted_output_in_another_dtype():
+    args, g = make(layer_norm, (2, 9, 24), None, torch.float32)
+    ours = output_and_gradients(partial(layer_norm, dtype=torch.float16), args, g.half())
+    want = output_and_gradients(partial(layer_norm_reference, dtype=torch.float16), args, g.half())
+    for mine, theirs in zip(ours, want, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+# The kernels on the GPU
+
+
+@gpu
+@OPERATIONS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [
+        ((128, 196, 768), 3072),
+        ((64, 256, 1024), 4096),
+        ((256, 49, 1280), 5120),
+        ((1, 196, 768), 3072),
+        ((3, 63, 1000), 60),
+        ((40, 197, 96), 384),
+        ((5, 33, 4096), 1000),
+        ((4, 8192), 64),
+        ((1, 1, 768), 3072),
+        ((2, 3, 5, 100), 257),
+    ],
+)
+def test_gpu_shapes(operation, shape, hidden, dtype):
+    args, g = make(operation, shape, hidden, dtype, "cuda")
+    assert_as_exact_as_pytorch(operation, args, g)
+
+
+@gpu
+@OPERATIONS
+def test_gpu_random(operation):
+    """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes, strides and autocast."""
+    wrong = []
+    for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
+        torch.manual_seed(case)
+        choose = random.Random(case)
+        dtype = choose.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
+        c = choose.choice([1, 7, 16, 63, 96, 192, 384, 768, 1000, 1024, 1280, 2048, 4096])
+        hidden = choose.choice([1, 33, 96, 384, 1000, 2 * c, 3072, 4 * c])
+        n = choose.choice([1, 3, 17, 49, 100, 196, 197, 256, 777])
+        b = choose.randint(1, max(1, (20_000 if case % 4 == 0 else 2_000) // n))
+        kind = choose.choice(KINDS)
+        autocast = choose.choice([None, None, torch.bfloat16, torch.float16])
+        params = torch.float32 if autocast else dtype
+        if autocast and operation is residual_mlp:
+            dtype = autocast  # in fp32 it is the reference's
+        args, g = make(operation, (b, n, c), hidden, dtype, "cuda", params)
+        args[0], g = strided(kind, (b, n, c), args[0], g, dtype, "cuda")
+        try:
+            assert_as_exact_as_pytorch(operation, args, g, autocast=autocast)
+        except AssertionError as error:
+            wrong.append(f"case {case}: {b, n, c, hidden, dtype, kind, autocast}: {error}")
+            print(wrong[-1], flush=True)
+    assert not wrong, "\n".join(wrong)
+
+
+@gpu
+@OPERATIONS
+def test_gpu_gradients_asked_for_singly(operation):
+    assert_alone_as_together(operation, *make(operation, (4, 49, 96), 384, torch.bfloat16, "cuda"))
+
+
+@gpu
+@OPERATIONS
+def test_gpu_retained_graph_and_second_derivative(operation):
+    assert_retained_graph_gives_the_same(
+        operation, *make(operation, (4, 49, 96), 384, torch.bfloat16, "cuda")
+    )
+
+
+@gpu
+@OPERATIONS
+def test_gpu_compiles_whole(operation):
+    args, g = make(operation, (8, 100, 384), 1536, torch.bfloat16, "cuda")
+    compiled = torch.compile(lambda *a: operation(*a), fullgraph=True)
+    assert_as_exact_as_pytorch(operation, args, g, compiled)
+
+
+@gpu
+@OPERATIONS
+def test_gpu_checkpoint_and_cuda_graph(operation):
+    from torch.utils.checkpoint import checkpoint
+
+    args, g = make(operation, (32, 196, 768), 3072, torch.bfloat16, "cuda")
+    function = partial(operation, backend="triton")
+    assert_as_exact_as_pytorch(
+        operation, args, g, lambda *a: checkpoint(function, *a, use_reentrant=False)
+    )
+    expected = output_and_gradients(function, args, g)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        output_and_gradients(function, args, g)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = output_and_gradients(function, args, g)
+    for _ in range(2):
+        for result in results:
+            result.zero_()
+        graph.replay()
+        for name, result, want in zip(NAMES, results, expected, strict=False):
+            assert torch.equal(result, want), name
+
+
+@gpu
+@OPERATIONS
+def test_gpu_is_deterministic(operation, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        args, g = make(operation, (64, 196, 768), 3072, torch.bfloat16, "cuda")
+        function = partial(operation, backend="triton")
+        first = output_and_gradients(function, args, g)
+        for again, before in zip(output_and_gradients(function, args, g), first, strict=True):
+            assert torch.equal(again, before)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@gpu
+def test_gpu_empty_and_uncovered():
+    for operation in REFERENCES:
+        args, _ = make(operation, (1, 5, 32), 64, torch.bfloat16, "cuda")
+        args[0] = args[0][:0]
+        assert operation(*args).shape == (0, 5, 32)
+        with pytest.raises(BackendError, match="empty"):
+            operation(*args, backend="triton")
+        args, _ = make(operation, (2, 8193), 4, torch.bfloat16, "cuda")
+        with pytest.raises(BackendError, match="8193 channels"):
+            operation(*args, backend="triton")
+        torch.testing.assert_close(operation(*args), REFERENCES[operation](*args))
+    args, _ = make(residual_mlp, (2, 5, 32), 64, torch.float32, "cuda")
+    with (
+        torch.autocast("cuda", torch.bfloat16),
+        pytest.raises(BackendError, match=r"float32 under autocast to torch\.bfloat16"),
+    ):
+        residual_mlp(*args, backend="triton")
+
+
+@gpu
+def test_gpu_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for operation in REFERENCES:
+        args, g = make(operation, (4, 49, 96), 384, torch.bfloat16, "cuda:1")
+        assert_as_exact_as_pytorch(operation, args, g)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("operation", "c", "hidden"), [(layer_norm, 768, 1), (residual_mlp, 64, 4096)]
+)
+def test_gpu_more_than_two_to_the_31_elements(operation, c, hidden):
+    rows, few = 2**31 // max(c, hidden) + 5000, 1000
+    args, _ = make(operation, (few, c), hidden, torch.bfloat16, "cuda")
+    x, g = (torch.randn(few, c, device="cuda").bfloat16() for _ in range(2))
+    times = -(-rows // few)
+    large = [t.repeat(times, 1) for t in (x, g)]
+    y, dx, *_ = output_and_gradients(operation, [large[0], *args[1:]], large[1])
+    want_y, want_dx, *_ = output_and_gradients(operation, [x, *args[1:]], g)
+    for got, want in ((y, want_y), (dx, want_dx)):
+        for part in (got[:few], got[-few:], got[times // 2 * few :][:few]):
+            torch.testing.assert_close(part, want, rtol=2e-2, atol=2e-2)
+
+
+@gpu
+def test_gpu_memory():
+    """As the file's docstring counts it: three times the hidden numbers, and rows of x's width."""
+    m, c, hidden = 128 * 196, 768, 3072
+    args, g = make(residual_mlp, (m, c), hidden, torch.bfloat16, "cuda")
+    peak = peak_memory(lambda: output_and_gradients(residual_mlp, args, g))
+    weights = 4 * c * hidden
+    assert peak * 2**20 <= 2 * (3 * m * hidden + 2 * m * c + weights) + 2**25
+    with torch.no_grad():
+        forward = peak_memory(lambda: residual_mlp(*args))
+    assert forward * 2**20 <= 2 * (m * hidden + 2 * m * c) + 2**20
