@@ -153,9 +153,8 @@ def _backward(g, needs, saved: list[Tensor], eps: float, sums_dtype: torch.dtype
     width, hidden = x.shape[-1], h.shape[-1]
     g = g.contiguous()
     rows = g.view(-1, width)
-    dx = dw1 = dw2 = parts = None
-    dln_w = dln_b = db1 = db2 = None
-    if need_vectors:
+    dx = dln_w = dln_b = dw1 = db1 = dw2 = db2 = parts = None
+    if need_vectors:  # shares of the sums over rows: for ln_weight, ln_bias, fc2_bias, fc1_bias
         parts = norm.new_parts(x, 3 * width + hidden)
     if need_norm or need_w1:
         dh = torch.mm(rows, fc2_weight)

@@ -394,15 +394,6 @@ def test_gpu_empty_and_uncovered():
 
 
 @gpu
-def test_gpu_second_device():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    for operation in REFERENCES:
-        args, g = make(operation, (4, 49, 96), 384, torch.bfloat16, "cuda:1")
-        assert_as_exact_as_pytorch(operation, args, g)
-
-
-@gpu
 @pytest.mark.parametrize(
     ("operation", "c", "hidden"), [(layer_norm, 768, 1), (residual_mlp, 64, 4096)]
 )
