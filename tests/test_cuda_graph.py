@@ -97,7 +97,9 @@ def trained(kind="adamw", *, graph, device="cpu", dropout=0.0, steps=12, sizes=(
         step(0.1 / (1 + index), labels, x)
         for index, (x, labels) in enumerate(batches(steps, device, sizes))
     ]
-    return [p.detach() for p in model.parameters()], *(torch.stack(v) for v in zip(*found))
+    return [p.detach() for p in model.parameters()], *(
+        torch.stack(v) for v in zip(*found, strict=True)
+    )
 
 
 def same(one, other):
@@ -282,16 +284,18 @@ class TestLoops:
                 kind(cuda_graph="on")
 
 
+# On a GPU rounding may differ; small steps keep it small.
+SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
+
+
 class Waits(nn.Module):
     """Asks for a number on the host: no graph can."""
 
     def __init__(self, device):
         super().__init__()
         self.inner = network(device, dropout=0.2)
-        self.calls = 0
 
     def forward(self, x):
-        self.calls += 1
         return self.inner(x) * (1.0 if x.abs().sum().item() >= 0 else 2.0)
 
 
@@ -314,15 +318,14 @@ class FailsInACapture(Waits):
 
 
 @pytest.fixture
-def no_tf32():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+def exact(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("no_tf32")
+@pytest.mark.usefixtures("exact")
 class TestOnAGPU:
     @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -330,7 +333,9 @@ class TestOnAGPU:
         """With a learning rate that moves, momentum, clipping, dropout and an odd last batch."""
         settings = {"clip_grad": 0.5, "label_smoothing": 0.1, "sizes": (8, 8, 8, 3)}
         settings |= {"class_weights": torch.arange(1.0, 6.0, device="cuda"), "steps": 40}
-        graphed = trained(kind, graph=True, device="cuda", dropout=dropout, **settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*capturable")
+            graphed = trained(kind, graph=True, device="cuda", dropout=dropout, **settings)
         same(graphed, trained(kind, graph=False, device="cuda", dropout=dropout, **settings))
 
     def test_the_graph_is_used(self, monkeypatch):
@@ -381,9 +386,7 @@ class TestOnAGPU:
                 step(0.01, labels, x)
             return [p.detach() for p in model.parameters()]
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            graphed = weights(True)
+        graphed = weights(True)
         assert len(said) == 1 and "without a CUDA graph: " in said[0]
         assert all(torch.equal(a, b) for a, b in zip(graphed, weights(False), strict=True))
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -401,7 +404,7 @@ class TestOnAGPU:
 
     def test_its_memory_is_freed(self):
         model = network("cuda")
-        x, labels = next(batches(1, "cuda"))
+        _, labels = next(batches(1, "cuda"))
         trained(graph=True, device="cuda")  # workspaces of libraries stay
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
@@ -465,7 +468,7 @@ class TestOnAGPU:
     @pytest.mark.parametrize("cache", [True, False])
     def test_stages_of_an_adapter(self, images, tmp_path, monkeypatch, backbone, cache, amp):
         replays = count_replays(monkeypatch)
-        config = replace(CONFIG, amp=amp, cache=cache, optimizer="adam", select="loss")
+        config = replace(SLOW, amp=amp, cache=cache)
         off = replace(config, cuda_graph="off")
         eager, rows = run(images, tmp_path / "eager", off, backbone, device="cuda")
         assert not replays
@@ -475,7 +478,7 @@ class TestOnAGPU:
         assert eager.keys() == graphed.keys()
 
     def test_an_interrupted_run(self, images, tmp_path):
-        config = replace(CONFIG, stages=1, epochs=16, amp="off")
+        config = replace(SLOW, stages=1, epochs=16, amp="off")
         _, rows = run(images, tmp_path / "whole", config, device="cuda")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_after(patch, 5)
