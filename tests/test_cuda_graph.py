@@ -97,9 +97,8 @@ def trained(kind="adamw", *, graph, device="cpu", dropout=0.0, steps=12, sizes=(
         step(0.1 / (1 + index), labels, x)
         for index, (x, labels) in enumerate(batches(steps, device, sizes))
     ]
-    return [p.detach() for p in model.parameters()], *(
-        torch.stack(v) for v in zip(*found, strict=True)
-    )
+    losses, right = zip(*found, strict=True)
+    return [p.detach() for p in model.parameters()], torch.stack(losses), torch.stack(right)
 
 
 def same(one, other):
@@ -452,9 +451,7 @@ class TestOnAGPU:
             for _ in range(12):
                 x = torch.randn(16, 49, 64, device="cuda")
                 losses.append(step(0.01, torch.randint(5, (16,), device="cuda"), x)[0])
-            return torch.stack(losses), torch.cat(
-                [p.detach().flatten() for p in model.parameters()]
-            )
+            return torch.stack(losses), nn.utils.parameters_to_vector(model.parameters()).detach()
 
         said = []
         (losses, weights), (eager_losses, eager) = train_layers(True), train_layers(False)
