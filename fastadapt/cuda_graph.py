@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ class GraphedStep:
     - it begins with ``optimizer.zero_grad(set_to_none=True)``, and has all of the forward and
       backward pass and the optimizer in it, with ``torch.autocast`` inside, not around it;
     - the optimizer is made with ``capturable=True`` (SGD with ``fused=True``), and the learning
-      rate is a tensor on the GPU that is filled between calls: a float would stay as it was;
+      rate is a tensor on the GPU that is filled between calls: a float would stay as it was
+      (PyTorch warns that such an optimizer runs uncaptured, as it does in the first calls);
     - model and optimizer keep their tensors (``load_state_dict`` does), and hold no counters or
       switches in Python. Random numbers of PyTorch's default generator differ from call to call.
 
@@ -98,16 +100,24 @@ def _gpu(device: torch.device) -> _Gpu | None:
     return _Gpu(device) if device.type == "cuda" else None
 
 
-class _Gpu:
-    """One GPU, and a stream of its own that steps run on before they are captured there.
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps run before they are captured, and are captured: autograd remembers streams.
 
-    Backward passes run where the forward pass did, and cuBLAS has a workspace per stream: on one
-    stream there is nothing new to the capture.
+    One for all, since cuBLAS keeps a workspace for every stream that it ever ran on.
     """
+    return torch.cuda.Stream(device)
+
+
+_failed: list[torch.cuda.CUDAGraph] = []  # kept: PyTorch's allocators may ask them later
+
+
+class _Gpu:
+    """What :class:`GraphedStep` needs of CUDA."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
 
     def run(self, call: Callable[[], Outputs]) -> Outputs:
         """Calls, after what the current stream has to do, and before what it gets to do next."""
@@ -145,6 +155,7 @@ class _Gpu:
             # The outer context restores the stream, which the inner one may not when it fails.
             # Other threads may go on using CUDA.
             with (
+                _own_workspace(),
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(
                     graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
@@ -163,6 +174,7 @@ class _Gpu:
 
     def _clean_up(self, graph: torch.cuda.CUDAGraph, pool: tuple, random: Tensor) -> None:
         """What PyTorch leaves open when CUDA ends a capture: its pool and the generator."""
+        _failed.append(graph)
         try:
             graph.pool()
         except RuntimeError:  # it was not told that the capture is over
@@ -176,6 +188,21 @@ class _Gpu:
             generator = torch.cuda.default_generators[self._device.index]
             generator.graphsafe_set_state(torch.Generator(self._device))
         torch.cuda.set_rng_state(random, self._device)
+
+
+@contextlib.contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Has cuBLAS get a new workspace within, from the memory of the graph that is captured.
+
+    The old one is freed whenever torch.compile captures graphs of its own, and a graph would go on
+    using it.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @contextlib.contextmanager

@@ -45,8 +45,10 @@ def training_step(
     """
     groups = optimizer.param_groups
     trained = [p for group in groups for p in group["params"]]
-    rate = torch.zeros((), device=trained[0].device) if trained[0].is_cuda else None
-    scaler = scaler or torch.amp.GradScaler(trained[0].device.type, enabled=False)
+    device = trained[0].device
+    # Read by the optimizer's kernel, as fp32: a number would be part of the graph.
+    rate = torch.zeros((), dtype=torch.float32, device=device) if device.type == "cuda" else None
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
 
     def train(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ class Trainer:
             label_smoothing=config.label_smoothing,
             clip_grad=config.clip_grad,
             graph=config.cuda_graph == "auto" and steps >= LEAST_STEPS,
-            say=self.progress.console.print,
+            say=partial(self.progress.console.print, markup=False),
         )
 
     def _train_epoch(

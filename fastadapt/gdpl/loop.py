@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -128,7 +129,7 @@ def train_epochs(
         clip_grad=config.clip_grad,
         graph=config.cuda_graph == "auto"
         and (config.epochs - state.epoch) * (len(samples) // size) >= LEAST_STEPS,
-        say=progress.console.print,
+        say=partial(progress.console.print, markup=False),
     )
 
     def check_finite(loss: float, epoch: int, step: int) -> None:
