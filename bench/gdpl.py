@@ -183,7 +183,7 @@ def record(clip: nn.Module, batch: int, classes: int) -> dict[str, Any]:
     def step(network: nn.Module, graph: bool = False) -> dict[str, Any]:
         # A tiny learning rate keeps the weights as they are.
         optimizer = make_optimizer(model, GDPLTrainConfig(lr=LR))
-        take = training_step(network, optimizer, graph=graph)
+        take = training_step(network, optimizer, graph=graph, say=steps.say)
         return steps.measure(lambda: take(LR, labels, images, features), graph=graph)
 
     def infer(network: nn.Module) -> Tensor:

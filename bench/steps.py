@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,6 +53,11 @@ def check(
         if not values["ours"] <= ERROR_BUDGET * values["upstream"] + slack
     }
     return errors, wrong
+
+
+def say(line: str) -> None:
+    """Why a step was not captured, for one: then its figures are not what they are taken for."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def measure(

@@ -166,7 +166,7 @@ def _step(
 ) -> Callable[[], object]:
     """The trainer's step, with an optimizer of its own over what the model trains now."""
     optimizer = make_optimizer(model, TrainConfig(lr=LR))
-    step = training_step(logits, optimizer, _autocast, graph=graph)
+    step = training_step(logits, optimizer, _autocast, graph=graph, say=steps.say)
     return lambda: step(LR, labels, inputs)
 
 
