@@ -89,7 +89,7 @@ def graph_time(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> fl
 def wall_times(
     call: Call, repeats: int = 50, seconds: float = 1.0, least: int = 5
 ) -> dict[str, float]:
-    """Wall time of one eager call in µs, launch to completion.
+    """Wall time of one call in µs, launch to completion.
 
     Args:
         repeats: samples at most.
@@ -125,14 +125,17 @@ def release() -> None:
     """Gives back what earlier benchmarks held, so that it counts nowhere."""
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
-def peak_memory(call: Call, *, total: bool = False) -> float | None:
+def peak_memory(call: Call, *, total: bool = False, calls: int = 1) -> float | None:
     """MiB on the GPU that one call needs at most; ``None`` without a GPU.
 
     Args:
         total: count what was there before (weights, inputs), too.
+        calls: this many instead of one. What a graph needs shows while it is captured: replays
+            take nothing new.
     """
     if not torch.cuda.is_available():
         return None
@@ -140,7 +143,8 @@ def peak_memory(call: Call, *, total: bool = False) -> float | None:
     torch.cuda.synchronize()
     before = 0 if total else torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    for _ in range(calls):
+        call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 

@@ -23,6 +23,7 @@ KINDS = {
 COLORS = {
     "ours": "tab:blue",
     "ours, compiled": "tab:cyan",
+    "ours, eager": "tab:cyan",
     "compiled": "tab:orange",
     "eager": "tab:green",
     "upstream": "tab:red",

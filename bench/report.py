@@ -13,7 +13,7 @@ from fastadapt.errors import InputError
 from fastadapt.files import write_text
 
 Record = dict[str, Any]
-METRICS = {"gpu_us": "GPU time", "wall_us": "wall time of eager calls", "peak_mib": "peak memory"}
+METRICS = {"gpu_us": "GPU time", "wall_us": "wall time", "peak_mib": "peak memory"}
 BASELINES = ("compiled", "upstream", "eager")  # the first that there is stands beside ours
 TARGET = "target (H100)"
 RESULTS = Path(__file__).parent / "results"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastadapt.bench import harness
 from fastadapt.bench.operation import ERROR_BUDGET
+from fastadapt.cuda_graph import WARMUP
 
 
 def outputs(
@@ -53,15 +55,28 @@ def check(
     return errors, wrong
 
 
-def measure(call: Callable[[], object], seconds: float = 1.0) -> dict[str, Any]:
+def say(line: str) -> None:
+    """Why a step was not captured, for one: then its figures are not what they are taken for."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(
+    call: Callable[[], object], seconds: float = 1.0, graph: bool = False
+) -> dict[str, Any]:
     """Wall time and peak memory of a step, weights and inputs included.
+
+    Args:
+        call: takes the step.
+        seconds: as for :func:`fastadapt.bench.harness.wall_times`.
+        graph: whether its first calls capture a CUDA graph; replays are timed then.
 
     Returns:
         ``wall_us`` and ``peak_mib`` (with a GPU); or ``failed``, why there is neither.
     """
     try:
+        # Of a graph: the calls that lead to its capture, and a replay.
+        memory = harness.peak_memory(call, total=True, calls=WARMUP if graph else 1)
         found = {"wall_us": harness.wall_times(call, 20, seconds)}
-        memory = harness.peak_memory(call, total=True)
     except torch.OutOfMemoryError:
         found, memory = {"failed": "out of memory"}, None
     harness.release()

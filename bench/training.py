@@ -18,16 +18,19 @@ from fastadapt.bench.cladapter import formulation
 from fastadapt.bench.cluster_attention import upstream_formulation
 from fastadapt.features import as_tokens
 from fastadapt.train_config import TrainConfig
+from fastadapt.train_step import training_step
 from fastadapt.trainer import make_optimizer
 
 TITLE = "Training step, CLAdapter behind a frozen backbone (stage 1) or with it (stage 2)"
 NOTES = (
-    "Forward, loss, backward and optimizer, from a batch in the GPU's memory; eager calls, wall "
-    "time. Upstream is its recipe restated: fp16 autocast with loss scaling, Adam, the backbone "
-    "called within the graph, the adapter with its [B, K, R, R]. Ours is what `fastadapt train` "
-    "does: bf16 autocast, AdamW, no graph for frozen features, kernels where they are the default; "
-    "cached means that the features of stage 1 are there already (upstream has no cache: its stage "
-    "1 stands beside it). Peak memory includes weights, optimizer and batch."
+    "Forward, loss, backward and optimizer, from a batch in the GPU's memory; wall time. Upstream "
+    "is its recipe restated: eager calls, fp16 autocast with loss scaling, Adam, the backbone "
+    "called within autograd's graph, the adapter with its [B, K, R, R]. Ours is what `fastadapt "
+    "train` does: replays of a CUDA graph, the copy of the batch into it included, bf16 autocast, "
+    "AdamW, no gradients for frozen features, kernels where they are the default; “ours, eager” is "
+    "the same with `--cuda-graph off`. Cached means that the features of stage 1 are there already "
+    "(upstream has no cache: its stage 1 stands beside it). Peak memory includes weights, "
+    "optimizer and batch, and of a graph its capture."
 )
 # Backbone and batch; targets in µs on an H100: stage 1, cached.
 SHAPES = {
@@ -85,20 +88,23 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
     if wrong:
         return result | {"wrong": wrong}
 
-    def time(forward: Callable[[], Tensor], ours: bool) -> dict[str, Any]:
-        return steps.measure(_step(model, forward, labels, ours))
+    def ours(logits: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Any]:
+        found = {"ours": steps.measure(_step(model, logits, labels, inputs, True), graph=True)}
+        if where.type == "cuda":  # elsewhere it is the same
+            found["ours, eager"] = steps.measure(_step(model, logits, labels, inputs, False))
+        return found
 
-    theirs = time(lambda: upstream(images), False)
+    theirs = steps.measure(_upstream_step(model, upstream, labels, images))
     # As the trainer has it: convolutions read channels last, the cache holds fp16 tokens.
     model.to(memory_format=torch.channels_last)
     last = images.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), _autocast(ours=True):
+    with torch.no_grad(), _autocast():
         features = model.backbone_features(last)
     shape, layout = features.shape, model.spec.layout
     features = as_tokens(model, features).to(torch.float16).contiguous()
 
-    def from_cache() -> Tensor:
-        x = features.float()
+    def from_cache(x: Tensor) -> Tensor:
+        x = x.float()
         if layout == "channels_first":
             x = x.transpose(1, 2).view(shape)
         elif layout == "channels_last":
@@ -106,13 +112,13 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
         return model.forward_head(model.adapt_features(x))
 
     parts = {
-        "stage 1": {"upstream": theirs, "ours": time(lambda: model(last), True)},
-        "cached": {"upstream": theirs, "ours": time(from_cache, True)},
+        "stage 1": {"upstream": theirs, **ours(model, last)},
+        "cached": {"upstream": theirs, **ours(from_cache, features)},
     }
     model.unfreeze()
     parts["stage 2"] = {
-        "ours": time(lambda: model(last), True),
-        "upstream": time(lambda: upstream(images), False),
+        **ours(model, last),
+        "upstream": steps.measure(_upstream_step(model, upstream, labels, images)),
     }
     targets = {"stage 1": first, "cached": cached}
     result["parts"] = {
@@ -128,7 +134,7 @@ def _check(model: AdaptedModel, images: Tensor, labels: Tensor):
     def found(network: nn.Module, of: nn.Module, amp: bool) -> dict[str, Tensor]:
         def logits():
             x = images.to(next(of.parameters()).dtype)
-            with _autocast(ours=True) if amp else nullcontext():
+            with _autocast() if amp else nullcontext():
                 return network(x)
 
         trained = [p for p in of.parameters() if p.requires_grad]
@@ -141,27 +147,38 @@ def _check(model: AdaptedModel, images: Tensor, labels: Tensor):
     return steps.check(found(model, model, True), found(Upstream(model), model, True), truth)
 
 
-def _autocast(ours: bool):
+def _autocast(dtype: torch.dtype = torch.bfloat16):
     if not torch.cuda.is_available():
         return nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16 if ours else torch.float16)
+    return torch.autocast("cuda", dtype=dtype)
+
+
+# The steps are many and the labels random: a tiny learning rate keeps the weights as they are.
+LR = 1e-7
 
 
 def _step(
-    model: AdaptedModel, forward: Callable[[], Tensor], labels: Tensor, ours: bool
+    model: AdaptedModel,
+    logits: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    inputs: Tensor,
+    graph: bool,
+) -> Callable[[], object]:
+    """The trainer's step, with an optimizer of its own over what the model trains now."""
+    optimizer = make_optimizer(model, TrainConfig(lr=LR))
+    step = training_step(logits, optimizer, _autocast, graph=graph, say=steps.say)
+    return lambda: step(LR, labels, inputs)
+
+
+def _upstream_step(
+    model: AdaptedModel, upstream: Upstream, labels: Tensor, images: Tensor
 ) -> Callable[[], None]:
-    """A step with an optimizer of its own over what the model trains now."""
-    # The steps are many and the labels random: a tiny learning rate keeps the weights as they are.
-    if ours:
-        optimizer = make_optimizer(model, TrainConfig(lr=1e-7))
-    else:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=1e-7)
-    scaler = torch.amp.GradScaler(enabled=not ours and torch.cuda.is_available())
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=LR)
+    scaler = torch.amp.GradScaler(enabled=torch.cuda.is_available())
 
     def step() -> None:
-        with _autocast(ours):
-            logits = forward()
+        with _autocast(torch.float16):
+            logits = upstream(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -118,6 +118,10 @@ def train(
         Literal["auto", "off", "bf16", "fp16"],
         typer.Option(help="Mixed precision; auto: on a GPU.", rich_help_panel=TRAINING),
     ] = "auto",
+    cuda_graph: Annotated[
+        Literal["auto", "off"],
+        typer.Option(help="Replay steps as CUDA graphs; auto: on a GPU.", rich_help_panel=TRAINING),
+    ] = "auto",
     select: Annotated[
         Literal["macro_f1", "accuracy", "loss"],
         typer.Option(help="Validation metric of the kept epoch.", rich_help_panel=TRAINING),
@@ -292,6 +296,7 @@ def train(
         label_smoothing=label_smoothing,
         class_weights=class_weights,
         amp=amp,
+        cuda_graph=cuda_graph,
         select=select,
         patience=patience,
         augment=augment,

@@ -130,7 +130,7 @@ class FeatureSource:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in _batches(order, batch_size):
             chosen = np.zeros(len(rows), int) if views is None else views[rows]
-            batch = to_device(torch.from_numpy(self.features[chosen, rows]), self.device).float()
+            batch = to_device(torch.from_numpy(self.features[chosen, rows]), self.device)
             if self.spatial and self.channels_last:
                 batch = batch.unflatten(1, self.spatial)
             elif self.spatial:

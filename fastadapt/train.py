@@ -155,6 +155,7 @@ def train(
             **images.to_dict(),
             **asdict(config),
         }
+        del settings["cuda_graph"]  # the result does not depend on it
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
         say(f"{len(dataset.classes)} classes, images: {counts}")

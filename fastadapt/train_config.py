@@ -14,6 +14,7 @@ CHOICES = {
     "optimizer": ("adamw", "adam"),
     "class_weights": ("none", "balanced"),
     "amp": ("auto", "off", "bf16", "fp16"),
+    "cuda_graph": ("auto", "off"),
     "select": ("macro_f1", "accuracy", "loss"),
     "augment": AUGMENTS,
     "feature_dtype": FEATURE_DTYPES,
@@ -36,6 +37,10 @@ class TrainConfig:
         label_smoothing: share of the target that is spread over all classes.
         class_weights: ``"balanced"`` weights the loss by the inverse of a class's frequency.
         amp: mixed precision. ``"auto"``: on a GPU bf16, or fp16 where it has no bf16; else off.
+        cuda_graph: ``"auto"``: on a GPU, where a stage has 20 full batches and more, capture a step
+            and replay it (:class:`fastadapt.GraphedStep`), but for fp16, whose loss is scaled.
+            ``"off"`` is for models whose Python code does something else in every step. A run may
+            be resumed with the other setting.
         select: which validation metric decides the epoch that is kept; the earlier one if equal.
         patience: epochs without improvement after which a stage ends; ``None`` for no limit.
         augment: random views (:mod:`fastadapt.augment`): of the cached ones in stage 1, fresh
@@ -61,6 +66,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    cuda_graph: Literal["auto", "off"] = "auto"
     select: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
     patience: int | None = None
     augment: Literal["none", "flips", "dihedral", "crops"] = "none"

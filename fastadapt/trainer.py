@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from fastadapt.adapt import AdaptedModel
 from fastadapt.checkpoint import trained_state
+from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data import Dataset
 from fastadapt.errors import InputError
 from fastadapt.features import CacheSettings, FeatureSource, ImageSource, Source, cached_source
@@ -24,6 +27,7 @@ from fastadapt.metrics import classification_metrics
 from fastadapt.preprocess import Preprocess
 from fastadapt.runfolder import CACHE, STATE, State, save_state, write_metrics
 from fastadapt.train_config import TrainConfig
+from fastadapt.train_step import Losses, training_step
 
 
 @dataclass
@@ -125,6 +129,7 @@ class Trainer:
             if self.dataset.split(split):
                 self._source(split)  # its features are computed now, not after an epoch
         count = len(self._source("train").labels)
+        step = self._training_step(optimizer)
         task = self.progress.add_task(
             f"stage {stage}",
             total=epochs * count,
@@ -135,7 +140,7 @@ class Trainer:
         while state.epoch < epochs and not self._stalled():
             started = time.perf_counter()
             row = {"stage": stage, "epoch": state.epoch + 1}
-            row |= self._train_epoch(row["epoch"], optimizer, task)
+            row |= self._train_epoch(row["epoch"], step, task)
             measured = self.evaluate("val")
             self._check_finite(measured["loss"], row["epoch"], "validation")
             row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
@@ -143,8 +148,26 @@ class Trainer:
             self._complete_epoch(row, optimizer)
         self.progress.remove_task(task)
 
+    def _training_step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+        """For the present stage."""
+        config, source = self.config, self._source("train")
+        epochs, _, batch_size = config.of_stage(self.state.stage)
+        steps = (epochs - self.state.epoch) * (len(source.labels) // batch_size)
+        weights = self._class_weights()
+        return training_step(
+            lambda inputs: source.logits(self.model, inputs),
+            optimizer,
+            self._autocast,
+            scaler=self.scaler,
+            class_weights=None if weights is None else weights.to(self.device),
+            label_smoothing=config.label_smoothing,
+            clip_grad=config.clip_grad,
+            graph=config.cuda_graph == "auto" and steps >= LEAST_STEPS,
+            say=partial(self.progress.console.print, markup=False),
+        )
+
     def _train_epoch(
-        self, epoch: int, optimizer: torch.optim.Optimizer, task: TaskID
+        self, epoch: int, take_step: Callable[..., Any], task: TaskID
     ) -> dict[str, float]:
         """One pass over the training split; the last learning rate and the mean loss."""
         config, stage, source = self.config, self.state.stage, self._source("train")
@@ -164,33 +187,17 @@ class Trainer:
 
         steps = math.ceil(len(order) / batch_size)
         warmup = min(round(config.warmup_epochs * steps), epochs * steps)
-        weight = self._class_weights()
-        weight = None if weight is None else weight.to(self.device)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        losses = Losses(
+            lambda loss, step: self._check_finite(loss, epoch, f"step {step} of {steps}")
+        )
         self.progress.update(task, description=f"stage {stage}, epoch {epoch} of {epochs}")
         self.model.train()
-        total = 0.0
         for step, (inputs, labels) in enumerate(source.batches(order, views, batch_size), start=1):
             lr = learning_rate((epoch - 1) * steps + step, epochs * steps, warmup, peak)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with self._autocast():
-                logits = source.logits(self.model, inputs)
-            loss = F.cross_entropy(
-                logits.float(), labels, weight, label_smoothing=config.label_smoothing
-            )
-            value = loss.item()
-            self._check_finite(value, epoch, f"step {step} of {steps}")
-            optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-            if config.clip_grad is not None:
-                self.scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
-            self.scaler.step(optimizer)
-            self.scaler.update()
-            total += value * len(labels)
-            self.progress.update(task, advance=len(labels), note=f"loss {value:.3f}")
-        return {"lr": lr, "train_loss": total / len(order)}
+            loss, _ = take_step(lr, labels, inputs)
+            losses.add(loss, len(labels))
+            self.progress.update(task, advance=len(labels), note=losses.note)
+        return {"lr": lr, "train_loss": losses.total() / len(order)}
 
     def _complete_epoch(self, row: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Notes the epoch, keeps its weights if they are the best, and saves the state."""
@@ -289,14 +296,17 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def make_optimizer(model: AdaptedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Over everything that requires gradients; vectors (biases, norms) without weight decay."""
+    """Over everything that requires gradients; vectors (biases, norms) without weight decay.
+
+    On a GPU in one kernel.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.lr)
+    return kind(groups, lr=config.lr, fused=True if trained[0].is_cuda else None)
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

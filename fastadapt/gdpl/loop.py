@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data import Sample
 from fastadapt.errors import InputError
 from fastadapt.features import ImageSource
@@ -20,6 +20,7 @@ from fastadapt.gdpl.checkpoint import trained_state
 from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.runfolder import State
+from fastadapt.train_step import Losses, training_step
 from fastadapt.trainer import copy_of, learning_rate, precision
 
 
@@ -33,7 +34,7 @@ class GDPLTrainConfig:
             ``"all"``: train on every class, as for transfer to other data sets.
         epochs, lr, batch_size: the learning rate rises in ``warmup_epochs`` and falls in a cosine.
         optimizer: ``"sgd"`` with momentum 0.9, or ``"adamw"``.
-        weight_decay, clip_grad, warmup_epochs, amp, augment, val_fraction: as in
+        weight_decay, clip_grad, warmup_epochs, amp, cuda_graph, augment, val_fraction: as in
             :class:`fastadapt.train.TrainConfig`. The validation split is evaluated where the data
             set has no test split; it selects nothing: the last epoch is kept, as in the paper.
     """
@@ -48,14 +49,20 @@ class GDPLTrainConfig:
     clip_grad: float | None = None
     warmup_epochs: float = 1.0
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    cuda_graph: Literal["auto", "off"] = "auto"
     augment: Literal["none", "flips", "dihedral", "crops"] = "crops"
     val_fraction: float = 0.2
 
     def __post_init__(self):
-        for name, choices in (("train_classes", ("base", "all")), ("optimizer", ("sgd", "adamw"))):
-            if getattr(self, name) not in choices:
+        choices = {
+            "train_classes": ("base", "all"),
+            "optimizer": ("sgd", "adamw"),
+            "cuda_graph": ("auto", "off"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
                 raise InputError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}"
                 )
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
@@ -103,7 +110,6 @@ def train_epochs(
     plain = config.augment == "none" or evaluator.table is not None
     features = evaluator.domain_features(model, samples) if plain else None
     optimizer = make_optimizer(model, config)
-    trained = optimizer.param_groups[0]["params"]
     fp16 = precision(config.amp, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     if state.epoch:
@@ -115,6 +121,24 @@ def train_epochs(
     steps = math.ceil(len(samples) / size)
     warmup = min(round(config.warmup_epochs * steps), config.epochs * steps)
     progress = evaluator.progress
+    take_step = training_step(
+        model,
+        optimizer,
+        evaluator.autocast,
+        scaler=scaler,
+        clip_grad=config.clip_grad,
+        graph=config.cuda_graph == "auto"
+        and (config.epochs - state.epoch) * (len(samples) // size) >= LEAST_STEPS,
+        say=partial(progress.console.print, markup=False),
+    )
+
+    def check_finite(loss: float, epoch: int, step: int) -> None:
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} in epoch {epoch}, step {step} of {steps}: start anew with a "
+                f"lower --lr (it is {config.lr:g}), with --clip-grad 1 or --amp off"
+            )
+
     bar = progress.add_task(
         f"seed {seed}",
         total=config.epochs * len(samples),
@@ -129,28 +153,17 @@ def train_epochs(
         order = rng.permutation(len(samples))
         views = np.full(len(samples), 0 if config.augment == "none" else epoch)
         rows = torch.from_numpy(order).to(device)
-        losses = _Losses(epoch, steps, config.lr)
+        losses = Losses(lambda loss, step, e=epoch: check_finite(loss, e, step))
         hits = torch.zeros((), dtype=torch.long, device=device)
         model.train()
         batches = source.batches(order, views, size)
         for step, (images, labels) in enumerate(batches, start=1):
             lr = learning_rate((epoch - 1) * steps + step, config.epochs * steps, warmup, config.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             batch = rows[(step - 1) * size : step * size]
-            known = None if features is None else features.index_select(0, batch)
-            with evaluator.autocast():
-                logits = model(images, known)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            if config.clip_grad is not None:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(trained, config.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            losses.add(loss.detach(), len(labels))
-            hits += (logits.detach().argmax(1) == labels).sum()
+            known = () if features is None else (features.index_select(0, batch),)
+            loss, right = take_step(lr, labels, images, *known)
+            losses.add(loss, len(labels))
+            hits += right
             progress.update(bar, advance=len(labels), note=losses.note)
         state.epoch = epoch
         state.history.append(
@@ -172,43 +185,6 @@ def train_epochs(
             f"train accuracy {row['train_accuracy']:.2%}  {row['seconds']:.1f} s"
         )
     progress.remove_task(bar)
-
-
-class _Losses:
-    """An epoch's losses. They are read every few steps: reading waits for the GPU."""
-
-    EVERY = 16
-
-    def __init__(self, epoch: int, steps: int, lr: float):
-        self.where = f"epoch {epoch}, step {{}} of {steps}"
-        self.lr = lr
-        self.note = ""
-        self._waiting: list[tuple[Tensor, int]] = []
-        self._read = 0
-        self._sum = 0.0
-
-    def add(self, loss: Tensor, count: int) -> None:
-        """Raises InputError if one of the losses so far is not finite."""
-        self._waiting.append((loss, count))
-        if len(self._waiting) == self.EVERY:
-            self.total()
-
-    def total(self) -> float:
-        """The sum over all images. Raises InputError as :meth:`add`."""
-        if not self._waiting:
-            return self._sum
-        values = torch.stack([loss for loss, _ in self._waiting]).tolist()
-        for value, (_, count) in zip(values, self._waiting, strict=True):
-            self._read += 1
-            if not math.isfinite(value):
-                raise InputError(
-                    f"the loss is {value} in {self.where.format(self._read)}: start anew with a "
-                    f"lower --lr (it is {self.lr:g}), with --clip-grad 1 or --amp off"
-                )
-            self._sum += value * count
-        self.note = f"loss {value:.3f}"
-        self._waiting.clear()
-        return self._sum
 
 
 def make_optimizer(model: GDPLModel, config: GDPLTrainConfig) -> torch.optim.Optimizer:

@@ -142,6 +142,7 @@ def train_gdpl(
                 **asdict(config),
                 "classes": {task.name: task.classes for task in tasks},
             }
+            del settings["cuda_graph"]  # the result does not depend on it
             folder, state, found = folders[seed], State(), None
             if resume and (folder / STATE).is_file():
                 state, then = load_state(folder / STATE)

@@ -1,0 +1,529 @@
+"""Training steps as CUDA graphs: the logic with a stand-in for CUDA, the rest on a GPU."""
+
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastadapt as fa
+from fastadapt import cuda_graph, trainer
+from fastadapt.cuda_graph import WARMUP, GraphedStep
+from fastadapt.files import read_tensors
+from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, train_gdpl
+from fastadapt.train import TrainConfig, train
+from fastadapt.train_step import Losses, training_step
+from tests.gdpl_models import make_colours, save_source
+from tests.imagesets import make_folders
+
+PLACES = ("annual_crop", "forest", "harbour", "industrial_area", "river")
+
+
+class StandIn:
+    """For CUDA: a graph that calls the step again, on the inputs that it was captured with."""
+
+    def __init__(self, why_not=None, error=None):
+        self.why_not, self.error = why_not, error
+        self.eager = self.replays = self.captures = 0
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(cuda_graph, "_gpu", lambda device: self)
+        return self
+
+    def run(self, call):
+        self.eager += 1
+        return cuda_graph._each(call(), torch.Tensor.detach)
+
+    def watch(self, call):
+        return self.run(call), self.why_not
+
+    def capture(self, step):
+        self.captures += 1
+        if self.error is not None:
+            raise self.error
+        outputs = None
+
+        def replay():
+            nonlocal outputs
+            self.replays += 1
+            made = cuda_graph._each(step(), torch.Tensor.detach)
+            if outputs is None:
+                outputs = made
+            for old, new in zip(outputs, made, strict=True):  # the same memory every time
+                old.copy_(new)
+            return outputs
+
+        return replay
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    return StandIn().install(monkeypatch)
+
+
+def network(device="cpu", dropout=0.0):
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 32), nn.LayerNorm(32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 5)
+    return nn.Sequential(*layers).to(device)
+
+
+def optimizers(kind, parameters, device):
+    fused = True if device != "cpu" else None
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=1e-3, fused=fused)
+    made = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+    return made(parameters, lr=1.0, weight_decay=1e-2, fused=fused)
+
+
+def batches(count, device="cpu", sizes=(8,)):
+    generator = torch.Generator().manual_seed(1)
+    for index in range(count):
+        size = sizes[index % len(sizes)]
+        x = torch.randn(size, 12, generator=generator).to(device)
+        yield x, torch.randint(5, (size,), generator=generator).to(device)
+
+
+def trained(kind="adamw", *, graph, device="cpu", dropout=0.0, steps=12, sizes=(8,), **settings):
+    """Weights, losses and right predictions after some steps with a learning rate that moves."""
+    model = network(device, dropout)
+    optimizer = optimizers(kind, model.parameters(), device)
+    step = training_step(model, optimizer, graph=graph, **settings)
+    torch.manual_seed(2)
+    found = [
+        step(0.1 / (1 + index), labels, x)
+        for index, (x, labels) in enumerate(batches(steps, device, sizes))
+    ]
+    losses, right = zip(*found, strict=True)
+    return [p.detach() for p in model.parameters()], torch.stack(losses), torch.stack(right)
+
+
+def same(one, other):
+    for a, b in zip(one[0], other[0], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one[1:], other[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+class TestLogic:
+    @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+    def test_first_steps_are_eager_and_all_of_them_train(self, stand_in, kind):
+        graphed = trained(kind, graph=True, dropout=0.3, clip_grad=0.5, label_smoothing=0.1)
+        assert (stand_in.eager, stand_in.captures, stand_in.replays) == (WARMUP, 1, 12 - WARMUP)
+        same(graphed, trained(kind, graph=False, dropout=0.3, clip_grad=0.5, label_smoothing=0.1))
+
+    def test_batches_of_other_sizes_are_eager(self, stand_in):
+        sizes = (8, 8, 3)
+        same(trained(graph=True, sizes=sizes), trained(graph=False, sizes=sizes))
+        assert (stand_in.captures, stand_in.replays) == (1, 5)  # 8 of 12 have 8 rows
+
+    def test_the_size_that_comes_first_often_enough_is_captured(self, stand_in):
+        trained(graph=True, sizes=(3, 8, 8))
+        assert stand_in.replays == 5
+
+    @pytest.mark.parametrize("how", ["waits", "fails"])
+    def test_what_cannot_be_captured_stays_eager_and_says_so_once(self, monkeypatch, how):
+        said = []
+        reason = "the step waits for the GPU"
+        settings = {"why_not": reason} if how == "waits" else {"error": RuntimeError(reason + "\n")}
+        gpu = StandIn(**settings).install(monkeypatch)
+        same(trained(graph=True, say=said.append), trained(graph=False))
+        assert said == [f"training runs operator by operator, without a CUDA graph: {reason}"]
+        assert (gpu.eager, gpu.replays, gpu.captures) == (12, 0, int(how == "fails"))
+
+    def test_without_a_gpu_nothing_changes(self):
+        step = GraphedStep(lambda x: x * 2)
+        x = torch.ones(3, requires_grad=True)
+        for _ in range(2 * WARMUP):
+            y = step(x)
+            assert torch.equal(y, torch.full((3,), 2.0)) and not y.requires_grad
+        assert not step.captured
+
+    def test_inputs_and_outputs_are_copies(self, stand_in):
+        step = GraphedStep(lambda x: (x + 1, x.sum()))
+        kept = [(x := torch.full((2, 2), float(i)), *step(x)) for i in range(8)]
+        assert step.captured
+        for index, (x, y, total) in enumerate(kept):
+            assert x.eq(index).all() and y.eq(index + 1).all() and total == 4 * index
+
+    def test_the_layout_of_the_inputs_stays(self, stand_in):
+        seen = []
+        step = GraphedStep(lambda x: seen.append(x.stride()) or (x.sum(),))
+        x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+        for _ in range(5):
+            step(x)
+        assert set(seen) == {x.stride()} and stand_in.replays == 2
+
+    def test_a_scaled_loss_is_not_captured(self, stand_in):
+        scaler = torch.amp.GradScaler("cpu", enabled=True)
+        trained("sgd", graph=True, scaler=scaler)
+        assert stand_in.eager == stand_in.captures == 0
+
+
+class TestLosses:
+    def test_losses_are_summed_over_images_and_checked(self):
+        seen = []
+        losses = Losses(lambda loss, step: seen.append((loss, step)))
+        for index in range(3):
+            losses.add(torch.tensor(float(index)), 10)
+        assert losses.total() == 30.0 and losses.note == "loss 2.000"
+        assert seen == [(0.0, 1), (1.0, 2), (2.0, 3)]
+
+    def test_those_of_a_gpu_are_read_every_few_steps(self):
+        class OnGPU(torch.Tensor):
+            is_cuda = True
+
+        def check(loss, step):
+            assert math.isfinite(loss), step
+
+        losses = Losses(check)
+        for index in range(Losses.EVERY - 1):
+            losses.add(torch.tensor(math.nan if index == 4 else 1.0).as_subclass(OnGPU), 2)
+        assert losses.note == ""
+        with pytest.raises(AssertionError, match="5"):
+            losses.total()
+
+
+ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48), proj_drop=0.2)
+# 18 training images: two batches of eight and an odd one.
+CONFIG = TrainConfig(
+    stages=2, epochs=12, epochs2=10, lr=3e-3, batch_size=8, val_fraction=0.25, clip_grad=1.0
+)
+
+
+def run(data, out, config=CONFIG, backbone="test_vit", **options):
+    train(data, out, backbone, config, ADAPT, pretrained=False, workers=1, **options)
+    return read_tensors(out / "adapter.safetensors")[0], rows_of(out)
+
+
+def rows_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("images") / "data", 8)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gdpl")
+    return save_source(folder / "clip"), make_colours(folder / "data", PLACES)
+
+
+def interrupt_after(monkeypatch, epoch):
+    save = trainer.save_state
+
+    def saved(state, *args):
+        save(state, *args)
+        if (state.stage, state.epoch) == (1, epoch):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_state", saved)
+
+
+class TestLoops:
+    """Both training loops with the stand-in, against themselves without."""
+
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_stages_of_an_adapter(self, images, tmp_path, monkeypatch, cache):
+        config = replace(CONFIG, cache=cache, class_weights="balanced", label_smoothing=0.1)
+        weights, rows = run(images, tmp_path / "eager", replace(config, cuda_graph="off"))
+        gpu = StandIn().install(monkeypatch)
+        graphed, graphed_rows = run(images, tmp_path / "graphed", config)
+        assert gpu.captures == 2, "one for each stage"
+        assert gpu.replays == 2 * (12 + 10) - 2 * WARMUP
+        assert rows == graphed_rows
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, graphed[name]), name
+
+    def test_an_interrupted_run(self, images, tmp_path, stand_in):
+        config = replace(CONFIG, stages=1, epochs=16)
+        whole, rows = run(images, tmp_path / "whole", config)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, 5)
+            run(images, tmp_path / "run", config)
+        # With the other setting, too: it does not belong to the run.
+        resumed, found = run(
+            images, tmp_path / "run", replace(config, cuda_graph="off"), resume=True
+        )
+        assert rows == found
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, resumed[name]), name
+
+    def test_few_steps_are_not_worth_it(self, images, tmp_path, stand_in):
+        run(images, tmp_path / "run", replace(CONFIG, stages=1, epochs=9))
+        assert stand_in.captures == stand_in.eager == 0
+
+    @pytest.mark.parametrize("augment", ["none", "crops"])
+    def test_gdpl(self, places, tmp_path, monkeypatch, augment):
+        source, data = places
+        config = GDPLTrainConfig(shots=3, epochs=12, lr=5e-3, val_fraction=0.4, augment=augment)
+        gdpl = GDPLConfig(depth=2, rank=2, rank_depth=2)
+        train_gdpl(data, tmp_path / "eager", source, replace(config, cuda_graph="off"), gdpl)
+        gpu = StandIn().install(monkeypatch)
+        train_gdpl(data, tmp_path / "graphed", source, config, gdpl)
+        # 9 images: two batches of four and one image.
+        assert (gpu.captures, gpu.replays) == (1, 24 - WARMUP)
+        first, second = (
+            read_tensors(tmp_path / name / "adapter.safetensors")[0]
+            for name in ("eager", "graphed")
+        )
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]), name
+        assert rows_of(tmp_path / "eager") == rows_of(tmp_path / "graphed")
+
+    def test_the_setting(self):
+        for kind in (TrainConfig, GDPLTrainConfig):
+            with pytest.raises(fa.InputError, match="cuda_graph is 'on'; expected one of auto, of"):
+                kind(cuda_graph="on")
+
+
+# On a GPU rounding may differ; small steps keep it small.
+SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
+
+
+class Waits(nn.Module):
+    """Asks for a number on the host: no graph can."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.inner = network(device, dropout=0.2)
+
+    def forward(self, x):
+        return self.inner(x) * (1.0 if x.abs().sum().item() >= 0 else 2.0)
+
+
+class WaitsInACapture(Waits):
+    """Only there, where no call before could tell."""
+
+    def forward(self, x):
+        y = self.inner(x)
+        if torch.cuda.is_current_stream_capturing():
+            y.sum().item()
+        return y
+
+
+class FailsInACapture(Waits):
+    def forward(self, x):
+        y = self.inner(x)
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("no graphs here")
+        return y
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+class TestOnAGPU:
+    @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_a_graph_trains_bit_for_bit_as_eager(self, kind, dropout):
+        """With a learning rate that moves, momentum, clipping, dropout and an odd last batch."""
+        settings = {"clip_grad": 0.5, "label_smoothing": 0.1, "sizes": (8, 8, 8, 3)}
+        settings |= {"class_weights": torch.arange(1.0, 6.0, device="cuda"), "steps": 40}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*capturable")
+            graphed = trained(kind, graph=True, device="cuda", dropout=dropout, **settings)
+        same(graphed, trained(kind, graph=False, device="cuda", dropout=dropout, **settings))
+
+    def test_the_graph_is_used(self, monkeypatch):
+        captured = []
+        real = cuda_graph._Gpu.capture
+        monkeypatch.setattr(
+            cuda_graph._Gpu, "capture", lambda *a: captured.append(real(*a)) or captured[-1]
+        )
+        trained(graph=True, device="cuda")
+        assert len(captured) == 1
+
+    def test_the_learning_rate_takes_effect(self):
+        """At a rate of 0 nothing moves, after that something does."""
+        model = network("cuda")
+        step = training_step(model, optimizers("sgd", model.parameters(), "cuda"), graph=True)
+        x, labels = next(batches(1, "cuda"))
+        for _ in range(WARMUP + 2):
+            step(0.01, labels, x)
+        before = [p.detach().clone() for p in model.parameters()]
+        step(0.0, labels, x)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        step(0.01, labels, x)
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_dropout_differs_from_step_to_step(self):
+        x = torch.ones(64, 64, device="cuda")
+        step = GraphedStep(lambda x: F.dropout(x, 0.5))
+        torch.manual_seed(0)
+        masks = [step(x) for _ in range(WARMUP + 4)]
+        assert step.captured
+        for index, mask in enumerate(masks):
+            assert not any(torch.equal(mask, other) for other in masks[:index])
+        torch.manual_seed(0)
+        again = [step(x) for _ in range(WARMUP + 4)]
+        assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
+
+    @pytest.mark.parametrize("kind", [Waits, WaitsInACapture, FailsInACapture])
+    def test_what_cannot_be_captured_stays_eager(self, kind):
+        """And leaves nothing behind: random numbers, memory and later captures are as ever."""
+        said = []
+
+        def weights(graph):
+            model = kind("cuda")
+            optimizer = optimizers("adamw", model.parameters(), "cuda")
+            step = training_step(model, optimizer, graph=graph, say=said.append)
+            torch.manual_seed(2)
+            for x, labels in batches(10, "cuda"):
+                step(0.01, labels, x)
+            return [p.detach() for p in model.parameters()]
+
+        graphed = weights(True)
+        assert len(said) == 1 and "without a CUDA graph: " in said[0]
+        assert all(torch.equal(a, b) for a, b in zip(graphed, weights(False), strict=True))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        settings = {"device": "cuda", "dropout": 0.3}
+        same(trained(graph=True, **settings), trained(graph=False, **settings))
+
+    def test_too_little_memory(self, monkeypatch):
+        said = []
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (-(2**50), 2**50))
+        same(
+            trained(graph=True, device="cuda", say=said.append),
+            trained(graph=False, device="cuda"),
+        )
+        assert len(said) == 1 and "MiB are free" in said[0]
+
+    def test_its_memory_is_freed(self):
+        model = network("cuda")
+        _, labels = next(batches(1, "cuda"))
+        trained(graph=True, device="cuda")  # workspaces of libraries stay
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        step = training_step(model, optimizers("sgd", model.parameters(), "cuda"), graph=True)
+        big = torch.randn(1 << 18, 12, device="cuda")
+        for _ in range(WARMUP + 2):
+            step(0.01, labels.repeat(1 << 15), big)
+        assert torch.cuda.memory_reserved() > before + 2**24
+        del step, big
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= before + 2**22
+
+    def test_autocast(self):
+        def half():
+            return torch.autocast("cuda", torch.bfloat16)
+
+        found = [trained(graph=g, device="cuda", autocast=half, steps=20) for g in (True, False)]
+        same(*found)
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    @pytest.mark.parametrize("half", [True, False])
+    def test_our_operators(self, monkeypatch, backend, half):
+        """Cluster attention and quaternion layers, kernels and reference, captured and eager."""
+        monkeypatch.setenv("FASTADAPT_BACKEND", backend)
+
+        def train_layers(graph):
+            torch.manual_seed(0)
+            model = nn.Sequential(
+                fa.CLAdapter(64, num_centers=5, rank=16, mlp_ratio=1.0),
+                fa.QuaternionLinear(64, 32),
+                fa.QuaternionLinear(32, 32, rotation=True),
+                nn.Flatten(),
+                nn.Linear(49 * 32, 5),
+            ).cuda()
+            step = training_step(
+                model,
+                optimizers("sgd", model.parameters(), "cuda"),
+                lambda: torch.autocast("cuda", torch.bfloat16, enabled=half),
+                graph=graph,
+                say=said.append,
+            )
+            torch.manual_seed(1)
+            losses = []
+            for _ in range(12):
+                x = torch.randn(16, 49, 64, device="cuda")
+                losses.append(step(0.01, torch.randint(5, (16,), device="cuda"), x)[0])
+            return torch.stack(losses), nn.utils.parameters_to_vector(model.parameters()).detach()
+
+        said = []
+        (losses, weights), (eager_losses, eager) = train_layers(True), train_layers(False)
+        assert not said
+        loose = 2e-2 if half else 1e-4
+        torch.testing.assert_close(losses, eager_losses, rtol=loose, atol=loose)
+        assert (weights - eager).norm() <= loose * eager.norm()
+
+    @pytest.mark.parametrize(
+        ("backbone", "cache", "amp"),
+        [
+            ("test_vit", True, "off"),
+            ("test_vit", False, "bf16"),
+            ("test_efficientnet", True, "bf16"),
+            ("test_efficientnet", False, "off"),
+        ],
+    )
+    def test_stages_of_an_adapter(self, images, tmp_path, monkeypatch, backbone, cache, amp):
+        replays = count_replays(monkeypatch)
+        config = replace(SLOW, amp=amp, cache=cache)
+        off = replace(config, cuda_graph="off")
+        eager, rows = run(images, tmp_path / "eager", off, backbone, device="cuda")
+        assert not replays
+        graphed, graphed_rows = run(images, tmp_path / "graphed", config, backbone, device="cuda")
+        assert len(replays) == 2 * (12 + 10) - 2 * WARMUP
+        near(rows, graphed_rows, 1e-3 if amp == "off" else 5e-2)
+        assert eager.keys() == graphed.keys()
+
+    def test_an_interrupted_run(self, images, tmp_path):
+        config = replace(SLOW, stages=1, epochs=16, amp="off")
+        _, rows = run(images, tmp_path / "whole", config, device="cuda")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, 5)
+            run(images, tmp_path / "run", config, device="cuda")
+        _, resumed = run(images, tmp_path / "run", config, device="cuda", resume=True)
+        near(rows, resumed, 1e-3)
+
+    def test_fp16_stays_eager(self, images, tmp_path, monkeypatch):
+        replays = count_replays(monkeypatch)
+        run(images, tmp_path / "run", replace(CONFIG, stages=1, amp="fp16"), device="cuda")
+        assert not replays
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    @pytest.mark.parametrize("amp", ["off", "bf16"])
+    def test_gdpl(self, places, tmp_path, monkeypatch, amp, optimizer):
+        source, data = places
+        replays = count_replays(monkeypatch)
+        config = GDPLTrainConfig(
+            shots=3, epochs=12, lr=1e-3, val_fraction=0.4, amp=amp, optimizer=optimizer
+        )
+        gdpl = GDPLConfig(depth=2, rank=2, rank_depth=2)
+        off = replace(config, cuda_graph="off")
+        train_gdpl(data, tmp_path / "eager", source, off, gdpl, device="cuda")
+        assert not replays
+        train_gdpl(data, tmp_path / "graphed", source, config, gdpl, device="cuda")
+        assert len(replays) == 24 - WARMUP
+        loose = 1e-3 if amp == "off" else 5e-2
+        near(rows_of(tmp_path / "eager"), rows_of(tmp_path / "graphed"), loose)
+
+
+def count_replays(monkeypatch):
+    replays = []
+    real = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or real(graph)
+    )
+    return replays
+
+
+def near(rows, others, loose):
+    """Equal losses of every epoch, but for rounding."""
+    assert len(rows) == len(others)
+    for one, other in zip(rows, others, strict=True):
+        assert one["lr"] == other["lr"]
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=loose, abs=loose)
