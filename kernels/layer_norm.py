@@ -9,7 +9,7 @@ from torch import Tensor
 from fastadapt.kernels.dispatch import choose_backend, on_device, why_not_device, without_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 8192  # a program holds whole rows
+MIN_WIDTH, MAX_WIDTH = 8, 8192  # a program holds whole rows
 
 
 def layer_norm_reference(
@@ -124,8 +124,8 @@ def why_not_triton(x: Tensor, *parameters: Tensor) -> str | None:
             return f"a {type(t).__name__}; the kernels take plain tensors"
     if x.numel() == 0:
         return f"x is empty: {tuple(x.shape)}"
-    if x.shape[-1] > MAX_WIDTH:
-        return f"{x.shape[-1]} channels; the kernels take up to {MAX_WIDTH}"
+    if not MIN_WIDTH <= x.shape[-1] <= MAX_WIDTH:
+        return f"{x.shape[-1]} channels; the kernels take {MIN_WIDTH} to {MAX_WIDTH}"
     if x.numel() // x.shape[-1] >= 2**31 - 2**20:
         return f"{x.numel() // x.shape[-1]} rows; the kernels take fewer than 2³¹"
     return None

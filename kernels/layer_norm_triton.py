@@ -200,13 +200,13 @@ def forward_tile(width: int) -> Tile:
 
 
 def backward_tile(width: int) -> Tile:
-    """The rule: 8 numbers of a row per thread; three sums of as many stay in registers."""
-    return Tile(1, min(16, block(width) // 256 or 1))
+    """The rule: 8 numbers of each of two rows per thread; three sums of as many beside them."""
+    return Tile(2, min(16, block(width) // 256 or 1))
 
 
 def parts_for(rows: int, device: Device) -> int:
-    """Programs that each add up a share of the rows."""
-    return min(rows, 4 * device.multiprocessors)
+    """Programs that each add up a share of the rows, four rows or more."""
+    return min(-(-rows // 4), 4 * device.multiprocessors)
 
 
 def forward(

@@ -70,7 +70,6 @@ def gelu_backward_kernel(
     h_ptr,  # [rows, WIDTH]
     bias_ptr,  # [WIDTH]
     g_ptr,  # [rows, WIDTH]: gradient of gelu(h + bias); becomes the gradient of h
-    out_ptr,  # [rows, WIDTH]: gelu(h + bias) again; or None
     sums_ptr,  # [programs of a column, sums_width] fp32: sums of the gradient of h; or None
     rows,
     sums_width,
@@ -93,8 +92,6 @@ def gelu_backward_kernel(
         h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         below, density = _normal(h, h_ptr.dtype.element_ty == tl.float32)
-        if out_ptr is not None:
-            tl.store(out_ptr + offsets, (h * below).to(out_ptr.dtype.element_ty), mask=mask)
         dh = g * (below + h * density * INVERSE_SQRT_TAU)
         tl.store(g_ptr + offsets, dh.to(g_ptr.dtype.element_ty), mask=mask)
         if sums_ptr is not None:
@@ -134,27 +131,18 @@ def gelu(h: Tensor, bias: Tensor, *, in_place: bool = False) -> Tensor:
 
 
 def gelu_backward(
-    h: Tensor,
-    bias: Tensor,
-    g: Tensor,
-    *,
-    need_output: bool,
-    parts: Tensor | None = None,
-    first: int = 0,
-) -> Tensor | None:
+    h: Tensor, bias: Tensor, g: Tensor, *, parts: Tensor | None = None, first: int = 0
+) -> None:
     """Makes g [M, H], the gradient of :func:`gelu`'s output, that of ``h``, in place.
 
     Args:
-        need_output: compute the output again and return it.
         parts: [P, first + H or more] fp32, gets P shares of the sum of all rows of the result, from
             column ``first`` on.
     """
     device = device_of(h.device.index)
-    out = torch.empty_like(h) if need_output else None
     shares, columns = (4 * device.multiprocessors, 0) if parts is None else parts.shape
     run = _gelu_backward_launch(*h.shape, shares, columns, first, device)
-    run(h, bias.contiguous(), g, out, parts)
-    return out
+    run(h, bias.contiguous(), g, parts)
 
 
 @functools.lru_cache(maxsize=4096)
