@@ -4,7 +4,8 @@ A benchmark is a module with ``TITLE``, ``NOTES`` and ``run(quick)``, which yiel
 shape (:func:`fastadapt.bench.operation.measure` makes them), or ``{"left_out": reason}``. A module
 with tables of its own returns ``{"tables": {title: rows}, "notes": [...], "wrong": ...}`` instead,
 with ``"readme"``, the titles that the README shows (all if not given), and ``"records"`` if it
-wants to be in pictures and compared with earlier runs.
+wants to be in pictures and compared with earlier runs. One that takes long yields that dictionary,
+whole, as often as it has something new, with ``"progress"``, what that is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fastadapt.errors import InputError
@@ -116,27 +118,35 @@ def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None)
     try:
         module = importlib.import_module(f"{__name__}.{name}")
         made = module.run(quick=quick)
-        if isinstance(made, dict):
-            result |= made
-        else:
-            result |= {"title": module.TITLE, "notes": [module.NOTES], "records": []}
-            for record in made:
-                if "left_out" in record:
-                    result.setdefault("left_out", []).append(record["left_out"])
-                    _say(f"{name}: left out, {record['left_out']}")
-                    continue
-                result["records"].append(record)
-                if record.get("wrong"):
-                    result.setdefault("wrong", []).append(record["shape"])
-                _say(f"{name}: {record['shape']}, {time.perf_counter() - started:.0f} s")
-                if path is not None:
-                    write_json(path, results)
+        for item in [made] if isinstance(made, dict) else made:
+            said = _add(item, result, module)
+            _say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
+            if path is not None:
+                write_json(path, results)
     except Exception as error:  # the other benchmarks' results are worth having
         result["failed"] = report.one_line(error)
         _say(f"{name}: FAILED, {result['failed']}")
     harness.release()
     if path is not None:
         write_json(path, results)
+
+
+def _add(item: dict[str, Any], result: dict[str, Any], module: ModuleType) -> str:
+    """What a benchmark yields into its result; returns what to say of it."""
+    if "tables" in item:
+        result.clear()
+        result |= item
+        return result.pop("progress", "tables")
+    result.setdefault("title", module.TITLE)
+    result.setdefault("notes", [module.NOTES])
+    records = result.setdefault("records", [])
+    if "left_out" in item:
+        result.setdefault("left_out", []).append(item["left_out"])
+        return f"left out, {item['left_out']}"
+    records.append(item)
+    if item.get("wrong"):
+        result.setdefault("wrong", []).append(item["shape"])
+    return item["shape"]
 
 
 def _say(line: str) -> None:

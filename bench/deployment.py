@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadapt as fa
-from fastadapt.bench import harness
+from fastadapt.bench import harness, report
 from fastadapt.bench.cluster_attention import upstream_formulation
 from fastadapt.export.aotinductor import build_aoti
 from fastadapt.export.artefact import THRESHOLDS, Batches
@@ -34,13 +36,15 @@ from fastadapt.export.runtimes import CudaGraphs, load_runtime
 from fastadapt.layers import ClusterAttention
 from fastadapt.preprocess import Preprocess
 
+TITLE = "Deployment: ViT-B/16 with a CLAdapter, 224 × 224"
+NOTES = "Inputs and outputs stay on the GPU; uint8 images, normalisation in the graph."
 BACKBONE, SIZE, CLASSES = "vit_base_patch16_224", 224, 10
 BATCHES, ODD = (1, 8, 64, 256), 5
 # Images per second on an H100, first target and ambition, of the best runtime of a bundle.
 TARGETS = {8: (7_100, 8_000), 64: (10_000, 11_500), 256: (10_500, 12_000)}
 FLOPS_PER_IMAGE = 35.2e9
 SPEED, LATENCY = "images per second", "latency at batch 1, ms"
-SAMPLES, LATENCY_CALLS = 16, 300
+SAMPLES, LATENCY_CALLS, PREPARE_SECONDS = 16, 300, 150
 ONNX, AOTI = "model.fp16.onnx", "model.bf16.pt2"
 
 Call = Callable[[Tensor], Tensor]
@@ -168,73 +172,129 @@ def providers(folder: Path) -> dict[str, tuple[str, Callable[[], Call]]]:
     }
 
 
-# What a bundle holds; the others are what it is compared with.
+# What a bundle holds, for any batch size; the others are what it is compared with.
 OURS = ("AOTInductor", "ONNX Runtime")
 
 
-def run(quick: bool = False) -> dict:
-    """Times every runtime; see :func:`fastadapt.bench.run`."""
+@dataclass
+class Results:
+    """What was measured so far."""
+
+    batches: tuple[int, ...]
+    notes: list[str]
+    speeds: dict[str, dict[int, float]] = field(default_factory=dict)
+    latencies: list[dict] = field(default_factory=list)
+    parities: list[dict] = field(default_factory=list)
+    wrong: list[dict] = field(default_factory=list)
+
+    def to_dict(self, progress: str, left: Sequence[str] = ()) -> dict:
+        """See :mod:`fastadapt.bench`; ``left`` are the runtimes that are still to come."""
+        tables = {
+            "WRONG RESULTS, not timed": self.wrong,
+            SPEED: [_speed_row(batch, self.speeds) for batch in self.batches if self.speeds],
+            LATENCY: self.latencies,
+            "agreement with the unfolded fp32 model": self.parities,
+        }
+        tables = {title: rows for title, rows in tables.items() if rows}
+        return {
+            "title": TITLE,
+            "tables": tables,
+            "readme": [title for title in (SPEED, LATENCY) if title in tables],
+            "wrong": [f"{row['runtime']}, batch {row['batch']}" for row in self.wrong],
+            "notes": self.notes,
+            "left_out": [f"{name}: the run ended before it" for name in left],
+            "progress": progress,
+        }
+
+
+def run(quick: bool = False) -> Iterator[dict]:
+    """Times every runtime; yields what there is after each, see :mod:`fastadapt.bench`."""
     batches = (1, 64) if quick else BATCHES
     images = make_images(SAMPLES)
     with torch.no_grad():
         expected = _behind_input(make_model())(images).numpy()
-    notes = ["Inputs and outputs stay on the GPU; uint8 images, normalisation in the graph."]
-    speeds: dict[str, dict[int, float]] = {}
-    latencies, parities, wrong = [], [], []
+    results = Results(batches, [NOTES])
     with tempfile.TemporaryDirectory() as folder:
-        notes += _prepare_all(batches, folder)
-        for name, (precision, make) in providers(Path(folder)).items():
-            torch.compiler.reset()
-            try:
-                call = make()
-                parity = check(call, images, expected, precision, batches)
-                parities += [_parity_row(name, p) for p in parity]
-                if not all(p.passed for p in parity):
-                    wrong += [_parity_row(name, p) for p in parity if not p.passed]
-                    continue
-                speeds[name] = {batch: images_per_second(call, batch) for batch in batches}
-                latencies.append({"runtime": name, **latency(call)})
-            except Exception as error:  # one runtime that fails leaves the others' figures
-                lines = str(error).strip().splitlines() or [""]
-                notes.append(f"{name}: not measured, {type(error).__name__}: {lines[0][:300]}")
-            finally:
-                call = make = None
-                harness.release()
-    tables = {
-        "WRONG RESULTS, not timed": wrong,
-        SPEED: [_speed_row(batch, speeds) for batch in batches],
-        LATENCY: latencies,
-        "agreement with the unfolded fp32 model": parities,
-    }
-    return {
-        "tables": {title: rows for title, rows in tables.items() if rows},
-        "readme": [SPEED, LATENCY],
-        "wrong": [f"{row['runtime']}, batch {row['batch']}" for row in wrong],
-        "notes": notes,
-    }
+        results.notes += _prepare_all(batches, folder)
+        runtimes = providers(Path(folder))
+        left = list(runtimes)
+        yield results.to_dict("; ".join(results.notes[1:]), left)
+        for name, (precision, make) in runtimes.items():
+            left.remove(name)
+            said = _measure(name, precision, make, images, expected, results)
+            yield results.to_dict(f"{name}: {said}", left)
+
+
+def _measure(
+    name: str,
+    precision: str,
+    make: Callable[[], Call],
+    images: Tensor,
+    expected: np.ndarray,
+    results: Results,
+) -> str:
+    """One runtime into ``results``; returns that in short."""
+    torch.compiler.reset()
+    sizes = {*results.batches, ODD} if name.startswith(OURS) else {*results.batches}
+    try:
+        call = make()
+        parity = check(call, images, expected, precision, sorted(sizes))
+        results.parities += [_parity_row(name, p) for p in parity]
+        if not all(p.passed for p in parity):
+            results.wrong += [_parity_row(name, p) for p in parity if not p.passed]
+            return "WRONG"
+        found = {batch: images_per_second(call, batch) for batch in results.batches}
+        results.speeds[name] = found
+        results.latencies.append({"runtime": name, **latency(call)})
+        return ", ".join(f"{speed:,.0f} at {batch}" for batch, speed in found.items())
+    except Exception as error:  # one runtime that fails leaves the others' figures
+        results.notes.append(f"{name}: not measured, {_one_line(error)}")
+        return results.notes[-1]
+    finally:
+        call = make = None
+        harness.release()
+
+
+def _one_line(error: BaseException) -> str:
+    """With what it came from: errors of this package hide the others' tracebacks."""
+    text = report.one_line(error)
+    return f"{text} ({report.one_line(error.__cause__)})" if error.__cause__ else text
 
 
 def _prepare_all(batches: tuple[int, ...], folder: str) -> list[str]:
-    """Everything that compiles, side by side."""
-    parts = ["aoti", "onnx", *map(str, sorted({*batches, ODD}))]
+    """Everything that compiles, side by side; what takes too long is given up."""
+    parts = ["aoti", "onnx", *map(str, batches)]
+    context = get_context("spawn")
     notes = []
-    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(parts), context, _share_cores, (len(parts),)) as pool:
         started = {part: pool.submit(prepare, part, folder) for part in parts}
+        wait(started.values(), timeout=PREPARE_SECONDS)
         for part, future in started.items():
-            try:
+            if not future.done():
+                notes.append(f"{part} was not ready after {PREPARE_SECONDS} s")
+            elif (error := future.exception()) is not None:
+                notes.append(f"{part} failed: {_one_line(error)}")
+            else:
                 notes.append(f"prepared {part} in {future.result():.0f} s")
-            except Exception as error:
-                lines = str(error).strip().splitlines() or [""]
-                notes.append(f"{part} failed: {type(error).__name__}: {lines[0][:300]}")
+        if not all(future.done() for future in started.values()):
+            for process in list(pool._processes.values()):
+                process.terminate()
     return notes
 
 
+def _share_cores(parts: int) -> None:
+    """The compiler's own processes: as many in all as there are cores."""
+    cores = max(1, (os.cpu_count() or 1) // parts)
+    torch.set_num_threads(cores)
+    torch._inductor.config.compile_threads = cores
+
+
 def check(
-    call: Call, images: Tensor, expected: np.ndarray, precision: str, batches: tuple[int, ...]
+    call: Call, images: Tensor, expected: np.ndarray, precision: str, batches: Sequence[int]
 ) -> list[Parity]:
-    """The gate: at every batch size that is timed, and an odd one."""
+    """The gate, at every batch size that is given."""
     parities = []
-    for batch in sorted({*batches, ODD}):
+    for batch in batches:
         rows = torch.arange(math.ceil(len(images) / batch) * batch) % len(images)
         parts = [
             call(images[part].to(harness.device())).float().cpu() for part in rows.split(batch)

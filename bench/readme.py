@@ -76,7 +76,8 @@ def _tables(result: dict[str, Any], environment: dict[str, Any], link: str) -> s
     below = [f"{source}; all figures: [{link}]({link})."]
     if "tables" in result:
         shown = {title: result["tables"][title] for title in result.get("readme", result["tables"])}
-        parts = [f"{title}:\n\n{report.markdown_table(rows)}" for title, rows in shown.items()]
+        parts = [f"**{result['title']}**"] if "title" in result else []
+        parts += [f"{title}:\n\n{report.markdown_table(rows)}" for title, rows in shown.items()]
     else:
         parts = [f"**{result['title']}**", report.markdown_table(report.summary(result))]
         below = [*result["notes"], *below]

@@ -58,7 +58,7 @@ def build_aoti(
         model: ordinary operators only; maps inputs like ``example`` to one tensor.
         example: inputs with any batch, on the model's device.
         path: ends in ``.pt2``.
-        batch: which batch sizes it will take.
+        batch: which batch sizes it will take; tuned for ``opt``.
         precision: of the model, for the record.
 
     Raises:
@@ -67,8 +67,8 @@ def build_aoti(
     path = Path(path)
     check_compiler()
     fixed = batch.min == batch.max
-    # Seen with a batch of 1, the batch would be taken for a constant.
-    rows = batch.min if fixed else max(2, batch.min)
+    # The compiler tunes for the batch that it sees; one of 1 it would take for a constant.
+    rows = batch.min if fixed else max(2, batch.opt)
     example = tuple(x[:1].expand(rows, *x.shape[1:]).contiguous() for x in example)
     sizes = None
     if not fixed:

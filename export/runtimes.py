@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -137,8 +139,7 @@ class OnnxRuntime(Runtime):
         if self.device == "cuda" and self.providers[0] != "CUDAExecutionProvider":
             if device == "cuda":
                 raise RuntimeUnavailable(
-                    "ONNX Runtime's CUDA provider does not load here (its CUDA or cuDNN is of "
-                    "another version than the installed one)"
+                    f"ONNX Runtime's CUDA provider does not load here: {_why_no_cuda(onnxruntime)}"
                 )
             self._open("cpu")
         self.cuda_graph = cuda_graph and self.device == "cuda"
@@ -175,6 +176,7 @@ class OnnxRuntime(Runtime):
                 raise RuntimeUnavailable(f"{self.name} cannot run this graph: {reason}") from error
             message = f"ONNX Runtime cannot load {self.path.name}: {reason}"
             raise InputError(message) from error
+        session.disable_fallback()  # it would go on on the CPU where the GPU fails
         return self._sessions.setdefault(batch, session)
 
     def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
@@ -221,9 +223,21 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.
 
 
 def _preload(onnxruntime: Any) -> None:
-    """The CUDA libraries that PyTorch brought, where the system has none."""
-    with contextlib.suppress(Exception):
+    """CUDA's libraries where the system has none: those that PyTorch has loaded, or packages'."""
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
+
+
+def _why_no_cuda(onnxruntime: Any) -> str:
+    """The linker's words: ONNX Runtime has them in its log only."""
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    try:
+        for name in ("shared", "cuda"):
+            library = folder / f"libonnxruntime_providers_{name}.so"
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return first_line(error)
+    return "no reason given (its CUDA or cuDNN may be of another version than the installed one)"
 
 
 class AotiRuntime(Runtime):
@@ -248,7 +262,10 @@ class AotiRuntime(Runtime):
                 f"{torch.__version__}"
             )
         try:
-            self._model = torch._inductor.aoti_load_package(str(path))
+            # Its locks ask for events, which a graph that is being captured does not allow.
+            self._model = torch._inductor.aoti_load_package(
+                str(path), run_single_threaded=cuda_graph
+            )
         except Exception as error:
             raise InputError(f"{path.name} cannot be loaded: {first_line(error)}") from error
         self.name = f"AOTInductor, {self.device.upper()}"

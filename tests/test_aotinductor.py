@@ -23,30 +23,37 @@ import sys
 sys.modules["fastadapt"] = None
 import numpy as np, torch
 model = torch._inductor.aoti_load_package(sys.argv[1])
-images = torch.from_numpy(np.load(sys.argv[2]))
-np.save(sys.argv[3], torch.cat([model(images[:3]), model(images[3:4])]).numpy())
+images = torch.from_numpy(np.load(sys.argv[2])).to(sys.argv[4])
+np.save(sys.argv[3], torch.cat([model(images[:3]), model(images[3:4])]).cpu().numpy())
 """
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folded adapter in bf16 behind a uint8 input, and its .pt2."""
-    folder = tmp_path_factory.mktemp("aoti")
+def make_model():
+    """A folded adapter in bf16 behind a uint8 input."""
     torch.manual_seed(0)
     config = fa.AdaptConfig(rank=4, num_centers=3, input_size=(3, 16, 16))
     folded = fa.fold(fa.adapt(nn.Conv2d(3, 8, 4, stride=4), config, num_classes=3))
     units = precision_units(folded, torch.rand(1, 3, 16, 16))
     half = MixedPrecision(folded, torch.bfloat16, units, keep=["head"])
-    model = Deployed(half, GraphInput(Preprocess((3, 16, 16))))
-    images = torch.randint(0, 256, (7, 16, 16, 3), dtype=torch.uint8)
-    path = folder / "m.pt2"
+    return Deployed(half, GraphInput(Preprocess((3, 16, 16))))
+
+
+def make_images(count):
+    return torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The model and its .pt2."""
+    model, images = make_model(), make_images(7)
+    path = tmp_path_factory.mktemp("aoti") / "m.pt2"
     details = build_aoti(model, (images[:1],), path, Batches(1, 4, 8), precision="bf16")
     return model, images, path, details
 
 
 def test_agrees_at_every_batch_size(made):
     model, images, path, _ = made
-    runtime = load_runtime(path)
+    runtime = load_runtime(path, cuda_graph=True)  # which a CPU has not
     assert (runtime.name, runtime.device) == ("AOTInductor, CPU", "cpu")
     with torch.no_grad():
         want = model(images)
@@ -60,7 +67,7 @@ def test_agrees_at_every_batch_size(made):
 def test_runs_without_this_package(made, tmp_path):
     model, images, path, _ = made
     np.save(tmp_path / "x.npy", images.numpy())
-    args = [str(path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    args = [str(path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy"), "cpu"]
     subprocess.run([sys.executable, "-c", ELSEWHERE, *args], check=True, timeout=120)
     with torch.no_grad():
         want = model(images[:4])
@@ -105,6 +112,27 @@ def test_every_input_has_the_dynamic_batch(count):
     shapes = _dynamic_shapes(Model(), batch, count)
     program = torch.export.export(Model(), example, dynamic_shapes=shapes)
     assert program.module()(*(x[:1].repeat(7, *[1] * (x.dim() - 1)) for x in example)).shape == (7,)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    """One compilation for all that there is to ask."""
+    model, images, path = make_model().cuda(), make_images(64).cuda(), tmp_path / "m.pt2"
+    details = build_aoti(model, (images[:1],), path, Batches(1, 8, 64), precision="bf16")
+    assert details["targets"] == [target("cuda")]
+    with torch.no_grad():
+        want = model(images)
+    for cuda_graph in (False, True):
+        runtime = load_runtime(path, device="cuda", cuda_graph=cuda_graph)
+        for batch in (1, 5, 64, 5):  # the last call replays
+            got = runtime(images[:batch])
+            assert got.device.type == "cuda"
+            assert (got - want[:batch]).abs().max() < 0.02 * want.std()
+    np.save(tmp_path / "x.npy", images.cpu().numpy())
+    args = [str(path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy"), "cuda"]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *args], check=True, timeout=120)
+    got = torch.from_numpy(np.load(tmp_path / "y.npy")).cuda()
+    assert (got - want[:4]).abs().max() < 0.02 * want.std()
 
 
 class TestRefused:
