@@ -248,17 +248,11 @@ def _measure(
         results.latencies.append({"runtime": name, **latency(call)})
         return ", ".join(f"{speed:,.0f} at {batch}" for batch, speed in found.items())
     except Exception as error:  # one runtime that fails leaves the others' figures
-        results.notes.append(f"{name}: not measured, {_one_line(error)}")
+        results.notes.append(f"{name}: not measured, {report.one_line(error)}")
         return results.notes[-1]
     finally:
         call = make = None
         harness.release()
-
-
-def _one_line(error: BaseException) -> str:
-    """With what it came from: errors of this package hide the others' tracebacks."""
-    text = report.one_line(error)
-    return f"{text} ({report.one_line(error.__cause__)})" if error.__cause__ else text
 
 
 def _prepare_all(batches: tuple[int, ...], folder: str) -> list[str]:
@@ -273,7 +267,7 @@ def _prepare_all(batches: tuple[int, ...], folder: str) -> list[str]:
             if not future.done():
                 notes.append(f"{part} was not ready after {PREPARE_SECONDS} s")
             elif (error := future.exception()) is not None:
-                notes.append(f"{part} failed: {_one_line(error)}")
+                notes.append(f"{part} failed: {report.one_line(error)}")
             else:
                 notes.append(f"prepared {part} in {future.result():.0f} s")
         if not all(future.done() for future in started.values()):
