@@ -2,8 +2,9 @@
 
 What is compiled is the folded model of ordinary operators: Inductor writes fused kernels for it
 (Triton's on a GPU, stored as cubins in the file; C++ on a CPU), so that loading needs neither this
-package nor Triton. fastadapt's own Triton kernels are behind operators that are registered from
-Python (``torch.library.custom_op``): AOTInductor would call back into Python for them.
+package nor Triton. On a GPU fastadapt's own kernels for the mixing of cluster attention's
+transforms are compiled into the file as well (:mod:`fastadapt.kernels.mixed_transforms`); where
+that fails, it holds ordinary operators alone, and its details say why.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from fastadapt.errors import InputError
 from fastadapt.export.artefact import DEFAULT_BATCHES, Batches
+from fastadapt.export.folded import FoldedClusterAttention
 from fastadapt.export.onnx import BATCH
 from fastadapt.files import atomic_path, write_json
+from fastadapt.kernels.dispatch import why_not_device
 
 
 def check_compiler() -> None:
@@ -61,6 +64,11 @@ def build_aoti(
         batch: which batch sizes it will take; tuned for ``opt``.
         precision: of the model, for the record.
 
+    Returns:
+        What is written to the ``.json``: versions, target, batch, inputs, and
+        ``"triton_kernels"``, the names of fastadapt's own kernels in the file, or in
+        ``"no_triton_kernels"`` why there are none.
+
     Raises:
         InputError: no compiler; the model cannot be traced or compiled, with the reason.
     """
@@ -78,15 +86,10 @@ def build_aoti(
         # The compiler insists on the suffix, and a temporary name has another.
         package = temporary.with_name(f"{temporary.name}.pt2")
         try:
-            program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+            own, why_not = _compile_with_kernels(model, example, sizes, package)
+            if not own:
+                _compile(model, example, sizes, package)
             package.replace(temporary)
-        except OSError:
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-            raise InputError(f"AOTInductor cannot compile the model: {reason}") from error
         finally:
             package.unlink(missing_ok=True)
     details = {
@@ -96,9 +99,58 @@ def build_aoti(
         "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
         "targets": [target(example[0].device)],
         "inputs": [_describe(x, fixed) for x in example],
+        "triton_kernels": list(own),
+        "no_triton_kernels": why_not,
     }
     write_json(path.with_name(f"{path.name}.json"), details)
     return details
+
+
+def _compile(model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path) -> None:
+    try:
+        program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    except OSError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        raise InputError(f"AOTInductor cannot compile the model: {reason}") from error
+
+
+def _compile_with_kernels(
+    model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path
+) -> tuple[tuple[str, ...], str | None]:
+    """With fastadapt's own kernels. Returns their names; none, and why, where they cannot be."""
+    layers = [m for m in model.modules() if isinstance(m, FoldedClusterAttention)]
+    why_not = _why_not_kernels(layers, example[0].device)
+    if why_not is not None:
+        return (), why_not
+    from fastadapt.kernels.mixed_transforms import KERNELS
+
+    try:
+        for layer in layers:
+            layer.kernels = True
+        _compile(model, example, sizes, package)
+    except InputError as error:
+        return (), str(error)
+    finally:
+        for layer in layers:
+            layer.kernels = False
+    return KERNELS, None
+
+
+def _why_not_kernels(layers: list[FoldedClusterAttention], device: torch.device) -> str | None:
+    if not layers:
+        return "the model has no cluster attention"
+    if device.type != "cuda":
+        return "they are for GPUs"
+    for layer in layers:
+        if layer.transforms.dtype == torch.float64:
+            return "they are not for fp64"
+        if len(layer.transforms) > 128:
+            return f"{len(layer.transforms)} centers; they take up to 128"
+    return why_not_device(layers[0].centers)
 
 
 def target(device: torch.device | str) -> str:

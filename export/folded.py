@@ -37,9 +37,15 @@ class FoldedClusterAttention(nn.Module):
     The centers are normalised already, the transforms flattened to [K, R·R] (token mode: [K, N·N])
     so that mixing them is one product. Which mixture a sample gets depends on the sample.
 
+    Attributes:
+        kernels: mix the transforms by Triton's kernels instead, which AOTInductor stores; see
+            :mod:`fastadapt.kernels.mixed_transforms`.
+
     Shape:
         [B, N, C] to [B, N, C].
     """
+
+    kernels = False
 
     def __init__(self, layer: ClusterAttention):
         super().__init__()
@@ -52,13 +58,21 @@ class FoldedClusterAttention(nn.Module):
         self.up = layer.up
 
     def forward(self, x: Tensor) -> Tensor:
+        mixed = self._mixed(x).unflatten(1, (self.width, self.width))
+        return mixed @ x if self.down is None else self.up(self.down(x) @ mixed)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        if self.kernels:
+            from fastadapt.kernels.mixed_transforms import mixed_transforms
+
+            sums = x.sum(dim=1, dtype=torch.float32)
+            return mixed_transforms(sums, self.centers, self.transforms, x.shape[1])
         wide = accumulate_dtype(x.dtype)
         q = x.mean(dim=1, dtype=wide)
         # F.normalize, whose expansion of the norm would be an operator of its own.
         q = q / torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
         a = (q @ self.centers.to(wide)).softmax(dim=-1).to(x.dtype)
-        mixed = (a @ self.transforms).unflatten(1, (self.width, self.width))
-        return mixed @ x if self.down is None else self.up(self.down(x) @ mixed)
+        return a @ self.transforms
 
     def extra_repr(self) -> str:
         dim, num_centers = self.centers.shape

@@ -2,6 +2,7 @@ import errno
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 import fastadapt as fa
+from fastadapt.export import aotinductor
 from fastadapt.export.aotinductor import _dynamic_shapes, build_aoti, check_compiler, target
 from fastadapt.export.artefact import Batches
+from fastadapt.export.folded import FoldedClusterAttention
 from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision import MixedPrecision, precision_units
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
@@ -101,6 +104,26 @@ def test_truncated_file(made, tmp_path):
         load_runtime(tmp_path / "m.pt2")
 
 
+def test_ordinary_operators_where_the_kernels_do_not_compile(made, tmp_path, monkeypatch):
+    model, images, _, details = made
+    assert (details["triton_kernels"], details["no_triton_kernels"]) == ([], "they are for GPUs")
+    monkeypatch.setattr(aotinductor, "_why_not_kernels", lambda layers, device: None)
+    layers = [m for m in model.modules() if isinstance(m, FoldedClusterAttention)]
+    compiled = []
+
+    def compile_(program, package_path):
+        compiled.append([layer.kernels for layer in layers])
+        if any(compiled[-1]):
+            raise RuntimeError("0 active drivers\nand more")
+        Path(package_path).write_bytes(b"code")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
+    details = build_aoti(model, (images[:1],), tmp_path / "m.pt2", Batches(1, 4, 8))
+    assert compiled == [[True], [False]] and not layers[0].kernels
+    assert details["triton_kernels"] == []
+    assert details["no_triton_kernels"].endswith("RuntimeError: 0 active drivers")
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_input_has_the_dynamic_batch(count):
     class Model(nn.Module):
@@ -117,9 +140,14 @@ def test_every_input_has_the_dynamic_batch(count):
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     """One compilation for all that there is to ask."""
+    from fastadapt.kernels.mixed_transforms import KERNELS
+
     model, images, path = make_model().cuda(), make_images(64).cuda(), tmp_path / "m.pt2"
     details = build_aoti(model, (images[:1],), path, Batches(1, 8, 64), precision="bf16")
     assert details["targets"] == [target("cuda")]
+    assert (details["triton_kernels"], details["no_triton_kernels"]) == (list(KERNELS), None)
+    stored = b"".join(map(zipfile.ZipFile(path).read, zipfile.ZipFile(path).namelist()))
+    assert all(name.encode() in stored for name in KERNELS)
     with torch.no_grad():
         want = model(images)
     for cuda_graph in (False, True):
