@@ -216,6 +216,24 @@ def test_a_module_with_tables_of_its_own(monkeypatch, tmp_path, capsys):
     assert "| 8 | 100 |" in out.with_suffix(".md").read_text()
 
 
+def test_tables_are_written_as_they_grow(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(harness, "environment", lambda command: result_of()["environment"])
+    out = tmp_path / "out.json"
+
+    def written():
+        return json.loads(out.read_text())["benchmarks"]["cluster_attention"]
+
+    def grow(quick):
+        yield {"tables": {"speed": [{"batch": 1}]}, "left_out": ["b"], "progress": "a is done"}
+        assert written() == {"tables": {"speed": [{"batch": 1}]}, "left_out": ["b"]}
+        yield {"tables": {"speed": [{"batch": 1}, {"batch": 8}]}}
+
+    monkeypatch.setattr(cluster_attention, "run", grow)
+    assert bench.run(["cluster_attention"], json_out=out) == 0
+    assert written() == {"tables": {"speed": [{"batch": 1}, {"batch": 8}]}}
+    assert "cluster_attention: a is done, 0 s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
