@@ -126,13 +126,13 @@ def _compile_with_kernels(
     why_not = _why_not_kernels(layers, example[0].device)
     if why_not is not None:
         return (), why_not
-    from fastadapt.kernels.mixed_transforms import KERNELS
-
     try:
+        from fastadapt.kernels.mixed_transforms import KERNELS
+
         for layer in layers:
             layer.kernels = True
         _compile(model, example, sizes, package)
-    except InputError as error:
+    except (InputError, ImportError) as error:  # an ImportError: of another Triton
         return (), str(error)
     finally:
         for layer in layers:
