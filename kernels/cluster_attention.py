@@ -10,6 +10,8 @@ token mode:    y = T_b @ x                                           [B, N, C]
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -137,23 +139,24 @@ def cluster_attention(
 # less on the way.
 
 
-def _launch():
+@functools.cache
+def _passes():
     """The launchers: Triton is imported with the first call."""
-    from fastadapt.kernels import cluster_attention_launch
+    from fastadapt.kernels import cluster_attention_passes
 
-    return cluster_attention_launch
+    return cluster_attention_passes
 
 
-def _forward(x, *rest, save_z) -> tuple[Tensor, ...]:
+def _forward(x, *rest, save_z) -> tuple[Tensor | None, ...]:
     with on_device(x), without_autocast(x):
-        y, saved = _launch().forward(x, *rest, save_z=save_z)
+        y, saved = _passes().forward(x, *rest, save_z=save_z)
     return (y, *saved)
 
 
-def _backward(g, needs, args, saved: list[Tensor]):
+def _backward(g, needs, args, saved: list[Tensor | None]):
     """``saved`` is emptied, so that each of its tensors goes as soon as it has been used."""
     with on_device(g), without_autocast(g):
-        return _launch().backward(g, needs, args, saved)
+        return _passes().backward(g, needs, args, saved)
 
 
 class _Function(torch.autograd.Function):
@@ -185,7 +188,7 @@ def _forward_op(
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    return _forward(*args, save_z=save_z)
+    return tuple([x.new_empty(0) if t is None else t for t in _forward(*args, save_z=save_z)])
 
 
 @_forward_op.register_fake

@@ -1,13 +1,28 @@
-"""Launching Triton kernels with little on the way, and what decides how they are launched."""
+"""Launching Triton kernels with little on the way, and what decides how they are launched.
+
+Triton finds the compiled kernel, checks and encodes every argument anew in each call: 50 to 100 µs
+of a slow host. Here everything that follows from a problem's size is decided once
+(:class:`Launch`), and a call of tensors that were there before costs a look into a dictionary.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import NamedTuple
+import math
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:  # what torch.compile's own code allocates with: half the price of torch.empty
+    from torch._C._dynamo.guards import _empty_strided_cuda
+except ImportError:
+    _empty_strided_cuda = None
 
 
 class Device(NamedTuple):
@@ -32,27 +47,41 @@ def block(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-class Descriptor:
-    """Triton's TensorDescriptor without its checks, which cost more than the launch."""
+def new(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Callable[[], Tensor]:
+    """Makes contiguous tensors, uninitialised, on the current GPU (in the interpreter, the CPU)."""
+    if device.index is None:
+        return lambda: torch.empty(shape, dtype=dtype)
+    strides = _contiguous_strides(shape)
+    if _empty_strided_cuda is None:
+        return lambda: torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+    return functools.partial(_empty_strided_cuda, shape, strides, dtype)
 
-    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
-    padding = "zero"
-    round_f32_to_tf32 = False
 
-    def __init__(self, base: Tensor, block_shape: list[int], layout=None):
-        self.base = base
-        self.shape = base.shape
-        self.strides = base.stride()
-        self.block_shape = block_shape
-        self.layout = layout
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
-    def checked(self):
-        args = (self.base, list(self.shape), list(self.strides), self.block_shape)
-        if self.layout is None:
-            return TensorDescriptor(*args)
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-        return GluonDescriptor(*args, self.layout)
+class Box(NamedTuple):
+    """How a kernel's bulk copies see a tensor: its shape there, and the box that one of them moves.
+
+    The shape may be another than the tensor's own, of as many elements.
+    """
+
+    shape: tuple[int, ...]
+    box: tuple[int, ...]
+    strides: tuple[int, ...] | None = None  # None: contiguous
+    layout: Any = None  # of shared memory, for Gluon kernels
+
+    def of(self, tensor: Tensor) -> Descriptor:
+        return Descriptor(tensor, self)
+
+
+ABSENT = Box((), ())  # An argument that is None, whichever tensor comes in its place.
+
+
+def gluon_box(shape, box, dtype: torch.dtype, strides=None) -> Box:
+    """A box of a half-precision tensor for a Gluon kernel."""
+    return Box(tuple(shape), tuple(box), strides, _gluon_layout(tuple(box), dtype))
 
 
 @functools.cache
@@ -63,59 +92,40 @@ def _gluon_layout(box: tuple[int, ...], dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for(list(box), element)
 
 
-def gluon_descriptor(t: Tensor, box: list[int]) -> Descriptor:
-    """A descriptor of a half-precision tensor for a Gluon kernel."""
-    return Descriptor(t, box, _gluon_layout(tuple(box), t.dtype))
+class Descriptor:
+    """Triton's TensorDescriptor without its checks, which cost more than the launch."""
 
+    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
 
-_compiled: dict[tuple, tuple | None] = {}
+    def __init__(self, base: Tensor, box: Box):
+        if base.numel() != math.prod(box.shape):
+            raise ValueError(f"a tensor of shape {tuple(base.shape)} is no {box.shape}")
+        self.base = base
+        self.shape = list(box.shape)
+        self.strides = list(box.strides or _contiguous_strides(box.shape))
+        self.block_shape = list(box.box)
+        self.layout = box.layout
 
+    def checked(self):
+        args = (self.base, self.shape, self.strides, self.block_shape)
+        if self.layout is None:
+            return TensorDescriptor(*args)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-def launch(kernel, grid: tuple, device: Device, *args, warps, stages=3, pdl=False, **constants):
-    """``kernel[grid](*args, **constants)``.
-
-    Triton's own launcher spends most of its time on finding the compiled kernel that fits the
-    arguments. This one remembers it by what the compiler looks at: dtypes, alignment, integers.
-
-    Args:
-        args: the kernel's arguments in order; descriptors as :class:`Descriptor`.
-        constants: its constexpr parameters in order, without ``PDL``, which is the last.
-        pdl: programmatic dependent launch.
-    """
-    args = (*args, *constants.values(), pdl)
-    specs = [
-        (a.dtype, a.data_ptr() % 16 == 0)
-        if isinstance(a, Tensor)
-        else (a.base.dtype, *a.block_shape)
-        if type(a) is Descriptor
-        else a
-        for a in args
-    ]
-    key = (id(kernel), device.index, warps, stages, *specs)
-    hit = _compiled.get(key)
-    if hit is not None:
-        run, function, metadata = hit
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        run(*grid, *(1,) * (3 - len(grid)), stream, function, metadata, None, None, None, *args)
-        return
-    options = {"num_warps": warps, "num_stages": stages}
-    if pdl:
-        options["launch_pdl"] = True
-    checked = [a.checked() if type(a) is Descriptor else a for a in args]
-    compiled = kernel[grid](*checked, **options)
-    if device.index is not None and all(
-        hasattr(compiled, name) for name in ("run", "function", "packed_metadata")
-    ):
-        if len(_compiled) >= 4096:  # a program of ever new shapes
-            _compiled.clear()
-        _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        return GluonDescriptor(*args, self.layout)
 
 
 class Launch:
     """One kernel with everything but its tensors: for calls of the same sizes, again and again.
 
-    Preparing arguments costs more than launching. What follows from a call's sizes is decided
-    once and kept here; the compiled kernel is remembered by the tensors' dtypes and alignment.
+    A call goes one of three ways. The first for some dtypes and alignments is Triton's own, which
+    compiles. The first for some tensors has Triton's launcher build the arguments of the native
+    launch function, and keeps them: pointers, encoded descriptors, numbers, no tensor. Every
+    further one with tensors at the same addresses, on the same stream, passes them again. Where
+    Triton is not as :func:`native_call` knows it, and while a launch hook is set (a profiler's),
+    Triton's launcher does all of it.
 
     Args:
         kernel: with tensors first, then ``numbers``, then constexpr parameters, ``PDL`` the last.
@@ -124,11 +134,39 @@ class Launch:
         numbers: integers.
         constants: constexpr parameters in order, without ``PDL``.
         pdl: programmatic dependent launch.
+        boxes: for each of the first tensors, how its descriptor is made; ``None`` for those that
+            go as pointers, as all others do. Tensors with a box are contiguous (or have its
+            strides) and aligned to 16 bytes.
+        typed: each argument has the same dtype in every call, or is ``None`` in all: they need no
+            look then.
     """
 
-    __slots__ = ("arguments", "compiled", "device", "grid", "kernel", "options")
+    __slots__ = (
+        "arguments",
+        "boxes",
+        "compiled",
+        "device",
+        "grid",
+        "kernel",
+        "options",
+        "ready",
+        "typed",
+    )
 
-    def __init__(self, kernel, grid, device, numbers, constants, *, warps, stages=3, pdl=False):
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        device: Device,
+        numbers: tuple,
+        constants: tuple,
+        *,
+        warps: int,
+        stages: int = 3,
+        pdl: bool = False,
+        boxes: tuple[Box | None, ...] = (),
+        typed: bool = False,
+    ):
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.device = device.index
@@ -136,27 +174,155 @@ class Launch:
         self.options = {"num_warps": warps, "num_stages": stages}
         if pdl:
             self.options["launch_pdl"] = True
+        self.boxes = boxes
+        self.typed = typed
         self.compiled = {}
+        self.ready = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        key = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-        hit = self.compiled.get(key)
-        if hit is not None:
-            run, function, metadata = hit
-            stream = torch._C._cuda_getCurrentRawStream(self.device)
-            run(
-                *self.grid,
-                stream,
-                function,
-                metadata,
-                None,
-                None,
-                None,
-                *tensors,
-                *self.arguments,
-            )
+        if self.device is None:
+            self._by_triton(tensors)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
-        names = ("run", "function", "packed_metadata")
-        if self.device is not None and all(hasattr(compiled, name) for name in names):
-            self.compiled[key] = tuple(getattr(compiled, name) for name in names)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        key = (stream, *[None if t is None else t.data_ptr() for t in tensors])
+        if not self.typed:
+            key = (*key, *[None if t is None else t.dtype for t in tensors])
+        ready = self.ready.get(key)
+        if ready is None or _hooked():
+            self._prepare(key, stream, tensors)
+            return
+        native, arguments = ready
+        native(*arguments)
+
+    def _by_triton(self, tensors):
+        arguments = [
+            a.checked() if type(a) is Descriptor else a for a in self._tensor_arguments(tensors)
+        ]
+        return self.kernel[self.grid](*arguments, *self.arguments, **self.options)
+
+    def _tensor_arguments(self, tensors) -> list:
+        boxes = (*self.boxes, *(None,) * (len(tensors) - len(self.boxes)))
+        return [
+            t if t is None or box is None else None if box is ABSENT else box.of(t)
+            for t, box in zip(tensors, boxes, strict=True)
+        ]
+
+    def _prepare(self, key: tuple, stream: int, tensors) -> None:
+        """Launches, and keeps what the next launch of the same tensors needs."""
+        _check_device(tensors, self.device)
+        kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        compiled = self.compiled.get(kind)
+        if compiled is None:
+            compiled = self._by_triton(tensors)
+            names = ("run", "function", "packed_metadata", "launch_metadata")
+            if all(hasattr(compiled, name) for name in names):
+                self.compiled[kind] = compiled
+            return
+        arguments = (*self._tensor_arguments(tensors), *self.arguments)
+        launch = (*self.grid, stream, compiled.function, compiled.packed_metadata)
+        ready = None if _hooked() else native_call(compiled.run, launch, arguments)
+        if ready is None:  # as Triton goes on once it has found the kernel
+            metadata = compiled.launch_metadata(self.grid, stream, *arguments)
+            hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+            compiled.run(*launch, metadata, *hooks, *arguments)
+            return
+        if len(self.ready) >= 64:  # tensors at ever new addresses
+            self.ready.clear()
+        self.ready[key] = ready
+        native, arguments = ready
+        native(*arguments)
+
+
+def _hooked() -> bool:
+    """Whether anyone wants to hear of launches: a function, or a chain of them that has some."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _check_device(tensors, index: int) -> None:
+    """Addresses are all that the native launch function gets; it cannot tell whose they are."""
+    for t in tensors:
+        if t is not None and (t.device.type != "cuda" or t.device.index != index):
+            raise ValueError(
+                f"a tensor of shape {tuple(t.shape)} is on {t.device}; expected cuda:{index}, "
+                "where the input is"
+            )
+
+
+# What Triton's launcher holds in 3.6 and 3.9. One that holds anything else is left to itself.
+_LAUNCHER = {
+    "arg_annotations",
+    "global_scratch_align",
+    "global_scratch_size",
+    "gsan_enabled",
+    "kernel_signature",
+    "launch",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "num_ctas",
+    "profile_scratch_align",
+    "profile_scratch_size",
+}
+
+
+def native_call(run, launch: tuple, arguments: tuple) -> tuple[Callable, tuple] | None:
+    """Triton's native launch function and what its launcher passes to it for these arguments.
+
+    Nothing is launched. The same call may be repeated as long as the same memory is meant:
+    tensors have become addresses, descriptors the 128 bytes that the hardware reads.
+
+    Args:
+        run: the launcher of a compiled kernel (Triton's ``CudaLauncher``).
+        launch: grid, stream, function and metadata.
+        arguments: of the kernel.
+
+    Returns:
+        ``None`` where Triton is not as known here, or the kernel has scratch memory, which comes
+        anew with each launch.
+    """
+    if (
+        type(run).__name__ != "CudaLauncher"
+        or not vars(run).keys() <= _LAUNCHER
+        or run.global_scratch_size
+        or run.profile_scratch_size
+        or getattr(run, "gsan_enabled", False)  # it counts launches
+    ):
+        return None
+    calls = []
+
+    def record(*args):
+        calls.append(args)
+
+    # A copy of the launcher, which ends in `record` instead of the native function. Kernels with
+    # descriptors have a Python function before that, which encodes them.
+    twin = copy.copy(run)
+    native = run.launch
+    if isinstance(native, types.FunctionType):
+        names = native.__code__.co_freevars
+        if "launcher" not in names:
+            return None
+        at = names.index("launcher")
+        cells = list(native.__closure__)
+        encode, native = native, cells[at].cell_contents
+        cells[at] = types.CellType(record)
+        twin.launch = types.FunctionType(
+            encode.__code__, encode.__globals__, encode.__name__, closure=tuple(cells)
+        )
+    else:
+        twin.launch = record
+    if not isinstance(native, types.BuiltinFunctionType):
+        return None
+    twin(*launch, None, None, None, *arguments)
+    if len(calls) != 1:
+        return None
+    return native, _addresses(calls[0])
+
+
+def _addresses(value):
+    """Tensors, also within tuples and lists, as their addresses: nothing keeps their memory."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if type(value) in (tuple, list):
+        return type(value)(map(_addresses, value))
+    return value

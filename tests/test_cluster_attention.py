@@ -246,9 +246,9 @@ def test_gpu_random(which, monkeypatch):
     if which == "hopper":
         if torch.cuda.get_device_capability()[0] != 9:
             pytest.skip("needs a Hopper GPU")
-        from fastadapt.kernels import cluster_attention_launch as launch
+        from fastadapt.kernels import cluster_attention_config as configs
 
-        chosen = launch.config_for
+        chosen = configs.config_for
     wrong = []
     for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
         torch.manual_seed(case)
@@ -264,7 +264,7 @@ def test_gpu_random(which, monkeypatch):
             n = choose.choice([5, 9, 17, 49, 64, 100, 196, 197, 256, 777])
             groups = choose.choice([1, 2, 3])
             monkeypatch.setattr(
-                launch,
+                configs,
                 "config_for",
                 lambda *a, groups=groups: dataclasses.replace(chosen(*a), groups=groups),
             )
