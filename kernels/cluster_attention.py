@@ -115,16 +115,15 @@ def cluster_attention(
     Source: CLAdapter, equations 1-4; upstream ``models/modules.py``, ``Cluster_Attention``.
     """
     _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    why_not = _why_not_triton(x, centers, transforms, down_weight)
+    dtype = compute_dtype(x)
+    why_not = _why_not_triton(x, centers, transforms, down_weight, dtype)
     if choose_backend(backend, why_not) == "reference":
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
-    dtype = compute_dtype(x)
-    x = x.to(dtype)
+    x = _to(x, dtype)
     if down_weight is not None:
-        down_weight = down_weight.to(dtype)
-        up_weight = up_weight.to(dtype)
+        down_weight, up_weight = _to(down_weight, dtype), _to(up_weight, dtype)
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
@@ -133,6 +132,10 @@ def cluster_attention(
     if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
     return _forward(*args, save_z=False)[0]
+
+
+def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
@@ -246,11 +249,10 @@ def _op_backward(ctx, g, *_):
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _why_not_triton(x, centers, transforms, down_weight) -> str | None:
+def _why_not_triton(x, centers, transforms, down_weight, dtype) -> str | None:
     reason = why_not_device(x)
     if reason is not None:
         return reason
-    dtype = compute_dtype(x)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
     for name, t in (("centers", centers), ("transforms", transforms)):

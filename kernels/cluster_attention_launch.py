@@ -11,7 +11,7 @@ import torch
 
 from fastadapt.kernels import cluster_attention_triton as kernels
 from fastadapt.kernels.cluster_attention_config import Config, Tile, hopper_kernels, slots_of
-from fastadapt.kernels.launch import ABSENT, Box, Launch, block, gluon_box, new
+from fastadapt.kernels.launch import Box, Launch, block, gluon_box, new
 
 _SHARED = 231_000  # bytes of Hopper's shared memory for tiles, barriers set aside
 
@@ -20,7 +20,9 @@ def _nothing() -> None:
     """Makes an output that nobody asked for."""
 
 
-def _launch(kernel, grid, config: Config, boxes, numbers, constants, *, warps, stages=3) -> Launch:
+def _launch(
+    kernel, grid, config: Config, tensors, numbers, constants, *, warps, stages=3
+) -> Launch:
     return Launch(
         kernel,
         grid,
@@ -30,20 +32,27 @@ def _launch(kernel, grid, config: Config, boxes, numbers, constants, *, warps, s
         warps=warps,
         stages=stages,
         pdl=config.pdl,
-        boxes=boxes,
-        typed=True,
+        tensors=tensors,
     )
 
 
-def _row_boxes(shape: tuple[int, int], tile: Tile, cols: int) -> tuple[Box, Box]:
-    """Boxes of a matrix for the two parts of a row tile."""
-    first = Box(shape, (tile.rows, cols))
-    return first, Box(shape, (tile.extra_rows, cols)) if tile.extra_rows else ABSENT
+def _pointer(number: int, present=True) -> tuple[int, None] | None:
+    return (number, None) if present else None
 
 
-def _sample_boxes(shape: tuple[int, int, int], tile: Tile, cols: int) -> tuple[Box, Box]:
-    first = Box(shape, (1, tile.rows, cols))
-    return first, Box(shape, (1, tile.extra_rows, cols)) if tile.extra_rows else ABSENT
+def _described(number: int, box: Box, present=True) -> tuple[int, Box] | None:
+    return (number, box) if present else None
+
+
+def _row_tile(number: int, tile: Tile, shape: tuple[int, ...], cols: int, present=True):
+    """A matrix, or one for each sample, as the kernels' row tiles see it: twice, in two heights."""
+    ones = (1,) * (len(shape) - 2)
+    return (
+        _described(number, Box(shape, (*ones, tile.rows, cols)), present),
+        _described(
+            number, Box(shape, (*ones, tile.extra_rows, cols)), present and tile.extra_rows > 0
+        ),
+    )
 
 
 def project(rows, tokens, width, rank, dtype, config: Config, **options):
@@ -98,11 +107,16 @@ class Project:
             (tiles, -(-rank // tile.cols)),
             config,
             (
-                *_row_boxes((rows, width), tile, tile.depth),
-                Box((width, rank), (tile.depth, tile.cols))
-                if transposed
-                else Box((rank, width), (tile.cols, tile.depth)),
-                *_row_boxes((rows, rank), tile, tile.cols),
+                *_row_tile(0, tile, (rows, width), tile.depth),
+                _described(
+                    1,
+                    Box((width, rank), (tile.depth, tile.cols))
+                    if transposed
+                    else Box((rank, width), (tile.cols, tile.depth)),
+                ),
+                *_row_tile(2, tile, (rows, rank), tile.cols),
+                _pointer(3, bias),
+                _pointer(4, sums),
             ),
             (rows, width, rank, tokens, slots),
             {
@@ -135,7 +149,7 @@ class Project:
     def __call__(self, x, weight, bias, mixed):
         out = self.new_out()
         sums = self.new_sums()
-        self.run(x, x, weight, out, out, bias, sums)
+        self.run(x, weight, out, bias, sums)
         if self.mix is None:
             return out, None, sums, None
         _, out_mixed, out_sums = self.mix(out, mixed, None, None)
@@ -183,11 +197,14 @@ class HopperProject:
             (tiles,),
             config,
             (
-                gluon_box((rows, width), (64, 64), dtype),
-                gluon_box(weight, (64, rank) if transposed else (rank, 64), dtype),
-                gluon_box((mix * rank, rank), (64, rank), dtype),
-                out,
-                out,
+                _described(0, gluon_box((rows, width), (64, 64), dtype)),
+                _described(1, gluon_box(weight, (64, rank) if transposed else (rank, 64), dtype)),
+                _described(2, gluon_box((mix * rank, rank), (64, rank), dtype), mix > 0),
+                _described(3, out),
+                _described(4, out, mix > 0),
+                _pointer(5, bias),
+                _pointer(6, sums),
+                _pointer(7, mixed_sums),
             ),
             (rows, width, tokens, slots, rows // mix if mix else 1),
             {
@@ -211,8 +228,6 @@ class HopperProject:
         out_mixed = self.new_mixed()
         sums = self.new_sums()
         out_sums = self.new_mixed_sums()
-        if out_mixed is None:
-            mixed = None
         self.run(x, weight, mixed, out, out_mixed, bias, sums, out_sums)
         return out, out_mixed, sums, out_sums
 
@@ -278,19 +293,29 @@ class Transform:
             config,
             (
                 *(
-                    _sample_boxes((batch, tokens, rank), tile, depth)
+                    _row_tile(0, tile, (batch, tokens, rank), depth)
                     if mix
-                    else _row_boxes((rows, rank), tile, block_rank)
+                    else _row_tile(0, tile, (rows, rank), block_rank)
                 ),
-                Box(
-                    (batch, rank, rank),
-                    (1, block_rank, depth) if t_transposed else (1, depth, block_rank),
+                _described(
+                    1,
+                    Box(
+                        (batch, rank, rank),
+                        (1, block_rank, depth) if t_transposed else (1, depth, block_rank),
+                    ),
+                    mix,
                 ),
-                Box((rank, width), (block_rank, tile.cols))
-                if w_transposed
-                else Box((width, rank), (tile.cols, block_rank)),
-                *_row_boxes((rows, rank), tile, block_rank),
-                *_row_boxes((rows, width), tile, tile.cols),
+                _described(
+                    2,
+                    Box((rank, width), (block_rank, tile.cols))
+                    if w_transposed
+                    else Box((width, rank), (tile.cols, block_rank)),
+                    width > 0,
+                ),
+                *_row_tile(3, tile, (rows, rank), block_rank, store_z),
+                *_row_tile(4, tile, (rows, width), tile.cols, width > 0),
+                _pointer(5, bias),
+                _pointer(6, sums),
             ),
             (rows, tokens, rank, width, cols),
             {
@@ -317,7 +342,7 @@ class Transform:
         z = self.new_z()
         y = self.new_y()
         sums = self.new_sums()
-        self.run(h, h, mixed, weight, z, z, y, y, bias, sums)
+        self.run(h, mixed, weight, z, y, bias, sums)
         return y, z, sums
 
 
@@ -353,12 +378,12 @@ class HopperTransform:
             (-(-rows // (64 * groups)),),
             config,
             (
-                gluon_box((rows, rank), (64, 64), dtype),
-                gluon_box((batch * rank, rank), (rank, 64), dtype),
-                gluon_box(weight, (rank, 64) if w_transposed else (64, rank), dtype),
-                gluon_box((rows, rank), (64, 64), dtype),
-                gluon_box((rows, width), (64, 64), dtype),
-                gluon_box((batch if row_bias else 1, width), (16, 64), dtype),
+                _described(0, gluon_box((rows, rank), (64, 64), dtype)),
+                _described(1, gluon_box((batch * rank, rank), (rank, 64), dtype), mix),
+                _described(2, gluon_box(weight, (rank, 64) if w_transposed else (64, rank), dtype)),
+                _described(3, gluon_box((rows, rank), (64, 64), dtype), store_z),
+                _described(4, gluon_box((rows, width), (64, 64), dtype)),
+                _described(5, gluon_box((batch if row_bias else 1, width), (16, 64), dtype), bias),
             ),
             (rows, tokens, width),
             {
@@ -403,7 +428,7 @@ class Attend:
             kernels.attend_kernel,
             (batch,),
             config,
-            (),
+            tuple(map(_pointer, range(3))),
             (batch, tokens, width, tile_rows, slots),
             {
                 "num_centers": num_centers,
@@ -435,7 +460,7 @@ class Mix:
             kernels.mix_kernel,
             (-(-size // bs), -(-batch // bb)),
             config,
-            (None, None, None, _whole_rows((batch, size), (bb, bs), dtype)),
+            (*map(_pointer, range(3)), _whole_rows(2, (batch, size), (bb, bs), dtype)),
             (batch, num_centers, size),
             {"BB": bb, "BK": block(num_centers), "BS": bs},
             warps=4,
@@ -443,13 +468,13 @@ class Mix:
 
     def __call__(self, state, transforms):
         mixed = self.new_mixed()
-        self.run(state, transforms, mixed, mixed)
+        self.run(state, transforms, mixed)
         return mixed
 
 
-def _whole_rows(shape: tuple[int, int], box: tuple[int, int], dtype: torch.dtype) -> Box:
-    """A box where the bulk copies can take the rows: of whole 16 bytes."""
-    return ABSENT if shape[1] * dtype.itemsize % 16 else Box(shape, box)
+def _whole_rows(number: int, shape: tuple[int, int], box: tuple[int, int], dtype: torch.dtype):
+    """A descriptor where the bulk copies can take the rows: of whole 16 bytes."""
+    return _described(number, Box(shape, box), shape[1] * dtype.itemsize % 16 == 0)
 
 
 class Outer:
@@ -465,9 +490,9 @@ class Outer:
             (-(-rank // tile.rows) * tiles_j, batch),
             config,
             (
-                Box((batch, tokens, rank), (1, depth, tile.rows)),
-                Box((batch, tokens, rank), (1, depth, tile.cols)),
-                Box((batch, rank, rank), (1, tile.rows, tile.cols)),
+                _described(0, Box((batch, tokens, rank), (1, depth, tile.rows))),
+                _described(1, Box((batch, tokens, rank), (1, depth, tile.cols))),
+                _described(2, Box((batch, rank, rank), (1, tile.rows, tile.cols))),
             ),
             (tokens, tiles_j),
             {"BI": tile.rows, "BJ": tile.cols, "BK": depth},
@@ -507,7 +532,14 @@ class Unmix:
             kernels.unmix_kernel,
             (self.programs,),
             config,
-            (None, _whole_rows((batch, size), (bb, bs), dtype)),
+            (
+                _pointer(0),
+                _whole_rows(0, (batch, size), (bb, bs), dtype),
+                _pointer(1),
+                _pointer(2),
+                _pointer(3, need_t),
+                _pointer(4, need_a),
+            ),
             (batch, num_centers, size),
             {
                 "BB": bb,
@@ -522,7 +554,7 @@ class Unmix:
     def __call__(self, d_mixed, state, transforms):
         d_transforms = self.new_transforms()
         da = self.new_da()
-        self.run(d_mixed, d_mixed, state, transforms, d_transforms, da)
+        self.run(d_mixed, state, transforms, d_transforms, da)
         return d_transforms, da
 
 
@@ -541,7 +573,7 @@ class Unattend:
             kernels.unattend_kernel,
             (batch,),
             config,
-            (),
+            (*map(_pointer, range(4)), _pointer(4, need_x)),
             (programs, batch, tokens, width),
             {
                 "num_centers": num_centers,
@@ -588,7 +620,16 @@ class Reduce:
             kernels.reduce_kernel,
             (sum(programs),),
             config,
-            (),
+            (
+                _pointer(0, need_centers),
+                _pointer(1),
+                _pointer(2),
+                _pointer(3, need_centers),
+                _pointer(4, need_up),
+                _pointer(5, need_up),
+                _pointer(6, need_down),
+                _pointer(7, need_down),
+            ),
             (batch, width, rank if need_down else 0, up_rows, down_rows, *programs[:2]),
             {
                 "num_centers": num_centers,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import operator
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,12 +73,6 @@ class Box(NamedTuple):
     strides: tuple[int, ...] | None = None  # None: contiguous
     layout: Any = None  # of shared memory, for Gluon kernels
 
-    def of(self, tensor: Tensor) -> Descriptor:
-        return Descriptor(tensor, self)
-
-
-ABSENT = Box((), ())  # An argument that is None, whichever tensor comes in its place.
-
 
 def gluon_box(shape, box, dtype: torch.dtype, strides=None) -> Box:
     """A box of a half-precision tensor for a Gluon kernel."""
@@ -122,7 +117,7 @@ class Launch:
 
     A call goes one of three ways. The first for some dtypes and alignments is Triton's own, which
     compiles. The first for some tensors has Triton's launcher build the arguments of the native
-    launch function, and keeps them: pointers, encoded descriptors, numbers, no tensor. Every
+    launch function, and keeps them: addresses, encoded descriptors, numbers, no tensor. Every
     further one with tensors at the same addresses, on the same stream, passes them again. Where
     Triton is not as :func:`native_call` knows it, and while a launch hook is set (a profiler's),
     Triton's launcher does all of it.
@@ -134,23 +129,23 @@ class Launch:
         numbers: integers.
         constants: constexpr parameters in order, without ``PDL``.
         pdl: programmatic dependent launch.
-        boxes: for each of the first tensors, how its descriptor is made; ``None`` for those that
-            go as pointers, as all others do. Tensors with a box are contiguous (or have its
-            strides) and aligned to 16 bytes.
-        typed: each argument has the same dtype in every call, or is ``None`` in all: they need no
-            look then.
+        tensors: for each of the kernel's tensors, which of a call's tensors it is, by number, and
+            its box if it goes as a descriptor; ``None`` for one that there never is. Those with a
+            box are contiguous (or have its strides) and aligned to 16 bytes. All have the same
+            dtypes in every call: they are not looked at. Without ``tensors`` a call brings one for
+            each of the kernel's, of any dtype, or ``None``, and they go as pointers.
     """
 
     __slots__ = (
         "arguments",
-        "boxes",
         "compiled",
         "device",
         "grid",
         "kernel",
         "options",
         "ready",
-        "typed",
+        "tensors",
+        "used",
     )
 
     def __init__(
@@ -164,8 +159,7 @@ class Launch:
         warps: int,
         stages: int = 3,
         pdl: bool = False,
-        boxes: tuple[Box | None, ...] = (),
-        typed: bool = False,
+        tensors: tuple[tuple[int, Box | None] | None, ...] | None = None,
     ):
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
@@ -174,8 +168,9 @@ class Launch:
         self.options = {"num_warps": warps, "num_stages": stages}
         if pdl:
             self.options["launch_pdl"] = True
-        self.boxes = boxes
-        self.typed = typed
+        self.tensors = tensors
+        if tensors is not None:
+            self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
         self.compiled = {}
         self.ready = {}
 
@@ -184,9 +179,10 @@ class Launch:
             self._by_triton(tensors)
             return
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        key = (stream, *[None if t is None else t.data_ptr() for t in tensors])
-        if not self.typed:
-            key = (*key, *[None if t is None else t.dtype for t in tensors])
+        if self.tensors is not None:
+            key = (stream, *map(_address, self.used(tensors)))
+        else:
+            key = (stream, *[t if t is None else (t.dtype, t.data_ptr()) for t in tensors])
         ready = self.ready.get(key)
         if ready is None or _hooked():
             self._prepare(key, stream, tensors)
@@ -196,21 +192,27 @@ class Launch:
 
     def _by_triton(self, tensors):
         arguments = [
-            a.checked() if type(a) is Descriptor else a for a in self._tensor_arguments(tensors)
+            a.checked() if type(a) is Descriptor else a for a in self._kernel_tensors(tensors)
         ]
         return self.kernel[self.grid](*arguments, *self.arguments, **self.options)
 
-    def _tensor_arguments(self, tensors) -> list:
-        boxes = (*self.boxes, *(None,) * (len(tensors) - len(self.boxes)))
-        return [
-            t if t is None or box is None else None if box is ABSENT else box.of(t)
-            for t, box in zip(tensors, boxes, strict=True)
-        ]
+    def _kernel_tensors(self, tensors) -> tuple:
+        if self.tensors is None:
+            return tensors
+        return tuple(
+            None
+            if t is None
+            else tensors[t[0]]
+            if t[1] is None
+            else Descriptor(tensors[t[0]], t[1])
+            for t in self.tensors
+        )
 
     def _prepare(self, key: tuple, stream: int, tensors) -> None:
         """Launches, and keeps what the next launch of the same tensors needs."""
-        _check_device(tensors, self.device)
-        kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+        given = tensors if self.tensors is None else self.used(tensors)
+        _check_device(given, self.device)
+        kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given])
         compiled = self.compiled.get(kind)
         if compiled is None:
             compiled = self._by_triton(tensors)
@@ -218,7 +220,7 @@ class Launch:
             if all(hasattr(compiled, name) for name in names):
                 self.compiled[kind] = compiled
             return
-        arguments = (*self._tensor_arguments(tensors), *self.arguments)
+        arguments = (*self._kernel_tensors(tensors), *self.arguments)
         launch = (*self.grid, stream, compiled.function, compiled.packed_metadata)
         ready = None if _hooked() else native_call(compiled.run, launch, arguments)
         if ready is None:  # as Triton goes on once it has found the kernel
@@ -231,6 +233,9 @@ class Launch:
         self.ready[key] = ready
         native, arguments = ready
         native(*arguments)
+
+
+_address = Tensor.data_ptr
 
 
 def _hooked() -> bool:
