@@ -131,7 +131,7 @@ def cluster_attention(
         return _forward_op(*args, save_z)[0]
     if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
-    return _forward(*args, save_z=False)[0]
+    return _forward(_passes().problem_of(args), args, save_z=False)[0]
 
 
 def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,33 +150,42 @@ def _passes():
     return cluster_attention_passes
 
 
-def _forward(x, *rest, save_z) -> tuple[Tensor | None, ...]:
+def _forward(problem, args, *, save_z: bool) -> tuple[Tensor | None, ...]:
+    x = args[0]
     with on_device(x), without_autocast(x):
-        y, saved = _passes().forward(x, *rest, save_z=save_z)
+        y, saved = _passes().forward(problem, args, save_z=save_z)
     return (y, *saved)
 
 
-def _backward(g, needs, args, saved: list[Tensor | None]):
+def _backward(problem, g, needs, args, saved: list[Tensor | None]):
     """``saved`` is emptied, so that each of its tensors goes as soon as it has been used."""
     with on_device(g), without_autocast(g):
-        return _passes().backward(g, needs, args, saved)
+        return _passes().backward(problem, g, needs, args, saved)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        y, *saved = _forward(*args, save_z=ctx.needs_input_grad[5])
-        ctx.save_for_backward(*args, *saved)
+        x, centers, transforms, down_weight, _, up_weight, _ = args
+        ctx.problem = _passes().problem_of(args)
+        y, *saved = _forward(ctx.problem, args, save_z=ctx.needs_input_grad[5])
+        ctx.save_for_backward(x, centers, transforms, down_weight, up_weight, *saved)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph: what tells that there is no second derivative
+            return _Function.backward_once(ctx, g)
         *args, h, mixed, state, z = ctx.saved_tensors
         saved = [h, mixed, state, z]
         del h, mixed, state, z
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        return _backward(g, ctx.needs_input_grad, args, saved)
+        return _backward(ctx.problem, g, ctx.needs_input_grad, args, saved)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward_once(ctx, g):
+        return _Function.backward(ctx, g)
 
 
 @torch.library.custom_op("fastadapt::cluster_attention", mutates_args=())
@@ -191,7 +200,8 @@ def _forward_op(
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    return tuple([x.new_empty(0) if t is None else t for t in _forward(*args, save_z=save_z)])
+    results = _forward(_passes().problem_of(args), args, save_z=save_z)
+    return tuple([x.new_empty(0) if t is None else t for t in results])
 
 
 @_forward_op.register_fake
@@ -222,8 +232,11 @@ def _backward_op(
     up_bias: Tensor | None,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    grads = _backward(g, needs, args, list(saved))
+    problem = _passes().problem_of(
+        (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    )
+    args = (x, centers, transforms, down_weight, up_weight)
+    grads = _backward(problem, g, needs, args, list(saved))
     return [grad for grad in grads if grad is not None]
 
 

@@ -29,7 +29,8 @@ class Problem(NamedTuple):
     dtypes: tuple[torch.dtype | None, ...]  # of the arguments
 
 
-def _problem(args) -> Problem:
+def problem_of(args) -> Problem:
+    """The problem that the arguments of ``forward`` pose."""
     x, centers, _, down_weight = args[:4]
     rank = 0 if down_weight is None else down_weight.shape[0]
     dtypes = tuple([None if t is None else t.dtype for t in args])
@@ -41,7 +42,7 @@ def _fused(problem: Problem) -> bool:
     return problem.rank > 0 and problem.dtypes[0] != torch.float32
 
 
-def forward(*args, save_z: bool):
+def forward(problem: Problem, args, *, save_z: bool):
     """Cluster attention.
 
     Args:
@@ -52,22 +53,20 @@ def forward(*args, save_z: bool):
         y [B, N, C], and what the backward needs: h [B·N, R] (``None`` in token mode), T_b
         [B, R, R], the state of ``attend`` and, if ``save_z``, h @ T_b [B·N, R] (else ``None``).
     """
-    problem = _problem(args)
     if not _fused(problem):
         return _forward_unfused(problem, args, save_z)
     return _forward_plan(problem, configs.config_for(args[0], problem.rank), save_z)(*args)
 
 
-def backward(g: Tensor, needs, args, saved: list[Tensor | None]):
+def backward(problem: Problem, g: Tensor, needs, args, saved: list[Tensor | None]):
     """Gradients of ``forward`` in the order of its arguments, ``None`` where ``needs`` has none.
 
     Args:
         g: [B, N, C], the gradient of y.
         needs: seven booleans.
-        args: of ``forward``.
+        args: of ``forward``, without the biases.
         saved: what it returned beside y, as a list; it is emptied.
     """
-    problem = _problem(args)
     if not _fused(problem):
         return _backward_unfused(problem, g, needs, args, saved)
     config = configs.config_for(args[0], problem.rank)
@@ -198,7 +197,7 @@ class _Backward:
             )
 
     def __call__(self, g, args, saved):
-        x, centers, transforms, down_weight, _, up_weight, _ = args
+        x, centers, transforms, down_weight, up_weight = args
         fit, width, rank = self.fit, self.width, self.rank
         centers = centers.contiguous()
         dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = None
@@ -295,7 +294,7 @@ def _forward_unfused(problem: Problem, args, save_z: bool):
 
 
 def _backward_unfused(problem: Problem, g, needs, args, saved):
-    x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
+    x, centers, transforms, down_weight, up_weight = args
     h, mixed, state, z = saved
     saved.clear()
     need_x, _, _, need_down, need_down_bias, need_up, need_up_bias = needs
@@ -311,12 +310,12 @@ def _backward_unfused(problem: Problem, g, needs, args, saved):
             d_up = g.flatten(0, 1).t() @ z
             del z
         if need_up_bias:
-            d_up_bias = g.sum((0, 1)).to(up_bias.dtype)
+            d_up_bias = g.sum((0, 1)).to(problem.dtypes[6])
         gh = torch.bmm(gz, mixed.transpose(1, 2))
         if need_down:
             d_down = gh.flatten(0, 1).t() @ x.flatten(0, 1)
         if need_down_bias:
-            d_down_bias = gh.sum((0, 1)).to(down_bias.dtype)
+            d_down_bias = gh.sum((0, 1)).to(problem.dtypes[4])
     if plan.unmix is not None:
         d_mixed = torch.bmm(g, x.mT) if down_weight is None else torch.bmm(h.mT, gz)
         d_transforms, da = plan.unmix(d_mixed, state, transforms.contiguous())

@@ -11,9 +11,10 @@ import copy
 import functools
 import math
 import operator
+import threading
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,21 +63,29 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-class Box(NamedTuple):
+class Box:
     """How a kernel's bulk copies see a tensor: its shape there, and the box that one of them moves.
 
-    The shape may be another than the tensor's own, of as many elements.
+    Args:
+        shape: which may be another than the tensor's own, of as many elements.
+        box: of one bulk copy.
+        strides: ``None`` if contiguous.
+        layout: of shared memory, for Gluon kernels.
     """
 
-    shape: tuple[int, ...]
-    box: tuple[int, ...]
-    strides: tuple[int, ...] | None = None  # None: contiguous
-    layout: Any = None  # of shared memory, for Gluon kernels
+    __slots__ = ("box", "count", "layout", "shape", "strides")
+
+    def __init__(self, shape, box, strides=None, layout=None):
+        self.shape = tuple(shape)
+        self.box = tuple(box)
+        self.strides = strides or _contiguous_strides(self.shape)
+        self.layout = layout
+        self.count = math.prod(self.shape)
 
 
 def gluon_box(shape, box, dtype: torch.dtype, strides=None) -> Box:
     """A box of a half-precision tensor for a Gluon kernel."""
-    return Box(tuple(shape), tuple(box), strides, _gluon_layout(tuple(box), dtype))
+    return Box(shape, box, strides, _gluon_layout(tuple(box), dtype))
 
 
 @functools.cache
@@ -95,16 +104,16 @@ class Descriptor:
     round_f32_to_tf32 = False
 
     def __init__(self, base: Tensor, box: Box):
-        if base.numel() != math.prod(box.shape):
+        if base.numel() != box.count:
             raise ValueError(f"a tensor of shape {tuple(base.shape)} is no {box.shape}")
         self.base = base
-        self.shape = list(box.shape)
-        self.strides = list(box.strides or _contiguous_strides(box.shape))
-        self.block_shape = list(box.box)
+        self.shape = box.shape
+        self.strides = box.strides
+        self.block_shape = box.box
         self.layout = box.layout
 
     def checked(self):
-        args = (self.base, self.shape, self.strides, self.block_shape)
+        args = (self.base, list(self.shape), list(self.strides), list(self.block_shape))
         if self.layout is None:
             return TensorDescriptor(*args)
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -119,7 +128,7 @@ class Launch:
     compiles. The first for some tensors has Triton's launcher build the arguments of the native
     launch function, and keeps them: addresses, encoded descriptors, numbers, no tensor. Every
     further one with tensors at the same addresses, on the same stream, passes them again. Where
-    Triton is not as :func:`native_call` knows it, and while a launch hook is set (a profiler's),
+    Triton is not as :func:`recorder_of` knows it, and while a launch hook is set (a profiler's),
     Triton's launcher does all of it.
 
     Args:
@@ -213,26 +222,26 @@ class Launch:
         given = tensors if self.tensors is None else self.used(tensors)
         _check_device(given, self.device)
         kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given])
-        compiled = self.compiled.get(kind)
+        compiled, recorder = self.compiled.get(kind, (None, None))
         if compiled is None:
             compiled = self._by_triton(tensors)
             names = ("run", "function", "packed_metadata", "launch_metadata")
             if all(hasattr(compiled, name) for name in names):
-                self.compiled[kind] = compiled
+                self.compiled[kind] = (compiled, recorder_of(compiled.run))
             return
         arguments = (*self._kernel_tensors(tensors), *self.arguments)
         launch = (*self.grid, stream, compiled.function, compiled.packed_metadata)
-        ready = None if _hooked() else native_call(compiled.run, launch, arguments)
-        if ready is None:  # as Triton goes on once it has found the kernel
+        if recorder is None or _hooked():  # as Triton goes on once it has found the kernel
             metadata = compiled.launch_metadata(self.grid, stream, *arguments)
             hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
             compiled.run(*launch, metadata, *hooks, *arguments)
             return
         if len(self.ready) >= 64:  # tensors at ever new addresses
             self.ready.clear()
-        self.ready[key] = ready
-        native, arguments = ready
-        native(*arguments)
+        addresses = {id(t): t.data_ptr() for t in given if t is not None}
+        arguments = _replaced(recorder(*launch, None, None, None, *arguments), addresses)
+        self.ready[key] = (recorder.native, arguments)
+        recorder.native(*arguments)
 
 
 _address = Tensor.data_ptr
@@ -271,27 +280,39 @@ _LAUNCHER = {
 }
 
 
-def native_call(run, launch: tuple, arguments: tuple) -> tuple[Callable, tuple] | None:
-    """Triton's native launch function and what its launcher passes to it for these arguments.
+class Recorder:
+    """A copy of Triton's launcher that ends in a list instead of the native launch function.
 
-    Nothing is launched. The same call may be repeated as long as the same memory is meant:
-    tensors have become addresses, descriptors the 128 bytes that the hardware reads.
+    Called as the launcher is, it returns what that would pass to ``native``: descriptors have
+    become the 128 bytes that the hardware reads, tensors are still tensors.
+    """
 
-    Args:
-        run: the launcher of a compiled kernel (Triton's ``CudaLauncher``).
-        launch: grid, stream, function and metadata.
-        arguments: of the kernel.
+    def __init__(self, run, native: Callable, launch: Callable, calls: list):
+        self.native = native
+        self.run = copy.copy(run)
+        self.run.launch = launch
+        self.calls = calls
+        self.lock = threading.Lock()
+
+    def __call__(self, *args) -> tuple:
+        with self.lock:
+            self.run(*args)
+            return self.calls.pop()
+
+
+def recorder_of(run) -> Recorder | None:
+    """A recorder for the launcher of a compiled kernel (Triton's ``CudaLauncher``).
 
     Returns:
-        ``None`` where Triton is not as known here, or the kernel has scratch memory, which comes
-        anew with each launch.
+        ``None`` where Triton is not as known here, or where a launch cannot be repeated: with
+        scratch memory, which comes anew each time, or under its sanitizer, which counts launches.
     """
     if (
         type(run).__name__ != "CudaLauncher"
         or not vars(run).keys() <= _LAUNCHER
         or run.global_scratch_size
         or run.profile_scratch_size
-        or getattr(run, "gsan_enabled", False)  # it counts launches
+        or getattr(run, "gsan_enabled", False)
     ):
         return None
     calls = []
@@ -299,35 +320,27 @@ def native_call(run, launch: tuple, arguments: tuple) -> tuple[Callable, tuple] 
     def record(*args):
         calls.append(args)
 
-    # A copy of the launcher, which ends in `record` instead of the native function. Kernels with
-    # descriptors have a Python function before that, which encodes them.
-    twin = copy.copy(run)
-    native = run.launch
+    native, launch = run.launch, record
     if isinstance(native, types.FunctionType):
-        names = native.__code__.co_freevars
+        # Encodes descriptors and goes on to the native function, which it knows as `launcher`.
+        encode, names = native, native.__code__.co_freevars
         if "launcher" not in names:
             return None
+        cells = list(encode.__closure__)
         at = names.index("launcher")
-        cells = list(native.__closure__)
-        encode, native = native, cells[at].cell_contents
-        cells[at] = types.CellType(record)
-        twin.launch = types.FunctionType(
-            encode.__code__, encode.__globals__, encode.__name__, closure=tuple(cells)
-        )
-    else:
-        twin.launch = record
+        native, cells[at] = cells[at].cell_contents, types.CellType(record)
+        code = (encode.__code__, encode.__globals__, encode.__name__, encode.__defaults__)
+        launch = types.FunctionType(*code, tuple(cells))
     if not isinstance(native, types.BuiltinFunctionType):
         return None
-    twin(*launch, None, None, None, *arguments)
-    if len(calls) != 1:
-        return None
-    return native, _addresses(calls[0])
+    return Recorder(run, native, launch, calls)
 
 
-def _addresses(value):
-    """Tensors, also within tuples and lists, as their addresses: nothing keeps their memory."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    if type(value) in (tuple, list):
-        return type(value)(map(_addresses, value))
-    return value
+def _replaced(value: tuple | list, addresses: dict[int, int]):
+    """Tensors, also those in tuples and lists within, become addresses: none is kept."""
+    return type(value)(
+        [
+            _replaced(v, addresses) if type(v) in (tuple, list) else addresses.get(id(v), v)
+            for v in value
+        ]
+    )
