@@ -331,8 +331,6 @@ def recorder_of(run) -> Recorder | None:
         native, cells[at] = cells[at].cell_contents, types.CellType(record)
         code = (encode.__code__, encode.__globals__, encode.__name__, encode.__defaults__)
         launch = types.FunctionType(*code, tuple(cells))
-    if not isinstance(native, types.BuiltinFunctionType):
-        return None
     return Recorder(run, native, launch, calls)
 
 
