@@ -209,7 +209,7 @@ class _Backward:
         if self.need_up:
             if z is None or not z.numel():
                 _, z, _ = self.restore_z(h, mixed, None, None)
-            d_up = torch.mm(g.reshape(-1, width).t(), z)
+            d_up = torch.mm(_columns(g), z)
         del z
         gz, gh, up_sums, down_sums = self.project(fit(g, 1), fit(up_weight, 2), None, mixed)
         del mixed
@@ -230,7 +230,8 @@ class _Backward:
             sums = (up_sums, down_sums)
             d_centers, d_up_bias, d_down_bias = self.reduce(ds, state, centers, *sums)
         if self.transform is not None:
-            dx, _, _ = self.transform(gh, None, fit(down_weight, 2), fit(dq, 1))
+            dq = _pad(dq, 1) if self.padded else dq
+            dx, _, _ = self.transform(gh, None, fit(down_weight, 2), dq)
         if self.padded:
             dx = None if dx is None else _unpad(dx, width)
             d_transforms = None if d_transforms is None else _unpad(d_transforms, rank, 2)
@@ -328,6 +329,14 @@ def _backward_unfused(problem: Problem, g, needs, args, saved):
         dx = torch.bmm(mixed.mT, g) if down_weight is None else gh @ down_weight
         dx += dq.to(dx.dtype).unsqueeze(1)
     return dx, d_centers, d_transforms, d_down, d_down_bias, d_up, d_up_bias
+
+
+def _columns(t: Tensor) -> Tensor:
+    """t [B, N, C] as [C, B·N]: one view where it is contiguous, else two."""
+    rows, width = t.shape[0] * t.shape[1], t.shape[2]
+    if t.is_contiguous():
+        return t.as_strided((width, rows), (1, width))
+    return t.reshape(rows, width).t()
 
 
 # The bulk copies need aligned rows of whole 16 bytes: other widths are padded with zeros, which

@@ -1,8 +1,9 @@
 """Launching Triton kernels with little on the way, and what decides how they are launched.
 
-Triton finds the compiled kernel, checks and encodes every argument anew in each call: 50 to 100 µs
-of a slow host. Here everything that follows from a problem's size is decided once
-(:class:`Launch`), and a call of tensors that were there before costs a look into a dictionary.
+In each call Triton looks at every argument, finds the compiled kernel that fits them and encodes
+descriptors: that takes longer than most kernels run. Here everything that follows from a problem's
+size is decided once (:class:`Launch`), and a call with tensors at addresses that were there before
+takes a look into a dictionary.
 """
 
 from __future__ import annotations
@@ -142,7 +143,8 @@ class Launch:
             its box if it goes as a descriptor; ``None`` for one that there never is. Those with a
             box are contiguous (or have its strides) and aligned to 16 bytes. All have the same
             dtypes in every call: they are not looked at. Without ``tensors`` a call brings one for
-            each of the kernel's, of any dtype, or ``None``, and they go as pointers.
+            each of the kernel's, of any dtype, or ``None``, and they go as pointers. At least
+            two.
     """
 
     __slots__ = (
@@ -208,14 +210,11 @@ class Launch:
     def _kernel_tensors(self, tensors) -> tuple:
         if self.tensors is None:
             return tensors
-        return tuple(
-            None
-            if t is None
-            else tensors[t[0]]
-            if t[1] is None
-            else Descriptor(tensors[t[0]], t[1])
-            for t in self.tensors
-        )
+
+        def argument(number: int, box: Box | None):
+            return tensors[number] if box is None else Descriptor(tensors[number], box)
+
+        return tuple([which and argument(*which) for which in self.tensors])
 
     def _prepare(self, key: tuple, stream: int, tensors) -> None:
         """Launches, and keeps what the next launch of the same tensors needs."""

@@ -41,7 +41,7 @@ class Kernel:
         self.native = Native()
         self.compilations = 0
         run = object.__new__(nvidia.CudaLauncher)
-        meta = [META] * signature.count("tensordesc<fp16[2, 8]>") if encoded else None
+        meta = [META] * signature.count("tensordesc<fp16[2, 8]>") if encoded else []
         wrapped = nvidia.wrap_handle_tensordesc(self.native, dict(enumerate(signature)), meta)
         attributes = {
             "launch": wrapped,
