@@ -154,7 +154,6 @@ class Launch:
         "grid",
         "kernel",
         "options",
-        "ready",
         "tensors",
         "used",
     )
@@ -183,7 +182,6 @@ class Launch:
         if tensors is not None:
             self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
         self.compiled = {}
-        self.ready = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self.device is None:
@@ -191,10 +189,10 @@ class Launch:
             return
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if self.tensors is not None:
-            key = (stream, *map(_address, self.used(tensors)))
+            key = (self, stream, *map(_address, self.used(tensors)))
         else:
-            key = (stream, *[t if t is None else (t.dtype, t.data_ptr()) for t in tensors])
-        ready = self.ready.get(key)
+            key = (self, stream, *[t if t is None else (t.dtype, t.data_ptr()) for t in tensors])
+        ready = _ready.get(key)
         if ready is None or _hooked():
             self._prepare(key, stream, tensors)
             return
@@ -235,15 +233,19 @@ class Launch:
             hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
             compiled.run(*launch, metadata, *hooks, *arguments)
             return
-        if len(self.ready) >= 64:  # tensors at ever new addresses
-            self.ready.clear()
+        if len(_ready) >= MOST_READY:  # ever new sizes or addresses
+            _ready.clear()
         addresses = {id(t): t.data_ptr() for t in given if t is not None}
         arguments = _replaced(recorder(*launch, None, None, None, *arguments), addresses)
-        self.ready[key] = (recorder.native, arguments)
+        _ready[key] = (recorder.native, arguments)
         recorder.native(*arguments)
 
 
 _address = Tensor.data_ptr
+
+# The native launch function and its arguments, by launch, stream and addresses: 3 KB each.
+_ready: dict[tuple, tuple[Callable, tuple]] = {}
+MOST_READY = 4096
 
 
 def _hooked() -> bool:
