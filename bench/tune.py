@@ -41,21 +41,21 @@ def run(sizes: Sequence[tuple[int, int, int]] = ()) -> dict[str, dict[str, int]]
     """
     if not torch.cuda.is_available():
         raise InputError("--tune measures on a CUDA GPU, and PyTorch sees none here")
-    from fastadapt.kernels import cluster_attention_launch as launch
+    from fastadapt.kernels import cluster_attention_config as configs
 
     choices = dict(tuning.read())
     for batch, tokens, width in sizes or tuple(SHAPES):
         sets = harness.input_sets(2 * batch * tokens * width)
         inputs = [make_inputs(batch, tokens, width, seed) for seed in range(sets)]
-        device = launch.device_of(inputs[0][0].device.index)
+        device = configs.device_of(inputs[0][0].device.index)
         size = (batch * tokens, tokens, width, RANK)
         key = tuning.key("cluster_attention", device.index, size)
         times = {}
-        for candidate in _candidates(size, launch.candidates(size[0], tokens, RANK, device)):
+        for candidate in _candidates(size, configs.candidates(size[0], tokens, RANK, device)):
             with tuning.forced({key: candidate}):
-                launch.default_config.cache_clear()
+                configs.default_config.cache_clear()
                 times[tuple(candidate.items())] = _step_time(inputs)
-        launch.default_config.cache_clear()
+        configs.default_config.cache_clear()
         best = min(times, key=times.get)
         choices[key] = dict(best)
         print(f"{batch} × {tokens} × {width}: {_table(times)}", flush=True)

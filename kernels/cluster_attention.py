@@ -10,6 +10,8 @@ token mode:    y = T_b @ x                                           [B, N, C]
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,16 +115,15 @@ def cluster_attention(
     Source: CLAdapter, equations 1-4; upstream ``models/modules.py``, ``Cluster_Attention``.
     """
     _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    why_not = _why_not_triton(x, centers, transforms, down_weight)
+    dtype = compute_dtype(x)
+    why_not = _why_not_triton(x, centers, transforms, down_weight, dtype)
     if choose_backend(backend, why_not) == "reference":
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
-    dtype = compute_dtype(x)
-    x = x.to(dtype)
+    x = _to(x, dtype)
     if down_weight is not None:
-        down_weight = down_weight.to(dtype)
-        up_weight = up_weight.to(dtype)
+        down_weight, up_weight = _to(down_weight, dtype), _to(up_weight, dtype)
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
@@ -130,47 +131,61 @@ def cluster_attention(
         return _forward_op(*args, save_z)[0]
     if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
-    return _forward(*args, save_z=False)[0]
+    return _forward(_passes().problem_of(args), args, save_z=False)[0]
+
+
+def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
 # less on the way.
 
 
-def _launch():
+@functools.cache
+def _passes():
     """The launchers: Triton is imported with the first call."""
-    from fastadapt.kernels import cluster_attention_launch
+    from fastadapt.kernels import cluster_attention_passes
 
-    return cluster_attention_launch
+    return cluster_attention_passes
 
 
-def _forward(x, *rest, save_z) -> tuple[Tensor, ...]:
+def _forward(problem, args, *, save_z: bool) -> tuple[Tensor | None, ...]:
+    x = args[0]
     with on_device(x), without_autocast(x):
-        y, saved = _launch().forward(x, *rest, save_z=save_z)
+        y, saved = _passes().forward(problem, args, save_z=save_z)
     return (y, *saved)
 
 
-def _backward(g, needs, args, saved: list[Tensor]):
+def _backward(problem, g, needs, args, saved: list[Tensor | None]):
     """``saved`` is emptied, so that each of its tensors goes as soon as it has been used."""
     with on_device(g), without_autocast(g):
-        return _launch().backward(g, needs, args, saved)
+        return _passes().backward(problem, g, needs, args, saved)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        y, *saved = _forward(*args, save_z=ctx.needs_input_grad[5])
-        ctx.save_for_backward(*args, *saved)
+        x, centers, transforms, down_weight, _, up_weight, _ = args
+        ctx.problem = _passes().problem_of(args)
+        y, *saved = _forward(ctx.problem, args, save_z=ctx.needs_input_grad[5])
+        ctx.save_for_backward(x, centers, transforms, down_weight, up_weight, *saved)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph: what tells that there is no second derivative
+            return _Function.backward_once(ctx, g)
         *args, h, mixed, state, z = ctx.saved_tensors
         saved = [h, mixed, state, z]
         del h, mixed, state, z
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        return _backward(g, ctx.needs_input_grad, args, saved)
+        return _backward(ctx.problem, g, ctx.needs_input_grad, args, saved)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward_once(ctx, g):
+        return _Function.backward(ctx, g)
 
 
 @torch.library.custom_op("fastadapt::cluster_attention", mutates_args=())
@@ -185,7 +200,8 @@ def _forward_op(
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    return _forward(*args, save_z=save_z)
+    results = _forward(_passes().problem_of(args), args, save_z=save_z)
+    return tuple([x.new_empty(0) if t is None else t for t in results])
 
 
 @_forward_op.register_fake
@@ -216,8 +232,11 @@ def _backward_op(
     up_bias: Tensor | None,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    grads = _backward(g, needs, args, list(saved))
+    problem = _passes().problem_of(
+        (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    )
+    args = (x, centers, transforms, down_weight, up_weight)
+    grads = _backward(problem, g, needs, args, list(saved))
     return [grad for grad in grads if grad is not None]
 
 
@@ -243,11 +262,10 @@ def _op_backward(ctx, g, *_):
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _why_not_triton(x, centers, transforms, down_weight) -> str | None:
+def _why_not_triton(x, centers, transforms, down_weight, dtype) -> str | None:
     reason = why_not_device(x)
     if reason is not None:
         return reason
-    dtype = compute_dtype(x)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
     for name, t in (("centers", centers), ("transforms", transforms)):

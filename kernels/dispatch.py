@@ -54,7 +54,7 @@ def why_not_device(x: torch.Tensor) -> str | None:
     """
     if not _HAS_TRITON:
         return "triton is not installed"
-    if x.device.type == "cuda":
+    if x.is_cuda:
         ask = _why_not_gpu if torch.compiler.is_compiling() else _why_not_gpu_once
         return ask(x.device.index)
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -70,23 +70,31 @@ def _why_not_gpu(index: int) -> str | None:
 _why_not_gpu_once = functools.cache(_why_not_gpu)
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def _kind(x: torch.Tensor) -> str:
+    """The device's type; asking the device itself takes longer."""
+    return "cuda" if x.is_cuda else x.device.type
+
+
 def on_device(x: torch.Tensor):
     """Makes the GPU of ``x`` the current one, where it is not: Triton launches on that."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING
     return torch.cuda.device(x.device)
 
 
 def without_autocast(x: torch.Tensor):
     """Switches autocast off where it is on; entering its context costs as much as a launch."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return contextlib.nullcontext()
+    if not torch.is_autocast_enabled(_kind(x)):
+        return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that an operation on ``x`` computes in: autocast's where autocast is on."""
-    kind = x.device.type
+    kind = _kind(x)
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype

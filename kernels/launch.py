@@ -1,13 +1,31 @@
-"""Launching Triton kernels with little on the way, and what decides how they are launched."""
+"""Launching Triton kernels with little on the way, and what decides how they are launched.
+
+In each call Triton looks at every argument, finds the compiled kernel that fits them and encodes
+descriptors: that takes longer than most kernels run. Here everything that follows from a problem's
+size is decided once (:class:`Launch`), and a call with tensors at addresses that were there before
+takes a look into a dictionary.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
+import operator
+import threading
+import types
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:  # what torch.compile's own code allocates with: half the price of torch.empty
+    from torch._C._dynamo.guards import _empty_strided_cuda
+except ImportError:
+    _empty_strided_cuda = None
 
 
 class Device(NamedTuple):
@@ -32,27 +50,43 @@ def block(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-class Descriptor:
-    """Triton's TensorDescriptor without its checks, which cost more than the launch."""
+def new(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Callable[[], Tensor]:
+    """Makes contiguous tensors, uninitialised, on the current GPU (in the interpreter, the CPU)."""
+    if device.index is None:
+        return lambda: torch.empty(shape, dtype=dtype)
+    strides = _contiguous_strides(shape)
+    if _empty_strided_cuda is None:
+        return lambda: torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+    return functools.partial(_empty_strided_cuda, shape, strides, dtype)
 
-    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
-    padding = "zero"
-    round_f32_to_tf32 = False
 
-    def __init__(self, base: Tensor, block_shape: list[int], layout=None):
-        self.base = base
-        self.shape = base.shape
-        self.strides = base.stride()
-        self.block_shape = block_shape
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+class Box:
+    """How a kernel's bulk copies see a tensor: its shape there, and the box that one of them moves.
+
+    Args:
+        shape: which may be another than the tensor's own, of as many elements.
+        box: of one bulk copy.
+        strides: ``None`` if contiguous.
+        layout: of shared memory, for Gluon kernels.
+    """
+
+    __slots__ = ("box", "count", "layout", "shape", "strides")
+
+    def __init__(self, shape, box, strides=None, layout=None):
+        self.shape = tuple(shape)
+        self.box = tuple(box)
+        self.strides = strides or _contiguous_strides(self.shape)
         self.layout = layout
+        self.count = math.prod(self.shape)
 
-    def checked(self):
-        args = (self.base, list(self.shape), list(self.strides), self.block_shape)
-        if self.layout is None:
-            return TensorDescriptor(*args)
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-        return GluonDescriptor(*args, self.layout)
+def gluon_box(shape, box, dtype: torch.dtype, strides=None) -> Box:
+    """A box of a half-precision tensor for a Gluon kernel."""
+    return Box(shape, box, strides, _gluon_layout(tuple(box), dtype))
 
 
 @functools.cache
@@ -63,59 +97,40 @@ def _gluon_layout(box: tuple[int, ...], dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for(list(box), element)
 
 
-def gluon_descriptor(t: Tensor, box: list[int]) -> Descriptor:
-    """A descriptor of a half-precision tensor for a Gluon kernel."""
-    return Descriptor(t, box, _gluon_layout(tuple(box), t.dtype))
+class Descriptor:
+    """Triton's TensorDescriptor without its checks, which cost more than the launch."""
 
+    __slots__ = ("base", "block_shape", "layout", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
 
-_compiled: dict[tuple, tuple | None] = {}
+    def __init__(self, base: Tensor, box: Box):
+        if base.numel() != box.count:
+            raise ValueError(f"a tensor of shape {tuple(base.shape)} is no {box.shape}")
+        self.base = base
+        self.shape = box.shape
+        self.strides = box.strides
+        self.block_shape = box.box
+        self.layout = box.layout
 
+    def checked(self):
+        args = (self.base, list(self.shape), list(self.strides), list(self.block_shape))
+        if self.layout is None:
+            return TensorDescriptor(*args)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-def launch(kernel, grid: tuple, device: Device, *args, warps, stages=3, pdl=False, **constants):
-    """``kernel[grid](*args, **constants)``.
-
-    Triton's own launcher spends most of its time on finding the compiled kernel that fits the
-    arguments. This one remembers it by what the compiler looks at: dtypes, alignment, integers.
-
-    Args:
-        args: the kernel's arguments in order; descriptors as :class:`Descriptor`.
-        constants: its constexpr parameters in order, without ``PDL``, which is the last.
-        pdl: programmatic dependent launch.
-    """
-    args = (*args, *constants.values(), pdl)
-    specs = [
-        (a.dtype, a.data_ptr() % 16 == 0)
-        if isinstance(a, Tensor)
-        else (a.base.dtype, *a.block_shape)
-        if type(a) is Descriptor
-        else a
-        for a in args
-    ]
-    key = (id(kernel), device.index, warps, stages, *specs)
-    hit = _compiled.get(key)
-    if hit is not None:
-        run, function, metadata = hit
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        run(*grid, *(1,) * (3 - len(grid)), stream, function, metadata, None, None, None, *args)
-        return
-    options = {"num_warps": warps, "num_stages": stages}
-    if pdl:
-        options["launch_pdl"] = True
-    checked = [a.checked() if type(a) is Descriptor else a for a in args]
-    compiled = kernel[grid](*checked, **options)
-    if device.index is not None and all(
-        hasattr(compiled, name) for name in ("run", "function", "packed_metadata")
-    ):
-        if len(_compiled) >= 4096:  # a program of ever new shapes
-            _compiled.clear()
-        _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        return GluonDescriptor(*args, self.layout)
 
 
 class Launch:
     """One kernel with everything but its tensors: for calls of the same sizes, again and again.
 
-    Preparing arguments costs more than launching. What follows from a call's sizes is decided
-    once and kept here; the compiled kernel is remembered by the tensors' dtypes and alignment.
+    A call goes one of three ways. The first for some dtypes and alignments is Triton's own, which
+    compiles. The first for some tensors has Triton's launcher build the arguments of the native
+    launch function, and keeps them: addresses, encoded descriptors, numbers, no tensor. Every
+    further one with tensors at the same addresses, on the same stream, passes them again. Where
+    Triton is not as :func:`recorder_of` knows it, and while a launch hook is set (a profiler's),
+    Triton's launcher does all of it.
 
     Args:
         kernel: with tensors first, then ``numbers``, then constexpr parameters, ``PDL`` the last.
@@ -124,11 +139,38 @@ class Launch:
         numbers: integers.
         constants: constexpr parameters in order, without ``PDL``.
         pdl: programmatic dependent launch.
+        tensors: for each of the kernel's tensors, which of a call's tensors it is, by number, and
+            its box if it goes as a descriptor; ``None`` for one that there never is. Those with a
+            box are contiguous (or have its strides) and aligned to 16 bytes. All have the same
+            dtypes in every call: they are not looked at. Without ``tensors`` a call brings one for
+            each of the kernel's, of any dtype, or ``None``, and they go as pointers. At least
+            two.
     """
 
-    __slots__ = ("arguments", "compiled", "device", "grid", "kernel", "options")
+    __slots__ = (
+        "arguments",
+        "compiled",
+        "device",
+        "grid",
+        "kernel",
+        "options",
+        "tensors",
+        "used",
+    )
 
-    def __init__(self, kernel, grid, device, numbers, constants, *, warps, stages=3, pdl=False):
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        device: Device,
+        numbers: tuple,
+        constants: tuple,
+        *,
+        warps: int,
+        stages: int = 3,
+        pdl: bool = False,
+        tensors: tuple[tuple[int, Box | None] | None, ...] | None = None,
+    ):
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.device = device.index
@@ -136,27 +178,168 @@ class Launch:
         self.options = {"num_warps": warps, "num_stages": stages}
         if pdl:
             self.options["launch_pdl"] = True
+        self.tensors = tensors
+        if tensors is not None:
+            self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
         self.compiled = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        key = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
-        hit = self.compiled.get(key)
-        if hit is not None:
-            run, function, metadata = hit
-            stream = torch._C._cuda_getCurrentRawStream(self.device)
-            run(
-                *self.grid,
-                stream,
-                function,
-                metadata,
-                None,
-                None,
-                None,
-                *tensors,
-                *self.arguments,
-            )
+        if self.device is None:
+            self._by_triton(tensors)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.arguments, **self.options)
-        names = ("run", "function", "packed_metadata")
-        if self.device is not None and all(hasattr(compiled, name) for name in names):
-            self.compiled[key] = tuple(getattr(compiled, name) for name in names)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if self.tensors is not None:
+            key = (self, stream, *map(_address, self.used(tensors)))
+        else:
+            key = (self, stream, *[t if t is None else (t.dtype, t.data_ptr()) for t in tensors])
+        ready = _ready.get(key)
+        if ready is None or _hooked():
+            self._prepare(key, stream, tensors)
+            return
+        native, arguments = ready
+        native(*arguments)
+
+    def _by_triton(self, tensors):
+        arguments = [
+            a.checked() if type(a) is Descriptor else a for a in self._kernel_tensors(tensors)
+        ]
+        return self.kernel[self.grid](*arguments, *self.arguments, **self.options)
+
+    def _kernel_tensors(self, tensors) -> tuple:
+        if self.tensors is None:
+            return tensors
+
+        def argument(number: int, box: Box | None):
+            return tensors[number] if box is None else Descriptor(tensors[number], box)
+
+        return tuple([which and argument(*which) for which in self.tensors])
+
+    def _prepare(self, key: tuple, stream: int, tensors) -> None:
+        """Launches, and keeps what the next launch of the same tensors needs."""
+        given = tensors if self.tensors is None else self.used(tensors)
+        _check_device(given, self.device)
+        kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given])
+        compiled, recorder = self.compiled.get(kind, (None, None))
+        if compiled is None:
+            compiled = self._by_triton(tensors)
+            names = ("run", "function", "packed_metadata", "launch_metadata")
+            if all(hasattr(compiled, name) for name in names):
+                self.compiled[kind] = (compiled, recorder_of(compiled.run))
+            return
+        arguments = (*self._kernel_tensors(tensors), *self.arguments)
+        launch = (*self.grid, stream, compiled.function, compiled.packed_metadata)
+        if recorder is None or _hooked():  # as Triton goes on once it has found the kernel
+            metadata = compiled.launch_metadata(self.grid, stream, *arguments)
+            hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+            compiled.run(*launch, metadata, *hooks, *arguments)
+            return
+        if len(_ready) >= MOST_READY:  # ever new sizes or addresses
+            _ready.clear()
+        addresses = {id(t): t.data_ptr() for t in given if t is not None}
+        arguments = _replaced(recorder(*launch, None, None, None, *arguments), addresses)
+        _ready[key] = (recorder.native, arguments)
+        recorder.native(*arguments)
+
+
+_address = Tensor.data_ptr
+
+# The native launch function and its arguments, by launch, stream and addresses: 3 KB each.
+_ready: dict[tuple, tuple[Callable, tuple]] = {}
+MOST_READY = 4096
+
+
+def _hooked() -> bool:
+    """Whether anyone wants to hear of launches: a function, or a chain of them that has some."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _check_device(tensors, index: int) -> None:
+    """Addresses are all that the native launch function gets; it cannot tell whose they are."""
+    for t in tensors:
+        if t is not None and (t.device.type != "cuda" or t.device.index != index):
+            raise ValueError(
+                f"a tensor of shape {tuple(t.shape)} is on {t.device}; expected cuda:{index}, "
+                "where the input is"
+            )
+
+
+# What Triton's launcher holds in 3.6 and 3.9. One that holds anything else is left to itself.
+_LAUNCHER = {
+    "arg_annotations",
+    "global_scratch_align",
+    "global_scratch_size",
+    "gsan_enabled",
+    "kernel_signature",
+    "launch",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "num_ctas",
+    "profile_scratch_align",
+    "profile_scratch_size",
+}
+
+
+class Recorder:
+    """A copy of Triton's launcher that ends in a list instead of the native launch function.
+
+    Called as the launcher is, it returns what that would pass to ``native``: descriptors have
+    become the 128 bytes that the hardware reads, tensors are still tensors.
+    """
+
+    def __init__(self, run, native: Callable, launch: Callable, calls: list):
+        self.native = native
+        self.run = copy.copy(run)
+        self.run.launch = launch
+        self.calls = calls
+        self.lock = threading.Lock()
+
+    def __call__(self, *args) -> tuple:
+        with self.lock:
+            self.run(*args)
+            return self.calls.pop()
+
+
+def recorder_of(run) -> Recorder | None:
+    """A recorder for the launcher of a compiled kernel (Triton's ``CudaLauncher``).
+
+    Returns:
+        ``None`` where Triton is not as known here, or where a launch cannot be repeated: with
+        scratch memory, which comes anew each time, or under its sanitizer, which counts launches.
+    """
+    if (
+        type(run).__name__ != "CudaLauncher"
+        or not vars(run).keys() <= _LAUNCHER
+        or run.global_scratch_size
+        or run.profile_scratch_size
+        or getattr(run, "gsan_enabled", False)
+    ):
+        return None
+    calls = []
+
+    def record(*args):
+        calls.append(args)
+
+    native, launch = run.launch, record
+    if isinstance(native, types.FunctionType):
+        # Encodes descriptors and goes on to the native function, which it knows as `launcher`.
+        encode, names = native, native.__code__.co_freevars
+        if "launcher" not in names:
+            return None
+        cells = list(encode.__closure__)
+        at = names.index("launcher")
+        native, cells[at] = cells[at].cell_contents, types.CellType(record)
+        code = (encode.__code__, encode.__globals__, encode.__name__, encode.__defaults__)
+        launch = types.FunctionType(*code, tuple(cells))
+    return Recorder(run, native, launch, calls)
+
+
+def _replaced(value: tuple | list, addresses: dict[int, int]):
+    """Tensors, also those in tuples and lists within, become addresses: none is kept."""
+    return type(value)(
+        [
+            _replaced(v, addresses) if type(v) in (tuple, list) else addresses.get(id(v), v)
+            for v in value
+        ]
+    )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastadapt.kernels import quaternion_linear_triton as kernels
-from fastadapt.kernels.launch import Device, Launch, device_of, gluon_descriptor, launch
+from fastadapt.kernels.launch import Device, Launch, device_of, gluon_box
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -389,46 +389,64 @@ def _copyable(t: Tensor) -> Tensor:
 
 def _product(kind, left, right, out, bias, form, device, *, depth, height, width, cols, **split):
     """Launches the kernel for Hopper; see there."""
-    steps, splits = split.get("steps", depth // 64), split.get("splits", 1)
+    right = [*right, *(None,) * (4 - len(right))]
+    sizes = (depth, height, width, cols)
+    strides = tuple([t if t is None else (t.shape, t.stride(0)) for t in (left, *right)])
+    bias_dtype = None if bias is None else bias.dtype
+    run = _product_launch(kind, strides, bias_dtype, form, device, sizes, **split)
+    run(left, *right, out, bias)
+
+
+@functools.lru_cache(maxsize=4096)
+def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, splits=1, chunk=0):
+    depth, height, width, cols = sizes
+    steps = steps or depth // 64
     order, negative, terms = _terms(kind, form.zero_half)
     half_result = form.zero_half and kind == "input"
     first, count = (2, 2) if half_result else (0, 4)
     tiles_m, tiles_n = -(-height // 128), width // cols
     tiles = splits * tiles_m * tiles_n * count
     weights = kind == "weights"
-    box = [cols, 64] if kind == "input" else [64, cols]
+    box = (cols, 64) if kind == "input" else (64, cols)
     # As many tiles on the way as fit beside the two groups' results and the barriers.
     staging = 0 if weights else 2 * 64 * cols * 2
     stages = (device.shared - staging - 1024) // ((128 + cols) * 64 * 2)
-    launch(
+
+    def described(number, shape, row_stride, box):
+        return number, gluon_box(shape, box, form.dtype, (row_stride, 1))
+
+    out_width = count * width
+    return Launch(
         _gluon().product_kernel,
         (min(tiles, device.multiprocessors),),
         device,
-        gluon_descriptor(left, [64, 64]),
-        *(None if t is None else gluon_descriptor(t, box) for t in right),
-        None if weights else gluon_descriptor(out, [64, cols]),
-        out if weights else None,
-        bias,
-        order,
-        negative,
-        first,
-        count,
-        depth,
-        height,
-        width,
-        steps,
-        split.get("chunk", steps),
-        tiles,
-        tiles_m,
-        tiles_n,
-        TERMS=terms,
-        SKIPPED=2 if terms == 2 else 0,
-        KIND=kind,
-        BIAS=bias is not None,
-        STAGES=min(6, stages),
-        BN=cols,
+        (
+            order,
+            negative,
+            first,
+            count,
+            depth,
+            height,
+            width,
+            steps,
+            chunk or steps,
+            tiles,
+            tiles_m,
+            tiles_n,
+        ),
+        (terms, 2 if terms == 2 else 0, kind, bias_dtype is not None, min(6, stages), cols),
         pdl=True,
         warps=4,
+        tensors=(
+            described(0, *operands[0], (64, 64)),
+            *(
+                None if operand is None else described(1 + i, *operand, box)
+                for i, operand in enumerate(operands[1:])
+            ),
+            None if weights else described(5, (height, out_width), out_width, (64, cols)),
+            (5, None) if weights else None,
+            None if bias_dtype is None else (6, None),
+        ),
     )
 
 

@@ -21,7 +21,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 from fastadapt.kernels import cluster_attention, layer_norm, quaternion_linear, residual_mlp
-from fastadapt.kernels import cluster_attention_launch as launch
+from fastadapt.kernels import cluster_attention_config as configs
 
 
 def normal(*shape, dtype, scale=1.0):
@@ -76,19 +76,19 @@ def quaternion_linear_steps() -> None:
 
 
 def cluster_attention_steps() -> None:
-    chosen = launch.config_for
+    chosen = configs.config_for
     for groups in (0, 1, 2, 3):
 
         def config_for(x, rank, groups=groups):
             return dataclasses.replace(chosen(x, rank), groups=groups)
 
-        launch.config_for = config_for
+        configs.config_for = config_for
         for size in ((3, 70, 136, 64, 5), (2, 100, 72, 128, 20), (9, 17, 200, 256, 3)):
             if groups and torch.cuda.get_device_capability()[0] != 9:
                 continue
             cluster_attention_step(*size, torch.bfloat16)
             print("cluster_attention", groups, size, flush=True)
-    launch.config_for = chosen
+    configs.config_for = chosen
     cluster_attention_step(3000, 3, 40, 96, 3, torch.bfloat16)  # short samples, many rows
     for size in ((2, 33, 60, 60, 33), (5, 1, 40, 16, 4), (1, 130, 63, 300, 2)):
         for dtype in (torch.float16, torch.float32):

@@ -246,9 +246,9 @@ def test_gpu_random(which, monkeypatch):
     if which == "hopper":
         if torch.cuda.get_device_capability()[0] != 9:
             pytest.skip("needs a Hopper GPU")
-        from fastadapt.kernels import cluster_attention_launch as launch
+        from fastadapt.kernels import cluster_attention_config as configs
 
-        chosen = launch.config_for
+        chosen = configs.config_for
     wrong = []
     for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
         torch.manual_seed(case)
@@ -264,7 +264,7 @@ def test_gpu_random(which, monkeypatch):
             n = choose.choice([5, 9, 17, 49, 64, 100, 196, 197, 256, 777])
             groups = choose.choice([1, 2, 3])
             monkeypatch.setattr(
-                launch,
+                configs,
                 "config_for",
                 lambda *a, groups=groups: dataclasses.replace(chosen(*a), groups=groups),
             )
@@ -368,6 +368,54 @@ def test_gpu_checkpoint_and_cuda_graph(monkeypatch):
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
+
+
+@gpu
+def test_gpu_calls_with_other_tensors_in_between():
+    """Launches are repeated by address: here sizes, memory, alignment, dtypes, streams change."""
+    other = torch.cuda.Stream()
+    for turn in range(4):
+        for b, n, c, r, k, dtype in (
+            (1, 196, 768, 256, 20, torch.bfloat16),
+            (3, 63, 60, 60, 7, torch.float16),
+            (1, 196, 768, 256, 20, torch.float16),
+            (32, 196, 768, 256, 20, torch.bfloat16),
+            (4, 49, 96, 64, 3, torch.float32),
+        ):
+            args, g = make(b, n, c, r, k, dtype, "cuda")
+            if turn % 2:  # x and a bias begin 2 or 4 bytes after a multiple of 16
+                for i in (0, 4):
+                    storage = args[i].new_empty(args[i].numel() + 1)
+                    args[i] = storage[1:].view(args[i].shape).copy_(args[i])
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other if turn >= 2 else torch.cuda.current_stream()):
+                assert_as_exact_as_pytorch(args, g)
+            torch.cuda.synchronize()
+
+
+@gpu
+def test_gpu_launch_hooks_hear_of_every_launch():
+    from triton import knobs
+
+    args, _ = make(1, 196, 768, 256, 20, torch.bfloat16, "cuda")
+    expected = [cluster_attention(*args, backend="triton") for _ in range(3)]
+    names = []
+    hear = lambda metadata: names.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hear)
+    try:
+        y = cluster_attention(*args, backend="triton")
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hear)
+    assert names == ["project_kernel", "attend_kernel", "mix_kernel", "transform_kernel"]
+    assert torch.equal(y, expected[0])
+
+
+@gpu
+def test_gpu_parameters_on_another_device_are_named():
+    args, _ = make(2, 49, 96, 64, 3, torch.bfloat16, "cuda")
+    args[1] = args[1].cpu()
+    with pytest.raises(ValueError, match="cpu; expected cuda"):
+        cluster_attention(*args, backend="triton")
 
 
 @gpu
