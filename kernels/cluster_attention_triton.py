@@ -253,8 +253,8 @@ def attend_mix_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
-    BS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    BS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Both in one: every program attends anew, which for few samples takes less than a launch."""
