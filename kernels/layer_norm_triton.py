@@ -195,8 +195,8 @@ class Tile(NamedTuple):
 
 
 def forward_tile(width: int) -> Tile:
-    """The rule: a warp sums up to 1024 numbers without its neighbours."""
-    return Tile(1, min(16, block(width) // 1024 or 1))
+    """The rule: 16 numbers of each of two rows per thread."""
+    return Tile(2, min(16, block(width) // 512 or 1))
 
 
 def backward_tile(width: int) -> Tile:
