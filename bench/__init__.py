@@ -31,6 +31,7 @@ BENCHMARKS = {
 }
 if importlib.util.find_spec(f"{__name__}.deployment"):
     BENCHMARKS["deployment"] = False
+SLOW = ("deployment",)  # also with few shapes
 SCHEMA = 1
 
 
@@ -48,7 +49,7 @@ def run(
 
     Args:
         names: keys of ``BENCHMARKS``.
-        quick: fewer shapes.
+        quick: fewer shapes; what compiles for minutes even so, only if it is named.
         json_out: write the results there after every shape, and at the end as Markdown beside it;
             in a folder, the file is named after machine and commit. Results of other benchmarks
             that are there from the same machine, commit and versions stay.
@@ -81,6 +82,10 @@ def run(
     if path is not None:
         report.keep_earlier(path, results)
     for name in names or list(BENCHMARKS):
+        if quick and not names and name in SLOW:
+            _say(f"{name}: left out, it compiles for minutes; name it to have it")
+            results["benchmarks"][name] = {"left_out": ["it compiles for minutes"]}
+            continue
         if not (torch.cuda.is_available() or BENCHMARKS[name]):
             _say(f"{name}: left out, it needs a CUDA GPU")
             results["benchmarks"][name] = {"left_out": ["it needs a CUDA GPU"]}

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,10 @@ class AotiRuntime(Runtime):
             )
         try:
             # Its locks ask for events, which a graph that is being captured does not allow.
-            self._model = torch._inductor.aoti_load_package(
-                str(path), run_single_threaded=cuda_graph
-            )
+            with _without_compiler():
+                self._model = torch._inductor.aoti_load_package(
+                    str(path), run_single_threaded=cuda_graph
+                )
         except Exception as error:
             raise InputError(f"{path.name} cannot be loaded: {first_line(error)}") from error
         self.name = f"AOTInductor, {self.device.upper()}"
@@ -275,6 +277,21 @@ class AotiRuntime(Runtime):
     @torch.no_grad()
     def run_tensors(self, *inputs: Tensor) -> Tensor:
         return (self._graphs or self._model)(*inputs)
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Loads at once: PyTorch names the CPU's vector instructions beside those that a .pt2 was made
+    for, if only in a warning, and compiles programs to find them, for ten seconds and more.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}):  # whatever the processor says it has
+            yield
+    finally:  # who compiles for the CPU later finds out properly
+        for function in (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.pick_vec_isa):
+            getattr(function, "cache_clear", lambda: None)()
 
 
 class TensorRTRuntime(Runtime):

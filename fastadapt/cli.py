@@ -50,7 +50,9 @@ def bench(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks; all if none.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer shapes, in under three minutes.")
+    ] = False,
     json: Annotated[
         Path | None,
         typer.Option(help="Write the results to this file or folder, and as Markdown beside it."),

@@ -7,8 +7,6 @@ copies in bulk (see ``cluster_attention_passes``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fastadapt.kernels import cluster_attention_triton as kernels
@@ -426,22 +424,20 @@ class Attend:
         # More samples than multiprocessors: leave room for several programs on each.
         crowded = batch > config.device.multiprocessors
         block_c = min(block(width), (16384 if crowded else 32768) // block_k)
-        self.warps = 4 if crowded else 8
-        self.constants = {
-            "num_centers": num_centers,
-            "BC": block_c,
-            "BK": block_k,
-            "BT": min(8, block((tokens - 2) // tile_rows + 2, 1)),
-            "ONE_BLOCK": block_c >= width,
-        }
         self.run = _launch(
             kernels.attend_kernel,
             (batch,),
             config,
             tuple(map(_pointer, range(3))),
             (batch, tokens, width, tile_rows, slots),
-            self.constants,
-            warps=self.warps,
+            {
+                "num_centers": num_centers,
+                "BC": block_c,
+                "BK": block_k,
+                "BT": min(8, block((tokens - 2) // tile_rows + 2, 1)),
+                "ONE_BLOCK": block_c >= width,
+            },
+            warps=4 if crowded else 8,
         )
 
     def __call__(self, sums, centers):
@@ -474,48 +470,6 @@ class Mix:
         mixed = self.new_mixed()
         self.run(state, transforms, mixed)
         return mixed
-
-
-MOST_TOGETHER = 4  # samples: each reads all transforms, where `Mix` reads them once
-
-
-def attend_mix(
-    batch, tokens, width, num_centers, tile_rows, slots, rank, dtype, config: Config
-) -> Callable:
-    """Token sums, centers and transforms to the state of ``Attend`` and T_b of ``Mix``.
-
-    For few samples and centers in one launch, else in two.
-
-    Args:
-        tile_rows, slots: of the sums [tiles, slots, C].
-    """
-    attend = Attend(batch, tokens, width, num_centers, tile_rows, slots, config)
-    mix = Mix(batch, num_centers, rank, dtype, config)
-    if batch > MOST_TOGETHER or num_centers > 32:
-
-        def one_after_the_other(sums, centers, transforms):
-            state = attend(sums, centers)
-            return state, mix(state, transforms)
-
-        return one_after_the_other
-
-    size, columns = rank * rank, 512
-    run = _launch(
-        kernels.attend_mix_kernel,
-        (-(-size // columns), batch),
-        config,
-        tuple(map(_pointer, range(5))),
-        (batch, tokens, width, tile_rows, slots, size),
-        {**attend.constants, "BS": columns},
-        warps=attend.warps,
-    )
-
-    def together(sums, centers, transforms):
-        state, mixed = attend.new_state(), mix.new_mixed()
-        run(sums, centers, transforms, state, mixed)
-        return state, mixed
-
-    return together
 
 
 def _whole_rows(number: int, shape: tuple[int, int], box: tuple[int, int], dtype: torch.dtype):

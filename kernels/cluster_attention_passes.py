@@ -92,9 +92,8 @@ class _Forward:
             sums=True,
         )
         tile = (self.project.tile_rows, self.project.slots)
-        self.attend_mix = launches.attend_mix(
-            batch, tokens, width, num_centers, *tile, sizes[1], dtype, config
-        )
+        self.attend = launches.Attend(batch, tokens, width, num_centers, *tile, config)
+        self.mix = launches.Mix(batch, num_centers, sizes[1], dtype, config)
         self.transform = launches.transform(
             batch,
             tokens,
@@ -114,7 +113,8 @@ class _Forward:
         h, _, sums, _ = self.project(x, fit(down_weight, 2), down_bias, None)
         if self.padded:
             sums = _unpad(sums, self.width)
-        state, mixed = self.attend_mix(sums, centers.contiguous(), transforms)
+        state = self.attend(sums, centers.contiguous())
+        mixed = self.mix(state, transforms)
         up_bias = None if up_bias is None else fit(up_bias, 1)
         y, z, _ = self.transform(h, mixed, fit(up_weight, 2), up_bias)
         return _unpad(y, self.width) if self.padded else y, (h, mixed, state, z)

@@ -131,12 +131,10 @@ def _load_centers(ptr, c, width, num_centers: tl.constexpr, BC: tl.constexpr, BK
 
 
 @triton.jit
-def _attend(
-    sums_ptr,
-    centers_ptr,
-    state_ptr,
-    sample,
-    keep,  # whether to write the state
+def attend_kernel(
+    sums_ptr,  # [tiles, slots, C]
+    centers_ptr,  # [C, K]
+    state_ptr,  # fp32: softmax a [B, K], cosines s [B, K], mean tokens q [B, C], |q|, |centers|
     batch,
     tokens,
     width,
@@ -146,10 +144,10 @@ def _attend(
     BC: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # BC >= C
     PDL: tl.constexpr,
 ):
-    """One sample's softmax over centers, [BK], and its state; waits for the kernel before."""
+    sample = tl.program_id(0)
     s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
     o_k = tl.arange(0, BK)
     m_k = o_k < num_centers
@@ -179,114 +177,20 @@ def _attend(
             m_q = (o_t < tiles)[:, None] & m_c[None, :]
             q += tl.sum(tl.load(sums_ptr + p_q[:, None] + o_c[None, :], mask=m_q, other=0.0), 0)
         q = tl.div_rn(q, tl.cast(tokens, tl.float32))
-        if keep:
-            tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
+        tl.store(q_ptr + sample.to(tl.int64) * width + o_c, q, mask=m_c)
         dots += tl.sum(q[:, None] * centers, 0)
         q_square += q * q
     q_norm = tl.sqrt_rn(tl.sum(q_square, 0))
     c_norm = tl.sqrt_rn(c_square)
     s = tl.div_rn(dots, tl.maximum(q_norm, NORM_EPS) * tl.maximum(c_norm, NORM_EPS))
     e = tl.where(m_k, tl.exp(s - 1.0), 0.0)  # a cosine: 1 bounds it, no running maximum needed
+    o_a = sample.to(tl.int64) * num_centers + o_k
     # Rounded properly: one center gets exactly 1, and its gradient is exactly 0.
-    a = tl.div_rn(e, tl.sum(e, 0))
-    if keep:
-        o_a = sample.to(tl.int64) * num_centers + o_k
-        tl.store(state_ptr + o_a, a, mask=m_k)
-        tl.store(s_ptr + o_a, s, mask=m_k)
-        tl.store(q_norm_ptr + sample, q_norm)
-        if sample == 0:
-            tl.store(c_norm_ptr + o_k, c_norm, mask=m_k)
-    return a
-
-
-@triton.jit
-def attend_kernel(
-    sums_ptr,  # [tiles, slots, C]
-    centers_ptr,  # [C, K]
-    state_ptr,  # fp32: softmax a [B, K], cosines s [B, K], mean tokens q [B, C], |q|, |centers|
-    batch,
-    tokens,
-    width,
-    tile_rows,
-    slots,
-    num_centers: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-    BT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # BC >= C
-    PDL: tl.constexpr,
-):
-    _attend(
-        sums_ptr,
-        centers_ptr,
-        state_ptr,
-        tl.program_id(0),
-        True,
-        batch,
-        tokens,
-        width,
-        tile_rows,
-        slots,
-        num_centers,
-        BC,
-        BK,
-        BT,
-        ONE_BLOCK,
-        PDL,
-    )
-
-
-@triton.jit
-def attend_mix_kernel(
-    sums_ptr,
-    centers_ptr,
-    transforms_ptr,  # [K, size]
-    state_ptr,
-    mixed_ptr,  # [B, size]
-    batch,
-    tokens,
-    width,
-    tile_rows,
-    slots,
-    size,
-    num_centers: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-    BT: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Both in one: every program attends anew, which for few samples takes less than a launch."""
-    part = tl.program_id(0)
-    sample = tl.program_id(1)
-    dtype = mixed_ptr.dtype.element_ty
-    o_k = tl.arange(0, BK)
-    o_s = part.to(tl.int64) * BS + tl.arange(0, BS)
-    m_s = o_s < size
-    p_t = transforms_ptr + o_k[:, None].to(tl.int64) * size + o_s[None, :]
-    # Rounded as the products of `mix_kernel` need them.
-    t = tl.load(p_t, mask=(o_k < num_centers)[:, None] & m_s[None, :], other=0.0).to(dtype)
-    a = _attend(
-        sums_ptr,
-        centers_ptr,
-        state_ptr,
-        sample,
-        part == 0,
-        batch,
-        tokens,
-        width,
-        tile_rows,
-        slots,
-        num_centers,
-        BC,
-        BK,
-        BT,
-        ONE_BLOCK,
-        PDL,
-    )
-    mixed = tl.sum(a[:, None] * t, 0)
-    tl.store(mixed_ptr + sample.to(tl.int64) * size + o_s, mixed.to(dtype), mask=m_s)
+    tl.store(state_ptr + o_a, tl.div_rn(e, tl.sum(e, 0)), mask=m_k)
+    tl.store(s_ptr + o_a, s, mask=m_k)
+    tl.store(q_norm_ptr + sample, q_norm)
+    if sample == 0:
+        tl.store(c_norm_ptr + o_k, c_norm, mask=m_k)
 
 
 @triton.jit

@@ -54,6 +54,19 @@ def made(tmp_path_factory):
     return model, images, path, details
 
 
+def test_loading_compiles_nothing(made, monkeypatch):
+    from torch._inductor import cpu_vec_isa
+
+    def compiles(*args):
+        raise AssertionError("a compiler was called")
+
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", compiles)
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    load_runtime(made[2])
+    # What it took for granted is forgotten again.
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
+
+
 def test_agrees_at_every_batch_size(made):
     model, images, path, _ = made
     runtime = load_runtime(path, cuda_graph=True)  # which a CPU has not

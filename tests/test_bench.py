@@ -206,6 +206,12 @@ def test_results_of_one_commit_gather_in_one_file(monkeypatch, tmp_path):
     assert found["environment"]["command"] == "third"
 
 
+def test_quick_leaves_out_what_compiles_for_minutes(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BENCHMARKS", {"deployment": True})
+    assert bench.run([], quick=True) == 0
+    assert "deployment: left out, it compiles for minutes" in capsys.readouterr().err
+
+
 def test_a_module_with_tables_of_its_own(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "environment", lambda command: result_of()["environment"])
     own = {"tables": {"speed": [{"batch": "8", "images/s": "100"}]}, "notes": ["How."]}

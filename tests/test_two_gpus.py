@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 import fastadapt as fa
 from fastadapt.bench.harness import relative_error
