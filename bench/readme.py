@@ -2,7 +2,8 @@
 
 A block begins with ``<!-- bench: NAME MACHINE -->`` and ends with ``<!-- /bench -->``. NAME is a
 benchmark, ``all`` of them, or ``plots``; MACHINE a word of the GPU's name. What is between is
-replaced by what the newest file of that machine under ``bench/results`` has of it.
+replaced by what the newest file of that machine under ``bench/results`` has of it. The pictures are
+drawn anew, of the newest of every benchmark.
 """
 
 from __future__ import annotations
@@ -51,9 +52,38 @@ def _content(name: str, machine: str, files: list[tuple[Path, dict]], root: Path
     return "\n\n".join(filter(None, parts)) or f"Not measured on an {machine} yet."
 
 
+def draw(root: Path) -> list[Path]:
+    """Pictures of every machine's newest results; returns what was written."""
+    written = []
+    machines: dict[Path, list[dict]] = {}
+    for path, results in comparison.newest_first(root / "bench" / "results"):
+        machines.setdefault(_machine_path(path, results), []).append(results)
+    for path, found in machines.items():
+        written += plots.write_plots(path, _gathered(found))
+    return written
+
+
+def _machine_path(path: Path, results: dict[str, Any]) -> Path:
+    return path.with_name(f"{report.machine_name(results['environment'])}.json")
+
+
+def _gathered(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each benchmark from the first of these results that has it; of others than the first by name
+    and commit."""
+    gathered: dict[str, Any] = {}
+    for name in BENCHMARKS:
+        for results in found:
+            if results["benchmarks"].get(name, {}).get("records"):
+                commit = results["environment"]["commit"]
+                title = name if results is found[0] else f"{name} ({commit})"
+                gathered[title] = results["benchmarks"][name]
+                break
+    return {**found[0], "benchmarks": gathered}
+
+
 def _pictures(files: list[tuple[Path, dict]], root: Path) -> list[str]:
-    """Of the newest file that has some."""
-    for path, _ in files:
+    """Of the machine; or of the newest file that has some."""
+    for path in [*(_machine_path(*file) for file in files[:1]), *(path for path, _ in files)]:
         found = [picture.relative_to(root) for picture in plots.paths(path) if picture.exists()]
         if found:
             return [f"![{plots.KINDS[p.stem.rpartition('-')[2]]}]({p.as_posix()})" for p in found]
@@ -98,6 +128,8 @@ def main() -> int:
         return 1
     if args.check:
         return int(new != old)
+    draw(root)
+    new = render(old, root)  # with the pictures
     if new != old:
         write_text(readme, new)
     return 0

@@ -25,8 +25,12 @@ def result_path(out: Path, environment: dict[str, Any]) -> Path:
         return out
     if out.suffix and not out.is_dir():
         raise InputError(f"--json is {out}; expected a file that ends in .json, or a folder")
-    machine = re.sub(r"[^a-z0-9]+", "-", (environment["gpu"] or "cpu").lower())
-    return out / f"{machine}-{environment['commit'] or 'unknown'}.json"
+    return out / f"{machine_name(environment)}-{environment['commit'] or 'unknown'}.json"
+
+
+def machine_name(environment: dict[str, Any]) -> str:
+    """The machine's, for files: ``"nvidia-h100-80gb-hbm3"``."""
+    return re.sub(r"[^a-z0-9]+", "-", (environment["gpu"] or "cpu").lower())
 
 
 def keep_earlier(path: Path, results: dict[str, Any]) -> None:

@@ -459,8 +459,21 @@ def test_the_newest_results_of_a_machine_reach_the_readme(tmp_path):
     plots.write_plots(newest, json.loads(newest.read_text()))
     made = readme.render(made, tmp_path)
     assert "![Roofline](bench/results/new-roofline.png)" in made
+    assert tmp_path / "bench/results/nvidia-h200-roofline.png" in readme.draw(tmp_path)
+    made = readme.render(made, tmp_path)
+    assert "![Roofline](bench/results/nvidia-h100-80gb-hbm3-roofline.png)" in made
     with pytest.raises(InputError, match="'warp', which is no benchmark"):
         readme.render("<!-- bench: warp H100 -->\n<!-- /bench -->", tmp_path)
+
+
+def test_pictures_show_the_newest_of_every_benchmark():
+    old, new = result_of(), result_of()
+    old["environment"]["commit"] = "0000000"
+    old["benchmarks"]["cladapter"] = old["benchmarks"]["cluster_attention"]
+    gathered = readme._gathered([new, old])
+    titles = {axes.get_title() for axes in plots.speedups(gathered).axes}
+    assert {"cluster_attention", "cladapter (0000000)"} <= titles
+    assert gathered["environment"] == new["environment"]
 
 
 def test_pictures(tmp_path, quick):
