@@ -451,25 +451,40 @@ def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, sp
 
 
 def _large_linear(x, rows: Rows, weights, bias, out, form, device, back: bool) -> None:
-    depth, width = (form.outputs, form.inputs) if back else (form.inputs, form.outputs)
-    weights = [w.view(w.shape[-2:]) for w in weights]
+    kind = "input" if back else "output"
     if form.weight_dtype != form.dtype:  # autocast
         packed = torch.empty((4, *weights[0].shape), dtype=form.dtype, device=x.device)
         weights = torch.stack(weights, out=packed).unbind()
-    count = 2 if back and form.zero_half else 4
-    _product(
-        "input" if back else "output",
-        _copyable(x),
-        [_copyable(w) for w in weights],
-        out.view(rows.rows, -1),
-        bias,
-        form,
-        device,
-        depth=depth,
-        height=rows.rows,
-        width=width,
-        cols=_columns(width, -(-rows.rows // 128) * count, device),
-    )
+    bias_dtype = None if bias is None else bias.dtype
+    if all(map(_is_packed, (x, *weights))):  # no views, which cost more than the launch
+        run = _packed_launch(kind, rows.rows, x.shape[-1], bias_dtype, form, device)
+    else:
+        x = _copyable(x)
+        weights = [_copyable(w.view(w.shape[-2:])) for w in weights]
+        operands = tuple([(t.shape, t.stride(0)) for t in (x, *weights)])
+        run = _large_launch(kind, operands, bias_dtype, form, device)
+    run(x, *weights, out, bias)
+
+
+def _is_packed(t: Tensor) -> bool:
+    return t.is_contiguous() and t.data_ptr() % 16 == 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed_launch(kind, rows: int, width: int, bias_dtype, form: Form, device: Device):
+    weight = ((form.inputs, form.outputs), form.outputs)
+    return _large_launch(kind, (((rows, width), width), *(weight,) * 4), bias_dtype, form, device)
+
+
+def _large_launch(kind, operands, bias_dtype, form: Form, device: Device):
+    depth, width = form.outputs, form.inputs
+    count = 2 if form.zero_half else 4
+    if kind == "output":
+        depth, width, count = form.inputs, form.outputs, 4
+    height = operands[0][0][0]
+    cols = _columns(width, -(-height // 128) * count, device)
+    sizes = (depth, height, width, cols)
+    return _product_launch(kind, operands, bias_dtype, form, device, sizes)
 
 
 def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> None:
