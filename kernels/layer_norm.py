@@ -9,6 +9,7 @@ from torch import Tensor
 from fastadapt.kernels.dispatch import choose_backend, on_device, why_not_device, without_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)
 MIN_WIDTH, MAX_WIDTH = 8, 8192  # a program holds whole rows
 
 
@@ -115,12 +116,13 @@ def why_not_triton(x: Tensor, *parameters: Tensor) -> str | None:
     reason = why_not_device(x)
     if reason is not None:
         return reason
+    where = x.get_device()  # a number: devices themselves take longer to compare
     for t in (x, *parameters):
         if t.dtype not in DTYPES:
             return f"dtype {t.dtype}; the kernels take float32, bfloat16 and float16"
-        if t.device != x.device:
+        if t.get_device() != where:
             return f"tensors on {x.device} and {t.device}"
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if type(t) not in PLAIN:
             return f"a {type(t).__name__}; the kernels take plain tensors"
     if x.numel() == 0:
         return f"x is empty: {tuple(x.shape)}"

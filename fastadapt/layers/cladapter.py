@@ -25,7 +25,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def _can_fuse(x: Tensor, parts: dict[nn.Module, type[nn.Module]]) -> bool:
+def _can_fuse(x: Tensor, *parts: tuple[nn.Module, type[nn.Module]]) -> bool:
     """Whether an operation of ours may stand for modules: nothing then passes by unseen.
 
     Not where one was replaced (quantised, adapted, parametrised, folded), has hooks or another
@@ -35,7 +35,7 @@ def _can_fuse(x: Tensor, parts: dict[nn.Module, type[nn.Module]]) -> bool:
         return False
     if nn.modules.module._has_any_global_hook():
         return False
-    return all(type(part) is kind and _is_plain(part) for part, kind in parts.items())
+    return all(type(part) is kind and _is_plain(part) for part, kind in parts)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _normalise(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``norm(x)``, in ``dtype`` if the fused operation can stand for the module."""
-    if _can_fuse(x, {norm: nn.LayerNorm}):
+    if _can_fuse(x, (norm, nn.LayerNorm)):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
     return norm(x)
 
@@ -77,7 +77,7 @@ class CLAdapterBlock(nn.Module):
         x = self.attn(_normalise(self.ln_1, x, compute_dtype(x) if rounds else None))
         norm, mlp = self.ln_2, self.mlp
         if type(mlp) is not Mlp or not _can_fuse(
-            x, {norm: nn.LayerNorm, mlp: Mlp, mlp.fc1: nn.Linear, mlp.fc2: nn.Linear}
+            x, (norm, nn.LayerNorm), (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear)
         ):
             return x + mlp(norm(x))
         first, second = mlp.fc1, mlp.fc2
