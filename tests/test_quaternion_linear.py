@@ -299,6 +299,35 @@ def errors_beyond_pytorch(args, g, kwargs, function=with_triton):
     return found
 
 
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("zero_half", [False, True])
+def test_operands_that_lie_as_usual_have_the_launch_of_their_strides(back, zero_half, monkeypatch):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    from fastadapt.kernels import quaternion_linear_launch as launch
+    from fastadapt.kernels.launch import Device, Launch
+
+    hopper = Device(0, 132, 232_448, 9)
+    m, i, o, dtype = 300, 512, 576, torch.bfloat16
+    form = launch.Form(i, o, None, False, False, zero_half, dtype, dtype, False)
+    x = torch.empty(m, 4 * o if back else (2 if zero_half else 4) * i, dtype=dtype)
+    weights = [torch.empty(i, o, dtype=dtype) for _ in range(4)]
+    rows = launch.Rows(1, m, 0, x.shape[1], 1)
+    out = torch.empty(m, (2 if zero_half else 4) * i if back else 4 * o, dtype=dtype)
+    called = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: called.append((self, tensors)))
+
+    def launched():
+        launch._large_linear(x, rows, weights, None, out, form, hopper, back)
+        return called.pop()
+
+    run, tensors = launched()
+    assert all(a is b for a, b in zip(tensors, (x, *weights, out, None), strict=True))
+    monkeypatch.setattr(launch, "_is_packed", lambda t: False)
+    assert launched()[0] is run
+    weights[0] = torch.empty(i, o + 8, dtype=dtype)[:, :o]
+    assert launched()[0] is not run
+
+
 # In the interpreter. bf16 products are wrong there, so fp16 and fp32.
 
 
