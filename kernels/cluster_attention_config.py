@@ -38,14 +38,13 @@ class Config:
     unmix_rows: int
     unmix_cols: int
     device: Device
-    pdl: bool
     groups: int  # of Hopper's own kernels; 0 for the plain ones
 
 
 @functools.lru_cache(maxsize=4096)
 def default_config(rows: int, tokens: int, width: int, rank: int, device: Device) -> Config:
     """The rule: as few waves of as tall tiles as the multiprocessors and their memory allow."""
-    multiprocessors, shared, major = device[1:]
+    multiprocessors, shared = device.multiprocessors, device.shared
     block_rank = block(rank)
     big = shared >= 200_000 and block_rank <= 256
 
@@ -89,7 +88,6 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
         unmix_rows=64,
         unmix_cols=256 if big else 128,
         device=device,
-        pdl=major >= 9,
         groups=groups,
     )
 

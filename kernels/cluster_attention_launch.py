@@ -31,7 +31,6 @@ def _launch(
         tuple(constants.values()),
         warps=warps,
         stages=stages,
-        pdl=config.pdl,
         tensors=tensors,
     )
 

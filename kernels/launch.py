@@ -138,7 +138,6 @@ class Launch:
         device: that all tensors will be on.
         numbers: integers.
         constants: constexpr parameters in order, without ``PDL``.
-        pdl: programmatic dependent launch.
         tensors: for each of the kernel's tensors, which of a call's tensors it is, by number, and
             its box if it goes as a descriptor; ``None`` for one that there never is. Those with a
             box are contiguous (or have its strides) and aligned to 16 bytes. All have the same
@@ -168,12 +167,12 @@ class Launch:
         *,
         warps: int,
         stages: int = 3,
-        pdl: bool = False,
         tensors: tuple[tuple[int, Box | None] | None, ...] | None = None,
     ):
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.device = device.index
+        pdl = device.major >= 9  # programmatic dependent launch
         self.arguments = (*numbers, *constants, pdl)
         self.options = {"num_warps": warps, "num_stages": stages}
         if pdl:

@@ -290,7 +290,6 @@ def _forward_launch(rows: Rows, width: int, eps: float, device: Device) -> Launc
         rows[:3],
         (rows.row_stride, width, eps, tile.rows, block(width)),
         warps=tile.warps,
-        pdl=device.major >= 9,
     )
 
 
@@ -306,7 +305,6 @@ def _backward_launch(
         (*g_rows[:3], *x_rows[1:3], columns),
         (g_rows.row_stride, x_rows.row_stride, width, tile.rows, block(width)),
         warps=tile.warps,
-        pdl=device.major >= 9,
     )
 
 
@@ -319,5 +317,4 @@ def _reduce_launch(parts: int, width: int, device: Device) -> Launch:
         (parts, width),
         (64, 32),
         warps=4,
-        pdl=device.major >= 9,
     )

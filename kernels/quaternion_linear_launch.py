@@ -191,7 +191,7 @@ def _linear(x, rows: Rows, weights, others, out, form: Form, back: bool) -> None
         return
     parts = torch.empty((splits, out.numel()), dtype=torch.float32, device=x.device)
     run(x, *weights, scale, bias, parts)
-    _reduce((parts, out), None, device)
+    _reduce(device, (parts, out))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -218,7 +218,6 @@ def _linear_launch(rows: Rows, bias_dtype, form: Form, device: Device, back: boo
         ),
         warps=tile.warps,
         stages=tile.stages,
-        pdl=device.major >= 9,
     )
     return run, tile.splits
 
@@ -248,7 +247,7 @@ def _gradients(x, x_rows: Rows, g, g_rows: Rows, weights, scale, dw, db, form: F
         parts[0] if dw is not None else None,
         parts[-1] if db is not None else None,
     )
-    _reduce(*pairs, *(None,) * (2 - len(pairs)), device)
+    _reduce(device, *pairs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -282,7 +281,6 @@ def _gradient_launch(x_rows: Rows, g_rows: Rows, need_w: bool, bias_dtype, form,
         ),
         warps=tile.warps,
         stages=tile.stages,
-        pdl=device.major >= 9,
     )
     return run, tile.splits
 
@@ -292,9 +290,12 @@ def _part(size: int, tile: Tile) -> int:
     return -(-size // (tile.splits * tile.depth)) * tile.depth
 
 
-def _reduce(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor] | None, device: Device) -> None:
+def _reduce(
+    device: Device,
+    a: tuple[Tensor, Tensor],
+    b: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+) -> None:
     """Sums parts [splits, count] to results [count], of one or two at once."""
-    b = b or (None, None)
     sizes = [
         (0, 1, None) if out is None else (out.numel(), parts.shape[0], out.dtype)
         for parts, out in (a, b)
@@ -312,7 +313,6 @@ def _reduce_launch(a, b, device: Device) -> Launch:
         (a[0], b[0], a[1], b[1]),
         (size,),
         warps=4,
-        pdl=device.major >= 9,
     )
 
 
@@ -387,18 +387,9 @@ def _copyable(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _product(kind, left, right, out, bias, form, device, *, depth, height, width, cols, **split):
-    """Launches the kernel for Hopper; see there."""
-    right = [*right, *(None,) * (4 - len(right))]
-    sizes = (depth, height, width, cols)
-    strides = tuple([t if t is None else (t.shape, t.stride(0)) for t in (left, *right)])
-    bias_dtype = None if bias is None else bias.dtype
-    run = _product_launch(kind, strides, bias_dtype, form, device, sizes, **split)
-    run(left, *right, out, bias)
-
-
 @functools.lru_cache(maxsize=4096)
 def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, splits=1, chunk=0):
+    """The kernel for Hopper, for operands of these shapes and row strides; see there."""
     depth, height, width, cols = sizes
     steps = steps or depth // 64
     order, negative, terms = _terms(kind, form.zero_half)
@@ -435,7 +426,6 @@ def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, sp
             tiles_n,
         ),
         (terms, 2 if terms == 2 else 0, kind, bias_dtype is not None, min(6, stages), cols),
-        pdl=True,
         warps=4,
         tensors=(
             described(0, *operands[0], (64, 64)),
@@ -500,31 +490,28 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> 
     if splits > 1:
         parts = torch.empty((splits, dw.numel()), dtype=torch.float32, device=x.device)
         pairs.append((parts, dw))
-    _product(
+    left, right = _copyable(x), _copyable(g)
+    run = _product_launch(
         "weights",
-        _copyable(x),
-        [_copyable(g), None, None, None],
-        parts,
+        ((left.shape, left.stride(0)), (right.shape, right.stride(0)), None, None, None),
         None,
         form,
         device,
-        depth=rows,
-        height=inputs,
-        width=outputs,
-        cols=cols,
+        (rows, inputs, outputs, cols),
         steps=-(-steps // splits),
         splits=splits,
         # So many tiles of all components before the next rows: with the splits all over x and g,
         # they come from memory once and the other times from L2.
         chunk=16 if splits == 1 else 4,
     )
+    run(left, right, None, None, None, parts, None)
     if db is not None:
         run, sums_splits = _sums_launch(g_rows, db.numel(), device)
         sums = torch.empty((sums_splits, db.numel()), dtype=torch.float32, device=x.device)
         run(g, sums)
         pairs.append((sums, db))
     if pairs:
-        _reduce(*pairs, *(None,) * (2 - len(pairs)), device)
+        _reduce(device, *pairs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -538,6 +525,5 @@ def _sums_launch(g_rows: Rows, width: int, device: Device) -> tuple[Launch, int]
         (rows, width, row_stride, col_stride, -(-rows // splits)),
         (64, 64),
         warps=4,
-        pdl=device.major >= 9,
     )
     return run, splits

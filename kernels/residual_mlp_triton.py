@@ -155,7 +155,6 @@ def _gelu_launch(rows: int, width: int, device: Device) -> Launch:
         (rows,),
         (width, tile.rows, tile.cols),
         warps=tile.warps,
-        pdl=device.major >= 9,
     )
 
 
@@ -171,5 +170,4 @@ def _gelu_backward_launch(
         (rows, columns, first),
         (width, tile.rows, tile.cols),
         warps=tile.warps,
-        pdl=device.major >= 9,
     )

@@ -94,7 +94,7 @@ def described_kernel(**changes):
 
 
 def described(kernel):
-    return Launch(kernel, (5,), GPU, NUMBERS, CONSTANTS, warps=4, pdl=True, tensors=TENSORS)
+    return Launch(kernel, (5,), GPU, NUMBERS, CONSTANTS, warps=4, tensors=TENSORS)
 
 
 def as_triton_would(kernel, stream, *tensors):
@@ -139,7 +139,7 @@ def test_descriptors_reach_the_native_function_as_triton_passes_them(encoded, de
 
 def test_pointers_reach_the_native_function_as_triton_passes_them():
     kernel = Kernel(["*fp16", "constexpr", "*fp16", "i32", "i32", *["constexpr"] * 3])
-    run = Launch(kernel, (5,), GPU, NUMBERS, CONSTANTS, warps=4, pdl=True)
+    run = Launch(kernel, (5,), GPU, NUMBERS, CONSTANTS, warps=4)
     storage = torch.zeros(64, dtype=torch.float16)
     # Of another alignment or dtype it is another kernel, at the same address, too.
     others = (storage, storage[1:], storage.view(torch.bfloat16), storage[8:])
