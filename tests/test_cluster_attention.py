@@ -7,7 +7,6 @@ The interpreter is chosen before Triton is imported, so its cases run in a proce
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import subprocess
 import sys
@@ -23,14 +22,19 @@ from fastadapt.kernels import (
     cluster_attention,
     cluster_attention_reference,
 )
+from tests.kernel_checks import (
+    FIRST_CASE,
+    INTERPRETING,
+    RANDOM_CASES,
+    beyond_pytorch,
+    gpu,
+    interpreted,
+    output_and_gradients,
+    run_interpreted,
+    starts_interpreter,
+)
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("y", "x", "centers", "transforms", "down_weight", "down_bias", "up_weight", "up_bias")
-RANDOM_CASES = int(os.environ.get("FASTADAPT_RANDOM_CASES", "100"))
-FIRST_CASE = int(os.environ.get("FASTADAPT_FIRST_CASE", "0"))
-
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with the interpreter")
-gpu = pytest.mark.gpu
 
 
 def make(b, n, c, r, k, dtype, device="cpu", token=False, params=None):
@@ -48,13 +52,6 @@ def make(b, n, c, r, k, dtype, device="cpu", token=False, params=None):
     return args, normal(b, n, c, dtype=dtype)
 
 
-def output_and_gradients(function, args, g, dtype=None):
-    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in args]
-    y = function(*leaves)
-    asked = [t for t in leaves if t is not None]
-    return [y.detach(), *torch.autograd.grad(y, asked, g.to(y.dtype))]
-
-
 def assert_as_exact_as_pytorch(args, g, function=None):
     """Output and gradients within twice PyTorch's error in the same dtype, against fp64."""
     function = function or (lambda *a: cluster_attention(*a, backend="triton"))
@@ -62,18 +59,12 @@ def assert_as_exact_as_pytorch(args, g, function=None):
     reference = output_and_gradients(cluster_attention_reference, args, g)
     ours = output_and_gradients(function, args, g)
     names = [n for n, t in zip(NAMES, ["y", *args], strict=False) if t is not None]
-    eps = torch.finfo(args[0].dtype).eps
-    wrong = []
-    for name, mine, theirs, exact in zip(names, ours, reference, truth, strict=True):
-        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, name
-        if not torch.isfinite(theirs).all():
-            continue  # beyond fp16's range in PyTorch as well
-        error, limit = relative_error(mine, exact), relative_error(theirs, exact)
-        # PyTorch can be lucky with few values. The centers' gradient hangs on B·K of them.
+
+    def few(name, exact):  # the centers' gradient hangs on B·K values
         values = args[0].shape[0] * args[1].shape[1] if name == "centers" else exact.numel()
-        slack = 2 * eps if values < 1000 else 1e-7
-        if not error <= 2 * limit + slack:
-            wrong.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
+        return values < 1000
+
+    wrong = beyond_pytorch(names, ours, reference, truth, args[0].dtype, few=few)
     assert not wrong, ", ".join(wrong)
 
 
@@ -140,15 +131,9 @@ def test_import_needs_no_triton():
 # The kernels in the interpreter. bf16 products are wrong there, so fp16 and fp32.
 
 
-@pytest.mark.skipif(INTERPRETING, reason="starts that process")
+@starts_interpreter
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    done = subprocess.run(
-        [*command, "-k", "interpreted"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 @interpreted

@@ -6,16 +6,13 @@ The interpreter is chosen before Triton is imported, so its cases run in a proce
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-from fastadapt.bench.harness import peak_memory, relative_error
+from fastadapt.bench.harness import peak_memory
 from fastadapt.kernels import (
     BackendError,
     layer_norm,
@@ -23,16 +20,21 @@ from fastadapt.kernels import (
     residual_mlp,
     residual_mlp_reference,
 )
+from tests.kernel_checks import (
+    FIRST_CASE,
+    INTERPRETING,
+    RANDOM_CASES,
+    beyond_pytorch,
+    gpu,
+    interpreted,
+    output_and_gradients,
+    run_interpreted,
+    starts_interpreter,
+)
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-RANDOM_CASES = int(os.environ.get("FASTADAPT_RANDOM_CASES", "100"))
-FIRST_CASE = int(os.environ.get("FASTADAPT_FIRST_CASE", "0"))
 NAMES = ("y", "x", "weight", "bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 REFERENCES = {layer_norm: layer_norm_reference, residual_mlp: residual_mlp_reference}
 OPERATIONS = pytest.mark.parametrize("operation", list(REFERENCES))
-
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with the interpreter")
-gpu = pytest.mark.gpu
 
 
 def make(operation, shape, hidden, dtype, device="cpu", params=None):
@@ -51,12 +53,6 @@ def make(operation, shape, hidden, dtype, device="cpu", params=None):
     return args, torch.randn(shape, device=device).to(dtype)
 
 
-def output_and_gradients(function, args, g, dtype=None):
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in args]
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, g.to(y.dtype))]
-
-
 def assert_as_exact_as_pytorch(operation, args, g, function=None, autocast=None):
     """Output and gradients within twice PyTorch's error in the same dtype, against fp64."""
     reference = REFERENCES[operation]
@@ -68,14 +64,8 @@ def assert_as_exact_as_pytorch(operation, args, g, function=None, autocast=None)
     truth = output_and_gradients(reference, args, g, torch.float64)
     ours = run(partial(operation, backend="triton") if function is None else function)
     theirs = run(reference)
-    wrong = []
-    for name, mine, their, exact in zip(NAMES, ours, theirs, truth, strict=False):
-        assert mine.shape == their.shape and mine.dtype == their.dtype, name
-        error, limit = relative_error(mine, exact), relative_error(their, exact)
-        # PyTorch can be lucky with few values.
-        slack = 2 * torch.finfo(autocast or mine.dtype).eps if exact.numel() < 1000 else 1e-7
-        if not error <= 2 * limit + slack:
-            wrong.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
+    names = NAMES[: len(truth)]
+    wrong = beyond_pytorch(names, ours, theirs, truth, autocast, may_overflow=False)
     assert not wrong, ", ".join(wrong)
 
 
@@ -147,15 +137,9 @@ def test_shapes_that_do_not_fit(index, shape, message):
 # The kernels in the interpreter. bf16 is wrong there, so fp16 and fp32.
 
 
-@pytest.mark.skipif(INTERPRETING, reason="starts that process")
+@starts_interpreter
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    done = subprocess.run(
-        [*command, "-k", "interpreted"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 import fastadapt as fa
 from fastadapt.export.folded import FoldedClusterAttention
+from tests.kernel_checks import INTERPRETING, interpreted, starts_interpreter
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = [  # batch, tokens, channels, centers, rank (None: token mode)
     (1, 7, 40, 5, 12),
     (5, 1, 33, 1, 8),
@@ -39,7 +39,7 @@ def check(layer, x):
     assert error <= 2 * allowed + torch.finfo(x.dtype).eps * truth.abs().max()
 
 
-@pytest.mark.skipif(INTERPRETING, reason="starts that process")
+@starts_interpreter
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -50,7 +50,7 @@ def test_in_the_interpreter():
     assert f"{2 * len(CASES)} passed" in done.stdout
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="runs in a process with the interpreter")
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_agrees(case, dtype, monkeypatch, poisoned_empty):

@@ -6,10 +6,7 @@ The interpreter is chosen before Triton is imported, so its cases run in a proce
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,15 +20,20 @@ from fastadapt.kernels import (
     quaternion_linear_reference,
     quaternion_matrix,
 )
+from tests import kernel_checks
+from tests.kernel_checks import (
+    FIRST_CASE,
+    INTERPRETING,
+    RANDOM_CASES,
+    beyond_pytorch,
+    gpu,
+    interpreted,
+    run_interpreted,
+    starts_interpreter,
+)
 from tests.upstream import hamilton, rotation
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-RANDOM_CASES = int(os.environ.get("FASTADAPT_RANDOM_CASES", "100"))
-FIRST_CASE = int(os.environ.get("FASTADAPT_FIRST_CASE", "0"))
 NAMES = ("y", "x", "weight_r", "weight_i", "weight_j", "weight_k", "bias", "scale")
-
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with the interpreter")
-gpu = pytest.mark.gpu
 
 
 def weights(i=3, o=5, dtype=torch.float64):
@@ -270,33 +272,23 @@ def with_triton(*args, **kwargs):
 
 
 def output_and_gradients(function, args, g, kwargs, dtype=None):
-    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in args]
-    y = call(function, leaves, kwargs)
-    asked = [t for t in leaves if t is not None]
-    return [y.detach(), *torch.autograd.grad(y, asked, g.to(y.dtype))]
+    return kernel_checks.output_and_gradients(
+        lambda *leaves: call(function, leaves, kwargs), args, g, dtype
+    )
 
 
 def errors_beyond_pytorch(args, g, kwargs, function=with_triton):
     """Where output or gradients have more than twice PyTorch's error in the same dtype."""
+
+    def few(name, exact):  # or few different ones
+        count = exact.numel()
+        return count < 1000 or exact.flatten()[:: count // 1000].unique().numel() < 500
+
     truth = output_and_gradients(quaternion_linear_reference, args, g, kwargs, torch.float64)
     reference = output_and_gradients(quaternion_linear_reference, args, g, kwargs)
     ours = output_and_gradients(function, args, g, kwargs)
     names = [n for n, t in zip(NAMES, ["y", *args], strict=True) if t is not None]
-    eps = torch.finfo(args[0].dtype).eps
-    found = []
-    for name, mine, theirs, exact in zip(names, ours, reference, truth, strict=True):
-        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, name
-        if not torch.isfinite(theirs).all():
-            continue  # beyond fp16's range in PyTorch as well
-        error, limit = relative_error(mine, exact), relative_error(theirs, exact)
-        # PyTorch can be lucky with few values, or few different ones.
-        few = (
-            exact.numel() < 1000 or exact.flatten()[:: exact.numel() // 1000].unique().numel() < 500
-        )
-        slack = 2 * eps if few else 1e-7
-        if not error <= 2 * limit + slack:
-            found.append(f"{name}: {error:.2e}, PyTorch {limit:.2e}")
-    return found
+    return beyond_pytorch(names, ours, reference, truth, args[0].dtype, few=few)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -331,15 +323,9 @@ def test_operands_that_lie_as_usual_have_the_launch_of_their_strides(back, zero_
 # In the interpreter. bf16 products are wrong there, so fp16 and fp32.
 
 
-@pytest.mark.skipif(INTERPRETING, reason="starts that process")
+@starts_interpreter
 def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
-    done = subprocess.run(
-        [*command, "-k", "interpreted"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 @interpreted
