@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ def build_aoti(
             own, why_not = _compile_with_kernels(model, example, sizes, package)
             if not own:
                 _compile(model, example, sizes, package)
+            _check_linked(package)
             package.replace(temporary)
         finally:
             package.unlink(missing_ok=True)
@@ -107,9 +110,11 @@ def build_aoti(
 
 
 def _compile(model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path) -> None:
+    gpu = example[0].is_cuda
     try:
         program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        with no_probes(vectors=False) if gpu else contextlib.nullcontext():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except OSError:
         raise
     except Exception as error:
@@ -138,6 +143,44 @@ def _compile_with_kernels(
         for layer in layers:
             layer.kernels = False
     return KERNELS, None
+
+
+@contextlib.contextmanager
+def no_probes(*, vectors: bool) -> Iterator[None]:
+    """Within, PyTorch compiles no programs to learn about the CPU's vector instructions.
+
+    It names them in every .pt2, also for a GPU, and compares them whenever it loads one, if only
+    for a warning: ten seconds of compiling, and more than a minute on some hosts.
+
+    Args:
+        vectors: take the processor at its word, as loading for a CPU needs; else go without.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    try:
+        with config.patch({"cpp.vec_isa_ok": vectors}):
+            yield
+    finally:  # who compiles for the CPU later finds out properly
+        for function in (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.pick_vec_isa):
+            getattr(function, "cache_clear", lambda: None)()
+
+
+def _check_linked(package: Path) -> None:
+    """Raises InputError for code with a C++ library of its own inside.
+
+    Two of them in one process have two sets of locales: loading such a file ends the process.
+    """
+    if sys.platform != "linux":
+        return
+    with zipfile.ZipFile(package) as archive:
+        libraries = [archive.read(n) for n in archive.namelist() if n.endswith(".so")]
+    if libraries and not any(b"libstdc++.so" in so or b"libc++.so" in so for so in libraries):
+        raise InputError(
+            "the C++ compiler linked its own library statically, and such a .pt2 crashes when it "
+            "is loaded: libstdc++.so is not where the linker looks; reinstall the compiler's "
+            "library (Debian and Ubuntu: apt install --reinstall libstdc++-13-dev, of g++'s "
+            "version), or name the folder of libstdc++.so in LIBRARY_PATH"
+        )
 
 
 def _why_not_kernels(layers: list[FoldedClusterAttention], device: torch.device) -> str | None:

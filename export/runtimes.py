@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +244,7 @@ class AotiRuntime(Runtime):
     """AOTInductor's .pt2."""
 
     def __init__(self, path: Path, details: dict[str, Any], *, device: str, cuda_graph: bool):
-        from fastadapt.export.aotinductor import target
+        from fastadapt.export.aotinductor import no_probes, target
 
         made_for = details["targets"][0]
         self.device = "cpu" if made_for.startswith("cpu") else "cuda"
@@ -264,7 +263,7 @@ class AotiRuntime(Runtime):
             )
         try:
             # Its locks ask for events, which a graph that is being captured does not allow.
-            with _without_compiler():
+            with no_probes(vectors=self.device == "cpu"):
                 self._model = torch._inductor.aoti_load_package(
                     str(path), run_single_threaded=cuda_graph
                 )
@@ -277,21 +276,6 @@ class AotiRuntime(Runtime):
     @torch.no_grad()
     def run_tensors(self, *inputs: Tensor) -> Tensor:
         return (self._graphs or self._model)(*inputs)
-
-
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Loads at once: PyTorch names the CPU's vector instructions beside those that a .pt2 was made
-    for, if only in a warning, and compiles programs to find them, for ten seconds and more.
-    """
-    from torch._inductor import config, cpu_vec_isa
-
-    try:
-        with config.patch({"cpp.vec_isa_ok": True}):  # whatever the processor says it has
-            yield
-    finally:  # who compiles for the CPU later finds out properly
-        for function in (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.pick_vec_isa):
-            getattr(function, "cache_clear", lambda: None)()
 
 
 class TensorRTRuntime(Runtime):

@@ -128,7 +128,7 @@ def test_ordinary_operators_where_the_kernels_do_not_compile(made, tmp_path, mon
         compiled.append([layer.kernels for layer in layers])
         if any(compiled[-1]):
             raise RuntimeError("0 active drivers\nand more")
-        Path(package_path).write_bytes(b"code")
+        zipfile.ZipFile(package_path, "w").close()
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
     details = build_aoti(model, (images[:1],), tmp_path / "m.pt2", Batches(1, 4, 8))
@@ -192,6 +192,16 @@ class TestRefused:
         with pytest.raises(fa.InputError, match="AOTInductor cannot compile the model: ") as caught:
             build_aoti(Odd(), (torch.rand(1, 3),), tmp_path / "m.pt2")
         assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_library_that_is_linked_statically(self, tmp_path, monkeypatch):
+        def compile_(program, package_path):
+            with zipfile.ZipFile(package_path, "w") as archive:
+                archive.writestr("model/c.wrapper.so", b"libc.so.6")
+
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
+        with pytest.raises(fa.InputError, match=r"linked its own library statically.*install"):
+            build_aoti(nn.Flatten(), (torch.rand(1, 3, 2),), tmp_path / "m.pt2")
         assert list(tmp_path.iterdir()) == []
 
     def test_a_full_disk_leaves_nothing(self, tmp_path, monkeypatch):
