@@ -216,6 +216,15 @@ class GDPLModel(nn.Module):
                 module.to(dtype)
         return self.set_class_names(self.class_names)
 
+    def offload_token_embedding(self) -> GDPLModel:
+        """Keeps the CLIP model's token embedding in the CPU's memory, from the next ``to`` on no
+        more: it is only read when class names change, and is a sixth of ViT-B/16's weights.
+
+        The CLIP model's own ``encode_text`` does not work like that on a GPU.
+        """
+        towers.text_tower(self.clip).token_embedding.to("cpu")
+        return self
+
     def domain_features(self, images: Tensor) -> Tensor:
         """Features [B, D_f] of images [B, 3, H, W], to be kept if the images come again.
 
