@@ -275,11 +275,11 @@ class AotiRuntime(Runtime):
         self.name = f"AOTInductor, {self.device.upper()}"
         self.providers = ("AOTInductor",)
         graphed = cuda_graph and self.device == "cuda"
-        self._run = GraphedCall(self._model, say=warnings.warn) if graphed else self._model
+        self._graphs = GraphedCall(self._model, say=warnings.warn) if graphed else None
 
     @torch.no_grad()
     def run_tensors(self, *inputs: Tensor) -> Tensor:
-        return self._run(*inputs)
+        return (self._graphs or self._model)(*inputs)
 
 
 class TensorRTRuntime(Runtime):
@@ -325,10 +325,10 @@ class TensorRTRuntime(Runtime):
         self._output = details["outputs"][0]["name"]
         self.name = flavour.name
         self.providers = (flavour.name,)
-        self._run = GraphedCall(self._enqueue, say=warnings.warn) if cuda_graph else self._enqueue
+        self._graphs = GraphedCall(self._enqueue, say=warnings.warn) if cuda_graph else None
 
     def run_tensors(self, *inputs: Tensor) -> Tensor:
-        return self._run(*inputs)
+        return (self._graphs or self._enqueue)(*inputs)
 
     def _enqueue(self, *inputs: Tensor) -> Tensor:
         context = self._context

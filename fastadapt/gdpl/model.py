@@ -217,10 +217,10 @@ class GDPLModel(nn.Module):
         return self.set_class_names(self.class_names)
 
     def offload_token_embedding(self) -> GDPLModel:
-        """Keeps the CLIP model's token embedding in the CPU's memory, from the next ``to`` on no
-        more: it is only read when class names change, and is a sixth of ViT-B/16's weights.
+        """Moves the CLIP model's token embedding to the CPU, a sixth of ViT-B/16's weights.
 
-        The CLIP model's own ``encode_text`` does not work like that on a GPU.
+        It is read when class names change, and never else. ``to`` moves it along again. The CLIP
+        model's own ``encode_text`` needs it where the other weights are.
         """
         towers.text_tower(self.clip).token_embedding.to("cpu")
         return self

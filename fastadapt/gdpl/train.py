@@ -159,10 +159,8 @@ def train_gdpl(
             if evaluator is None:
                 images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
                 check_augment(config.augment, images)
-                graph = config.cuda_graph == "auto"
-                evaluator = Evaluator(
-                    images, target, workers, autocast, progress, table, graph=graph
-                )
+                evaluator = Evaluator(images, target, workers, autocast, progress, table)
+                evaluator.graph = config.cuda_graph == "auto"
             shots = sample_shots(train_samples, config.shots, seed)
             if amp is not None:
                 model.set_frozen_dtype(amp)
