@@ -615,7 +615,7 @@ class TestOnAGPU:
             x = torch.randn((4, 1)[index % 2], 3, 32, 32, device="cuda")
             with torch.inference_mode():
                 want = folded(x)
-            torch.testing.assert_close(call(x), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(call(x), want, rtol=1e-4, atol=1e-4)
             with torch.no_grad():
                 folded.head.bias += 1  # in place: replays see it
         assert call.captured == 2
