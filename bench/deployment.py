@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadapt as fa
-from fastadapt.bench import harness, report
+from fastadapt.bench import harness, report, steps
 from fastadapt.bench.cluster_attention import upstream_formulation
 from fastadapt.export.aotinductor import build_aoti
 from fastadapt.export.artefact import THRESHOLDS, Batches
@@ -32,7 +32,7 @@ from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.onnx import export_onnx
 from fastadapt.export.parity import Parity, compare
 from fastadapt.export.precision import MixedPrecision, precision_units
-from fastadapt.export.runtimes import CudaGraphs, load_runtime
+from fastadapt.export.runtimes import load_runtime
 from fastadapt.layers import ClusterAttention
 from fastadapt.preprocess import Preprocess
 
@@ -164,7 +164,10 @@ def providers(folder: Path) -> dict[str, tuple[str, Callable[[], Call]]]:
     return {
         "upstream, AMP bf16, eager": ("bf16", lambda: _upstream(model)),
         "bf16, eager": ("bf16", lambda: torch.no_grad()(_bf16(folded))),
-        "bf16, torch.compile, CUDA graph": ("bf16", lambda: CudaGraphs(_compiled(_bf16(folded)))),
+        "bf16, torch.compile, CUDA graph": (
+            "bf16",
+            lambda: fa.GraphedCall(_compiled(_bf16(folded)), say=steps.say),
+        ),
         "AOTInductor bf16": ("bf16", runtime(AOTI)),
         "AOTInductor bf16, CUDA graph": ("bf16", runtime(AOTI, cuda_graph=True)),
         "ONNX Runtime fp16, I/O binding": ("fp16", runtime(ONNX)),

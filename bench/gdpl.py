@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastadapt.bench import harness, steps
 from fastadapt.bench.prompt_learner import upstream_prompts
+from fastadapt.cuda_graph import GraphedCall
 from fastadapt.export.fold import fold
 from fastadapt.gdpl import GDPLConfig, GDPLModel, GDPLTrainConfig
 from fastadapt.gdpl.loop import make_optimizer
@@ -22,11 +23,13 @@ from fastadapt.train_step import training_step
 TITLE = "GDPL: images × classes, prompts of 2, depth 9, rank 4"
 NOTES = (
     "Random ViT-B/16 weights; wall time, without domain encoder. Ours is the step of `fastadapt "
-    "train --method gdpl`, replays of a CUDA graph with the copy of the batch into it, and “ours, "
-    "eager” the same with `--cuda-graph off`; inference is that of the folded model in eager "
-    "calls. Upstream is its loop restated in the same dtype, in eager calls: one pass of the text "
-    "branch per image, over all classes at the whole context length; SGD as ours. Peak memory "
-    "includes weights, optimizer and inputs, and of a graph its capture. Not in this suite: "
+    "train --method gdpl`, replays of a CUDA graph with the copy of the batch into it, "
+    "checkpointed with `--grad-checkpointing`; inference is the folded model in an "
+    "`fa.GraphedCall`, with the copies of images and features in and logits out. “Ours, eager” is "
+    "the same without graphs. Upstream is its loop restated in the same dtype, in eager calls: one "
+    "pass of the text branch per image, over all classes at the whole context length; SGD as ours. "
+    "Peak memory includes the measured model's weights (ours has its token embedding on the CPU, "
+    "as in training), optimizer and inputs, and of a graph its capture. Not in this suite: "
     "torch.compile, which would take minutes here."
 )
 SHAPES = ((4, 10), (4, 100), (32, 10), (32, 100))
@@ -184,32 +187,34 @@ def record(clip: nn.Module, batch: int, classes: int) -> dict[str, Any]:
         # A tiny learning rate keeps the weights as they are.
         optimizer = make_optimizer(model, GDPLTrainConfig(lr=LR))
         take = training_step(network, optimizer, graph=graph, say=steps.say)
-        return steps.measure(lambda: take(LR, labels, images, features), graph=graph)
+        found = steps.measure(lambda: take(LR, labels, images, features), graph=graph)
+        model.zero_grad(set_to_none=True)
+        return found
 
-    def infer(network: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return network(images, features)
+    def infer(network: nn.Module, graph: bool = False) -> dict[str, Any]:
+        call = GraphedCall(network, say=steps.say) if graph else torch.no_grad()(network)
+        return steps.measure(lambda: call(images, features), graph=graph)
 
+    def ours(measured: Callable[..., dict[str, Any]], network: nn.Module) -> dict[str, Any]:
+        found = {"ours": measured(network, graph=True)}
+        # Without a GPU it is the same.
+        return found | ({"ours, eager": measured(network)} if images.is_cuda else {})
+
+    # Weights of a model that is not measured wait on the CPU.
+    folded.to("cpu")
+    loop = {"training": step(upstream), "inference": infer(upstream)}
+    del upstream
+    model.offload_token_embedding()
+    found = {"training step": {"upstream": loop["training"], **ours(step, model)}}
+    model.set_grad_checkpointing()
+    checkpointed = {"upstream": loop["training"], **ours(step, model)}
+    found["training step, checkpointed"] = checkpointed
+    model.to("cpu")
+    folded.to(images.device).offload_token_embedding()
+    found["inference"] = {"upstream": loop["inference"], **ours(infer, folded)}
     target = SPEEDUPS.get((batch, classes)) if torch.cuda.is_available() else None
     targets = {} if target is None else {"target_speedup": [target, "upstream"]}
-    result["parts"] = {
-        "training step": steps.part(
-            {
-                "upstream": step(upstream),
-                "ours": step(model, graph=True),
-                # Without a GPU it is the same.
-                **({"ours, eager": step(model)} if images.is_cuda else {}),
-            },
-            **targets,
-        ),
-        "inference": steps.part(
-            {
-                "upstream": steps.measure(lambda: infer(upstream)),
-                "ours": steps.measure(lambda: infer(folded)),
-            },
-            **targets,
-        ),
-    }
+    result["parts"] = {part: steps.part(values, **targets) for part, values in found.items()}
     return result
 
 
@@ -227,6 +232,6 @@ def _check(model, folded, upstream, tokens, images, features, labels):
     precise = copy.deepcopy(model).to(torch.float32 if images.is_cuda else torch.float64)
     truth = found(UpstreamLoop(precise, tokens), precise)
     ours = found(model, model)
-    with torch.no_grad():
-        ours["folded logits"] = folded(images, features).to(truth["logits"].dtype)
+    graphed = GraphedCall(folded, say=steps.say)
+    ours["folded logits"] = graphed(images, features).to(truth["logits"].dtype)
     return steps.check(ours, found(upstream, model), truth)

@@ -129,17 +129,21 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def peak_memory(call: Call, *, total: bool = False, calls: int = 1) -> float | None:
+def peak_memory(
+    call: Call, *, total: bool = False, calls: int = 1, warm: bool = True
+) -> float | None:
     """MiB on the GPU that one call needs at most; ``None`` without a GPU.
 
     Args:
         total: count what was there before (weights, inputs), too.
         calls: this many instead of one. What a graph needs shows while it is captured: replays
             take nothing new.
+        warm: call once before, which may need more (libraries load, kernels compile).
     """
     if not torch.cuda.is_available():
         return None
-    call()
+    if warm:
+        call()
     torch.cuda.synchronize()
     before = 0 if total else torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

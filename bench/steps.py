@@ -66,16 +66,18 @@ def measure(
     """Wall time and peak memory of a step, weights and inputs included.
 
     Args:
-        call: takes the step.
+        call: takes the step, or infers. With ``graph``, it was not called before.
         seconds: as for :func:`fastadapt.bench.harness.wall_times`.
-        graph: whether its first calls capture a CUDA graph; replays are timed then.
+        graph: whether its first calls capture a CUDA graph
+            (:class:`fastadapt.GraphedStep`, :class:`fastadapt.GraphedCall`); replays are timed.
 
     Returns:
         ``wall_us`` and ``peak_mib`` (with a GPU); or ``failed``, why there is neither.
     """
     try:
         # Of a graph: the calls that lead to its capture, and a replay.
-        memory = harness.peak_memory(call, total=True, calls=WARMUP if graph else 1)
+        calls = WARMUP + 1 if graph else 1
+        memory = harness.peak_memory(call, total=True, calls=calls, warm=not graph)
         found = {"wall_us": harness.wall_times(call, 20, seconds)}
     except torch.OutOfMemoryError:
         found, memory = {"failed": "out of memory"}, None

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastadapt.cuda_graph import GraphedCall
 from fastadapt.errors import InputError
 from fastadapt.files import read_json
 
@@ -84,7 +86,8 @@ def load_runtime(
             and the file beside it if ``None``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: what there is.
         cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
-            where launches are what takes time. Each batch size costs a capture.
+            where launches are what takes time. Each batch size costs a capture. AOTInductor and
+            TensorRT: of the first eight; what cannot be captured runs without, with a warning.
         threads: on a CPU; the cores that this process may use if ``None``.
 
     Raises:
@@ -271,7 +274,8 @@ class AotiRuntime(Runtime):
             raise InputError(f"{path.name} cannot be loaded: {first_line(error)}") from error
         self.name = f"AOTInductor, {self.device.upper()}"
         self.providers = ("AOTInductor",)
-        self._graphs = CudaGraphs(self._model) if cuda_graph and self.device == "cuda" else None
+        graphed = cuda_graph and self.device == "cuda"
+        self._graphs = GraphedCall(self._model, say=warnings.warn) if graphed else None
 
     @torch.no_grad()
     def run_tensors(self, *inputs: Tensor) -> Tensor:
@@ -321,7 +325,7 @@ class TensorRTRuntime(Runtime):
         self._output = details["outputs"][0]["name"]
         self.name = flavour.name
         self.providers = (flavour.name,)
-        self._graphs = CudaGraphs(self._enqueue) if cuda_graph else None
+        self._graphs = GraphedCall(self._enqueue, say=warnings.warn) if cuda_graph else None
 
     def run_tensors(self, *inputs: Tensor) -> Tensor:
         return (self._graphs or self._enqueue)(*inputs)
@@ -337,37 +341,6 @@ class TensorRTRuntime(Runtime):
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._log.reason)
         return output
-
-
-class CudaGraphs:
-    """A function of tensors as CUDA graphs, one per batch size, captured when it comes."""
-
-    def __init__(self, function: Any):
-        self.function = function
-        self.graphs: dict[int, tuple[Any, tuple[Tensor, ...], Tensor]] = {}
-
-    @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        batch = len(inputs[0])
-        if batch not in self.graphs:
-            self.graphs[batch] = self._capture(tuple(x.clone() for x in inputs))
-        graph, fixed, output = self.graphs[batch]
-        for own, x in zip(fixed, inputs, strict=True):
-            own.copy_(x)
-        graph.replay()
-        return output.clone()
-
-    def _capture(self, fixed: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...], Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.function(*fixed)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.function(*fixed)
-        return graph, fixed, output
 
 
 def usable_cores() -> int:

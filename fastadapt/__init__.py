@@ -13,7 +13,7 @@ import importlib
 from fastadapt import kernels
 from fastadapt.adapt import AdaptConfig, AdaptedModel, adapt
 from fastadapt.checkpoint import convert_cladapter_state_dict, load_adapter, save_adapter
-from fastadapt.cuda_graph import GraphedStep
+from fastadapt.cuda_graph import GraphedCall, GraphedStep
 from fastadapt.errors import InputError
 from fastadapt.layers import CLAdapter, ClusterAttention, LoRALinear, QuaternionLinear
 from fastadapt.lora import LoRAConfig, load_peft
@@ -24,6 +24,7 @@ __all__ = [
     "AdaptedModel",
     "CLAdapter",
     "ClusterAttention",
+    "GraphedCall",
     "GraphedStep",
     "InputError",
     "LoRAConfig",

@@ -229,6 +229,14 @@ def train(
         Literal["base", "all"],
         typer.Option(help="base: half of them; the others are novel.", rich_help_panel=GDPL),
     ] = "base",
+    grad_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--grad-checkpointing",
+            help="Compute layers again in the backward pass: less memory.",
+            rich_help_panel=GDPL,
+        ),
+    ] = False,
     eval_data: Annotated[
         list[Path] | None,
         typer.Option(help="Another data set to evaluate; repeatable.", rich_help_panel=GDPL),

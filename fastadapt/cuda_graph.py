@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: no launch of its operators waits for the host."""
+"""Training steps and inference as CUDA graphs: no launch of their operators waits for the host."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class GraphedStep:
     Args:
         step: a function of tensors without gradients, which gives a tensor or a tuple of them.
         say: called with the reason, once, if the step stays uncaptured on a GPU.
+        what: the subject of that line.
 
     Returns:
         What the step returns, detached; later calls leave it as it is.
@@ -44,9 +45,16 @@ class GraphedStep:
     Source: PyTorch's documentation, CUDA semantics, "Whole-network capture".
     """
 
-    def __init__(self, step: Callable[..., Outputs], *, say: Callable[[str], object] | None = None):
+    def __init__(
+        self,
+        step: Callable[..., Outputs],
+        *,
+        say: Callable[[str], object] | None = None,
+        what: str = "training",
+    ):
         self._step = step
         self._say = say
+        self._what = what
         self._gpu: _Gpu | None = None
         self._calls: Counter[tuple] = Counter()  # by the inputs' shapes
         self._decided = False  # whether there is a graph, or will be none
@@ -60,7 +68,7 @@ class GraphedStep:
         return self._replay is not None
 
     def __call__(self, *inputs: Tensor) -> Outputs:
-        shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)
+        shapes = _shapes(inputs)
         if shapes == self._shapes:
             for static, x in zip(self._inputs, inputs, strict=True):
                 static.copy_(x)
@@ -86,8 +94,65 @@ class GraphedStep:
             except Exception as error:  # whatever it is, the calls before this one went well
                 why_not = next(iter(str(error).splitlines()), type(error).__name__)
         if why_not is not None and self._say is not None:
-            self._say(f"training runs operator by operator, without a CUDA graph: {why_not}")
+            self._say(f"{self._what} runs operator by operator, without a CUDA graph: {why_not}")
         return outputs
+
+
+class GraphedCall:
+    """A function for inference, replayed as CUDA graphs: one for each shape of its inputs.
+
+    A new shape is captured when it first comes, after a few calls on the same inputs. Whatever
+    cannot be captured runs operator by operator, with the same result: CPU tensors, what waits for
+    the GPU, a graph that does not fit into the memory, shapes beyond the first ``most``. A replay
+    calls no Python, so the function must do the same work every time, ``torch.autocast`` inside,
+    not around it. A model keeps its tensors (``load_state_dict`` does): after ``model.to`` or
+    :meth:`fastadapt.gdpl.GDPLModel.set_class_names` it needs another ``GraphedCall``.
+
+    Args:
+        function: of tensors, gives a tensor or a tuple of them; a folded model, for one. Called
+            without gradients. It must not write to its inputs.
+        most: graphs; each keeps memory of its own, and a copy of its inputs.
+        say: called with the reason, once for each shape that stays uncaptured on a GPU.
+
+    Returns:
+        What the function returns; later calls leave it as it is.
+
+    Source: as :class:`GraphedStep`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Outputs],
+        *,
+        most: int = 8,
+        say: Callable[[str], object] | None = None,
+    ):
+        self._function = function
+        self._most = most
+        self._say = say
+        self._graphs: dict[tuple, GraphedStep] = {}
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return sum(graph.captured for graph in self._graphs.values())
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        # Not in inference mode: a graph's inputs would be tensors that nothing outside may fill.
+        with torch.inference_mode(False), torch.no_grad():
+            shapes = _shapes(inputs)
+            if shapes not in self._graphs:
+                if len(self._graphs) == self._most or _gpu(inputs[0].device) is None:
+                    return self._function(*inputs)
+                graph = GraphedStep(self._function, say=self._say, what="inference")
+                for _ in range(WARMUP):
+                    graph(*inputs)
+                self._graphs[shapes] = graph
+            return self._graphs[shapes](*inputs)
+
+
+def _shapes(inputs: tuple[Tensor, ...]) -> tuple:
+    return tuple((x.shape, x.dtype, x.device) for x in inputs)
 
 
 def _each(outputs: Outputs, function: Callable[[Tensor], Tensor]) -> Outputs:
@@ -113,7 +178,7 @@ _failed: list[torch.cuda.CUDAGraph] = []  # kept: PyTorch's allocators may ask t
 
 
 class _Gpu:
-    """What :class:`GraphedStep` needs of CUDA."""
+    """What graphs need of CUDA."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -130,6 +195,7 @@ class _Gpu:
 
     def watch(self, call: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
         """The same; and a reason against a capture, if there is one."""
+        torch.cuda.reset_peak_memory_stats(self._device)  # other work before may have needed more
         with _waits() as waits:
             outputs = self.run(call)
         if waits:

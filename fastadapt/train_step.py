@@ -55,7 +55,9 @@ def training_step(
         with autocast():
             y = logits(*inputs)
         loss = F.cross_entropy(y.float(), labels, class_weights, label_smoothing=label_smoothing)
-        scaler.scale(loss).backward()
+        # In this thread: a thread of autograd's would have a workspace of cuBLAS of its own.
+        with torch.autograd.set_multithreading_enabled(False):
+            scaler.scale(loss).backward()
         if clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(trained, clip_grad)

@@ -1,8 +1,9 @@
-"""Training steps as CUDA graphs: the logic with a stand-in for CUDA, the rest on a GPU."""
+"""Steps and inference as CUDA graphs: the logic with a stand-in for CUDA, the rest on a GPU."""
 
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,13 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt import cuda_graph, trainer
-from fastadapt.cuda_graph import WARMUP, GraphedStep
+from fastadapt.cuda_graph import WARMUP, GraphedCall, GraphedStep
+from fastadapt.data import read_dataset
 from fastadapt.files import read_tensors
-from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, train_gdpl
+from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, evaluate, train_gdpl
+from fastadapt.gdpl.fewshot import of_classes
+from fastadapt.preprocess import Preprocess
+from fastadapt.progress import progress_bars
 from fastadapt.train import TrainConfig, train
 from fastadapt.train_step import Losses, training_step
 from tests.gdpl_models import make_colours, save_source
@@ -163,6 +168,71 @@ class TestLogic:
         assert stand_in.eager == stand_in.captures == 0
 
 
+class TestCalls:
+    """Inference."""
+
+    def test_a_shape_is_captured_when_it_comes(self, stand_in):
+        model = network()
+        call = GraphedCall(model)
+        for index, (x, _) in enumerate(batches(9, sizes=(8, 3, 5)), start=1):
+            y = call(x)
+            assert torch.equal(y, model(x)) and not y.requires_grad
+            assert stand_in.captures == call.captured == min(index, 3)
+            assert stand_in.replays == index
+        assert stand_in.eager == 3 * WARMUP
+
+    def test_there_are_no_more_than_asked_for(self, stand_in):
+        model = network()
+        call = GraphedCall(model, most=1)
+        for x, _ in batches(9, sizes=(8, 3, 5)):
+            assert torch.equal(call(x), model(x))
+        assert (stand_in.captures, stand_in.replays) == (1, 3)
+
+    def test_outputs_are_copies(self, stand_in):
+        call = GraphedCall(lambda x: (x + 1, x.sum(1)))
+        kept = [(x := torch.full((2, 2), float(i)), *call(x)) for i in range(5)]
+        for index, (x, y, total) in enumerate(kept):
+            assert x.eq(index).all() and y.eq(index + 1).all() and total.eq(2 * index).all()
+
+    @pytest.mark.parametrize("first", [torch.inference_mode, nullcontext])
+    def test_called_in_inference_mode_and_outside(self, stand_in, first):
+        model = network()
+        call = GraphedCall(model)
+        contexts = (first, nullcontext, torch.inference_mode, first)
+        for (x, _), context in zip(batches(4), contexts, strict=True):
+            with context():
+                x = x.clone()
+                assert torch.equal(call(x), model(x))
+        assert stand_in.captures == 1
+
+    @pytest.mark.parametrize("how", ["waits", "fails"])
+    def test_what_cannot_be_captured_stays_eager(self, monkeypatch, how):
+        said = []
+        reason = "the step waits for the GPU"
+        settings = {"why_not": reason} if how == "waits" else {"error": RuntimeError(reason)}
+        gpu = StandIn(**settings).install(monkeypatch)
+        model = network()
+        call = GraphedCall(model, say=said.append)
+        for x, _ in batches(6, sizes=(8, 3)):
+            assert torch.equal(call(x), model(x))
+        line = f"inference runs operator by operator, without a CUDA graph: {reason}"
+        assert said == [line] * 2, "once for each shape"
+        assert call.captured == gpu.replays == 0
+
+    def test_a_call_that_fails_does_so_again(self, stand_in):
+        call = GraphedCall(network())
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                call(torch.ones(2, 5))
+        assert call(torch.ones(2, 12)).shape == (2, 5) and stand_in.captures == 1
+
+    def test_without_a_gpu_nothing_is_called_twice(self):
+        calls = []
+        call = GraphedCall(lambda x: calls.append(x) or x * 2)
+        assert torch.equal(call(torch.ones(3)), torch.full((3,), 2.0))
+        assert len(calls) == 1 and not call.captured
+
+
 class TestLosses:
     def test_losses_are_summed_over_images_and_checked(self):
         seen = []
@@ -207,6 +277,26 @@ def rows_of(out):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp("images") / "data", 8)
+
+
+def measured(places, monkeypatch, *, graph, device="cpu", amp=nullcontext, least=3):
+    """Metrics of two tasks with other classes, of CLIP alone and of GDPL."""
+    source, data = places
+    monkeypatch.setattr(evaluate, "LEAST_STEPS", least)
+    torch.manual_seed(0)
+    model = source.create(PLACES, GDPLConfig(depth=2, rank=2, rank_depth=2)).to(device)
+    images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
+    samples = read_dataset(data, 0.2).samples
+    with progress_bars(quiet=True) as progress:
+        evaluator = evaluate.Evaluator(
+            images, torch.device(device), 1, amp, progress, batch_size=4, graph=graph
+        )
+        found = []
+        for name, classes in (("base", range(2)), ("novel", range(2, 5))):
+            chosen = tuple(of_classes(samples, classes))
+            task = evaluate.Task(name, chosen, PLACES[classes.start : classes.stop])
+            found += [evaluator.measure(model, task, zero_shot) for zero_shot in (True, False)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +367,18 @@ class TestLoops:
             assert torch.equal(tensor, second[name]), name
         assert rows_of(tmp_path / "eager") == rows_of(tmp_path / "graphed")
 
+    def test_gdpl_s_evaluation(self, places, monkeypatch):
+        want = measured(places, monkeypatch, graph=False)
+        gpu = StandIn().install(monkeypatch)
+        assert measured(places, monkeypatch, graph=True) == want
+        # Two classes are three batches of four, three are four batches and two images; with CLIP
+        # alone and without.
+        assert (gpu.captures, gpu.replays) == (4, 2 * (3 + 4))
+
+    def test_few_batches_are_not_worth_it(self, places, monkeypatch, stand_in):
+        measured(places, monkeypatch, graph=True, least=5)
+        assert stand_in.captures == 0
+
     def test_the_setting(self):
         for kind in (TrainConfig, GDPLTrainConfig):
             with pytest.raises(fa.InputError, match="cuda_graph is 'on'; expected one of auto, of"):
@@ -285,6 +387,10 @@ class TestLoops:
 
 # On a GPU rounding may differ; small steps keep it small.
 SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
+
+
+def bf16():
+    return torch.autocast("cuda", torch.bfloat16)
 
 
 class Waits(nn.Module):
@@ -418,10 +524,7 @@ class TestOnAGPU:
         assert torch.cuda.memory_reserved() <= before + 2**22
 
     def test_autocast(self):
-        def half():
-            return torch.autocast("cuda", torch.bfloat16)
-
-        found = [trained(graph=g, device="cuda", autocast=half, steps=20) for g in (True, False)]
+        found = [trained(graph=g, device="cuda", autocast=bf16, steps=20) for g in (True, False)]
         same(*found)
 
     @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -493,6 +596,52 @@ class TestOnAGPU:
         replays = count_replays(monkeypatch)
         run(images, tmp_path / "run", replace(CONFIG, stages=1, amp="fp16"), device="cuda")
         assert not replays
+
+    @pytest.mark.parametrize("amp", [nullcontext, bf16])
+    def test_gdpl_s_evaluation(self, places, monkeypatch, amp):
+        want = measured(places, monkeypatch, graph=False, device="cuda", amp=amp)
+        replays = count_replays(monkeypatch)
+        assert measured(places, monkeypatch, graph=True, device="cuda", amp=amp) == want
+        assert len(replays) == 2 * (3 + 4)
+
+    def test_inference(self):
+        """Of a folded adapter, one graph for each batch size, also of a model that moves on."""
+        torch.manual_seed(0)
+        backbone = nn.Conv2d(3, 64, 8, stride=8)
+        config = fa.AdaptConfig(rank=16, num_centers=5, input_size=(3, 32, 32))
+        folded = fa.fold(fa.adapt(backbone, config, num_classes=5)).cuda()
+        call = GraphedCall(folded)
+        for index in range(6):
+            x = torch.randn((4, 1)[index % 2], 3, 32, 32, device="cuda")
+            with torch.inference_mode():
+                want = folded(x)
+            torch.testing.assert_close(call(x), want, rtol=1e-4, atol=1e-4)
+            with torch.no_grad():
+                folded.head.bias += 1  # in place: replays see it
+        assert call.captured == 2
+
+    @pytest.mark.parametrize("kind", [Waits, WaitsInACapture, FailsInACapture])
+    def test_inference_that_cannot_be_captured_stays_eager(self, kind):
+        said, model = [], kind("cuda").eval()
+        call = GraphedCall(model, say=said.append)
+        for x, _ in batches(6, "cuda", sizes=(8, 3)):
+            assert torch.equal(call(x), model(x))
+        assert len(said) == 2 and "inference runs operator by operator" in said[0]
+        assert not call.captured
+        settings = {"device": "cuda", "dropout": 0.3}
+        same(trained(graph=True, **settings), trained(graph=False, **settings))
+
+    def test_memory_of_inference_is_freed(self):
+        model = network("cuda")
+        GraphedCall(model)(torch.randn(8, 12, device="cuda"))  # workspaces of libraries stay
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        call = GraphedCall(model)
+        call(torch.randn(1 << 18, 12, device="cuda"))
+        assert call.captured and torch.cuda.memory_reserved() > before + 2**24
+        del call
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= before + 2**22
 
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
     @pytest.mark.parametrize("amp", ["off", "bf16"])

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import fastadapt as fa
+from fastadapt.cuda_graph import WARMUP
 from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, load_gdpl, train_gdpl
 from fastadapt.gdpl.loop import make_optimizer
+from fastadapt.train_step import training_step
 from tests.gdpl_models import clip_model, make_colours, save_source
 from tests.test_gdpl import NAMES, SMALL, WIDTH, randomize, small_model, trained
 
@@ -195,6 +197,74 @@ def test_forward_and_backward_in_a_cuda_graph(half):
     torch.testing.assert_close(logits, step(), rtol=loose, atol=loose)
     for name, p in trained(model).items():
         assert (got[name] - p.grad).norm() <= loose * p.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_checkpointed_steps_in_a_cuda_graph(half):
+    """The same loss as of steps that keep everything, captured and eager; less memory."""
+    said, losses, peaks = [], [], []
+    for graph, less in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        model = randomize(small_model(QUIET)).to(DEVICE).train()
+        if half:
+            model.set_frozen_dtype(torch.bfloat16)
+        model.set_grad_checkpointing(less)
+        step = training_step(
+            model,
+            make_optimizer(model, ADAMW),
+            lambda: torch.autocast(DEVICE, torch.bfloat16, enabled=half),
+            graph=graph,
+            say=said.append,
+        )
+        x, f, labels = batch(64)
+        step(1e-3, labels, x, f)  # the optimizer has its state from here on
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        losses += [step(1e-3, labels, x, f)[0] for _ in range(WARMUP + 2)][-1:]
+        peaks.append(torch.cuda.max_memory_allocated() - held)
+    assert not said
+    assert peaks[2] < peaks[1]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=5e-2 if half else 1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_inference_as_cuda_graphs(half):
+    """Of the folded model, with other classes in another graph; and of CLIP alone."""
+    model = randomize(small_model(QUIET)).to(DEVICE).eval()
+    folded = fa.fold(model)
+    if half:
+        model.bfloat16(), folded.bfloat16()
+    loose = 0.05 if half else 1e-3  # captured products may be computed in another order
+    for names in (NAMES, ["harbour", "sea"]):
+        model.set_class_names(names), folded.set_class_names(names)
+        said = []
+        predict = fa.GraphedCall(folded, say=said.append)
+        alone = fa.GraphedCall(model.zero_shot, say=said.append)
+        for count in (4, 1, 4, 1):
+            x, f, _ = batch(count, torch.bfloat16 if half else torch.float32)
+            x, f = x + torch.rand_like(x), f + torch.rand_like(f)
+            got, own = predict(x, f), alone(x)
+            with torch.inference_mode():
+                want, clip = folded(x, f), model.zero_shot(x)
+            assert got.shape == (count, len(names))
+            torch.testing.assert_close(got, want, rtol=loose, atol=loose)
+            torch.testing.assert_close(own, clip, rtol=loose, atol=loose)
+        assert not said and predict.captured == alone.captured == 2
+
+
+def test_the_token_embedding_may_stay_on_the_cpu():
+    model = randomize(small_model(QUIET)).to(DEVICE).eval().set_class_names(NAMES)
+    x, f, _ = batch()
+    want, clip = model(x, f), model.zero_shot(x)
+    model.offload_token_embedding().set_class_names(NAMES)
+    assert model.clip.token_embedding.weight.device.type == "cpu"
+    torch.testing.assert_close(model(x, f), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.zero_shot(x), clip, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fa.fold(model)(x, f), want, rtol=1e-4, atol=1e-4)
+    model.set_frozen_dtype(torch.bfloat16)
+    assert model.clip.token_embedding.weight.device.type == "cpu"
+    assert model.to(DEVICE).clip.token_embedding.weight.device.type == DEVICE
 
 
 @pytest.mark.parametrize("half", [False, True])

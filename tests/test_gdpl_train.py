@@ -154,6 +154,18 @@ class TestTraining:
         for name, p in a.named_parameters():
             assert torch.equal(p, b.get_parameter(name)), name
 
+    def test_grad_checkpointing_gives_the_same_weights(self, source, data, tmp_path):
+        for name, less in (("kept", False), ("again", True)):
+            config = replace(QUICK, grad_checkpointing=less)
+            train_gdpl(data, tmp_path / name, source, config, GDPL)
+        a, b = (load_gdpl(tmp_path / name) for name in ("kept", "again"))
+        for name, p in a.named_parameters():
+            assert torch.equal(p, b.get_parameter(name)), name
+        one, other = (
+            json.loads((tmp_path / name / "results.json").read_text()) for name in ("kept", "again")
+        )
+        assert one == other  # so that a run may be resumed with the other setting
+
     def test_divergence_is_told(self, source, data, tmp_path):
         config = replace(QUICK, lr=1e30, optimizer="sgd", warmup_epochs=0)
         with pytest.raises(fa.InputError, match="lower --lr"):
@@ -208,6 +220,7 @@ class TestCommand:
 
     def test_trains_and_prints_the_table(self, command, source, data, other_data, tmp_path):
         options = self.options(source, data, tmp_path / "run")
+        options += ("--grad-checkpointing",)
         code, said = command(*options, "--seeds", "1,2", "--eval-data", other_data)
         assert code == 0, said.err
         assert "harmonic" in said.out and "mean of 2" in said.out

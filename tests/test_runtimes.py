@@ -15,7 +15,6 @@ from fastadapt.export.artefact import Batches
 from fastadapt.export.engines import compare_runtime
 from fastadapt.export.precision import MixedPrecision, precision_units
 from fastadapt.export.runtimes import (
-    CudaGraphs,
     RuntimeUnavailable,
     TensorRTRuntime,
     load_runtime,
@@ -247,10 +246,3 @@ class TestGpu:
         found = compare_runtime(runtime, {"images": x}, expected, batches, precision="fp16")
         assert [parity.batch for parity in found] == [1, 5, 8, 64]
         assert [parity.problems for parity in found] == [()] * 4
-
-    def test_cuda_graphs(self):
-        graphs = CudaGraphs(lambda x: x * 2 + 1)
-        for value in (1.0, 2.0):
-            x = torch.full((3, 2), value, device="cuda")
-            assert torch.equal(graphs(x), x * 2 + 1)
-        assert len(graphs.graphs) == 1

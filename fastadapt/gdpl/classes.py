@@ -42,10 +42,10 @@ class ClassTree(nn.Module):
 
         device = text.positional_embedding.device
         own = nodes[: len(nodes) - n_ctx]
-        tokens = torch.tensor([node[-1] for node in own], device=device)
         positions = torch.tensor([len(node) - 1 for node in own], device=device)
         with torch.no_grad():
-            embeddings = text.token_embedding(tokens) + text.positional_embedding[positions]
+            embeddings = embed_tokens(text, [node[-1] for node in own])
+            embeddings = embeddings + text.positional_embedding[positions]
         ends = torch.tensor([index[tuple(row)] for row in rows])
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.register_buffer("_mask", mask.to(device, embeddings.dtype), persistent=False)
@@ -101,8 +101,7 @@ class ClassPrompts(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         context = None
         if has_words:
-            words = torch.tensor(rows[0][1 : 1 + n_ctx], device=positions.device)
-            context = text.token_embedding(words).detach()
+            context = embed_tokens(text, rows[0][1 : 1 + n_ctx])
         self.register_buffer("context", context, persistent=False)
         chunks = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
         self.trees = nn.ModuleList(ClassTree(text, part, n_ctx) for part in chunks)
@@ -133,6 +132,13 @@ class ClassPrompts(nn.Module):
             x = run_blocks(blocks, x, deep_prompts, updates, mask, grad_checkpointing)
             features.append(project_text(text, x.index_select(1, tree.ends)))
         return torch.cat(features, dim=1)
+
+
+@torch.no_grad()
+def embed_tokens(text: nn.Module, tokens: Sequence[int]) -> Tensor:
+    """[tokens, D], on the text branch's device, wherever the embedding lies."""
+    table = text.token_embedding.weight
+    return table[torch.tensor(tokens, device=table.device)].to(text.positional_embedding.device)
 
 
 def tokenize_classes(

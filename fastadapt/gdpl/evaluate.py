@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from fastadapt.cuda_graph import LEAST_STEPS, GraphedCall
 from fastadapt.data import Sample
 from fastadapt.features import ImageSource
 from fastadapt.gdpl.features import FeatureTable
@@ -52,6 +54,7 @@ class Evaluator:
         progress: bars and lines.
         table: domain features that were computed before; ``None`` if the model computes them.
         batch_size: in images.
+        graph: on a GPU, replay a CUDA graph where a task has batches enough.
     """
 
     preprocess: Preprocess
@@ -61,6 +64,7 @@ class Evaluator:
     progress: Progress
     table: FeatureTable | None = None
     batch_size: int = 32
+    graph: bool = False
     _features: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def domain_features(self, model: GDPLModel, samples: Sequence[Sample]) -> Tensor:
@@ -95,17 +99,28 @@ class Evaluator:
         known = self._features.setdefault(task.name, [])
         if self.table is not None and not known:
             known += self.domain_features(model, task.samples).split(self.batch_size)
+        predict = self._prediction(model.zero_shot if zero_shot else model, len(order))
         predictions = []
         with torch.inference_mode():
             for index, (images, labels) in enumerate(source.batches(order, None, self.batch_size)):
                 if not zero_shot and index == len(known):
                     known.append(self._encode(model, images))
-                with self.autocast():
-                    logits = model.zero_shot(images) if zero_shot else model(images, known[index])
-                predictions += logits.argmax(1).tolist()
+                predicted = predict(images) if zero_shot else predict(images, known[index])
+                predictions += predicted.tolist()
                 self.progress.advance(bar, len(labels))
         self.progress.remove_task(bar)
         return classification_metrics(source.labels, np.array(predictions), task.classes)
+
+    def _prediction(self, logits: Callable[..., Tensor], images: int) -> Callable[..., Tensor]:
+        """The most likely classes [B]. Its graph is of full batches, and of the classes now."""
+
+        def predict(*inputs: Tensor) -> Tensor:
+            with self.autocast():
+                return logits(*inputs).argmax(1)
+
+        if not self.graph or images // self.batch_size < LEAST_STEPS:
+            return predict
+        return GraphedCall(predict, most=1, say=partial(self.progress.console.print, markup=False))
 
 
 def accuracies(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -37,6 +37,9 @@ class GDPLTrainConfig:
         weight_decay, clip_grad, warmup_epochs, amp, cuda_graph, augment, val_fraction: as in
             :class:`fastadapt.train.TrainConfig`. The validation split is evaluated where the data
             set has no test split; it selects nothing: the last epoch is kept, as in the paper.
+            Evaluations with 20 full batches of 32 images and more replay CUDA graphs, too.
+        grad_checkpointing: keep the layers' inputs alone for the backward pass, and compute the
+            rest again: less memory, slower steps, the same result.
     """
 
     shots: int = 16
@@ -50,6 +53,7 @@ class GDPLTrainConfig:
     warmup_epochs: float = 1.0
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     cuda_graph: Literal["auto", "off"] = "auto"
+    grad_checkpointing: bool = False
     augment: Literal["none", "flips", "dihedral", "crops"] = "crops"
     val_fraction: float = 0.2
 

@@ -216,6 +216,15 @@ class GDPLModel(nn.Module):
                 module.to(dtype)
         return self.set_class_names(self.class_names)
 
+    def offload_token_embedding(self) -> GDPLModel:
+        """Moves the CLIP model's token embedding to the CPU, a sixth of ViT-B/16's weights.
+
+        It is read when class names change, and never else. ``to`` moves it along again. The CLIP
+        model's own ``encode_text`` needs it where the other weights are.
+        """
+        towers.text_tower(self.clip).token_embedding.to("cpu")
+        return self
+
     def domain_features(self, images: Tensor) -> Tensor:
         """Features [B, D_f] of images [B, 3, H, W], to be kept if the images come again.
 

@@ -132,7 +132,10 @@ def run_blocks(
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
         if grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run_block, block, x, update, mask, use_reentrant=False)
+            # The frozen layers draw no random numbers, whose state no CUDA graph could save.
+            x = checkpoint(
+                run_block, block, x, update, mask, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x = run_block(block, x, update, mask)
     return x

@@ -132,7 +132,8 @@ def train_gdpl(
             model = source.create(tasks[0].classes, gdpl_config)
             for task in tasks:  # names that do not fit are refused before any training
                 model.set_class_names(task.classes)
-            model.set_class_names(tasks[0].classes).to(target)
+            model.set_class_names(tasks[0].classes).to(target).offload_token_embedding()
+            model.set_grad_checkpointing(config.grad_checkpointing)
             settings = {
                 "data": dataset.fingerprint(),
                 "fingerprint": fingerprints(model),
@@ -142,7 +143,8 @@ def train_gdpl(
                 **asdict(config),
                 "classes": {task.name: task.classes for task in tasks},
             }
-            del settings["cuda_graph"]  # the result does not depend on it
+            for name in ("cuda_graph", "grad_checkpointing"):
+                del settings[name]  # the result does not depend on it
             folder, state, found = folders[seed], State(), None
             if resume and (folder / STATE).is_file():
                 state, then = load_state(folder / STATE)
@@ -158,6 +160,7 @@ def train_gdpl(
                 images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
                 check_augment(config.augment, images)
                 evaluator = Evaluator(images, target, workers, autocast, progress, table)
+                evaluator.graph = config.cuda_graph == "auto"
             shots = sample_shots(train_samples, config.shots, seed)
             if amp is not None:
                 model.set_frozen_dtype(amp)
