@@ -38,7 +38,7 @@ from fastadapt.export.manifest import (
 )
 from fastadapt.export.material import (
     Material,
-    check_int8,
+    check_quantization,
     engine_source,
     failed_onnx,
     gate,
@@ -295,8 +295,9 @@ class _Export:
     def _prepare(self, trained: Trained, samples: Samples) -> Material:
         """Reads the images and folds the model."""
         settings = self.settings
-        if settings.engines.int8:
-            check_int8(trained, samples)
+        for flag, wanted in (("--int8", settings.engines.int8), ("--fp8", settings.engines.fp8)):
+            if wanted:
+                check_quantization(flag, trained, samples)
         graph_input = GraphInput(
             trained.preprocess, settings.input, settings.normalize, settings.resize
         )
