@@ -4,10 +4,11 @@ import torch
 
 import fastadapt as fa
 from fastadapt.bench import deployment, harness
+from fastadapt.export.fp8 import Float8Linear
 from fastadapt.export.runtimes import load_runtime
 
 SUBJECTS = (
-    deployment.Subject("ViT", "test_vit", 1e9, {8: (7_100, 8_000)}),
+    deployment.Subject("ViT", "test_vit", 1e9, {8: (7_100, 8_000)}, {8: 14_000}),
     deployment.Subject("ConvNeXt", "test_convnext", 1e9),
 )
 
@@ -58,7 +59,8 @@ def test_baselines_agree_and_are_timed(small, monkeypatch):
         speeds = result["tables"][f"{subject}, {deployment.SPEED}"]
         assert [row["batch"] for row in speeds] == [1, 8]
         assert {*names} <= set(speeds[0])
-        assert ("target" in speeds[0]) == (subject == "ViT")
+        assert ("target" in speeds[1]) == ("target in FP8" in speeds[1]) == (subject == "ViT")
+        assert "target" not in speeds[0]
         rows = result["tables"][f"{subject}, {deployment.LATENCY}"]
         assert [row["runtime"] for row in rows] == names
         rows = result["tables"][f"{subject}, {deployment.AGREEMENT}"]
@@ -111,8 +113,54 @@ def test_a_choice_runs_and_prepares_that_alone(small, monkeypatch):
 def test_compilers_share_a_pool(small):
     everything = {subject: deployment.providers(subject, None) for subject in SUBJECTS}
     parts = deployment._parts(everything, (1, 8))
-    assert [part for _, part in parts[:4]] == ["aoti", "aoti", "onnx", "onnx"]
-    assert len(parts) == 8 and len(set(parts)) == 8
+    assert [part for _, part in parts[:6]] == ["fp8", "fp8", "aoti", "aoti", "onnx", "onnx"]
+    assert len(parts) == len(set(parts)) == 10
+
+
+def test_fp8_meets_a_target_of_its_own(small):
+    def row(**speeds):
+        return deployment._speed_row(SUBJECTS[0], 8, {n: {8: v} for n, v in speeds.items()})
+
+    found = row(**{"AOTInductor bf16": 7_000.0, "AOTInductor fp8": 14_500.0})
+    assert (found["met"], found["met in FP8"]) == ("no", "yes")
+    found = row(**{"AOTInductor bf16": 14_500.0, "AOTInductor fp8": 7_000.0})
+    assert (found["met"], found["met in FP8"]) == ("both", "no")
+
+
+def test_fp8_has_bounds_of_its_own(small):
+    images = deployment.make_images(4)
+    with torch.no_grad():
+        want = deployment._behind_input(deployment.make_model(SUBJECTS[0]))(images)
+    spread = want.var(dim=0, correction=0).mean().sqrt()
+
+    def call(images):
+        return want * (1 + 0.2 * spread / want.abs().max())
+
+    for precision, passed in (("bf16", False), ("fp8", True)):
+        ((parity, same),) = deployment.check(call, images, want.numpy(), precision, [4])
+        assert (parity.passed, same) == (passed, 1.0)
+    assert deployment.BOUNDS["bf16"] == deployment.THRESHOLDS["bf16"]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.title)
+def test_fp8_is_prepared(small, tmp_path, monkeypatch, subject):
+    built = []
+    monkeypatch.setattr(deployment, "check_gpu", lambda: None)
+    monkeypatch.setattr(
+        deployment,
+        "build_aoti",
+        lambda model, example, path, *_, precision: built.append((model, path, precision)),
+    )
+    deployment.prepare(subject, "fp8", str(tmp_path))
+    ((model, path, precision),) = built
+    assert (path.name, precision) == ("model.fp8.pt2", "fp8")
+    layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
+    assert len(layers) > 10
+    images = deployment.make_images(4)
+    with torch.no_grad():
+        want = deployment._behind_input(deployment.make_model(subject))(images).numpy()
+        ((parity, same),) = deployment.check(model, images, want, "fp8", [4])
+    assert parity.passed and same == 1
 
 
 def test_onnx_is_prepared(small, tmp_path):
