@@ -97,7 +97,7 @@ class ExportSettings:
         if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
             raise InputError(
                 "--resize is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
-                "leave out --trt, --aoti, --int8 and --precision, or resize before the graph"
+                "leave out --trt, --aoti, --int8, --fp8 and --precision, or resize before the graph"
             )
         wanted.check()
 
