@@ -440,6 +440,7 @@ def _float8(
         budget=options.fp8_budget,
         batch=options.batch.opt,
         rival=("bf16", source.folder / rival),
+        cuda_graph=True,  # whose speed is the GPU's, not the host's
     )
     return _accepted(artefact, judgement, source)
 

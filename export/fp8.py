@@ -2,9 +2,11 @@
 
 A linear layer becomes a :class:`Float8Linear`; what few numbers decide (cluster attention, the
 head) and everything else stay as they are in bf16. Scales are one number per tensor: those run
-through cuBLASLt, scales per row through slower kernels. The input's scale is fixed from the largest
-value that the user's images give: e4m3 is a floating-point format, which loses nothing by a large
-scale, while values beyond it are cut off.
+through cuBLASLt, scales per row through slower kernels. The input's scale is fixed by the largest
+value that the user's images give. A percentile is worse: e4m3 is a floating-point format and loses
+little by a large scale, but values beyond it are cut off (relative error of a product of 768 terms
+whose inputs are normal, Student's t with 3 degrees of freedom, or normal with 4 channels 100 times
+as large: 0.037, 0.037, 0.038; with the 99.99th percentile 0.038, 0.126, 0.071).
 
 torchao 0.18 was looked at: its static scales for activations are a prototype, and it quantises on
 nothing but a GPU, so that neither calibration nor accuracy could be tested without one.

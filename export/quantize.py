@@ -157,6 +157,7 @@ def judge(
     budget: float,
     batch: int,
     rival: tuple[str, str | Path] | None = None,
+    cuda_graph: bool = False,
 ) -> Judgement:
     """Accuracy and speed of an 8-bit file, in the runtime that serves this machine best.
 
@@ -167,9 +168,12 @@ def judge(
         budget: the accuracy that may be lost, 0.01 for one percentage point.
         batch: at which speed counts.
         rival: precision and file that it must be faster than; ``fp32`` if ``None``.
+        cuda_graph: run both as CUDA graphs, if they run on a GPU.
     """
-    reference, runtime = load_runtime(fp32), load_runtime(quantized)
-    name, other = ("fp32", reference) if rival is None else (rival[0], load_runtime(rival[1]))
+    reference, runtime = load_runtime(fp32), load_runtime(quantized, cuda_graph=cuda_graph)
+    name, other = "fp32", reference
+    if rival is not None:
+        name, other = rival[0], load_runtime(rival[1], cuda_graph=cuda_graph)
     answers: list[list[np.ndarray]] = [[], []]
     for part in images.batches(images.validation):
         for model, found in zip((reference, runtime), answers, strict=True):

@@ -176,7 +176,7 @@ class TestRefused:
             path.with_name(f"{path.name}.json").write_text("{}")
             return {"batch": {"min": 1, "opt": 4, "max": 8}}
 
-        def judge(fp32, quantized, images, *, budget, batch, rival):
+        def judge(fp32, quantized, images, *, budget, batch, rival, cuda_graph):
             assert (fp32.name, quantized.name) == ("model.onnx", "model.fp8.pt2")
             assert (rival[0], rival[1].name, batch) == ("bf16", "model.bf16.pt2", 4)
             figures = (0.8, 0.9, budget, 30, 20, batch, 100, "accuracy", "AOTInductor, CUDA")
