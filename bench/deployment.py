@@ -214,18 +214,17 @@ class Provider:
 
     Attributes:
         precision: whose thresholds it must keep.
-        parts: what :func:`prepare` must have made for it; ``"compile"`` is every batch size.
+        part: what :func:`prepare` must have made for it; ``"compile"`` is every batch size.
         make: gives the call, when its turn comes.
     """
 
     precision: str
-    parts: str | None
+    part: str | None
     make: Callable[[], Call]
 
 
 def providers(subject: Subject, folder: Path) -> dict[str, Provider]:
     """Every way to run a subject, by name."""
-
     model = functools.cache(lambda: make_model(subject))
     folded = functools.cache(lambda: fa.fold(model()))
 
@@ -315,7 +314,7 @@ def _parts(
     todo: dict[Subject, dict[str, Provider]], batches: tuple[int, ...]
 ) -> list[tuple[Subject, str]]:
     """What must be compiled; what takes longest comes first."""
-    needed = [(s, part) for s, some in todo.items() for part in {p.parts for p in some.values()}]
+    needed = [(s, part) for s, some in todo.items() for part in {p.part for p in some.values()}]
     whole = [(s, part) for part in ("fp8", "aoti", "onnx") for s, p in needed if p == part]
     return whole + [(s, str(batch)) for s, part in needed if part == "compile" for batch in batches]
 
