@@ -137,7 +137,12 @@ class TestQuantize:
 
 @pytest.fixture(scope="module")
 def made(made_source, tmp_path_factory):  # noqa: F811
-    """A source, and its files: fp32, bf16 and FP8."""
+    """A source, and its files: fp32, bf16 and FP8; on a GPU, for it."""
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_capability() < fp8.CAPABILITY:
+            pytest.skip("this GPU has no FP8")
+    elif torch.__version__.startswith("2.11."):
+        pytest.skip("what Inductor 2.11 writes in C++ for e4m3 does not compile")
     source = with_images(made_source, tmp_path_factory.mktemp("fp8"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "_speeds", lambda runtimes, example: (10.0, 20.0))
@@ -151,7 +156,7 @@ class TestArtefact:
         assert (artefact.path, artefact.status) == ("model.fp8.pt2", VERIFIED)
         assert artefact.precision == "fp8"
         assert artefact.files == ("model.fp8.pt2", "model.fp8.pt2.json")
-        assert artefact.details["targets"] == [target("cpu")]
+        assert artefact.details["targets"] == [target(engines._device())]
         assert len(artefact.details["fp8_layers"]) == 10
         judgement = artefact.details["judgement"]
         assert (judgement["rival"], judgement["speed"]) == ("bf16", 20.0)
@@ -163,7 +168,7 @@ class TestArtefact:
         runtime = load_runtime(source.folder / "model.fp8.pt2")
         images, want = torch.from_numpy(source.inputs["images"]), torch.from_numpy(source.expected)
         for batch in (1, 3, 8):
-            assert off(runtime(images[:batch]), want) < 0.1
+            assert off(runtime(images[:batch]).cpu(), want) < 0.1
 
 
 class TestRefused:
