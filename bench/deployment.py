@@ -414,7 +414,7 @@ def check(
     return found
 
 
-def images_per_second(call: Call, batch: int, seconds: float = 1.0) -> float:
+def images_per_second(call: Call, batch: int, seconds: float = 0.6) -> float:
     """Calls after one another, waited for at the end; the median of several rounds."""
     x = make_images(batch).to(harness.device())
     calls = 1
