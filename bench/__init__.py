@@ -5,7 +5,9 @@ shape (:func:`fastadapt.bench.operation.measure` makes them), or ``{"left_out": 
 with tables of its own returns ``{"tables": {title: rows}, "notes": [...], "wrong": ...}`` instead,
 with ``"readme"``, the titles that the README shows (all if not given), and ``"records"`` if it
 wants to be in pictures and compared with earlier runs. One that takes long yields that dictionary,
-whole, as often as it has something new, with ``"progress"``, what that is.
+whole, as often as it has something new, with ``"progress"``, what that is. One that can run in
+parts says in ``"about"`` how the titles and lines of this part begin; what a run of the same commit
+had of other parts stays.
 """
 
 from __future__ import annotations
@@ -118,13 +120,14 @@ def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None)
     from fastadapt.files import write_json
 
     started = time.perf_counter()
+    earlier = results["benchmarks"].get(name, {})
     result: dict[str, Any] = {}
     results["benchmarks"][name] = result
     try:
         module = importlib.import_module(f"{__name__}.{name}")
         made = module.run(quick=quick)
         for item in [made] if isinstance(made, dict) else made:
-            said = _add(item, result, module)
+            said = _add(item, result, module, earlier)
             _say(f"{name}: {said}, {time.perf_counter() - started:.0f} s")
             if path is not None:
                 write_json(path, results)
@@ -136,11 +139,15 @@ def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None)
         write_json(path, results)
 
 
-def _add(item: dict[str, Any], result: dict[str, Any], module: ModuleType) -> str:
+def _add(
+    item: dict[str, Any], result: dict[str, Any], module: ModuleType, earlier: dict[str, Any]
+) -> str:
     """What a benchmark yields into its result; returns what to say of it."""
     if "tables" in item:
+        from fastadapt.bench import report
+
         result.clear()
-        result |= item
+        result |= report.joined(earlier, item)
         return result.pop("progress", "tables")
     result.setdefault("title", module.TITLE)
     result.setdefault("notes", [module.NOTES])

@@ -50,6 +50,20 @@ def keep_earlier(path: Path, results: dict[str, Any]) -> None:
         return  # nothing there, or something else
 
 
+def joined(earlier: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a benchmark, and what an earlier run had of others; see :mod:`fastadapt.bench`."""
+    part = dict(part)
+    about = tuple(part.pop("about", ()))
+    if not about or "tables" not in earlier:
+        return part
+    others = {t: rows for t, rows in earlier["tables"].items() if not t.startswith(about)}
+    part["tables"] = others | part["tables"]
+    for key in ("readme", "wrong", "notes", "left_out"):
+        kept = [line for line in earlier.get(key, ()) if not line.startswith(about)]
+        part[key] = list(dict.fromkeys([*kept, *part.get(key, ())]))
+    return part
+
+
 def one_line(error: Exception) -> str:
     """An error in words, without its traceback."""
     text = " ".join(str(error).split())

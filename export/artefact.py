@@ -9,7 +9,7 @@ from fastadapt.errors import InputError
 from fastadapt.export.parity import Parity, Thresholds
 
 KINDS = ("onnx", "tensorrt", "tensorrt_rtx", "aotinductor")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 VERIFIED, UNVERIFIED, REFUSED, FAILED = "verified", "unverified", "refused", "failed"
 
 
@@ -59,7 +59,7 @@ class Artefact:
         kind: ``"onnx"`` (for ONNX Runtime), ``"tensorrt"``, ``"tensorrt_rtx"`` or
             ``"aotinductor"``.
         path: of the file in the bundle; ``None`` if it was refused.
-        precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` or ``"int8"``, as it was built.
+        precision: one of ``PRECISIONS``, as it was built.
         status: ``"verified"`` (ran here and agreed), ``"unverified"`` (cannot run here; ``verify``
             on the target machine settles it), ``"refused"`` (not worth shipping, with the numbers;
             the bundle is good without it) or ``"failed"`` (ran and disagreed: the bundle is
@@ -111,4 +111,5 @@ THRESHOLDS = {
     "fp16": Thresholds(error=0.05, cosine=0.999),
     "bf16": Thresholds(error=0.1, cosine=0.99),
     "int8": Thresholds(error=1.0, cosine=0.5),
+    "fp8": Thresholds(error=1.0, cosine=0.5),
 }

@@ -38,7 +38,7 @@ from fastadapt.export.manifest import (
 )
 from fastadapt.export.material import (
     Material,
-    check_int8,
+    check_quantization,
     engine_source,
     failed_onnx,
     gate,
@@ -97,7 +97,7 @@ class ExportSettings:
         if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
             raise InputError(
                 "--resize is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
-                "leave out --trt, --aoti, --int8 and --precision, or resize before the graph"
+                "leave out --trt, --aoti, --int8, --fp8 and --precision, or resize before the graph"
             )
         wanted.check()
 
@@ -295,8 +295,9 @@ class _Export:
     def _prepare(self, trained: Trained, samples: Samples) -> Material:
         """Reads the images and folds the model."""
         settings = self.settings
-        if settings.engines.int8:
-            check_int8(trained, samples)
+        for flag, wanted in (("--int8", settings.engines.int8), ("--fp8", settings.engines.fp8)):
+            if wanted:
+                check_quantization(flag, trained, samples)
         graph_input = GraphInput(
             trained.preprocess, settings.input, settings.normalize, settings.resize
         )

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError
-from fastadapt.export import aotinductor, precision, tensorrt
+from fastadapt.export import aotinductor, fp8, precision, tensorrt
 from fastadapt.export.artefact import (
     DEFAULT_BATCHES,
     FAILED,
@@ -28,7 +28,7 @@ from fastadapt.export.artefact import (
 from fastadapt.export.gate import Inputs, throughput
 from fastadapt.export.onnx import OPSET
 from fastadapt.export.parity import Parity, compare
-from fastadapt.export.quantize import Images, judge, quantize_int8
+from fastadapt.export.quantize import CALIBRATION_IMAGES, Images, Judgement, judge, quantize_int8
 from fastadapt.export.runtimes import Runtime, RuntimeUnavailable, load_runtime
 
 # The first opset whose convolutions take bf16; from 23 on, attention becomes one operator.
@@ -43,16 +43,18 @@ class EngineOptions:
         trt: a TensorRT or TensorRT-RTX engine.
         aoti: AOTInductor's .pt2.
         int8: an ONNX file in INT8, if it proves good.
+        fp8: a .pt2 in FP8, if it proves good; beside one in bf16.
         precision: of ONNX file, engine and .pt2: ``"fp32"``, ``"fp16"`` or ``"bf16"``.
         batch: the batch sizes they are built and checked for.
         targets, workspace, hardware_compatible, version_compatible: as
             :class:`fastadapt.export.tensorrt.EngineConfig`.
-        int8_budget: how much accuracy INT8 may lose, 0.01 for one percentage point.
+        int8_budget, fp8_budget: how much accuracy they may lose, 0.01 for one percentage point.
     """
 
     trt: bool = False
     aoti: bool = False
     int8: bool = False
+    fp8: bool = False
     precision: str = "fp32"
     batch: Batches = DEFAULT_BATCHES
     targets: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class EngineOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     int8_budget: float = 0.01
+    fp8_budget: float = 0.01
 
     @property
     def tensorrt(self) -> tensorrt.EngineConfig:
@@ -77,14 +80,22 @@ class EngineOptions:
             raise InputError(f"--precision is {self.precision!r}; expected fp32, fp16 or bf16")
         if self.workspace is not None and self.workspace < 1:
             raise InputError(f"--workspace is {self.workspace}; expected MiB, 1 or more")
-        if not 0 <= self.int8_budget < 1:
-            raise InputError(f"the INT8 budget is {self.int8_budget}; expected 0 to 1, 0.01 say")
+        for name, budget in (("INT8", self.int8_budget), ("FP8", self.fp8_budget)):
+            if not 0 <= budget < 1:
+                raise InputError(f"the {name} budget is {budget}; expected 0 to 1, 0.01 say")
         for flag in ("targets", "workspace", "hardware_compatible", "version_compatible"):
             if getattr(self, flag) and not self.trt:
                 name = flag.removesuffix("s").replace("_", "-")
                 raise InputError(f"--{name} is for TensorRT engines: add --trt")
         if self.trt:
             tensorrt.choose_flavour(self.tensorrt)
+        if self.fp8:
+            if not self.aoti or self.precision != "bf16":
+                raise InputError(
+                    "--fp8 is made from the .pt2's model in bf16, and judged beside it: add "
+                    "--aoti --precision bf16"
+                )
+            fp8.check_gpu()
         if self.aoti:
             aotinductor.check_compiler()
 
@@ -105,7 +116,7 @@ class Source:
         classes: whether the outputs are classes.
         write_onnx: (module, path, opset=...) writes an ONNX file; module as ``folded``.
         deployed: puts in front of a module what ``onnx`` has in front: normalisation.
-        images: for INT8.
+        images: for INT8 and FP8.
         speed: measure images per second of what passes.
     """
 
@@ -152,14 +163,14 @@ def build_artefacts(
         found.append(_checked(_artefact(details["kind"], path, name, {**kept, **notes}), source))
         _tell(console, found[-1])
     if options.aoti:
-        path = source.folder / f"{stem}.{name}.pt2"
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = source.deployed(copy.deepcopy(module)).to(device)
-        example = tuple(torch.from_numpy(x[:1]).to(device) for x in source.inputs.values())
         with console.status("compile with AOTInductor …"):
-            details = aotinductor.build_aoti(model, example, path, options.batch, precision=name)
-        found.append(_checked(_artefact("aotinductor", path, name, {**details, **notes}), source))
+            compiled = _compiled(options, source, copy.deepcopy(module), name, notes)
+        found.append(_checked(compiled, source))
         _tell(console, found[-1])
+        if options.fp8 and found[-1].status == VERIFIED:  # else the bundle is rejected
+            with console.status("compile in FP8 …"):
+                found.append(_float8(options, source, module, notes, found[-1].path))
+            _tell(console, found[-1])
     if options.int8:
         with console.status("quantise to INT8 …"):
             found.append(_quantized(options, source))
@@ -374,13 +385,12 @@ def _half_onnx(
 
 
 def _reduce(options: EngineOptions, source: Source, console: Console) -> precision.Reduced:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = [torch.from_numpy(x).split(8) for x in source.inputs.values()]
 
     @torch.no_grad()
     def outputs(module: nn.Module) -> np.ndarray:
-        model = source.deployed(module).to(device)
-        parts = [model(*(x.to(device) for x in part)) for part in zip(*batches, strict=True)]
+        model = source.deployed(module).to(_device())
+        parts = [model(*(x.to(_device()) for x in part)) for part in zip(*batches, strict=True)]
         return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
 
     return precision.reduce_precision(
@@ -394,19 +404,70 @@ def _reduce(options: EngineOptions, source: Source, console: Console) -> precisi
     )
 
 
+def _compiled(
+    options: EngineOptions, source: Source, module: nn.Module, name: str, notes: dict[str, Any]
+) -> Artefact:
+    """AOTInductor's file of a module, which is moved to the GPU if there is one."""
+    path = source.folder / f"{source.onnx.stem}.{name}.pt2"
+    model = source.deployed(module).to(_device())
+    example = tuple(torch.from_numpy(x[:1]).to(_device()) for x in source.inputs.values())
+    details = aotinductor.build_aoti(model, example, path, options.batch, precision=name)
+    return _artefact("aotinductor", path, name, {**details, **notes})
+
+
+def _float8(
+    options: EngineOptions,
+    source: Source,
+    module: precision.MixedPrecision,
+    notes: dict[str, Any],
+    rival: str,
+) -> Artefact:
+    """In FP8, if that is accurate, and faster than ``rival``, the bundle's .pt2 in bf16."""
+    _check_images_alone("--fp8", source)
+    images = source.images()
+    batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
+    given = (torch.from_numpy(batch).to(_device()) for batch in batches)
+    quantized, ranges = fp8.quantize_fp8(module, given, lambda m: source.deployed(m).to(_device()))
+    if not ranges:
+        reason = "no linear layer of tokens has sizes that are multiples of 16"
+        details = {"batch": _sizes(options.batch)}
+        return Artefact("aotinductor", None, "fp8", REFUSED, reason, details=details)
+    artefact = _compiled(options, source, quantized, "fp8", {**notes, "fp8_layers": ranges})
+    judgement = judge(
+        source.onnx,
+        source.folder / artefact.path,
+        images,
+        budget=options.fp8_budget,
+        batch=options.batch.opt,
+        rival=("bf16", source.folder / rival),
+        cuda_graph=True,  # whose speed is the GPU's, not the host's
+    )
+    return _accepted(artefact, judgement, source)
+
+
 def _quantized(options: EngineOptions, source: Source) -> Artefact:
-    if not source.classes:
-        raise InputError("--int8 is judged by its accuracy, and this model has no classes")
-    if len(source.inputs) > 1:
-        raise InputError("--int8 takes models whose only input is images")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_images_alone("--int8", source)
     path, images = source.folder / f"{source.onnx.stem}.int8.onnx", source.images()
-    quantize_int8(source.onnx, path, images, device)
+    quantize_int8(source.onnx, path, images, _device())
     judgement = judge(
         source.onnx, path, images, budget=options.int8_budget, batch=options.batch.opt
     )
-    details = {"batch": _sizes(options.batch), "judgement": judgement.to_dict()}
-    artefact = _artefact("onnx", path, "int8", details)
+    return _accepted(
+        _artefact("onnx", path, "int8", {"batch": _sizes(options.batch)}), judgement, source
+    )
+
+
+def _check_images_alone(flag: str, source: Source) -> None:
+    if not source.classes:
+        raise InputError(f"{flag} is judged by its accuracy, and this model has no classes")
+    if len(source.inputs) > 1:
+        raise InputError(f"{flag} takes models whose only input is images")
+
+
+def _accepted(artefact: Artefact, judgement: Judgement, source: Source) -> Artefact:
+    """An 8-bit file after its gate; if it is refused, its files are deleted."""
+    details = {**artefact.details, "judgement": judgement.to_dict()}
+    artefact = replace(artefact, details=details)
     if not judgement.problems:
         found = _checked(artefact, source, exact=None)
         if found.status == VERIFIED:
@@ -419,6 +480,10 @@ def _quantized(options: EngineOptions, source: Source) -> Artefact:
         (source.folder / file).unlink()
     reason = "; ".join(problems)
     return replace(artefact, path=None, status=REFUSED, reason=reason, files=())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _sizes(batch: Batches) -> dict[str, int]:

@@ -135,25 +135,25 @@ def engine_source(
         classes=material.classes,
         write_onnx=material.write_onnx,
         deployed=lambda module: Deployed(module, material.graph_input),
-        images=lambda: _int8_images(material),
+        images=lambda: _quantization_images(material),
         speed=speed,
     )
 
 
-def check_int8(trained: Trained, samples: Samples) -> None:
-    """Raises InputError if there is nothing to calibrate INT8 with, or to judge it by."""
+def check_quantization(flag: str, trained: Trained, samples: Samples) -> None:
+    """Raises InputError if there is nothing to calibrate INT8 or FP8 with, or to judge it by."""
     if not samples.calibration or not samples.validation:
         raise InputError(
-            "--int8 is calibrated and judged on image files: give a folder of them with --images"
+            f"{flag} is calibrated and judged on image files: give a folder of them with --images"
         )
     if not trained.labels:
-        raise InputError("--int8 is judged by its accuracy, and this model has no classes")
+        raise InputError(f"{flag} is judged by its accuracy, and this model has no classes")
     if trained.domain_features is not None:
-        raise InputError("--int8 is for graphs that take images alone: leave out --domain-input")
+        raise InputError(f"{flag} is for graphs that take images alone: leave out --domain-input")
 
 
-def _int8_images(material: Material) -> Images:
-    """What INT8 is calibrated with, and judged by."""
+def _quantization_images(material: Material) -> Images:
+    """What INT8 and FP8 are calibrated with, and judged by."""
     labels, validation = material.trained.labels, material.samples.validation
     known = all(sample.label in labels for sample in validation)
     preprocess = material.trained.preprocess

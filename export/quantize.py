@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastadapt.errors import InputError
 from fastadapt.export.gate import throughput
@@ -55,15 +56,16 @@ class Images:
 
 @dataclass(frozen=True)
 class Judgement:
-    """INT8 beside fp32, in the same runtime on the same machine.
+    """8 bit beside what it must be as accurate as, and faster than, on the same machine.
 
     Attributes:
         accuracy, accuracy_fp32: on the validation images.
         budget: how much accuracy may be lost.
-        speed, speed_fp32: images per second at ``batch``.
+        speed, speed_rival: images per second at ``batch``.
         images: how many were classified.
         measured: ``"accuracy"``, or ``"agreement"`` with the fp32 model if no classes are known.
         runtime: which.
+        rival: the precision of what it must be faster than.
         problems: why it is refused.
     """
 
@@ -71,11 +73,12 @@ class Judgement:
     accuracy_fp32: float
     budget: float
     speed: float
-    speed_fp32: float
+    speed_rival: float
     batch: int
     images: int
     measured: str
     runtime: str
+    rival: str = "fp32"
     problems: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +88,7 @@ class Judgement:
         return (
             f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
             f"{self.images} images), {self.speed:.3g} images/s at batch {self.batch} "
-            f"(fp32 {self.speed_fp32:.3g}, {self.runtime})"
+            f"({self.rival} {self.speed_rival:.3g}, {self.runtime})"
         )
 
 
@@ -147,27 +150,42 @@ def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: st
 
 
 def judge(
-    onnx: str | Path, int8: str | Path, images: Images, *, budget: float, batch: int
+    fp32: str | Path,
+    quantized: str | Path,
+    images: Images,
+    *,
+    budget: float,
+    batch: int,
+    rival: tuple[str, str | Path] | None = None,
+    cuda_graph: bool = False,
 ) -> Judgement:
-    """Accuracy and speed of two ONNX files, in the runtime that serves this machine best.
+    """Accuracy and speed of an 8-bit file, in the runtime that serves this machine best.
 
     Args:
-        onnx, int8: the files.
+        fp32: a file of the bundle that is as accurate as the model.
+        quantized: the file.
         images: whose validation files judge.
         budget: the accuracy that may be lost, 0.01 for one percentage point.
-        batch: at which speed counts.
+        batch: at which they run; the files take it.
+        rival: precision and file that it must be faster than; ``fp32`` if ``None``.
+        cuda_graph: run both as CUDA graphs, if they run on a GPU.
     """
-    runtimes = (load_runtime(onnx), load_runtime(int8))
+    reference, runtime = load_runtime(fp32), load_runtime(quantized, cuda_graph=cuda_graph)
+    name, other = "fp32", reference
+    if rival is not None:
+        name, other = rival[0], load_runtime(rival[1], cuda_graph=cuda_graph)
     answers: list[list[np.ndarray]] = [[], []]
-    for part in images.batches(images.validation):
-        for runtime, found in zip(runtimes, answers, strict=True):
-            found.append(runtime(part).argmax(axis=1))
-    fp32, quantized = (np.concatenate(found) for found in answers)
-    targets = fp32 if images.targets is None else images.targets
-    accuracy_fp32, accuracy = float((fp32 == targets).mean()), float((quantized == targets).mean())
+    for start in range(0, len(images.validation), batch):
+        part = images.read(images.validation[start : start + batch])
+        full = np.resize(part, (batch, *part.shape[1:]))  # not every file takes fewer
+        for model, found in zip((reference, runtime), answers, strict=True):
+            found.append(model(full)[: len(part)].argmax(axis=1))
+    right, got = (np.concatenate(found) for found in answers)
+    targets = right if images.targets is None else images.targets
+    accuracy_fp32, accuracy = float((right == targets).mean()), float((got == targets).mean())
 
     example = images.read([images.validation[i % len(images.validation)] for i in range(batch)])
-    speed_fp32, speed = _speeds(runtimes, example)
+    speed_rival, speed = _speeds((other, runtime), example)
     measured = "agreement" if images.targets is None else "accuracy"
     problems = []
     if accuracy < accuracy_fp32 - budget:
@@ -175,30 +193,43 @@ def judge(
             f"{measured} falls from {accuracy_fp32:.2%} to {accuracy:.2%}; the budget is "
             f"{100 * budget:g} percentage points"
         )
-    if speed < LEAST_SPEEDUP * speed_fp32:
+    if speed < LEAST_SPEEDUP * speed_rival:
         problems.append(
-            f"{speed:.3g} images/s at batch {batch} where fp32 has {speed_fp32:.3g} "
-            f"({runtimes[1].name}): not faster"
+            f"{speed:.3g} images/s at batch {batch} where {name} has {speed_rival:.3g} "
+            f"({runtime.name}): not faster"
         )
     return Judgement(
         accuracy,
         accuracy_fp32,
         budget,
         speed,
-        speed_fp32,
+        speed_rival,
         batch,
         len(targets),
         measured,
-        runtimes[1].name,
+        runtime.name,
+        name,
         tuple(problems),
     )
 
 
 def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
-    """In turns, so that a machine that is busy for a while is so for both; the best of each."""
-    rounds = [
-        [throughput(lambda r=r: r(example), len(example), 0.5) for r in runtimes] for _ in range(3)
-    ]
+    """In turns, so that a machine that is busy for a while is so for both; the best of each.
+
+    Inputs and outputs stay in the memory of the runtime's device.
+    """
+
+    def once(runtime: Runtime) -> float:
+        given = torch.from_numpy(example).to(runtime.device)
+
+        def call() -> None:
+            runtime(given)
+            if runtime.device == "cuda":
+                torch.cuda.synchronize()
+
+        return throughput(call, len(example), 0.5)
+
+    rounds = [list(map(once, runtimes)) for _ in range(3)]
     return [max(speeds) for speeds in zip(*rounds, strict=True)]
 
 

@@ -45,6 +45,15 @@ def export(
             rich_help_panel=ENGINES,
         ),
     ] = False,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8",
+            help="With --aoti --precision bf16: a .pt2 in FP8, too; kept only if it is accurate "
+            "and faster.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = False,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"],
         typer.Option(
@@ -92,6 +101,10 @@ def export(
     int8_budget: Annotated[
         float,
         typer.Option(help="Accuracy that INT8 may lose, as a share.", rich_help_panel=ENGINES),
+    ] = 0.01,
+    fp8_budget: Annotated[
+        float,
+        typer.Option(help="Accuracy that FP8 may lose, as a share.", rich_help_panel=ENGINES),
     ] = 0.01,
     triton_repo: Annotated[
         Path | None,
@@ -209,6 +222,7 @@ def export(
         trt=trt,
         aoti=aoti,
         int8=int8,
+        fp8=fp8,
         precision=precision,
         batch=Batches.parse(batch),
         targets=tuple(part.strip() for part in target.split(",") if part.strip()),
@@ -216,6 +230,7 @@ def export(
         hardware_compatible=hardware_compatible,
         version_compatible=version_compatible,
         int8_budget=int8_budget,
+        fp8_budget=fp8_budget,
     )
     names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
     console = Console(highlight=False)

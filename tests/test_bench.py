@@ -240,6 +240,24 @@ def test_tables_are_written_as_they_grow(monkeypatch, tmp_path, capsys):
     assert "cluster_attention: a is done, 0 s" in capsys.readouterr().err
 
 
+def test_a_part_joins_what_another_run_had_of_others():
+    earlier = {
+        "tables": {"a, speed": [{"n": 1}], "b, speed": [{"n": 2}]},
+        "notes": ["How.", "a, x: failed"],
+        "left_out": ["b, y: the run ended before it"],
+        "readme": ["a, speed"],
+    }
+    part = {"about": ["b"], "tables": {"b, speed": [{"n": 3}]}, "notes": ["How."], "left_out": []}
+    assert report.joined(earlier, part) == {
+        "tables": {"a, speed": [{"n": 1}], "b, speed": [{"n": 3}]},
+        "notes": ["How.", "a, x: failed"],
+        "left_out": [],
+        "readme": ["a, speed"],
+        "wrong": [],
+    }
+    assert report.joined({}, part) == {k: v for k, v in part.items() if k != "about"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

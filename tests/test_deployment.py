@@ -2,29 +2,37 @@ import numpy as np
 import pytest
 import torch
 
+import fastadapt as fa
 from fastadapt.bench import deployment, harness
+from fastadapt.export.fp8 import Float8Linear
 from fastadapt.export.runtimes import load_runtime
+
+SUBJECTS = (
+    deployment.Subject("ViT", "test_vit", 1e9, {8: (7_100, 8_000)}, {8: 14_000}),
+    deployment.Subject("ConvNeXt", "test_convnext", 1e9),
+)
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The benchmark with a small model, on any device, compiling nothing."""
-    monkeypatch.setattr(deployment, "BACKBONE", "test_vit")
+    """The benchmark with small models, on any device, compiling nothing."""
+    monkeypatch.setattr(deployment, "SUBJECTS", SUBJECTS)
+    monkeypatch.delenv(deployment.CHOICE, raising=False)
     monkeypatch.setattr(deployment, "SIZE", 160)
     monkeypatch.setattr(deployment, "BATCHES", (1, 8))
     monkeypatch.setattr(deployment, "LATENCY_CALLS", 5)
     monkeypatch.setattr(harness, "floor", lambda flops, moved: 1.0)
     times = deployment.images_per_second
     monkeypatch.setattr(deployment, "images_per_second", lambda c, b: times(c, b, seconds=0.01))
-    monkeypatch.setattr(deployment, "_prepare_all", lambda batches, folder: ["nothing prepared"])
+    monkeypatch.setattr(deployment, "_prepare_all", lambda parts, folder: ["nothing prepared"])
 
 
 def keep(monkeypatch, **others):
     """Runs the two eager baselines, and ``others``."""
     providers = deployment.providers
 
-    def some(folder):
-        found = providers(folder)
+    def some(subject, folder):
+        found = providers(subject, folder)
         eager = {name: found[name] for name in list(found)[:2]}
         return eager | others
 
@@ -34,19 +42,30 @@ def keep(monkeypatch, **others):
 def test_baselines_agree_and_are_timed(small, monkeypatch):
     keep(monkeypatch)
     first, *_, result = deployment.run()
+    names = ["upstream, AMP bf16, eager", "bf16, eager"]
     assert first["left_out"] == [
-        "upstream, AMP bf16, eager: the run ended before it",
-        "bf16, eager: the run ended before it",
+        f"{subject}, {name}: the run ended before it"
+        for subject in ("ViT", "ConvNeXt")
+        for name in names
     ]
-    assert result["left_out"] == [] and "bf16, eager: " in result["progress"]
-    assert result["wrong"] == []
-    speeds = result["tables"][deployment.SPEED]
-    assert [row["batch"] for row in speeds] == [1, 8]
-    assert {"upstream, AMP bf16, eager", "bf16, eager"} <= set(speeds[0])
-    assert [row["runtime"] for row in result["tables"][deployment.LATENCY]] == list(speeds[0])[1:3]
-    rows = result["tables"]["agreement with the unfolded fp32 model"]
-    assert {row["batch"] for row in rows} == {1, 8}
-    assert {row["passed"] for row in rows} == {"yes"}
+    assert result["left_out"] == [] and result["wrong"] == []
+    assert result["progress"].startswith("ConvNeXt, bf16, eager: ")
+    assert result["readme"] == [
+        f"{subject}, {title}"
+        for subject in ("ViT", "ConvNeXt")
+        for title in (deployment.SPEED, deployment.LATENCY)
+    ]
+    for subject in ("ViT", "ConvNeXt"):
+        speeds = result["tables"][f"{subject}, {deployment.SPEED}"]
+        assert [row["batch"] for row in speeds] == [1, 8]
+        assert {*names} <= set(speeds[0])
+        assert ("target" in speeds[1]) == ("target in FP8" in speeds[1]) == (subject == "ViT")
+        assert "target" not in speeds[0]
+        rows = result["tables"][f"{subject}, {deployment.LATENCY}"]
+        assert [row["runtime"] for row in rows] == names
+        rows = result["tables"][f"{subject}, {deployment.AGREEMENT}"]
+        assert {row["batch"] for row in rows} == {1, 8}
+        assert {row["passed"] for row in rows} == {"yes"}
 
 
 def test_what_is_wrong_or_fails_is_not_timed(small, monkeypatch):
@@ -56,18 +75,98 @@ def test_what_is_wrong_or_fails_is_not_timed(small, monkeypatch):
     def fails():
         raise RuntimeError("no such GPU\nat line 3")
 
-    keep(monkeypatch, **{"AOTInductor bf16": ("bf16", wrong), "ONNX": ("fp16", fails)})
+    others = {
+        "AOTInductor bf16": deployment.Provider("bf16", None, wrong),
+        "ONNX": deployment.Provider("fp16", None, fails),
+    }
+    keep(monkeypatch, **others)
     *_, result = deployment.run(quick=False)
-    assert result["wrong"] == [f"AOTInductor bf16, batch {batch}" for batch in (1, 5, 8)]
-    assert "AOTInductor bf16" not in result["tables"][deployment.SPEED][0]
-    assert result["tables"][deployment.SPEED][1]["met"] == "no"
-    assert "ONNX: not measured, RuntimeError: no such GPU at line 3" in result["notes"]
+    assert result["wrong"] == [
+        f"{subject}, AOTInductor bf16, batch {batch}"
+        for subject in ("ViT", "ConvNeXt")
+        for batch in (1, 5, 8)
+    ]
+    speeds = result["tables"][f"ViT, {deployment.SPEED}"]
+    assert "AOTInductor bf16" not in speeds[0]
+    assert speeds[1]["met"] == "no"
+    assert "ViT, ONNX: not measured, RuntimeError: no such GPU at line 3" in result["notes"]
+
+
+def test_a_choice_runs_and_prepares_that_alone(small, monkeypatch):
+    prepared = []
+    monkeypatch.setenv(deployment.CHOICE, "convnext.*onnx")
+    monkeypatch.setattr(deployment, "_prepare_all", lambda parts, _: prepared.extend(parts) or [])
+    first = next(deployment.run())
+    assert prepared == [(SUBJECTS[1], "onnx")]
+    assert [line.partition(":")[0] for line in first["left_out"]] == [
+        "ConvNeXt, ONNX Runtime fp16, I/O binding",
+        "ConvNeXt, ONNX Runtime fp16, CUDA graph",
+    ]
+    monkeypatch.setenv(deployment.CHOICE, "(")
+    with pytest.raises(fa.InputError, match=r"FASTADAPT_DEPLOYMENT is '\('"):
+        next(deployment.run())
+    monkeypatch.setenv(deployment.CHOICE, "warp")
+    with pytest.raises(fa.InputError, match="FASTADAPT_DEPLOYMENT chooses nothing"):
+        next(deployment.run())
+
+
+def test_compilers_share_a_pool(small):
+    everything = {subject: deployment.providers(subject, None) for subject in SUBJECTS}
+    parts = deployment._parts(everything, (1, 8))
+    assert [part for _, part in parts[:6]] == ["fp8", "fp8", "aoti", "aoti", "onnx", "onnx"]
+    assert len(parts) == len(set(parts)) == 10
+
+
+def test_fp8_meets_a_target_of_its_own(small):
+    def row(**speeds):
+        return deployment._speed_row(SUBJECTS[0], 8, {n: {8: v} for n, v in speeds.items()})
+
+    found = row(**{"AOTInductor bf16": 7_000.0, "AOTInductor fp8": 14_500.0})
+    assert (found["met"], found["met in FP8"]) == ("no", "yes")
+    found = row(**{"AOTInductor bf16": 14_500.0, "AOTInductor fp8": 7_000.0})
+    assert (found["met"], found["met in FP8"]) == ("both", "no")
+
+
+def test_fp8_has_bounds_of_its_own(small):
+    images = deployment.make_images(4)
+    with torch.no_grad():
+        want = deployment._behind_input(deployment.make_model(SUBJECTS[0]))(images)
+    spread = want.var(dim=0, correction=0).mean().sqrt()
+
+    def call(images):
+        return want * (1 + 0.2 * spread / want.abs().max())
+
+    for precision, passed in (("bf16", False), ("fp8", True)):
+        ((parity, same),) = deployment.check(call, images, want.numpy(), precision, [4])
+        assert (parity.passed, same) == (passed, 1.0)
+    assert deployment.BOUNDS["bf16"] == deployment.THRESHOLDS["bf16"]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.title)
+def test_fp8_is_prepared(small, tmp_path, monkeypatch, subject):
+    built = []
+    monkeypatch.setattr(deployment, "check_gpu", lambda: None)
+    monkeypatch.setattr(
+        deployment,
+        "build_aoti",
+        lambda model, example, path, *_, precision: built.append((model, path, precision)),
+    )
+    deployment.prepare(subject, "fp8", str(tmp_path))
+    ((model, path, precision),) = built
+    assert (path.name, precision) == ("model.fp8.pt2", "fp8")
+    layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
+    assert len(layers) > 10
+    images = deployment.make_images(4)
+    with torch.no_grad():
+        want = deployment._behind_input(deployment.make_model(subject))(images).numpy()
+        ((parity, same),) = deployment.check(model, images, want, "fp8", [4])
+    assert parity.passed and same == 1
 
 
 def test_onnx_is_prepared(small, tmp_path):
-    assert deployment.prepare("onnx", str(tmp_path)) > 0
+    assert deployment.prepare(SUBJECTS[0], "onnx", str(tmp_path)) > 0
     runtime = load_runtime(tmp_path / deployment.ONNX, device="cpu")
     images = deployment.make_images(4)
     with torch.no_grad():
-        want = deployment._behind_input(deployment.make_model())(images).numpy()
+        want = deployment._behind_input(deployment.make_model(SUBJECTS[0]))(images).numpy()
     assert np.abs(runtime(images).numpy() - want).max() < 0.05 * want.std(axis=0).max()

@@ -185,7 +185,7 @@ class TestExport:
         assert again == 1
         assert "models/b exists: replace it with --overwrite" in capfd.readouterr().err
 
-    def test_synthetic_images_are_said(self, weights, tmp_path):
+    def test_synthetic_images_are_said(self, weights, tmp_path, monkeypatch):
         result = export_timm(
             NAME,
             tmp_path / "b",
@@ -195,15 +195,20 @@ class TestExport:
         )
         assert result.manifest["golden"]["origin"].startswith("synthetic")
         assert "From synthetic" in (tmp_path / "b" / "report.html").read_text()
-        with pytest.raises(fa.InputError, match=r"--int8 .* with --images"):
-            export_timm(
-                NAME,
-                tmp_path / "c",
-                checkpoint=weights[0] / "tuned.pth",
-                image_size=SIZE,
-                speed=False,
-                engines=EngineOptions(int8=True),
-            )
+        monkeypatch.setattr("fastadapt.export.fp8.check_gpu", lambda: None)
+        for engines in (
+            EngineOptions(int8=True),
+            EngineOptions(fp8=True, aoti=True, precision="bf16"),
+        ):
+            with pytest.raises(fa.InputError, match=r"--(int|fp)8 .* with --images"):
+                export_timm(
+                    NAME,
+                    tmp_path / "c",
+                    checkpoint=weights[0] / "tuned.pth",
+                    image_size=SIZE,
+                    speed=False,
+                    engines=engines,
+                )
         assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
 
     @pytest.mark.parametrize(
@@ -218,6 +223,7 @@ class TestExport:
             (("run", "--no-normalize"), "give --input float"),
             (("run", "--resize", "--precision", "fp16"), "--resize is for the fp32 ONNX file"),
             (("run", "--batch", "8:1:2"), "--batch is '8:1:2'"),
+            (("run", "--aoti", "--fp8"), "add --aoti --precision bf16"),
             (("run", "--workspace", "9"), "--workspace is for TensorRT engines: add --trt"),
         ],
     )
