@@ -8,6 +8,7 @@ takes a look into a dictionary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastadapt.kernels.ahead import Ahead
 
 try:  # what torch.compile's own code allocates with: half the price of torch.empty
     from torch._C._dynamo.guards import _empty_strided_cuda
@@ -147,6 +150,7 @@ class Launch:
     """
 
     __slots__ = (
+        "ahead",
         "arguments",
         "compiled",
         "device",
@@ -181,6 +185,24 @@ class Launch:
         if tensors is not None:
             self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
         self.compiled = {}
+        self.ahead = None
+
+    def compile_ahead(self, *dtypes: torch.dtype | None) -> None:
+        """Starts to compile in a thread, for the first call to find it done.
+
+        Args:
+            dtypes: of a call's tensors, aligned to 16 bytes; ``None`` for those that are ``None``.
+        """
+        if self.device is None:
+            return
+        counts = {number: box.count for number, box in filter(None, self.tensors or ()) if box}
+        with contextlib.suppress(Exception):  # Triton is not as known: launches compile
+            tensors = [
+                None if dtype is None else torch.empty(counts.get(i, 0), dtype=dtype, device="meta")
+                for i, dtype in enumerate(dtypes)
+            ]
+            arguments = self._triton_arguments(tensors)
+            self.ahead = Ahead(self.kernel, self.device, arguments, self.options)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self.device is None:
@@ -199,10 +221,14 @@ class Launch:
         native(*arguments)
 
     def _by_triton(self, tensors):
-        arguments = [
-            a.checked() if type(a) is Descriptor else a for a in self._kernel_tensors(tensors)
-        ]
-        return self.kernel[self.grid](*arguments, *self.arguments, **self.options)
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            ahead.finish()
+        return self.kernel[self.grid](*self._triton_arguments(tensors), **self.options)
+
+    def _triton_arguments(self, tensors) -> list:
+        tensors = self._kernel_tensors(tensors)
+        return [*(t.checked() if type(t) is Descriptor else t for t in tensors), *self.arguments]
 
     def _kernel_tensors(self, tensors) -> tuple:
         if self.tensors is None:
