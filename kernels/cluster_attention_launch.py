@@ -23,8 +23,7 @@ def _nothing() -> None:
 def _launch(
     kernel, grid, config: Config, dtypes, tensors, numbers, constants, *, warps, stages=3
 ) -> Launch:
-    """For tensors of these dtypes, ``None`` for those that there are not; starts to compile."""
-    launch = Launch(
+    return Launch(
         kernel,
         grid,
         config.device,
@@ -33,9 +32,8 @@ def _launch(
         warps=warps,
         stages=stages,
         tensors=tensors,
+        dtypes=dtypes,
     )
-    launch.compile_ahead(*dtypes)
-    return launch
 
 
 def _pointer(number: int, present=True) -> tuple[int, None] | None:

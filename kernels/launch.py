@@ -125,6 +125,22 @@ class Descriptor:
         return GluonDescriptor(*args, self.layout)
 
 
+class StandIn:
+    """For an aligned tensor: all that Triton reads of one to compile."""
+
+    __slots__ = ("count", "dtype")
+
+    def __init__(self, dtype: torch.dtype, count: int | None):
+        self.dtype = dtype
+        self.count = count
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def numel(self) -> int | None:
+        return self.count
+
+
 class Launch:
     """One kernel with everything but its tensors: for calls of the same sizes, again and again.
 
@@ -147,6 +163,9 @@ class Launch:
             dtypes in every call: they are not looked at. Without ``tensors`` a call brings one for
             each of the kernel's, of any dtype, or ``None``, and they go as pointers. At least
             two.
+        dtypes: of a call's tensors, where they are known before it: the kernel starts to compile
+            at once, in a thread, for tensors that are aligned to 16 bytes. ``None`` for a tensor
+            that is none.
     """
 
     __slots__ = (
@@ -172,6 +191,7 @@ class Launch:
         warps: int,
         stages: int = 3,
         tensors: tuple[tuple[int, Box | None] | None, ...] | None = None,
+        dtypes: tuple[torch.dtype | None, ...] | None = None,
     ):
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
@@ -185,24 +205,23 @@ class Launch:
         if tensors is not None:
             self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
         self.compiled = {}
-        self.ahead = None
+        known = dtypes is not None and self.device is not None
+        self.ahead = self._compile_ahead(dtypes, numbers) if known else None
 
-    def compile_ahead(self, *dtypes: torch.dtype | None) -> None:
-        """Starts to compile in a thread, for the first call to find it done.
-
-        Args:
-            dtypes: of a call's tensors, aligned to 16 bytes; ``None`` for those that are ``None``.
-        """
-        if self.device is None:
-            return
-        counts = {number: box.count for number, box in filter(None, self.tensors or ()) if box}
-        with contextlib.suppress(Exception):  # Triton is not as known: launches compile
-            tensors = [
-                None if dtype is None else torch.empty(counts.get(i, 0), dtype=dtype, device="meta")
-                for i, dtype in enumerate(dtypes)
-            ]
-            arguments = self._triton_arguments(tensors)
-            self.ahead = Ahead(self.kernel, self.device, arguments, self.options)
+    def _compile_ahead(self, dtypes, numbers) -> Ahead | None:
+        """Starts to compile, unless the same was begun for another size."""
+        rest = self.arguments[len(numbers) :]
+        kinds = [(n == 1, n % 16 == 0) for n in numbers]  # what Triton compiles apart
+        variant = (id(self.kernel), self.device, rest, dtypes, *kinds)
+        if variant not in _begun:
+            counts = {
+                which[0]: which[1].count for which in self.tensors or () if which and which[1]
+            }
+            tensors = [d and StandIn(d, counts.get(i)) for i, d in enumerate(dtypes)]
+            with contextlib.suppress(Exception):  # Triton is not as known, or the launch will tell
+                arguments = self._triton_arguments(tensors)
+                _begun[variant] = Ahead(self.kernel, self.device, arguments, self.options)
+        return _begun.get(variant)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self.device is None:
@@ -221,9 +240,8 @@ class Launch:
         native(*arguments)
 
     def _by_triton(self, tensors):
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None:
-            ahead.finish()
+        if self.ahead is not None:
+            self.ahead.finish()
         return self.kernel[self.grid](*self._triton_arguments(tensors), **self.options)
 
     def _triton_arguments(self, tensors) -> list:
@@ -267,6 +285,9 @@ class Launch:
 
 
 _address = Tensor.data_ptr
+
+# What has begun to compile ahead of its launch.
+_begun: dict[tuple, Ahead] = {}
 
 # The native launch function and its arguments, by launch, stream and addresses: 3 KB each.
 _ready: dict[tuple, tuple[Callable, tuple]] = {}

@@ -1,0 +1,142 @@
+"""``python -m tests.compile_ahead``: do launches find compiled what was begun ahead of them?
+
+Forward and backward of cluster attention on a GPU that is not there: a driver that says it is,
+Triton itself up to its compiler, and one in its place that notes which kernel it is given in which
+thread. Prints a line for every problem: kernels compiled ahead of their launch, and by it. Then the
+process forks while one compiles, and ends while others wait for their turn.
+"""
+
+import os
+import threading
+import time
+import types
+
+import torch
+import triton.compiler
+from triton.backends.compiler import GPUTarget
+from triton.runtime import cache, driver
+
+from fastadapt.kernels import ahead, cluster_attention_config, cluster_attention_launch, launch
+from fastadapt.kernels import cluster_attention_passes as passes
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PROBLEMS = {  # compute capability, sizes, dtypes of x and of parameters, of which to ask gradients
+    "hopper": (9, (64, 196, 64, 64, 20), BF16, BF16, (True,) * 7),
+    "hopper, autocast": (9, (64, 196, 64, 64, 20), FP16, FP32, (True,) * 7),
+    "hopper, one sample": (9, (1, 196, 64, 64, 20), BF16, BF16, (True,) * 7),
+    "ampere": (8, (64, 196, 64, 64, 20), FP16, FP16, (True,) * 7),
+    "odd widths": (9, (64, 197, 63, 60, 20), BF16, BF16, (True,) * 7),
+    "frozen centers": (9, (64, 196, 64, 64, 20), BF16, BF16, (True, False) + (True,) * 5),
+    "frozen x": (9, (64, 196, 64, 64, 20), BF16, BF16, (False,) + (True,) * 6),
+    "fp32": (9, (64, 196, 64, 64, 20), FP32, FP32, (True,) * 7),
+    "tokens": (9, (64, 196, 64, 0, 20), BF16, BF16, (True,) * 3 + (False,) * 4),
+}
+
+
+class Driver:
+    """Of one GPU; each problem has a GPU of its own, for Triton to forget what it compiled."""
+
+    capability = 9
+    device = 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 10 * self.capability, 32)
+
+    def get_current_device(self):
+        return self.device
+
+    def set_current_device(self, device):
+        assert device == self.device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def launcher_cls(self, src, metadata):
+        compiled["launchers"].append(src)
+
+
+compiled = {"ahead": [], "by the launch": [], "launchers": []}
+
+
+def compile(src, target=None, options=None, **others):
+    ahead = threading.current_thread() is not threading.main_thread()
+    compiled["ahead" if ahead else "by the launch"].append(src.name)
+    ignore = lambda *args: None  # noqa: E731
+    return types.SimpleNamespace(
+        src=src, metadata=0, function=0, packed_metadata=0, launch_metadata=ignore, run=ignore
+    )
+
+
+def main():
+    driver.set_active(Driver())
+    triton.compiler.compile = compile
+    cache.triton_key = lambda: "of all of Triton"  # takes a second
+    ahead.Ahead.finish = ahead.Ahead.join  # what has not begun is not taken over
+    torch._C._cuda_getCurrentRawStream = lambda index: 0
+    launch._check_device = lambda tensors, index: None
+    cluster_attention_launch.new = lambda shape, dtype, device: (
+        lambda: torch.empty(shape, dtype=dtype)
+    )
+    for index, (name, (capability, sizes, dtype, other, needs)) in enumerate(PROBLEMS.items()):
+        Driver.capability, Driver.device = capability, index
+        device = launch.Device(index, 132, 232_448 if capability == 9 else 166_912, capability)
+        cluster_attention_config.device_of = lambda index, device=device: device
+        cluster_attention_config.tuning.chosen = lambda *args: {}
+        args = arguments(*sizes, dtype, other)
+        for kernels in compiled.values():
+            kernels.clear()
+        problem = passes.problem_of(args)
+        y, saved = passes.forward(problem, args, save_z=needs[5], needs=needs)
+        inputs = [t for i, t in enumerate(args) if i not in (4, 6)]
+        passes.backward(problem, torch.empty_like(y), needs, inputs, list(saved))
+        assert len(compiled["launchers"]) == len(compiled["ahead"])
+        print(f"{name}: {len(compiled['ahead'])} ahead, {len(compiled['by the launch'])} by launch")
+    leave()
+
+
+class Slow:
+    """In place of a kernel."""
+
+    ASTSource = object
+    begun = threading.Event()
+
+    def __init__(self, device):
+        self.device_caches = {device: None}
+
+    def warmup(self, *args, **options):
+        self.begun.set()
+        time.sleep(0.5)
+        print("compiled at the end")
+
+
+def leave():
+    """Forks and ends while one of three kernels compiles."""
+    ahead._cores = threading.Semaphore(1)
+    device = Driver.device
+    first, *_ = [ahead.Ahead(Slow(device), device, [], {}) for _ in range(3)]
+    Slow.begun.wait()
+    child = os.fork()
+    if not child:
+        first.finish()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    print("a child did not wait")
+
+
+def arguments(b, n, c, r, k, dtype, other):
+    x, centers = torch.empty(b, n, c, dtype=dtype), torch.empty(c, k, dtype=other)
+    if not r:
+        return x, centers, torch.empty(k, n, n, dtype=other), None, None, None, None
+    return (
+        x,
+        centers,
+        torch.empty(k, r, r, dtype=other),
+        torch.empty(r, c, dtype=dtype),
+        torch.empty(r, dtype=other),
+        torch.empty(c, r, dtype=dtype),
+        torch.empty(c, dtype=other),
+    )
+
+
+if __name__ == "__main__":
+    main()
