@@ -2,7 +2,7 @@
 
 Most of a compilation is native code and ptxas, which leave Python's lock to others (Triton 3.6 and
 3.9). The rest, Python code that writes a kernel's first form, is done for one kernel after the
-other: all at once, the first would be as late as the last.
+other, in the order in which they were begun: all at once, the first would be as late as the last.
 """
 
 from __future__ import annotations
@@ -24,54 +24,59 @@ class Ahead(threading.Thread):
     """
 
     def __init__(self, kernel, device: int, arguments: list, options: dict):
+        global _last
         super().__init__(name="fastadapt compiles")
         self.kernel, self.device = kernel, device
         self.arguments, self.options = arguments, options
-        self.claim = threading.Lock()
-        self.hashing = _begin()
-        _in_turn(kernel, device)
+        self.written = threading.Event()
+        self.turn = _begin() if _last is None else _last.written.wait
+        _report(kernel, device)
         self.start()
+        _last = self
 
     def run(self) -> None:
-        self.hashing.join()
-        with _cores, contextlib.suppress(Exception):
-            if threading.main_thread().is_alive() and self.claim.acquire(blocking=False):
+        self.turn()
+        with _places, contextlib.suppress(Exception):
+            if threading.main_thread().is_alive():
                 driver.active.set_current_device(self.device)  # this thread's
                 compiled = self.kernel.warmup(*self.arguments, grid=(1,), **self.options)
+                self.written.set()  # if it was on disk
                 # In 3.6 a C compiler makes it. This one goes; its cache on disk stays.
                 driver.active.launcher_cls(compiled.src, compiled.metadata)
-
-    def finish(self) -> None:
-        """Returns once it is through; at once if it had not begun, and then it never will."""
-        if not self.claim.acquire(blocking=False):
-            self.join()
+        self.written.set()
+        del self.turn  # and all that came before
 
 
-_cores = threading.Semaphore(os.cpu_count() or 1)
+_last: Ahead | None = None
+_places = threading.Semaphore(os.cpu_count() or 1)
 
 
 @functools.cache
-def _begin() -> threading.Thread:
+def _begin():
     """Triton's first steps in a process, side by side: the hash of itself, 400 MB, that it keeps
     every kernel under, and its driver, which 3.6 has a C compiler make.
+
+    Returns:
+        What waits for the hash.
     """
     hashing = threading.Thread(target=cache.triton_key, name="fastadapt hashes Triton")
     hashing.start()
     driver.active.get_current_device()
-    return hashing
+    return hashing.join
 
 
-class _InTurn:
-    """Over Triton's class of a kernel's source."""
-
-    lock = threading.Lock()
+class _Source:
+    """Over Triton's class of a kernel's source: tells its thread that the first form is written."""
 
     def make_ir(self, *args, **options):
-        with self.lock:
-            return super().make_ir(*args, **options)
+        module = super().make_ir(*args, **options)
+        thread = threading.current_thread()
+        if isinstance(thread, Ahead):
+            thread.written.set()
+        return module
 
 
-def _in_turn(kernel, device: int) -> None:
+def _report(kernel, device: int) -> None:
     kernel.device_caches[device]  # Two threads at once would make two, and one be lost.
-    if not issubclass(kernel.ASTSource, _InTurn):
-        kernel.ASTSource = type("Source", (_InTurn, kernel.ASTSource), {})
+    if not issubclass(kernel.ASTSource, _Source):
+        kernel.ASTSource = type("Source", (_Source, kernel.ASTSource), {})

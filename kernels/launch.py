@@ -212,11 +212,9 @@ class Launch:
         """Starts to compile, unless the same was begun for another size."""
         rest = self.arguments[len(numbers) :]
         kinds = [(n == 1, n % 16 == 0) for n in numbers]  # what Triton compiles apart
-        variant = (id(self.kernel), self.device, rest, dtypes, *kinds)
+        variant = (id(self.kernel), self.device, rest, *self.options.values(), dtypes, *kinds)
         if variant not in _begun:
-            counts = {
-                which[0]: which[1].count for which in self.tensors or () if which and which[1]
-            }
+            counts = {i: box.count for i, box in filter(None, self.tensors or ()) if box}
             tensors = [d and StandIn(d, counts.get(i)) for i, d in enumerate(dtypes)]
             with contextlib.suppress(Exception):  # Triton is not as known, or the launch will tell
                 arguments = self._triton_arguments(tensors)
@@ -241,7 +239,7 @@ class Launch:
 
     def _by_triton(self, tensors):
         if self.ahead is not None:
-            self.ahead.finish()
+            self.ahead.join()
         return self.kernel[self.grid](*self._triton_arguments(tensors), **self.options)
 
     def _triton_arguments(self, tensors) -> list:

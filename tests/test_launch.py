@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import types
 import weakref
 
@@ -91,7 +92,8 @@ def device(monkeypatch):
     here = types.SimpleNamespace(stream=11)
     monkeypatch.setattr(launch, "_ready", {})
     monkeypatch.setattr(launch, "_begun", {})
-    monkeypatch.setattr(ahead, "_begin", lambda: types.SimpleNamespace(join=lambda: None))
+    monkeypatch.setattr(ahead, "_last", None)
+    monkeypatch.setattr(ahead, "_begin", lambda: lambda: None)
     monkeypatch.setattr(launch, "_check_device", lambda tensors, index: None)
     current = lambda index: here.stream  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
@@ -293,15 +295,25 @@ def test_a_launch_waits_for_what_is_being_compiled():
     assert events == ["compiled", "launched"]
 
 
-def test_a_launch_does_not_wait_for_what_has_not_begun(monkeypatch):
-    places = threading.Semaphore(0)
-    monkeypatch.setattr(ahead, "_cores", places)
-    kernel = described_kernel()
-    run = described(kernel, dtypes=DTYPES)
-    run(*halves())
-    places.release()
-    run.ahead.join()
-    assert kernel.compilations == 1 and not kernel.warmups
+def test_first_forms_are_written_one_by_one_and_the_rest_side_by_side(monkeypatch):
+    class Source:
+        def make_ir(self, name):
+            time.sleep(0.02)
+            written.append(name)
+
+    class Writes(Kernel):
+        ASTSource = Source
+
+        def warmup(self, *args, **options):
+            self.ASTSource().make_ir(self)
+            go_on.wait(10)  # what follows is done side by side
+
+    monkeypatch.setattr(ahead, "_places", threading.Semaphore(4))
+    written, go_on = [], threading.Barrier(4)
+    kernels = [Writes(["*fp16"]) for _ in range(4)]
+    for thread in [described(kernel, dtypes=DTYPES).ahead for kernel in kernels]:
+        thread.join()
+    assert written == kernels and not go_on.broken
 
 
 def test_what_does_not_compile_is_an_error_of_its_launch():
