@@ -11,7 +11,9 @@ import contextlib
 import functools
 import os
 import threading
+import warnings
 
+from triton.compiler import code_generator
 from triton.runtime import cache, driver
 
 
@@ -30,7 +32,7 @@ class Ahead(threading.Thread):
         self.arguments, self.options = arguments, options
         self.written = threading.Event()
         self.turn = _begin() if _last is None else _last.written.wait
-        _report(kernel, device)
+        _prepare(kernel, device)
         self.start()
         _last = self
 
@@ -61,8 +63,31 @@ def _begin():
     """
     hashing = threading.Thread(target=cache.triton_key, name="fastadapt hashes Triton")
     hashing.start()
+    if hasattr(code_generator, "warnings"):
+        code_generator.warnings = _Warnings()
     driver.active.get_current_device()
     return hashing.join
+
+
+class _Warnings:
+    """The module, for Triton 3.6, which silences some while it writes a kernel's first form.
+
+    Not in our threads: filters are the whole process's, and the caller may be changing them.
+    """
+
+    def __getattr__(self, name):
+        return getattr(warnings, name)
+
+    def catch_warnings(self, **options):
+        return contextlib.nullcontext() if _in_thread() else warnings.catch_warnings(**options)
+
+    def simplefilter(self, *args, **options):
+        if not _in_thread():
+            warnings.simplefilter(*args, **options)
+
+
+def _in_thread() -> bool:
+    return isinstance(threading.current_thread(), Ahead)
 
 
 class _Source:
@@ -70,13 +95,12 @@ class _Source:
 
     def make_ir(self, *args, **options):
         module = super().make_ir(*args, **options)
-        thread = threading.current_thread()
-        if isinstance(thread, Ahead):
-            thread.written.set()
+        if _in_thread():
+            threading.current_thread().written.set()
         return module
 
 
-def _report(kernel, device: int) -> None:
+def _prepare(kernel, device: int) -> None:
     kernel.device_caches[device]  # Two threads at once would make two, and one be lost.
     if not issubclass(kernel.ASTSource, _Source):
         kernel.ASTSource = type("Source", (_Source, kernel.ASTSource), {})

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import weakref
 
 import pytest
@@ -314,6 +315,20 @@ def test_first_forms_are_written_one_by_one_and_the_rest_side_by_side(monkeypatc
     for thread in [described(kernel, dtypes=DTYPES).ahead for kernel in kernels]:
         thread.join()
     assert written == kernels and not go_on.broken
+
+
+def test_threads_leave_the_filters_of_warnings_alone():
+    def filtered(*args, **options):
+        with ahead._Warnings().catch_warnings():
+            ahead._Warnings().simplefilter("error")
+            seen.append(list(warnings.filters))
+
+    seen, before = [], list(warnings.filters)
+    kernel = described_kernel()
+    kernel.warmup = filtered
+    described(kernel, dtypes=DTYPES).ahead.join()
+    filtered()
+    assert seen[0] == before == warnings.filters and seen[1][0][0] == "error"
 
 
 def test_what_does_not_compile_is_an_error_of_its_launch():
