@@ -87,7 +87,7 @@ class _Forward:
         self.width, self.padded = width, bool(width % 8 or rank % 8)
         self.fit = _pad if self.padded else _aligned
         sizes = (_multiple(width), _multiple(rank))
-        # They compile in this order: what takes longest is first.
+        # They compile in this order: what takes longest begins, the backward's are last.
         self.transform = launches.transform(
             batch,
             tokens,
