@@ -1,9 +1,9 @@
 """``python -m tests.compile_ahead``: do launches find compiled what was begun ahead of them?
 
-Forward and backward of cluster attention on a GPU that is not there: a driver that says it is,
-Triton itself up to its compiler, and one in its place that notes which kernel it is given in which
-thread. Prints a line for every problem: kernels compiled ahead of their launch, and by it. Then the
-process forks while one compiles, and ends while others wait for their turn.
+Forward and backward on a GPU that is not there: a driver that says it is, Triton itself up to its
+compiler, and one in its place that notes which kernel it is given in which thread. Prints a line
+for every case: kernels compiled ahead of their launch, and by it. Then the process forks while one
+compiles, and ends while others wait for their turn.
 """
 
 import os
@@ -18,23 +18,61 @@ from triton.runtime import cache, driver
 
 from fastadapt.kernels import ahead, cluster_attention_config, cluster_attention_launch, launch
 from fastadapt.kernels import cluster_attention_passes as passes
+from fastadapt.kernels import quaternion_linear_launch as quaternion_launch
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-PROBLEMS = {  # compute capability, sizes, dtypes of x and of parameters, of which to ask gradients
-    "hopper": (9, (64, 196, 64, 64, 20), BF16, BF16, (True,) * 7),
-    "hopper, autocast": (9, (64, 196, 64, 64, 20), FP16, FP32, (True,) * 7),
-    "hopper, one sample": (9, (1, 196, 64, 64, 20), BF16, BF16, (True,) * 7),
-    "ampere": (8, (64, 196, 64, 64, 20), FP16, FP16, (True,) * 7),
-    "odd widths": (9, (64, 197, 63, 60, 20), BF16, BF16, (True,) * 7),
-    "frozen centers": (9, (64, 196, 64, 64, 20), BF16, BF16, (True, False) + (True,) * 5),
-    "frozen x": (9, (64, 196, 64, 64, 20), BF16, BF16, (False,) + (True,) * 6),
-    "fp32": (9, (64, 196, 64, 64, 20), FP32, FP32, (True,) * 7),
-    "tokens": (9, (64, 196, 64, 0, 20), BF16, BF16, (True,) * 3 + (False,) * 4),
-}
+ALL = (True,) * 7
+
+
+def cluster_attention(b, n, c, r, k, dtype, params=None, needs=ALL):
+    """With parameters beside the weights in ``params``; r = 0 is token mode."""
+    params = params or dtype
+    x, centers = torch.empty(b, n, c, dtype=dtype), torch.empty(c, k, dtype=params)
+    args = [x, centers, torch.empty(k, r or n, r or n, dtype=params)] + [None] * 4
+    if r:
+        args[3:] = (
+            torch.empty(r, c, dtype=dtype),
+            torch.empty(r, dtype=params),
+            torch.empty(c, r, dtype=dtype),
+            torch.empty(c, dtype=params),
+        )
+    problem = passes.problem_of(args)
+    y, saved = passes.forward(problem, args, save_z=needs[5], needs=needs)
+    inputs = [t for i, t in enumerate(args) if i not in (4, 6)]
+    passes.backward(problem, torch.empty_like(y), needs, inputs, list(saved))
+
+
+def quaternion_linear(m, i, o, dtype, params=None, rotation=False, zero_half=False):
+    params = params or dtype
+    x = torch.empty(m, (2 if zero_half else 4) * i, dtype=dtype)
+    weights = [torch.empty(i, o, dtype=params) for _ in range(4)]
+    scale = torch.empty(i, o, dtype=params) if rotation else None
+    form = {"rotation": rotation, "zero_half": zero_half}
+    y = quaternion_launch.forward(x, weights, torch.empty(4 * o, dtype=params), scale, **form)
+    asked = {"need_x": True, "need_w": True, "need_b": True, "bias_dtype": params}
+    quaternion_launch.backward(torch.empty_like(y), x, weights, scale, **form, **asked)
+
+
+CASES = (  # operation, compute capability, arguments
+    (cluster_attention, 9, (64, 196, 64, 64, 20, BF16)),
+    (cluster_attention, 9, (64, 196, 64, 64, 20, FP16, FP32)),
+    (cluster_attention, 9, (64, 196, 64, 64, 20, BF16, BF16, (True, False, *ALL[2:]))),
+    (cluster_attention, 9, (64, 196, 64, 64, 20, BF16, BF16, (False, *ALL[1:]))),
+    (cluster_attention, 9, (1, 196, 64, 64, 20, BF16)),
+    (cluster_attention, 9, (64, 197, 63, 60, 20, BF16)),
+    (cluster_attention, 9, (64, 196, 64, 64, 20, FP32)),
+    (cluster_attention, 9, (64, 196, 64, 0, 20, BF16, BF16, (*ALL[:3], *(False,) * 4))),
+    (cluster_attention, 8, (64, 196, 64, 64, 20, FP16)),
+    (quaternion_linear, 9, (64, 64, 48, BF16)),
+    (quaternion_linear, 9, (64, 64, 48, FP16, FP32, True)),
+    (quaternion_linear, 9, (4096, 128, 64, BF16)),
+    (quaternion_linear, 9, (4096, 128, 64, FP16, FP32, False, True)),
+    (quaternion_linear, 8, (1024, 64, 64, FP32, FP32, False, True)),
+)
 
 
 class Driver:
-    """Of one GPU; each problem has a GPU of its own, for Triton to forget what it compiled."""
+    """Of one GPU; each case has a GPU of its own, for Triton to know of nothing compiled."""
 
     capability = 9
     device = 0
@@ -76,20 +114,18 @@ def main():
     cluster_attention_launch.new = lambda shape, dtype, device: (
         lambda: torch.empty(shape, dtype=dtype)
     )
-    for index, (name, (capability, sizes, dtype, other, needs)) in enumerate(PROBLEMS.items()):
+    cluster_attention_config.tuning.chosen = lambda *args: {}
+    for index, (operation, capability, args) in enumerate(CASES):
         Driver.capability, Driver.device = capability, index
         device = launch.Device(index, 132, 232_448 if capability == 9 else 166_912, capability)
-        cluster_attention_config.device_of = lambda index, device=device: device
-        cluster_attention_config.tuning.chosen = lambda *args: {}
-        args = arguments(*sizes, dtype, other)
+        for module in (cluster_attention_config, quaternion_launch):
+            module.device_of = lambda index, device=device: device
         for kernels in compiled.values():
             kernels.clear()
-        problem = passes.problem_of(args)
-        y, saved = passes.forward(problem, args, save_z=needs[5], needs=needs)
-        inputs = [t for i, t in enumerate(args) if i not in (4, 6)]
-        passes.backward(problem, torch.empty_like(y), needs, inputs, list(saved))
+        operation(*args)
         assert len(compiled["launchers"]) == len(compiled["ahead"])
-        print(f"{name}: {len(compiled['ahead'])} ahead, {len(compiled['by the launch'])} by launch")
+        counts = f"{len(compiled['ahead'])} ahead, {len(compiled['by the launch'])} by launch"
+        print(f"{operation.__name__}{args}: {counts}")
     leave()
 
 
@@ -120,21 +156,6 @@ def leave():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     print("a child did not wait")
-
-
-def arguments(b, n, c, r, k, dtype, other):
-    x, centers = torch.empty(b, n, c, dtype=dtype), torch.empty(c, k, dtype=other)
-    if not r:
-        return x, centers, torch.empty(k, n, n, dtype=other), None, None, None, None
-    return (
-        x,
-        centers,
-        torch.empty(k, r, r, dtype=other),
-        torch.empty(r, c, dtype=dtype),
-        torch.empty(r, dtype=other),
-        torch.empty(c, r, dtype=dtype),
-        torch.empty(c, dtype=other),
-    )
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_of_an_operation_every_kernel_is_compiled_ahead():
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     counts = re.findall(r"(\d+) ahead, (\d+) by launch", done.stdout)
-    assert len(counts) == 9 and all(int(n) >= 5 and m == "0" for n, m in counts), done.stdout
+    assert len(counts) == 14 and all(n != "0" and m == "0" for n, m in counts), done.stdout
     assert done.stdout.endswith("a child did not wait\ncompiled at the end\n"), done.stdout
 
 
