@@ -31,6 +31,7 @@ class Ahead(threading.Thread):
         self.kernel, self.device = kernel, device
         self.arguments, self.options = arguments, options
         self.written = threading.Event()
+        self.launcher = None
         self.turn = _begin() if _last is None else _last.written.wait
         _prepare(kernel, device)
         self.start()
@@ -41,12 +42,17 @@ class Ahead(threading.Thread):
         with _places, contextlib.suppress(Exception):
             if threading.main_thread().is_alive():
                 driver.active.set_current_device(self.device)  # this thread's
-                compiled = self.kernel.warmup(*self.arguments, grid=(1,), **self.options)
-                self.written.set()  # if it was on disk
-                # In 3.6 a C compiler makes it. This one goes; its cache on disk stays.
-                driver.active.launcher_cls(compiled.src, compiled.metadata)
-        self.written.set()
+                self.kernel.warmup(*self.arguments, grid=(1,), **self.options)
+        self.written.set()  # also if it was on disk
+        if self.launcher is not None:
+            self.launcher.join()
         del self.turn  # and all that came before
+
+    def goes_on(self, source) -> None:
+        """Lets the next kernel begin, now that this one's first form is written."""
+        self.written.set()
+        self.launcher = threading.Thread(target=_make_launcher, args=(source,))
+        self.launcher.start()
 
 
 _last: Ahead | None = None
@@ -96,8 +102,28 @@ class _Source:
     def make_ir(self, *args, **options):
         module = super().make_ir(*args, **options)
         if _in_thread():
-            threading.current_thread().written.set()
+            threading.current_thread().goes_on(self)
         return module
+
+
+class _Metadata:
+    """Of a kernel that is not yet compiled, as far as its launcher's code depends on it: whether
+    descriptors go as the hardware's, from Hopper on.
+    """
+
+    def __init__(self, source):
+        descriptors = sum(str(t).startswith("tensordesc") for t in source.signature.values())
+        hopper = driver.active.get_current_target().arch >= 90
+        self.tensordesc_meta = [{}] * descriptors if hopper else []
+
+    def __getattr__(self, name):
+        return 0
+
+
+def _make_launcher(source) -> None:
+    """Has Triton 3.6 call its C compiler, for the launch to find the launcher in the cache."""
+    with contextlib.suppress(Exception):
+        driver.active.launcher_cls(source, _Metadata(source))
 
 
 def _prepare(kernel, device: int) -> None:

@@ -84,7 +84,6 @@ class Kernel:
 
     def warmup(self, *args, grid, **options):
         self.warmups.append(args)
-        return types.SimpleNamespace(src=None, metadata=None)
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +99,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
     encode = lambda *args: ("encoded", *args[:4], *map(tuple, args[4:7]), *args[7:])  # noqa: E731
     utils = types.SimpleNamespace(fill_tma_descriptor=encode, fill_tma_descriptor_tiled=encode)
-    active = types.SimpleNamespace(
-        utils=utils, set_current_device=lambda index: None, launcher_cls=lambda src, metadata: None
-    )
+    active = types.SimpleNamespace(utils=utils, set_current_device=lambda index: None)
     monkeypatch.setattr(driver, "_active", active)
     return here
 
