@@ -150,10 +150,10 @@ def _passes():
     return cluster_attention_passes
 
 
-def _forward(problem, args, *, save_z: bool) -> tuple[Tensor | None, ...]:
+def _forward(problem, args, *, save_z: bool, **options) -> tuple[Tensor | None, ...]:
     x = args[0]
     with on_device(x), without_autocast(x):
-        y, saved = _passes().forward(problem, args, save_z=save_z)
+        y, saved = _passes().forward(problem, args, save_z=save_z, **options)
     return (y, *saved)
 
 
@@ -168,7 +168,8 @@ class _Function(torch.autograd.Function):
     def forward(ctx, *args):
         x, centers, transforms, down_weight, _, up_weight, _ = args
         ctx.problem = _passes().problem_of(args)
-        y, *saved = _forward(ctx.problem, args, save_z=ctx.needs_input_grad[5])
+        needs = ctx.needs_input_grad
+        y, *saved = _forward(ctx.problem, args, save_z=needs[5], needs=needs)
         ctx.save_for_backward(x, centers, transforms, down_weight, up_weight, *saved)
         return y
 

@@ -21,7 +21,7 @@ def _nothing() -> None:
 
 
 def _launch(
-    kernel, grid, config: Config, tensors, numbers, constants, *, warps, stages=3
+    kernel, grid, config: Config, dtypes, tensors, numbers, constants, *, warps, stages=3
 ) -> Launch:
     return Launch(
         kernel,
@@ -32,6 +32,7 @@ def _launch(
         warps=warps,
         stages=stages,
         tensors=tensors,
+        dtypes=dtypes,
     )
 
 
@@ -67,7 +68,7 @@ class Project:
         rows: of x.
         tokens: rows of a sample in the sums of x.
         transposed: the weight is [C, R], else [R, C].
-        bias: there is one, [R].
+        bias: its dtype, [R]; ``None`` for none.
         sums: of x over each tile, by sample.
         mix: also out @ T_bᵀ, for so many samples.
         mixed_sums: of out @ T_bᵀ over each tile.
@@ -88,7 +89,7 @@ class Project:
         config: Config,
         *,
         transposed=False,
-        bias=False,
+        bias: torch.dtype | None = None,
         sums=False,
         mix=0,
         mixed_sums=False,
@@ -105,6 +106,7 @@ class Project:
             kernels.project_kernel,
             (tiles, -(-rank // tile.cols)),
             config,
+            (dtype, dtype, dtype, bias, torch.float32),
             (
                 *_row_tile(0, tile, (rows, width), tile.depth),
                 _described(
@@ -114,7 +116,7 @@ class Project:
                     else Box((rank, width), (tile.cols, tile.depth)),
                 ),
                 *_row_tile(2, tile, (rows, rank), tile.cols),
-                _pointer(3, bias),
+                _pointer(3, bias is not None),
                 _pointer(4, sums),
             ),
             (rows, width, rank, tokens, slots),
@@ -125,7 +127,7 @@ class Project:
                 "BK": tile.depth,
                 "BS": block(slots),
                 "TRANSPOSED": transposed,
-                "BIAS": bias,
+                "BIAS": bias is not None,
                 "SUMS": sums,
             },
             warps=tile.warps,
@@ -173,7 +175,7 @@ class HopperProject:
         config: Config,
         *,
         transposed=False,
-        bias=False,
+        bias: torch.dtype | None = None,
         sums=False,
         mix=0,
         mixed_sums=False,
@@ -195,13 +197,14 @@ class HopperProject:
             gluon.project_kernel,
             (tiles,),
             config,
+            (*(dtype,) * 5, bias, torch.float32, torch.float32),
             (
                 _described(0, gluon_box((rows, width), (64, 64), dtype)),
                 _described(1, gluon_box(weight, (64, rank) if transposed else (rank, 64), dtype)),
                 _described(2, gluon_box((mix * rank, rank), (64, rank), dtype), mix > 0),
                 _described(3, out),
                 _described(4, out, mix > 0),
-                _pointer(5, bias),
+                _pointer(5, bias is not None),
                 _pointer(6, sums),
                 _pointer(7, mixed_sums),
             ),
@@ -213,7 +216,7 @@ class HopperProject:
                     stages=min(6, (_SHARED - 12_000) // ((64 * groups + rank) * 128)),
                     slots=8 if slots <= 8 else 16,
                     transposed=transposed,
-                    bias=bias,
+                    bias=bias is not None,
                     sums=sums,
                     mix=bool(mix),
                     mixed_sums=mixed_sums,
@@ -246,7 +249,8 @@ class Transform:
         t_transposed: z = h @ T_bᵀ.
         store_z: z is asked for.
         w_transposed: the weight is [R, C], else [C, R].
-        bias: there is one, [C], or with ``row_bias`` one row for each sample, [B, C].
+        bias: its dtype, [C], or with ``row_bias`` one row for each sample, [B, C]; ``None`` for
+            none.
         sums: also the column sums of z over each row tile.
 
     Called with h [rows, R], T_b [B, R, R], weight and bias; ``None`` for what there is not.
@@ -267,7 +271,7 @@ class Transform:
         t_transposed=False,
         store_z=False,
         w_transposed=False,
-        bias=False,
+        bias: torch.dtype | None = None,
         row_bias=False,
         sums=False,
     ):
@@ -290,6 +294,7 @@ class Transform:
             kernels.transform_kernel,
             (tiles, parts),
             config,
+            (*(dtype,) * 5, bias, torch.float32),
             (
                 *(
                     _row_tile(0, tile, (batch, tokens, rank), depth)
@@ -313,7 +318,7 @@ class Transform:
                 ),
                 *_row_tile(3, tile, (rows, rank), block_rank, store_z),
                 *_row_tile(4, tile, (rows, width), tile.cols, width > 0),
-                _pointer(5, bias),
+                _pointer(5, bias is not None),
                 _pointer(6, sums),
             ),
             (rows, tokens, rank, width, cols),
@@ -329,7 +334,7 @@ class Transform:
                 "STORE_Z": store_z,
                 "UP": width > 0,
                 "W_TRANSPOSED": w_transposed,
-                "BIAS": bias and not row_bias,
+                "BIAS": bias is not None and not row_bias,
                 "ROW_BIAS": row_bias,
                 "SUMS": sums,
             },
@@ -360,12 +365,12 @@ class HopperTransform:
         mix=True,
         store_z=False,
         w_transposed=False,
-        bias=False,
+        bias: torch.dtype | None = None,
         row_bias=False,
     ):
         rows = batch * tokens
         groups = config.groups
-        biases = 0 if not bias else groups if row_bias else 1
+        biases = 0 if bias is None else groups if row_bias else 1
         slot = rank * 128 + biases * 2048  # bytes of the ring's slots
         self.dtype = dtype
         self.new_y = new((batch, tokens, width), dtype, config.device)
@@ -376,13 +381,16 @@ class HopperTransform:
             gluon.transform_kernel,
             (-(-rows // (64 * groups)),),
             config,
+            (dtype,) * 6,
             (
                 _described(0, gluon_box((rows, rank), (64, 64), dtype)),
                 _described(1, gluon_box((batch * rank, rank), (rank, 64), dtype), mix),
                 _described(2, gluon_box(weight, (rank, 64) if w_transposed else (64, rank), dtype)),
                 _described(3, gluon_box((rows, rank), (64, 64), dtype), store_z),
                 _described(4, gluon_box((rows, width), (64, 64), dtype)),
-                _described(5, gluon_box((batch if row_bias else 1, width), (16, 64), dtype), bias),
+                _described(
+                    5, gluon_box((batch if row_bias else 1, width), (16, 64), dtype), biases > 0
+                ),
             ),
             (rows, tokens, width),
             {
@@ -413,10 +421,11 @@ class Attend:
     """Token sums and centers to the packed state, fp32: a, s, q, |q|, |centers|.
 
     Args:
+        dtype: of the centers.
         tile_rows, slots: of the sums [tiles, slots, C].
     """
 
-    def __init__(self, batch, tokens, width, num_centers, tile_rows, slots, config: Config):
+    def __init__(self, batch, tokens, width, num_centers, dtype, tile_rows, slots, config: Config):
         size = batch * (2 * num_centers + width + 1) + num_centers
         self.new_state = new((size,), torch.float32, config.device)
         block_k = block(num_centers)
@@ -427,6 +436,7 @@ class Attend:
             kernels.attend_kernel,
             (batch,),
             config,
+            (torch.float32, dtype, torch.float32),
             tuple(map(_pointer, range(3))),
             (batch, tokens, width, tile_rows, slots),
             {
@@ -448,7 +458,7 @@ class Attend:
 class Mix:
     """T_b [B, R, R] in ``dtype`` from a [B, K], where the state begins, and the transforms."""
 
-    def __init__(self, batch, num_centers, rank, dtype, config: Config):
+    def __init__(self, batch, num_centers, rank, dtype, transforms_dtype, config: Config):
         size = rank * rank
         self.new_mixed = new((batch, rank, rank), dtype, config.device)
         # With few samples and many centers, Triton 3.6 gave NaN from a tile of 16 (fp16, 128
@@ -459,6 +469,7 @@ class Mix:
             kernels.mix_kernel,
             (-(-size // bs), -(-batch // bb)),
             config,
+            (torch.float32, transforms_dtype, dtype),
             (*map(_pointer, range(3)), _whole_rows(2, (batch, size), (bb, bs), dtype)),
             (batch, num_centers, size),
             {"BB": bb, "BK": block(num_centers), "BS": bs},
@@ -488,6 +499,7 @@ class Outer:
             kernels.outer_kernel,
             (-(-rank // tile.rows) * tiles_j, batch),
             config,
+            (dtype,) * 3,
             (
                 _described(0, Box((batch, tokens, rank), (1, depth, tile.rows))),
                 _described(1, Box((batch, tokens, rank), (1, depth, tile.cols))),
@@ -510,18 +522,19 @@ class Unmix:
 
     Args:
         dtype: of the mixed transforms' gradient.
-        transforms_dtype: of the transforms; ``None`` if they need no gradient.
-        need_a: da is asked for.
+        transforms_dtype: of the transforms.
+        need_t, need_a: their gradient is asked for, and da.
     """
 
-    def __init__(self, batch, num_centers, rank, dtype, transforms_dtype, config, *, need_a):
+    def __init__(
+        self, batch, num_centers, rank, dtype, transforms_dtype, config: Config, *, need_t, need_a
+    ):
         size = rank * rank
         bs = config.unmix_cols if dtype != torch.float32 else 64
         # The partial sums of da stay under 64 MB; more samples or centers get fewer programs.
         self.programs = min(-(-size // bs), max(16, (1 << 24) // (batch * num_centers)))
         rows = config.unmix_rows if dtype != torch.float32 else 32
         bb = min(rows, block(batch)) if num_centers <= 32 else rows
-        need_t = transforms_dtype is not None
         device = config.device
         shape = (num_centers, rank, rank)
         self.new_transforms = new(shape, transforms_dtype, device) if need_t else _nothing
@@ -531,6 +544,7 @@ class Unmix:
             kernels.unmix_kernel,
             (self.programs,),
             config,
+            (dtype, torch.float32, transforms_dtype, transforms_dtype, torch.float32),
             (
                 _pointer(0),
                 _whole_rows(0, (batch, size), (bb, bs), dtype),
@@ -562,9 +576,23 @@ class Unattend:
 
     Args:
         programs: parts that da [programs, B, K] comes in.
+        dtype: of dq.
+        centers_dtype: of the centers.
     """
 
-    def __init__(self, programs, batch, tokens, width, num_centers, dtype, config, *, need_x):
+    def __init__(
+        self,
+        programs,
+        batch,
+        tokens,
+        width,
+        num_centers,
+        dtype,
+        centers_dtype,
+        config: Config,
+        *,
+        need_x,
+    ):
         block_k = block(num_centers)
         self.new_ds = new((batch, num_centers), torch.float32, config.device)
         self.new_dq = new((batch, width), dtype, config.device) if need_x else _nothing
@@ -572,6 +600,7 @@ class Unattend:
             kernels.unattend_kernel,
             (batch,),
             config,
+            (torch.float32, torch.float32, centers_dtype, torch.float32, dtype),
             (*map(_pointer, range(4)), _pointer(4, need_x)),
             (programs, batch, tokens, width),
             {
@@ -596,13 +625,24 @@ class Reduce:
 
     Args:
         rank: of the down projection, whose bias is [R].
+        centers_dtype: of the centers.
         dtypes: of the centers', the up and the down bias's gradient; ``None`` for those that are
             not asked for.
         up_rows, down_rows: how many rows the biases' partial sums have, [rows, C] and [rows, R].
     """
 
     def __init__(
-        self, batch, width, num_centers, rank, dtypes, config: Config, *, up_rows=0, down_rows=0
+        self,
+        batch,
+        width,
+        num_centers,
+        rank,
+        centers_dtype,
+        dtypes,
+        config: Config,
+        *,
+        up_rows=0,
+        down_rows=0,
     ):
         bc = 32
         shapes = ((width, num_centers), (width,), (rank,))
@@ -619,6 +659,10 @@ class Reduce:
             kernels.reduce_kernel,
             (sum(programs),),
             config,
+            (
+                *(torch.float32, torch.float32, centers_dtype),
+                *(dtypes[0], torch.float32, dtypes[1], torch.float32, dtypes[2]),
+            ),
             (
                 _pointer(0, need_centers),
                 _pointer(1),

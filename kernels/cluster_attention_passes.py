@@ -42,20 +42,25 @@ def _fused(problem: Problem) -> bool:
     return problem.rank > 0 and problem.dtypes[0] != torch.float32
 
 
-def forward(problem: Problem, args, *, save_z: bool):
+_NOTHING = (False,) * 7
+
+
+def forward(problem: Problem, args, *, save_z: bool, needs: tuple[bool, ...] = _NOTHING):
     """Cluster attention.
 
     Args:
         args: x, centers, transforms, down_weight, down_bias, up_weight, up_bias; x [B, N, C] and
             the projections have one dtype, the rest any.
+        needs: for which of them a backward will ask; its kernels compile in the meantime.
 
     Returns:
         y [B, N, C], and what the backward needs: h [B·N, R] (``None`` in token mode), T_b
         [B, R, R], the state of ``attend`` and, if ``save_z``, h @ T_b [B·N, R] (else ``None``).
     """
     if not _fused(problem):
-        return _forward_unfused(problem, args, save_z)
-    return _forward_plan(problem, configs.config_for(args[0], problem.rank), save_z)(*args)
+        return _forward_unfused(problem, args, save_z, needs)
+    config = configs.config_for(args[0], problem.rank)
+    return _forward_plan(problem, config, save_z, needs)(*args)
 
 
 def backward(problem: Problem, g: Tensor, needs, args, saved: list[Tensor | None]):
@@ -74,26 +79,15 @@ def backward(problem: Problem, g: Tensor, needs, args, saved: list[Tensor | None
 
 
 class _Forward:
-    """The plan of a forward whose products are ours."""
+    """The plan of a forward whose products are ours; ``needs`` is its backward's."""
 
-    def __init__(self, problem: Problem, config: Config, save_z: bool):
+    def __init__(self, problem: Problem, config: Config, save_z: bool, needs: tuple[bool, ...]):
         batch, tokens, width, rank, num_centers, dtypes = problem
         dtype = dtypes[0]
         self.width, self.padded = width, bool(width % 8 or rank % 8)
         self.fit = _pad if self.padded else _aligned
         sizes = (_multiple(width), _multiple(rank))
-        self.project = launches.project(
-            batch * tokens,
-            tokens,
-            *sizes,
-            dtype,
-            config,
-            bias=dtypes[4] is not None,
-            sums=True,
-        )
-        tile = (self.project.tile_rows, self.project.slots)
-        self.attend = launches.Attend(batch, tokens, width, num_centers, *tile, config)
-        self.mix = launches.Mix(batch, num_centers, sizes[1], dtype, config)
+        # They compile in this order: what takes longest begins, the backward's are last.
         self.transform = launches.transform(
             batch,
             tokens,
@@ -101,8 +95,22 @@ class _Forward:
             dtype,
             config,
             store_z=save_z,
-            bias=dtypes[6] is not None,
+            bias=dtypes[6],
         )
+        self.project = launches.project(
+            batch * tokens,
+            tokens,
+            *sizes,
+            dtype,
+            config,
+            bias=dtypes[4],
+            sums=True,
+        )
+        tile = (self.project.tile_rows, self.project.slots)
+        self.attend = launches.Attend(batch, tokens, width, num_centers, dtypes[1], *tile, config)
+        self.mix = launches.Mix(batch, num_centers, sizes[1], dtype, dtypes[2], config)
+        if any(needs):
+            _backward_plan(problem, config, needs)
 
     def __call__(self, x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
         fit = self.fit
@@ -136,7 +144,10 @@ class _Backward:
         self.fit = _pad if self.padded else _aligned
         self.need_down, self.need_up = need_down, need_up
         sizes = (_multiple(width), _multiple(rank))
-        self.restore_z = launches.transform(batch, tokens, sizes[1], 0, dtype, config, store_z=True)
+        # Made and compiled only when z was not kept.
+        self.restore_z = functools.cache(
+            lambda: launches.transform(batch, tokens, sizes[1], 0, dtype, config, store_z=True)
+        )
         self.project = launches.project(
             rows,
             rows,
@@ -149,6 +160,18 @@ class _Backward:
             mixed_sums=need_down_bias,
         )
         self.outer = self.unmix = self.unattend = self.reduce = self.transform = None
+        if need_x:
+            self.transform = launches.transform(
+                batch,
+                tokens,
+                *reversed(sizes),
+                dtype,
+                config,
+                mix=False,
+                w_transposed=True,
+                bias=dtype,
+                row_bias=True,
+            )
         if need_a or need_t:
             self.outer = launches.Outer(batch, tokens, sizes[1], dtype, config)
             self.unmix = launches.Unmix(
@@ -156,8 +179,9 @@ class _Backward:
                 num_centers,
                 sizes[1],
                 dtype,
-                dtypes[2] if need_t else None,
+                dtypes[2],
                 config,
+                need_t=need_t,
                 need_a=need_a,
             )
         if need_a:
@@ -168,6 +192,7 @@ class _Backward:
                 width,
                 num_centers,
                 dtype,
+                dtypes[1],
                 config,
                 need_x=need_x,
             )
@@ -178,22 +203,11 @@ class _Backward:
                 width,
                 num_centers,
                 rank,
+                dtypes[1],
                 [dtypes[i] if need else None for i, need in asked],
                 config,
                 up_rows=self.project.sum_rows if need_up_bias else 0,
                 down_rows=self.project.mixed_sum_rows if need_down_bias else 0,
-            )
-        if need_x:
-            self.transform = launches.transform(
-                batch,
-                tokens,
-                *reversed(sizes),
-                dtype,
-                config,
-                mix=False,
-                w_transposed=True,
-                bias=True,
-                row_bias=True,
             )
 
     def __call__(self, g, args, saved):
@@ -208,7 +222,7 @@ class _Backward:
         saved.clear()
         if self.need_up:
             if z is None or not z.numel():
-                _, z, _ = self.restore_z(h, mixed, None, None)
+                _, z, _ = self.restore_z()(h, mixed, None, None)
             d_up = torch.mm(_columns(g), z)
         del z
         gz, gh, up_sums, down_sums = self.project(fit(g, 1), fit(up_weight, 2), None, mixed)
@@ -249,14 +263,16 @@ _backward_plan = functools.lru_cache(maxsize=1024)(_Backward)
 class _Unfused:
     """The launches of both passes; of the backward's those that ``needs`` asks for."""
 
-    def __init__(self, problem: Problem, config: Config, needs: tuple[bool, ...] = (False,) * 7):
+    def __init__(self, problem: Problem, config: Config, needs: tuple[bool, ...]):
         batch, tokens, width, rank, num_centers, dtypes = problem
         need_x, need_centers, need_transforms = needs[:3]
         need_a = need_x or need_centers
         dtype = dtypes[0]
         size = rank or tokens
-        self.attend = launches.Attend(batch, tokens, width, num_centers, tokens, 1, config)
-        self.mix = launches.Mix(batch, num_centers, size, dtype, config)
+        self.attend = launches.Attend(
+            batch, tokens, width, num_centers, dtypes[1], tokens, 1, config
+        )
+        self.mix = launches.Mix(batch, num_centers, size, dtype, dtypes[2], config)
         self.unmix = self.unattend = self.reduce = None
         if need_a or need_transforms:
             self.unmix = launches.Unmix(
@@ -264,25 +280,28 @@ class _Unfused:
                 num_centers,
                 size,
                 dtype,
-                dtypes[2] if need_transforms else None,
+                dtypes[2],
                 config,
+                need_t=need_transforms,
                 need_a=need_a,
             )
         if need_a:
             programs = self.unmix.programs
             sizes = (batch, tokens, width, num_centers)
-            self.unattend = launches.Unattend(programs, *sizes, dtype, config, need_x=need_x)
+            self.unattend = launches.Unattend(
+                programs, *sizes, dtype, dtypes[1], config, need_x=need_x
+            )
         if need_centers:
             wanted = (dtypes[1], None, None)
-            self.reduce = launches.Reduce(batch, width, num_centers, 0, wanted, config)
+            self.reduce = launches.Reduce(batch, width, num_centers, 0, dtypes[1], wanted, config)
 
 
 _unfused_plan = functools.lru_cache(maxsize=1024)(_Unfused)
 
 
-def _forward_unfused(problem: Problem, args, save_z: bool):
+def _forward_unfused(problem: Problem, args, save_z: bool, needs: tuple[bool, ...]):
     x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
-    plan = _unfused_plan(problem, configs.config_for(x, 16))
+    plan = _unfused_plan(problem, configs.config_for(x, 16), needs)
     sums = x.sum(1, dtype=torch.float32)
     state = plan.attend(sums, centers.contiguous())
     mixed = plan.mix(state, transforms.contiguous())

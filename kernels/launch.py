@@ -8,6 +8,7 @@ takes a look into a dictionary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastadapt.kernels.ahead import Ahead
 
 try:  # what torch.compile's own code allocates with: half the price of torch.empty
     from torch._C._dynamo.guards import _empty_strided_cuda
@@ -122,6 +125,22 @@ class Descriptor:
         return GluonDescriptor(*args, self.layout)
 
 
+class StandIn:
+    """For an aligned tensor: all that Triton reads of one to compile."""
+
+    __slots__ = ("count", "dtype")
+
+    def __init__(self, dtype: torch.dtype, count: int | None):
+        self.dtype = dtype
+        self.count = count
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def numel(self) -> int | None:
+        return self.count
+
+
 class Launch:
     """One kernel with everything but its tensors: for calls of the same sizes, again and again.
 
@@ -144,9 +163,13 @@ class Launch:
             dtypes in every call: they are not looked at. Without ``tensors`` a call brings one for
             each of the kernel's, of any dtype, or ``None``, and they go as pointers. At least
             two.
+        dtypes: of a call's tensors, where they are known before it: the kernel starts to compile
+            at once, in a thread, for tensors that are aligned to 16 bytes. ``None`` for a tensor
+            that is none.
     """
 
     __slots__ = (
+        "ahead",
         "arguments",
         "compiled",
         "device",
@@ -168,6 +191,7 @@ class Launch:
         warps: int,
         stages: int = 3,
         tensors: tuple[tuple[int, Box | None] | None, ...] | None = None,
+        dtypes: tuple[torch.dtype | None, ...] | None = None,
     ):
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
@@ -181,6 +205,21 @@ class Launch:
         if tensors is not None:
             self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
         self.compiled = {}
+        known = dtypes is not None and self.device is not None
+        self.ahead = self._compile_ahead(dtypes, numbers) if known else None
+
+    def _compile_ahead(self, dtypes, numbers) -> Ahead | None:
+        """Starts to compile, unless the same was begun for another size."""
+        rest = self.arguments[len(numbers) :]
+        kinds = [(n == 1, n % 16 == 0) for n in numbers]  # what Triton compiles apart
+        variant = (id(self.kernel), self.device, rest, *self.options.values(), dtypes, *kinds)
+        if variant not in _begun:
+            counts = {i: box.count for i, box in filter(None, self.tensors or ()) if box}
+            tensors = [d and StandIn(d, counts.get(i)) for i, d in enumerate(dtypes)]
+            with contextlib.suppress(Exception):  # Triton is not as known, or the launch will tell
+                arguments = self._triton_arguments(tensors)
+                _begun[variant] = Ahead(self.kernel, self.device, arguments, self.options)
+        return _begun.get(variant)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self.device is None:
@@ -199,10 +238,13 @@ class Launch:
         native(*arguments)
 
     def _by_triton(self, tensors):
-        arguments = [
-            a.checked() if type(a) is Descriptor else a for a in self._kernel_tensors(tensors)
-        ]
-        return self.kernel[self.grid](*arguments, *self.arguments, **self.options)
+        if self.ahead is not None:
+            self.ahead.join()
+        return self.kernel[self.grid](*self._triton_arguments(tensors), **self.options)
+
+    def _triton_arguments(self, tensors) -> list:
+        tensors = self._kernel_tensors(tensors)
+        return [*(t.checked() if type(t) is Descriptor else t for t in tensors), *self.arguments]
 
     def _kernel_tensors(self, tensors) -> tuple:
         if self.tensors is None:
@@ -241,6 +283,9 @@ class Launch:
 
 
 _address = Tensor.data_ptr
+
+# What has begun to compile ahead of its launch.
+_begun: dict[tuple, Ahead] = {}
 
 # The native launch function and its arguments, by launch, stream and addresses: 3 KB each.
 _ready: dict[tuple, tuple[Callable, tuple]] = {}

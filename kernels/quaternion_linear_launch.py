@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def forward(x, weights, bias, scale, *, rotation: bool, zero_half: bool) -> Tens
     y = torch.empty((*x.shape[:-1], 4 * form.outputs), dtype=x.dtype, device=x.device)
     if y.numel():
         x, rows = _rows(x, form.groups)
-        _linear(x, rows, _contiguous(weights), _contiguous((bias, scale)), y, form, False)
+        _linear(x, rows, _contiguous(weights), _contiguous((bias, scale)), y, form, False)()
     return y
 
 
@@ -140,11 +141,15 @@ def backward(g, x, weights, scale, *, rotation, zero_half, need_x, need_w, need_
         return dx, dw, db
     g, g_rows = _rows(g, form.groups)
     weights, others = _contiguous(weights), _contiguous((None, scale))
+    # All launches are prepared before any runs: their kernels compile side by side.
+    steps = []
     if need_x:
-        _linear(g, g_rows, weights, others, dx, form, True)
+        steps.append(_linear(g, g_rows, weights, others, dx, form, True))
     if need_w or need_b:
         x, x_rows = _rows(x, form.groups)
-        _gradients(x, x_rows, g, g_rows, weights, others[1], dw, db, form)
+        steps.append(_gradients(x, x_rows, g, g_rows, weights, others[1], dw, db, form))
+    for run in steps:
+        run()
     return dx, dw, db
 
 
@@ -178,20 +183,26 @@ def _rows(x: Tensor, groups: int | None) -> tuple[Tensor, Rows]:
     return x, Rows(g, m, 0 if groups is None else x.stride(0), x.stride(-2), x.stride(-1))
 
 
-def _linear(x, rows: Rows, weights, others, out, form: Form, back: bool) -> None:
-    """y = W ⊗ x + bias into ``out``, or back: dx = W̄ ⊗ g, with x = g."""
+def _linear(x, rows: Rows, weights, others, out, form: Form, back: bool) -> Callable[[], None]:
+    """What makes y = W ⊗ x + bias in ``out``, or back: dx = W̄ ⊗ g, with x = g."""
     bias, scale = others
     device = device_of(x.device.index)
     if _specialised(rows, form, device):
-        _large_linear(x, rows, weights, bias, out, form, device, back)
-        return
+        return _large_linear(x, rows, weights, bias, out, form, device, back)
     run, splits = _linear_launch(rows, None if bias is None else bias.dtype, form, device, back)
     if splits == 1:
-        run(x, *weights, scale, bias, out)
-        return
+        return functools.partial(run, x, *weights, scale, bias, out)
     parts = torch.empty((splits, out.numel()), dtype=torch.float32, device=x.device)
-    run(x, *weights, scale, bias, parts)
-    _reduce(device, (parts, out))
+    first = functools.partial(run, x, *weights, scale, bias, parts)
+    return _in_order(first, _reduce(device, (parts, out)))
+
+
+def _in_order(*steps: Callable[[], None]) -> Callable[[], None]:
+    def run():
+        for step in steps:
+            step()
+
+    return run
 
 
 @functools.lru_cache(maxsize=4096)
@@ -218,36 +229,42 @@ def _linear_launch(rows: Rows, bias_dtype, form: Form, device: Device, back: boo
         ),
         warps=tile.warps,
         stages=tile.stages,
+        dtypes=(
+            form.dtype,
+            *_weight_dtypes(form),
+            bias_dtype,
+            form.dtype if tile.splits == 1 else torch.float32,
+        ),
     )
     return run, tile.splits
 
 
-def _gradients(x, x_rows: Rows, g, g_rows: Rows, weights, scale, dw, db, form: Form) -> None:
-    """dW = g ⊗ x̄ and the bias's gradient, summed over all rows."""
+def _weight_dtypes(form: Form) -> tuple[torch.dtype | None, ...]:
+    """Of the four weights and the scale, as far as they are known."""
+    return *(form.weight_dtype,) * 4, form.weight_dtype if form.scale else None
+
+
+def _gradients(
+    x, x_rows: Rows, g, g_rows: Rows, weights, scale, dw, db, form: Form
+) -> Callable[[], None]:
+    """What makes dW = g ⊗ x̄ and the bias's gradient, summed over all rows."""
     device = device_of(x.device.index)
     if dw is not None and _specialised(x_rows, form, device):
-        _large_gradients(x, g, g_rows, dw, db, form, device)
-        return
+        return _large_gradients(x, g, g_rows, dw, db, form, device)
     bias_dtype = None if db is None else db.dtype
     run, splits = _gradient_launch(x_rows, g_rows, dw is not None, bias_dtype, form, device)
     if splits == 1:
-        run(x, g, *weights, scale, dw, db)
-        return
+        return functools.partial(run, x, g, *weights, scale, dw, db)
     pairs = [
         (torch.empty((splits, out.numel()), dtype=torch.float32, device=x.device), out)
         for out in (dw, db)
         if out is not None
     ]
     parts = [pair[0] for pair in pairs]
-    run(
-        x,
-        g,
-        *weights,
-        scale,
-        parts[0] if dw is not None else None,
-        parts[-1] if db is not None else None,
-    )
-    _reduce(device, *pairs)
+    dw_parts = parts[0] if dw is not None else None
+    db_parts = parts[-1] if db is not None else None
+    first = functools.partial(run, x, g, *weights, scale, dw_parts, db_parts)
+    return _in_order(first, _reduce(device, *pairs))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -255,6 +272,9 @@ def _gradient_launch(x_rows: Rows, g_rows: Rows, need_w: bool, bias_dtype, form,
     inputs = form.inputs if need_w else 1  # for the bias alone, one tile of them
     tile = gradient_tile(x_rows.rows, inputs, form.outputs, x_rows.groups, form, device)
     tiles = -(-inputs // tile.rows) * -(-form.outputs // tile.cols)
+    results = [form.weight_dtype if need_w else None, bias_dtype]
+    if tile.splits > 1:
+        results = [dtype and torch.float32 for dtype in results]
     run = Launch(
         kernels.gradient_kernel,
         (tiles, tile.splits, x_rows.groups),
@@ -281,6 +301,7 @@ def _gradient_launch(x_rows: Rows, g_rows: Rows, need_w: bool, bias_dtype, form,
         ),
         warps=tile.warps,
         stages=tile.stages,
+        dtypes=(form.dtype, form.dtype, *_weight_dtypes(form), *results),
     )
     return run, tile.splits
 
@@ -294,13 +315,13 @@ def _reduce(
     device: Device,
     a: tuple[Tensor, Tensor],
     b: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-) -> None:
-    """Sums parts [splits, count] to results [count], of one or two at once."""
+) -> Callable[[], None]:
+    """What sums parts [splits, count] to results [count], of one or two at once."""
     sizes = [
         (0, 1, None) if out is None else (out.numel(), parts.shape[0], out.dtype)
         for parts, out in (a, b)
     ]
-    _reduce_launch(*sizes, device)(*a, *b)
+    return functools.partial(_reduce_launch(*sizes, device), *a, *b)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -313,6 +334,7 @@ def _reduce_launch(a, b, device: Device) -> Launch:
         (a[0], b[0], a[1], b[1]),
         (size,),
         warps=4,
+        dtypes=(torch.float32, a[2], b[2] and torch.float32, b[2]),
     )
 
 
@@ -407,6 +429,9 @@ def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, sp
         return number, gluon_box(shape, box, form.dtype, (row_stride, 1))
 
     out_width = count * width
+    result = form.dtype
+    if weights:
+        result = form.weight_dtype if splits == 1 else torch.float32
     return Launch(
         _gluon().product_kernel,
         (min(tiles, device.multiprocessors),),
@@ -437,10 +462,11 @@ def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, sp
             (5, None) if weights else None,
             None if bias_dtype is None else (6, None),
         ),
+        dtypes=(*(form.dtype,) * 5, result, bias_dtype),
     )
 
 
-def _large_linear(x, rows: Rows, weights, bias, out, form, device, back: bool) -> None:
+def _large_linear(x, rows: Rows, weights, bias, out, form, device, back) -> Callable[[], None]:
     kind = "input" if back else "output"
     if form.weight_dtype != form.dtype:  # autocast
         packed = torch.empty((4, *weights[0].shape), dtype=form.dtype, device=x.device)
@@ -453,7 +479,7 @@ def _large_linear(x, rows: Rows, weights, bias, out, form, device, back: bool) -
         weights = [_copyable(w.view(w.shape[-2:])) for w in weights]
         operands = tuple([(t.shape, t.stride(0)) for t in (x, *weights)])
         run = _large_launch(kind, operands, bias_dtype, form, device)
-    run(x, *weights, out, bias)
+    return functools.partial(run, x, *weights, out, bias)
 
 
 def _is_packed(t: Tensor) -> bool:
@@ -477,7 +503,7 @@ def _large_launch(kind, operands, bias_dtype, form: Form, device: Device):
     return _product_launch(kind, operands, bias_dtype, form, device, sizes)
 
 
-def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> None:
+def _large_gradients(x, g, g_rows: Rows, dw, db, form, device) -> Callable[[], None]:
     rows, inputs, outputs = g_rows.rows, form.inputs, form.outputs
     steps = -(-rows // 64)
     # Fewer columns mean fewer parts to add, more mean fewer bytes per product.
@@ -504,18 +530,19 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form: Form, device: Device) -> 
         # they come from memory once and the other times from L2.
         chunk=16 if splits == 1 else 4,
     )
-    run(left, right, None, None, None, parts, None)
+    steps = [functools.partial(run, left, right, None, None, None, parts, None)]
     if db is not None:
-        run, sums_splits = _sums_launch(g_rows, db.numel(), device)
+        run, sums_splits = _sums_launch(g_rows, db.numel(), form.dtype, device)
         sums = torch.empty((sums_splits, db.numel()), dtype=torch.float32, device=x.device)
-        run(g, sums)
+        steps.append(functools.partial(run, g, sums))
         pairs.append((sums, db))
     if pairs:
-        _reduce(device, *pairs)
+        steps.append(_reduce(device, *pairs))
+    return _in_order(*steps)
 
 
 @functools.lru_cache(maxsize=4096)
-def _sums_launch(g_rows: Rows, width: int, device: Device) -> tuple[Launch, int]:
+def _sums_launch(g_rows: Rows, width: int, dtype, device: Device) -> tuple[Launch, int]:
     rows, _, row_stride, col_stride = g_rows[1:]
     splits = min(64, -(-rows // 128))
     run = Launch(
@@ -525,5 +552,6 @@ def _sums_launch(g_rows: Rows, width: int, device: Device) -> tuple[Launch, int]
         (rows, width, row_stride, col_stride, -(-rows // splits)),
         (64, 64),
         warps=4,
+        dtypes=(dtype, torch.float32),
     )
     return run, splits

@@ -7,6 +7,7 @@ The interpreter is chosen before Triton is imported, so its cases run in a proce
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -321,6 +322,39 @@ def test_gpu_exports(monkeypatch):
     program = torch.export.export(Module(), tuple(args))
     assert "fastadapt.cluster_attention" in str(program.graph)
     torch.testing.assert_close(program.module()(*args), cluster_attention(*args))
+
+
+FIRST_CALL = """
+import time
+import torch
+from fastadapt.kernels import cluster_attention
+torch.manual_seed(0)
+shapes = (128, 196, 768), (768, 20), (20, 256, 256), (256, 768), (256,), (768, 256), (768,)
+args = [(0.1 * torch.randn(s, device="cuda")).bfloat16().requires_grad_() for s in shapes]
+g = torch.randn_like(args[0])
+results = []
+for _ in range(2):
+    times = [time.perf_counter()]
+    y = cluster_attention(*args, backend="triton")
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    results.append((y, *torch.autograd.grad(y, args, g)))
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    print(f"forward {times[1] - times[0]:.2f} s, backward {times[2] - times[1]:.2f} s")
+assert all(map(torch.equal, *results))
+"""
+
+
+@gpu
+def test_gpu_first_call(tmp_path):
+    """Prints its seconds, compiled and then from Triton's cache, each before a second call's."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    for kernels in ("compiled", "from the cache"):
+        command = [sys.executable, "-c", FIRST_CALL]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        print(kernels, done.stdout, sep="\n")
 
 
 @gpu

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import gc
+import re
+import subprocess
+import sys
+import threading
+import time
 import types
+import warnings
 import weakref
 
 import pytest
@@ -13,7 +19,7 @@ pytest.importorskip("triton")
 from triton import knobs
 from triton.runtime import driver
 
-from fastadapt.kernels import launch
+from fastadapt.kernels import ahead, launch
 from fastadapt.kernels.launch import Box, Device, Launch
 
 nvidia = pytest.importorskip("triton.backends.nvidia.driver")
@@ -37,9 +43,13 @@ class Native:
 class Kernel:
     """In place of a jitted kernel: `compiles` to one whose launcher is Triton's around `native`."""
 
+    ASTSource = object
+
     def __init__(self, signature, encoded=True, **changes):
         self.native = Native()
         self.compilations = 0
+        self.device_caches = {0: "this GPU's"}
+        self.warmups = []
         run = object.__new__(nvidia.CudaLauncher)
         meta = [META] * signature.count("tensordesc<fp16[2, 8]>") if encoded else []
         wrapped = nvidia.wrap_handle_tensordesc(self.native, dict(enumerate(signature)), meta)
@@ -72,18 +82,25 @@ class Kernel:
 
         return compile_and_launch
 
+    def warmup(self, *args, grid, **options):
+        self.warmups.append(args)
+
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """A driver that encodes descriptors as what it is given, one current stream, no GPU."""
     here = types.SimpleNamespace(stream=11)
     monkeypatch.setattr(launch, "_ready", {})
+    monkeypatch.setattr(launch, "_begun", {})
+    monkeypatch.setattr(ahead, "_last", None)
+    monkeypatch.setattr(ahead, "_begin", lambda: lambda: None)
     monkeypatch.setattr(launch, "_check_device", lambda tensors, index: None)
     current = lambda index: here.stream  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
     encode = lambda *args: ("encoded", *args[:4], *map(tuple, args[4:7]), *args[7:])  # noqa: E731
     utils = types.SimpleNamespace(fill_tma_descriptor=encode, fill_tma_descriptor_tiled=encode)
-    monkeypatch.setattr(driver, "_active", types.SimpleNamespace(utils=utils))
+    active = types.SimpleNamespace(utils=utils, set_current_device=lambda index: None)
+    monkeypatch.setattr(driver, "_active", active)
     return here
 
 
@@ -93,8 +110,8 @@ def described_kernel(**changes):
     return Kernel([descriptor, descriptor, "*fp16", "constexpr", *rest], **changes)
 
 
-def described(kernel):
-    return Launch(kernel, (5,), GPU, NUMBERS, CONSTANTS, warps=4, tensors=TENSORS)
+def described(kernel, numbers=NUMBERS, **options):
+    return Launch(kernel, (5,), GPU, numbers, CONSTANTS, warps=4, tensors=TENSORS, **options)
 
 
 def as_triton_would(kernel, stream, *tensors):
@@ -224,3 +241,126 @@ def test_a_tensor_of_another_size_or_device_is_refused(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is on cpu; expected cuda:0"):
         launch._check_device((x, None), 0)
+
+
+# Compiling ahead of the launch.
+
+DTYPES = (torch.float16, torch.float16)
+
+
+def halves():
+    return [torch.zeros(n, dtype=torch.float16) for n in (48, 10)]
+
+
+def test_what_is_compiled_ahead_is_what_the_launch_asks_for():
+    kernel = described_kernel()
+    run = described(kernel, dtypes=DTYPES)
+    run.ahead.join()
+    ((a, b, pointer, nothing, *rest),) = kernel.warmups
+    for descriptor, box in ((a, TENSORS[0][1]), (b, TENSORS[1][1])):
+        assert descriptor.base.dtype == torch.float16
+        assert tuple(descriptor.shape) == box.shape and tuple(descriptor.block_shape) == box.box
+    assert pointer.dtype == torch.float16 and pointer.data_ptr() % 16 == 0
+    assert nothing is None and tuple(rest) == (*NUMBERS, *CONSTANTS, True)
+    run(*halves())
+    assert kernel.compilations == 1  # Triton's own launch, which finds it
+
+
+def test_of_an_operation_every_kernel_is_compiled_ahead():
+    command = [sys.executable, "-m", "tests.compile_ahead"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"(\d+) ahead, (\d+) by launch", done.stdout)
+    assert len(counts) == 14 and all(n != "0" and m == "0" for n, m in counts), done.stdout
+    assert done.stdout.endswith("a child did not wait\ncompiled at the end\n"), done.stdout
+
+
+def test_a_launch_waits_for_what_is_being_compiled():
+    kernel, events = described_kernel(), []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def warmup(*args, **options):
+        begun.set()
+        go_on.wait(10)
+        events.append("compiled")
+
+    kernel.warmup = warmup
+    run = described(kernel, dtypes=DTYPES)
+    begun.wait(10)
+    threading.Timer(0.05, go_on.set).start()
+    run(*halves())
+    events.append("launched")
+    assert events == ["compiled", "launched"]
+
+
+def test_first_forms_are_written_one_by_one_and_the_rest_side_by_side(monkeypatch):
+    class Source:
+        def make_ir(self, name):
+            time.sleep(0.02)
+            written.append(name)
+
+    class Writes(Kernel):
+        ASTSource = Source
+
+        def warmup(self, *args, **options):
+            self.ASTSource().make_ir(self)
+            go_on.wait(10)  # what follows is done side by side
+
+    monkeypatch.setattr(ahead, "_places", threading.Semaphore(4))
+    written, go_on = [], threading.Barrier(4)
+    kernels = [Writes(["*fp16"]) for _ in range(4)]
+    for thread in [described(kernel, dtypes=DTYPES).ahead for kernel in kernels]:
+        thread.join()
+    assert written == kernels and not go_on.broken
+
+
+def test_threads_leave_the_filters_of_warnings_alone():
+    def filtered(*args, **options):
+        with ahead._Warnings().catch_warnings():
+            ahead._Warnings().simplefilter("error")
+            seen.append(list(warnings.filters))
+
+    seen, before = [], list(warnings.filters)
+    kernel = described_kernel()
+    kernel.warmup = filtered
+    described(kernel, dtypes=DTYPES).ahead.join()
+    filtered()
+    assert seen[0] == before == warnings.filters and seen[1][0][0] == "error"
+
+
+def test_what_does_not_compile_is_an_error_of_its_launch():
+    class Broken(Kernel):
+        def warmup(self, *args, **options):
+            raise ValueError("unknown layout")
+
+        def __getitem__(self, grid):
+            return self.warmup
+
+    run = described(Broken(["*fp16"]), dtypes=DTYPES)
+    run.ahead.join()
+    with pytest.raises(ValueError, match="unknown layout"):
+        run(*halves())
+
+
+def test_another_triton_compiles_at_the_launch(monkeypatch):
+    monkeypatch.delattr(Kernel, "ASTSource")
+    kernel = described_kernel()
+    run = described(kernel, dtypes=DTYPES)
+    run(*halves())
+    assert run.ahead is None and kernel.compilations == 1 and not kernel.warmups
+
+
+def test_sizes_that_triton_does_not_tell_apart_are_compiled_once():
+    kernel = described_kernel()
+    runs = [
+        described(kernel, numbers, dtypes=DTYPES)
+        for numbers in ((7, 16), (9, 32), (16, 16), (1, 16), (1, 48))
+    ]
+    for run in runs:
+        run.ahead.join()
+    assert sorted(args[4] for args in kernel.warmups) == [1, 7, 16]
+
+
+def test_the_interpreter_compiles_nothing():
+    run = Launch(None, (5,), Device(None, 1, 1, 0), (), (), warps=4, dtypes=DTYPES)
+    assert run.ahead is None and not launch._begun

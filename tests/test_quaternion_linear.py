@@ -309,7 +309,7 @@ def test_operands_that_lie_as_usual_have_the_launch_of_their_strides(back, zero_
     monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: called.append((self, tensors)))
 
     def launched():
-        launch._large_linear(x, rows, weights, None, out, form, hopper, back)
+        launch._large_linear(x, rows, weights, None, out, form, hopper, back)()
         return called.pop()
 
     run, tensors = launched()
