@@ -289,6 +289,8 @@ def run(quick: bool = False) -> Iterator[dict]:
         if not todo:
             raise InputError(f"{CHOICE} chooses nothing; {SUBJECTS[0].title}, AOTInductor for one")
         notes = [NOTES, *_prepare_all(_parts(todo, batches), folder)]
+        if os.environ.get(CHOICE):
+            notes.append(f"chosen: {CHOICE}={os.environ[CHOICE]!r}")
         left = [f"{subject.title}, {name}" for subject, chosen in todo.items() for name in chosen]
         found = [Results(subject, batches) for subject in todo]
         yield _to_dict(found, notes, left, "; ".join(notes[1:]))
