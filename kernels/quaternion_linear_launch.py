@@ -326,7 +326,7 @@ def _reduce(
 
 @functools.lru_cache(maxsize=4096)
 def _reduce_launch(a, b, device: Device) -> Launch:
-    size = 1024
+    size = 128  # of 16 parts at once, four numbers of each thread
     return Launch(
         kernels.reduce_kernel,
         (-(-a[0] // size) + -(-b[0] // size),),

@@ -533,8 +533,11 @@ def _sum_parts(parts_ptr, out_ptr, block, count, splits, BLOCK: tl.constexpr):
     o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o < count
     total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(splits):
-        total += tl.load(parts_ptr + tl.cast(s, tl.int64) * count + o, mask=mask, other=0.0)
+    for first in range(0, splits, 16):  # one after the other, each would wait for the memory
+        o_s = first + tl.arange(0, 16)
+        parts = parts_ptr + o_s.to(tl.int64)[:, None] * count + o[None, :]
+        found = tl.load(parts, mask=(o_s < splits)[:, None] & mask[None, :], other=0.0)
+        total += tl.sum(found, 0)
     tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
