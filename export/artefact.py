@@ -108,8 +108,8 @@ class Artefact:
 # only tell an engine that works from one that does not.
 THRESHOLDS = {
     "fp32": Thresholds(),
-    "fp16": Thresholds(error=0.05, cosine=0.999),
-    "bf16": Thresholds(error=0.1, cosine=0.99),
-    "int8": Thresholds(error=1.0, cosine=0.5),
-    "fp8": Thresholds(error=1.0, cosine=0.5),
+    "fp16": Thresholds(error=0.05, cosine=0.999, origin=0.7),
+    "bf16": Thresholds(error=0.1, cosine=0.99, origin=0.7),
+    "int8": Thresholds(error=1.0, cosine=0.5, origin=0.7),
+    "fp8": Thresholds(error=1.0, cosine=0.5, origin=0.7),
 }

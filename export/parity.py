@@ -29,12 +29,16 @@ class Thresholds:
             logit moves by a thousandth of how much it varies from image to image.
         cosine: the smallest of all samples. An error within its limit implies it; it is stated
             because other tools report it, so that results can be compared.
+        origin: of the spread, times the root of the number of outputs. What is nearer to the origin
+            has no direction to speak of: an error within its limit turns it by more than the
+            cosine allows. At most 1, which some sample always reaches.
         spread: of the outputs' largest value. Below 1e-4 fp32 rounding is itself 1e-3 of the
             spread: the model answers every image alike, and agreement says nothing.
     """
 
     error: float = 1e-3
     cosine: float = 0.9999
+    origin: float = 0.1
     spread: float = 1e-4
 
 
@@ -47,8 +51,7 @@ class Parity:
         batch: batch size of the candidate; 0 if unknown.
         samples: how many.
         error: largest absolute difference, over the spread of the reference.
-        cosine: smallest cosine of a sample's two outputs; outputs nearer to the origin than a
-            tenth of the spread have no direction to speak of and are left out.
+        cosine: smallest cosine of a sample's two outputs, those near the origin left out.
         top1: share of samples with the same highest output, near ties left out; ``None`` with
             fewer than two classes or nothing but near ties.
         near_ties: samples whose two highest outputs are closer than the error that is allowed.
@@ -117,7 +120,7 @@ def compare(
     relative_spread = spread / max(np.abs(a).max(), tiny)
     length = np.linalg.norm(a, axis=1)
     cosines = (a * b).sum(axis=1) / np.maximum(length * np.linalg.norm(b, axis=1), tiny)
-    cosine = cosines[length >= 0.1 * spread * math.sqrt(a.shape[1])].min()
+    cosine = cosines[length >= thresholds.origin * spread * math.sqrt(a.shape[1])].min()
     top1, near_ties = None, None
     if classes and a.shape[1] > 1:
         highest = np.sort(a, axis=1)

@@ -28,7 +28,8 @@ from fastadapt.export.folded import FoldedClusterAttention
 from fastadapt.export.parity import Parity, compare
 from fastadapt.fuse import fuse_batch_norms
 
-# Of the error that engines are allowed: another engine rounds elsewhere.
+# Of the error that engines are allowed: another engine rounds elsewhere. What it turns an output by
+# goes with its square.
 MARGIN = 0.7
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Modules that use parameters of their own beside those of their parts.
@@ -176,7 +177,9 @@ def reduce_precision(
         except RuntimeError as error:  # dtypes that meet where no unit casts
             reason = str(error).strip().splitlines()[0]
             return module, Parity(stage, 0, len(expected), problems=(reason,))
-        limits = replace(THRESHOLDS[name], error=MARGIN * THRESHOLDS[name].error)
+        allowed = THRESHOLDS[name]
+        cosine = 1 - MARGIN**2 * (1 - allowed.cosine)
+        limits = replace(allowed, error=MARGIN * allowed.error, cosine=cosine)
         return module, compare(expected, values, stage=stage, classes=classes, thresholds=limits)
 
     for name in dict.fromkeys((precision, "bf16")):

@@ -14,7 +14,7 @@ import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import compare, export_onnx, verify_bundle
 from fastadapt.export import verify as verify_step
-from fastadapt.export.artefact import Artefact
+from fastadapt.export.artefact import THRESHOLDS, Artefact
 from fastadapt.export.gate import throughput
 from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.manifest import check_files, read_manifest
@@ -87,6 +87,18 @@ class TestCompare:
         parity = compare(LOGITS, LOGITS, classes=False)
         assert parity.passed
         assert parity.top1 is None
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_what_is_near_the_origin_has_no_direction(self, precision):
+        limits = THRESHOLDS[precision]
+        spread = np.sqrt(LOGITS.var(axis=0).mean())
+        undecided, turned = LOGITS.copy(), LOGITS.copy()
+        undecided[0] = 0.9 * limits.origin * spread * np.array([1, -1, 1, -1, 1])
+        turned[0] = undecided[0] + 0.9 * limits.error * spread * np.array([1, 1, -1, -1, 1])
+        assert compare(undecided, turned, thresholds=limits).passed
+        # Whatever happens, some output is far enough from it to be judged.
+        small = 1e-3 * LOGITS
+        assert compare(small, small, thresholds=Thresholds(origin=1.0)).cosine == pytest.approx(1)
 
     def test_thresholds_are_the_callers(self):
         moved = LOGITS + 1e-4
