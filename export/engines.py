@@ -393,7 +393,7 @@ def _reduce(options: EngineOptions, source: Source, console: Console) -> precisi
         parts = [model(*(x.to(_device()) for x in part)) for part in zip(*batches, strict=True)]
         return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
 
-    return precision.reduce_precision(
+    reduced = precision.reduce_precision(
         source.folded,
         options.precision,
         outputs,
@@ -402,6 +402,8 @@ def _reduce(options: EngineOptions, source: Source, console: Console) -> precisi
         classes=source.classes,
         tell=lambda line: console.print(f"  {line}"),
     )
+    reduced.module.cpu()  # it was judged on the GPU, if there is one; what follows begins here
+    return reduced
 
 
 def _compiled(
