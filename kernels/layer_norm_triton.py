@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastadapt.kernels.launch import Device, Launch, block, device_of
+from fastadapt.kernels.sums import sum_parts
 
 
 @triton.jit
@@ -154,13 +155,7 @@ def reduce_kernel(
         gdc_wait()
         gdc_launch_dependents()
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    m_c = o_c < width
-    acc = tl.zeros((BP, BC), tl.float32)
-    for part in range(0, parts, BP):
-        o_p = part + tl.arange(0, BP)
-        p = parts_ptr + o_p.to(tl.int64)[:, None] * width + o_c[None, :]
-        acc += tl.load(p, mask=(o_p < parts)[:, None] & m_c[None, :], other=0.0)
-    tl.store(out_ptr + o_c, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=m_c)
+    sum_parts(parts_ptr, out_ptr, parts, width, o_c, BP, BC)
 
 
 class Rows(NamedTuple):

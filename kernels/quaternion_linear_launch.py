@@ -194,10 +194,10 @@ def _linear(x, rows: Rows, weights, others, out, form: Form, back: bool) -> Call
         return functools.partial(run, x, *weights, scale, bias, out)
     parts = torch.empty((splits, out.numel()), dtype=torch.float32, device=x.device)
     first = functools.partial(run, x, *weights, scale, bias, parts)
-    return _in_order(first, _reduce(device, (parts, out)))
+    return _sequence(first, _reduce(device, (parts, out)))
 
 
-def _in_order(*steps: Callable[[], None]) -> Callable[[], None]:
+def _sequence(*steps: Callable[[], None]) -> Callable[[], None]:
     def run():
         for step in steps:
             step()
@@ -264,7 +264,7 @@ def _gradients(
     dw_parts = parts[0] if dw is not None else None
     db_parts = parts[-1] if db is not None else None
     first = functools.partial(run, x, g, *weights, scale, dw_parts, db_parts)
-    return _in_order(first, _reduce(device, *pairs))
+    return _sequence(first, _reduce(device, *pairs))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -538,7 +538,7 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form, device) -> Callable[[], N
         pairs.append((sums, db))
     if pairs:
         steps.append(_reduce(device, *pairs))
-    return _in_order(*steps)
+    return _sequence(*steps)
 
 
 @functools.lru_cache(maxsize=4096)

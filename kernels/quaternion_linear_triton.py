@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.sums import kahan_add
+from fastadapt.kernels.sums import kahan_add, sum_parts
 
 ROTATION_EPS = tl.constexpr(1e-4)  # as in quaternion_linear.py
 
@@ -528,19 +528,6 @@ def sums_kernel(
     tl.store(sums_ptr + split * width + o_n, tl.sum(sums, 0), mask=o_n < width)
 
 
-@triton.jit
-def _sum_parts(parts_ptr, out_ptr, block, count, splits, BLOCK: tl.constexpr):
-    o = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, splits, 16):  # one after the other, each would wait for the memory
-        o_s = first + tl.arange(0, 16)
-        parts = parts_ptr + o_s.to(tl.int64)[:, None] * count + o[None, :]
-        found = tl.load(parts, mask=(o_s < splits)[:, None] & mask[None, :], other=0.0)
-        total += tl.sum(found, 0)
-    tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["a_splits", "b_splits"])
 def reduce_kernel(
     a_ptr,  # [a_splits, a_count] fp32
@@ -558,12 +545,10 @@ def reduce_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    block = tl.program_id(0)
-    if b_ptr is None:
-        _sum_parts(a_ptr, a_out_ptr, block, a_count, a_splits, BLOCK)
+    block = tl.program_id(0).to(tl.int64)
+    a_blocks = tl.cdiv(a_count, BLOCK)
+    o = tl.arange(0, BLOCK)
+    if b_ptr is None or block < a_blocks:
+        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, block * BLOCK + o, 16, BLOCK)
     else:
-        a_blocks = tl.cdiv(a_count, BLOCK)
-        if block < a_blocks:
-            _sum_parts(a_ptr, a_out_ptr, block, a_count, a_splits, BLOCK)
-        else:
-            _sum_parts(b_ptr, b_out_ptr, block - a_blocks, b_count, b_splits, BLOCK)
+        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, (block - a_blocks) * BLOCK + o, 16, BLOCK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import triton
-import triton.language as tl  # noqa: F401 (the interpreter asks for it)
+import triton.language as tl
 
 
 @triton.jit
@@ -12,3 +12,18 @@ def kahan_add(acc, lost, value):
     value -= lost
     total = acc + value
     return total, (total - acc) - value
+
+
+@triton.jit
+def sum_parts(parts_ptr, out_ptr, parts, width, o_c, BP: tl.constexpr, BC: tl.constexpr):
+    """out [width], the sum over parts [parts, width] fp32, at the BC columns o_c.
+
+    BP parts are loaded at once: one after the other, each would wait for the memory.
+    """
+    m_c = o_c < width
+    acc = tl.zeros((BP, BC), tl.float32)
+    for part in range(0, parts, BP):
+        o_p = part + tl.arange(0, BP)
+        p = parts_ptr + o_p.to(tl.int64)[:, None] * width + o_c[None, :]
+        acc += tl.load(p, mask=(o_p < parts)[:, None] & m_c[None, :], other=0.0)
+    tl.store(out_ptr + o_c, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), mask=m_c)

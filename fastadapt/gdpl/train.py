@@ -159,8 +159,10 @@ def train_gdpl(
             if evaluator is None:
                 images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
                 check_augment(config.augment, images)
-                evaluator = Evaluator(images, target, workers, autocast, progress, table)
-                evaluator.graph = config.cuda_graph == "auto"
+                graph = config.cuda_graph == "auto"
+                evaluator = Evaluator(
+                    images, target, workers, autocast, progress, table, graph=graph
+                )
             shots = sample_shots(train_samples, config.shots, seed)
             if amp is not None:
                 model.set_frozen_dtype(amp)
