@@ -113,10 +113,15 @@ def _forward(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
         normal, stats, y = norm.forward(
             x, ln_weight, ln_bias, eps, x.dtype, save=save, added=fc2_bias
         )
-        # The bias follows in the next pass, which takes it in any dtype.
-        h = torch.mm(normal.view(-1, width), fc1_weight.t())
+        rows = normal.view(-1, width)
         del normal
-        a = mlp.gelu(h, fc1_bias, in_place=not save)
+        if mlp.fuses(rows, fc1_weight):
+            h, a = mlp.product_gelu(rows, fc1_weight, fc1_bias, save=save)
+        else:
+            # The bias follows in the next pass, which takes it in any dtype.
+            h = torch.mm(rows, fc1_weight.t())
+            a = mlp.gelu(h, fc1_bias, in_place=not save)
+        del rows
         y.view(-1, width).addmm_(a, fc2_weight.t())
     return y, stats, h, a
 
@@ -158,11 +163,15 @@ def _backward(g, needs, saved: list[Tensor], eps: float, sums_dtype: torch.dtype
     if need_w2:
         dw2 = torch.mm(rows.t(), a)
     del a
+    fused = mlp.fuses(rows, fc2_weight)
     if need_vectors:  # shares of the sums over rows: for ln_weight, ln_bias, fc2_bias, fc1_bias
-        parts = norm.new_parts(x, 3 * width + hidden)
+        parts = norm.new_parts(x, 3 * width + (0 if fused else hidden))
     if need_norm or need_w1:
-        dh = torch.mm(rows, fc2_weight)
-        mlp.gelu_backward(h, fc1_bias, dh, parts=parts, first=3 * width)
+        if fused:
+            dh, shares = mlp.product_gelu_backward(rows, fc2_weight, h, fc1_bias, sums=need_vectors)
+        else:
+            dh = torch.mm(rows, fc2_weight)
+            mlp.gelu_backward(h, fc1_bias, dh, parts=parts, first=3 * width)
     del h
     if need_w1:
         normal = norm.forward(x, ln_weight, ln_bias, eps, x.dtype)[0]
@@ -174,7 +183,8 @@ def _backward(g, needs, saved: list[Tensor], eps: float, sums_dtype: torch.dtype
         dx = norm.backward(dnormal, x, ln_weight, stats, need_x=need_x, residual=g, parts=parts)
     if need_vectors:
         sums = norm.reduce(parts, sums_dtype)
-        dln_w, dln_b, db2, db1 = sums.split((width, width, width, hidden))
+        dln_w, dln_b, db2, *rest = sums.split((width, width, width, parts.shape[1] - 3 * width))
+        db1 = norm.reduce(shares, sums_dtype) if fused else rest[0]
     grads = (dx, dln_w, dln_b, dw1, db1, dw2, db2)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.launch import Device, Launch, block, device_of
+from fastadapt.kernels.launch import Device, Launch, block, device_of, gluon_box
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2π)
@@ -143,6 +143,107 @@ def gelu_backward(
     shares, columns = (4 * device.multiprocessors, 0) if parts is None else parts.shape
     run = _gelu_backward_launch(*h.shape, shares, columns, first, device)
     run(h, bias.contiguous(), g, parts)
+
+
+@functools.lru_cache
+def _hopper():
+    """The kernels for Hopper; ``None`` where this Triton has another Gluon than they need."""
+    try:
+        from fastadapt.kernels import residual_mlp_gluon
+    except (ImportError, AttributeError):
+        return None
+    return residual_mlp_gluon
+
+
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether one kernel multiplies x [M, C] with an MLP's weight and has GELU, too: on Hopper, in
+    half precision, with a tile for every multiprocessor."""
+    device = device_of(x.device.index)
+    if device.major != 9 or x.dtype == torch.float32 or _hopper() is None:
+        return False
+    width = weight.numel() // x.shape[1]
+    if x.shape[1] % 8 or width % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return False
+    tiles = -(-len(x) // 128) * -(-width // 256)
+    return weight.is_contiguous() and x.is_contiguous() and tiles >= device.multiprocessors
+
+
+def product_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, *, save: bool
+) -> tuple[Tensor | None, Tensor]:
+    """h = x @ weightᵀ, and gelu(h + bias), where :func:`fuses` says so.
+
+    Args:
+        x: [M, C].
+        weight: [H, C].
+        bias: [H].
+        save: h is asked for.
+    """
+    shape = (*x.shape, len(weight))
+    h = x.new_empty(len(x), len(weight)) if save else None
+    out = x.new_empty(len(x), len(weight))
+    kind = (False, save, False)
+    run = _product_launch(*shape, x.dtype, bias.dtype, kind, device_of(x.device.index))
+    run(x, weight, h, out, None, bias.contiguous(), None)
+    return h, out
+
+
+def product_gelu_backward(
+    g: Tensor, weight: Tensor, h: Tensor, bias: Tensor, *, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of h for ``gelu(h + bias) @ weightᵀ``, where :func:`fuses` says so.
+
+    Args:
+        g: [M, C], the gradient of the product.
+        weight: [C, H].
+        h: [M, H].
+        bias: [H].
+        sums: also shares of the sum over its rows, [P, H] fp32.
+    """
+    shape = (*g.shape, weight.shape[1])
+    units = 2 * -(-len(g) // 128)
+    shares = g.new_empty(units, shape[2], dtype=torch.float32) if sums else None
+    out = torch.empty_like(h)
+    kind = (True, False, sums)
+    run = _product_launch(*shape, g.dtype, bias.dtype, kind, device_of(g.device.index))
+    run(g, weight, None, out, h, bias.contiguous(), shares)
+    return out, shares
+
+
+@functools.lru_cache(maxsize=4096)
+def _product_launch(
+    rows: int,
+    depth: int,
+    width: int,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    kind: tuple[bool, bool, bool],
+    device: Device,
+) -> Launch:
+    gluon = _hopper()
+    backward, save, sums = kind
+    across = -(-width // 256)
+    tiles = -(-rows // 128) * across
+    hidden = gluon_box((rows, width), (64, 64), dtype)
+    weight = ((depth, width), (64, 256)) if backward else ((width, depth), (256, 64))
+    return Launch(
+        gluon.product_kernel,
+        (min(tiles, device.multiprocessors),),
+        device,
+        (rows, depth, width, tiles, across),
+        (gluon.Product(backward, save, sums),),
+        warps=4,
+        tensors=(
+            (0, gluon_box((rows, depth), (64, 64), dtype)),
+            (1, gluon_box(*weight, dtype)),
+            (2, hidden) if save else None,
+            (3, hidden),
+            (4, None) if backward else None,
+            (5, None),
+            (6, None) if sums else None,
+        ),
+        dtypes=(*(dtype,) * 5, bias_dtype, torch.float32),
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -266,6 +266,33 @@ def test_gpu_shapes(operation, shape, hidden, dtype):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [
+        ((128, 196, 768), 3072),
+        ((17_000, 72), 264),  # tiles that are cut off on all sides, one step deep
+        ((3, 3001, 200), 520),
+        ((5000, 768), 1000),
+        ((35_000, 8), 8),
+    ],
+)
+def test_gpu_product_with_gelu(shape, hidden, dtype):
+    """Sizes that Hopper's own kernel takes."""
+    from fastadapt.kernels.residual_mlp_triton import fuses
+
+    args, g = make(residual_mlp, shape, hidden, dtype, "cuda")
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert fuses(args[0].flatten(0, -2), args[3]) == hopper
+    assert_as_exact_as_pytorch(residual_mlp, args, g)
+    if shape == (3, 3001, 200):
+        assert_alone_as_together(residual_mlp, args, g)
+        with torch.no_grad():
+            y = residual_mlp(*args, backend="triton")
+        assert torch.equal(y, output_and_gradients(residual_mlp, args, g)[0])
+
+
+@gpu
 @OPERATIONS
 def test_gpu_random(operation):
     """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes, strides and autocast."""
