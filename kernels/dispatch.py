@@ -44,6 +44,14 @@ def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool
     return backend
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces, and not ``torch.compile``.
+
+    PyTorch's function of this name, which reads the flag, is true for both in PyTorch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

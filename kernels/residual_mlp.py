@@ -2,16 +2,20 @@
 
 The four products (six in the backward) are cuBLAS's; what stands between them is one pass each:
 
-forward    LayerNorm, which writes x + fc2_bias, too · h = … @ fc1ᵀ · a = gelu(h + fc1_bias) · the
-           last product, added to x + fc2_bias in place
-backward   dfc2 from a, which is not needed any more · da = g @ fc2 · one pass over h and da that
-           makes da the gradient of h · LayerNorm again · dfc1 · its gradient dn = dh @ fc1 ·
-           LayerNorm's backward, which adds g · the sums of both passes: all four vectors
+forward    LayerNorm, which writes x + fc2_bias, too · h = … @ fc1ᵀ · a = gelu(h + fc1_bias) and
+           GELU's slope there · the last product, added to x + fc2_bias in place
+backward   dfc2 from a, which is not needed any more · da = g @ fc2 · da · slope: the gradient of
+           h · LayerNorm again · dfc1 · its gradient dn = dh @ fc1 · LayerNorm's backward, which
+           adds g · the sums of both passes: all four vectors
 
-Of M = 25,088 rows, 768 channels and a hidden width of 3072 in bf16, the forward keeps x (37 MiB), h
-and a (147 each) and two fp32 numbers per row, and the backward never holds more than two tensors
-of that width. Computing a again would halve what is kept between the two, but not the peak of one
-block, and takes 80 µs more than the pass over h and da alone.
+On Hopper GELU is part of the product before it, and so is the slope of its; elsewhere each is a
+pass of its own. The slope is kept rather than h: it costs the forward little, which has both of its
+terms at hand, and spares the backward an exponential for each number.
+
+Of M = 25,088 rows, 768 channels and a hidden width of 3072 in bf16, the forward keeps x (37 MiB),
+the slope and a (147 each) and two fp32 numbers per row, and the backward never holds more than two
+tensors of that width. Computing a again would halve what is kept between the two, but not the peak
+of one block.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor
 from fastadapt.kernels.dispatch import (
     choose_backend,
     compute_dtype,
+    is_exporting,
     on_device,
     without_autocast,
 )
@@ -64,8 +69,8 @@ def residual_mlp(
     """``x + fc2(gelu(fc1(layer_norm(x))))`` with exact GELU.
 
     Only gradients that are asked for are computed. There is no second derivative. Under
-    ``torch.compile`` and ``torch.export`` the plain formulation stands for it, whatever the
-    backend: Inductor fuses it itself, and exported programs hold ordinary operators.
+    ``torch.export`` the plain formulation stands for it, whatever the backend: exported programs
+    hold ordinary operators.
 
     Args:
         x: [..., C]; fp64, fp32, bf16 or fp16. Any strides.
@@ -87,13 +92,16 @@ def residual_mlp(
     """
     args = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _check(*args)
-    if torch.compiler.is_compiling():
+    if is_exporting():
         return residual_mlp_reference(*args, eps)
     if choose_backend(backend, _why_not_triton(*args)) == "reference":
         return residual_mlp_reference(*args, eps)
     fc1_weight, fc2_weight = fc1_weight.to(x.dtype), fc2_weight.to(x.dtype)
     args = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in args):
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in args)
+    if torch.compiler.is_compiling():
+        return _forward_op(*args, eps, save)[0]
+    if save:
         return _Function.apply(*args, eps)
     return _forward(*args, eps, save=False)[0]
 
@@ -116,14 +124,14 @@ def _forward(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, 
         rows = normal.view(-1, width)
         del normal
         if mlp.fuses(rows, fc1_weight):
-            h, a = mlp.product_gelu(rows, fc1_weight, fc1_bias, save=save)
+            a, slope = mlp.product_gelu(rows, fc1_weight, fc1_bias, save=save)
         else:
             # The bias follows in the next pass, which takes it in any dtype.
             h = torch.mm(rows, fc1_weight.t())
-            a = mlp.gelu(h, fc1_bias, in_place=not save)
+            a, slope = mlp.gelu(h, fc1_bias, save=save)
         del rows
         y.view(-1, width).addmm_(a, fc2_weight.t())
-    return y, stats, h, a
+    return y, stats, slope, a
 
 
 class _Function(torch.autograd.Function):
@@ -131,9 +139,8 @@ class _Function(torch.autograd.Function):
     def forward(ctx, *args):
         *tensors, eps = args
         y, *saved = _forward(*args, save=True)
-        ctx.save_for_backward(*tensors[:-1], *saved)
+        ctx.save_for_backward(*tensors, *saved)
         ctx.eps = eps
-        ctx.sums_dtype = common_dtype(tensors[1], tensors[2], tensors[4], tensors[6])
         return y
 
     @staticmethod
@@ -142,21 +149,22 @@ class _Function(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         with on_device(g), without_autocast(g):
-            return *_backward(g, ctx.needs_input_grad, saved, ctx.eps, ctx.sums_dtype), None
+            return *_backward(g, ctx.needs_input_grad, saved, ctx.eps), None
 
 
-def _backward(g, needs, saved: list[Tensor], eps: float, sums_dtype: torch.dtype):
+def _backward(g, needs, saved: list[Tensor], eps: float):
     """The gradients of all tensors.
 
     ``saved`` is emptied, so that each of its tensors goes as soon as it has been used.
     """
     norm, mlp = _launch()
-    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, stats, h, a = saved
+    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, stats, slope, a = saved
     saved.clear()
+    sums_dtype = common_dtype(ln_weight, ln_bias, fc1_bias, fc2_bias)
     need_x, need_ln_w, need_ln_b, need_w1, need_b1, need_w2, need_b2 = needs[:7]
     need_vectors = need_ln_w or need_ln_b or need_b1 or need_b2
     need_norm = need_x or need_vectors
-    width, hidden = x.shape[-1], h.shape[-1]
+    width, hidden = x.shape[-1], slope.shape[-1]
     g = g.contiguous()
     rows = g.view(-1, width)
     dx = dln_w = dln_b = dw1 = db1 = dw2 = db2 = parts = None
@@ -168,11 +176,11 @@ def _backward(g, needs, saved: list[Tensor], eps: float, sums_dtype: torch.dtype
         parts = norm.new_parts(x, 3 * width + (0 if fused else hidden))
     if need_norm or need_w1:
         if fused:
-            dh, shares = mlp.product_gelu_backward(rows, fc2_weight, h, fc1_bias, sums=need_vectors)
+            dh, shares = mlp.product_gelu_backward(rows, fc2_weight, slope, sums=need_vectors)
         else:
             dh = torch.mm(rows, fc2_weight)
-            mlp.gelu_backward(h, fc1_bias, dh, parts=parts, first=3 * width)
-    del h
+            mlp.gelu_backward(slope, dh, parts=parts, first=3 * width)
+    del slope
     if need_w1:
         normal = norm.forward(x, ln_weight, ln_bias, eps, x.dtype)[0]
         dw1 = torch.mm(dh.t(), normal.view(-1, width))
@@ -187,6 +195,68 @@ def _backward(g, needs, saved: list[Tensor], eps: float, sums_dtype: torch.dtype
         db1 = norm.reduce(shares, sums_dtype) if fused else rest[0]
     grads = (dx, dln_w, dln_b, dw1, db1, dw2, db2)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))
+
+
+# The same for torch.compile. Eager calls go through _Function, with less on the way.
+
+
+@torch.library.custom_op("fastadapt::residual_mlp", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    results = _forward(*args, eps, save=save)
+    return results if save else (results[0], *[x.new_empty(0) for _ in range(3)])
+
+
+@_forward_op.register_fake
+def _(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, save):
+    y = x.new_empty(x.shape)
+    if not save:
+        return y, *[x.new_empty(0) for _ in range(3)]
+    rows = x.numel() // x.shape[-1]
+    stats = x.new_empty(2, rows, dtype=torch.float32)
+    return y, stats, *[x.new_empty(rows, fc1_weight.shape[0]) for _ in range(2)]
+
+
+@torch.library.custom_op("fastadapt::residual_mlp_backward", mutates_args=())
+def _backward_op(g: Tensor, needs: list[bool], saved: list[Tensor], eps: float) -> list[Tensor]:
+    with on_device(g), without_autocast(g):
+        grads = _backward(g, needs, list(saved), eps)
+    # The vectors are views of one tensor, which an operator must not return.
+    return [t.clone() if t.dim() == 1 else t for t in grads if t is not None]
+
+
+@_backward_op.register_fake
+def _(g, needs, saved, eps):
+    vectors = common_dtype(saved[1], saved[2], saved[4], saved[6])
+    return [
+        t.new_empty(t.shape, dtype=vectors if t.dim() == 1 else g.dtype)
+        for t, need in zip(saved[:7], needs, strict=True)
+        if need
+    ]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _op_backward(ctx, g, *_):
+    needs = list(ctx.needs_input_grad[:7])
+    grads = iter(_backward_op(g, needs, list(ctx.saved_tensors), ctx.eps))
+    return *[next(grads) if need else None for need in needs], None, None
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _why_not_triton(x: Tensor, *parameters: Tensor) -> str | None:

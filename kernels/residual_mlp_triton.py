@@ -42,14 +42,14 @@ def _normal(h, EXACT: tl.constexpr):
 def gelu_kernel(
     h_ptr,  # [rows, WIDTH]
     bias_ptr,  # [WIDTH]
-    out_ptr,  # [rows, WIDTH], may be h
+    out_ptr,  # [rows, WIDTH], may be h: gelu(h + bias)
+    slope_ptr,  # [rows, WIDTH], may be h: gelu'(h + bias); or None
     rows,
     WIDTH: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """gelu(h + bias)."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -61,16 +61,18 @@ def gelu_kernel(
     offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-    below, _ = _normal(h, out_ptr.dtype.element_ty == tl.float32)
+    below, e = _normal(h, out_ptr.dtype.element_ty == tl.float32)
     tl.store(out_ptr + offsets, (h * below).to(out_ptr.dtype.element_ty), mask=mask)
+    if slope_ptr is not None:
+        slope = below + h * e * INVERSE_SQRT_TAU
+        tl.store(slope_ptr + offsets, slope.to(slope_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def gelu_backward_kernel(
-    h_ptr,  # [rows, WIDTH]
-    bias_ptr,  # [WIDTH]
-    g_ptr,  # [rows, WIDTH]: gradient of gelu(h + bias); becomes the gradient of h
-    sums_ptr,  # [programs of a column, sums_width] fp32: sums of the gradient of h; or None
+    slope_ptr,  # [rows, WIDTH]
+    g_ptr,  # [rows, WIDTH]: gradient of GELU's output; becomes that of its input
+    sums_ptr,  # [programs of a column, sums_width] fp32: sums of the latter; or None
     rows,
     sums_width,
     first_sum,  # the column of sums where they begin
@@ -83,16 +85,13 @@ def gelu_backward_kernel(
         gdc_wait()
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < WIDTH
-    bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     sums = tl.zeros((BR, BC), tl.float32)
     for row in range(tl.program_id(1) * BR, rows, tl.num_programs(1) * BR):
         o_r = row + tl.arange(0, BR)
         mask = (o_r < rows)[:, None] & m_c[None, :]
         offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
-        h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        below, density = _normal(h, h_ptr.dtype.element_ty == tl.float32)
-        dh = g * (below + h * density * INVERSE_SQRT_TAU)
+        slope = tl.load(slope_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * slope
         tl.store(g_ptr + offsets, dh.to(g_ptr.dtype.element_ty), mask=mask)
         if sums_ptr is not None:
             sums += dh  # rows beyond the last have g = 0
@@ -123,26 +122,24 @@ def gelu_backward_tile(width: int) -> Tile:
     return Tile(2048 // cols, cols, 8)
 
 
-def gelu(h: Tensor, bias: Tensor, *, in_place: bool = False) -> Tensor:
-    """gelu(h + bias) of contiguous h [M, H]."""
-    out = h if in_place else torch.empty_like(h)
-    _gelu_launch(*h.shape, device_of(h.device.index))(h, bias.contiguous(), out)
-    return out
+def gelu(h: Tensor, bias: Tensor, *, save: bool) -> tuple[Tensor, Tensor | None]:
+    """gelu(h + bias) of contiguous h [M, H], which it overwrites; with ``save`` also its slope."""
+    out = torch.empty_like(h) if save else h
+    slope = h if save else None
+    _gelu_launch(*h.shape, device_of(h.device.index))(h, bias.contiguous(), out, slope)
+    return out, slope
 
 
-def gelu_backward(
-    h: Tensor, bias: Tensor, g: Tensor, *, parts: Tensor | None = None, first: int = 0
-) -> None:
+def gelu_backward(slope: Tensor, g: Tensor, *, parts: Tensor | None = None, first: int = 0) -> None:
     """Makes g [M, H], the gradient of :func:`gelu`'s output, that of ``h``, in place.
 
     Args:
         parts: [P, first + H or more] fp32, gets P shares of the sum of all rows of the result, from
             column ``first`` on.
     """
-    device = device_of(h.device.index)
+    device = device_of(g.device.index)
     shares, columns = (4 * device.multiprocessors, 0) if parts is None else parts.shape
-    run = _gelu_backward_launch(*h.shape, shares, columns, first, device)
-    run(h, bias.contiguous(), g, parts)
+    _gelu_backward_launch(*g.shape, shares, columns, first, device)(slope, g, parts)
 
 
 @functools.lru_cache
@@ -170,43 +167,42 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
 
 def product_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, *, save: bool
-) -> tuple[Tensor | None, Tensor]:
-    """h = x @ weightᵀ, and gelu(h + bias), where :func:`fuses` says so.
+) -> tuple[Tensor, Tensor | None]:
+    """gelu(x @ weightᵀ + bias), where :func:`fuses` says so; with ``save`` also GELU's slope.
 
     Args:
         x: [M, C].
         weight: [H, C].
         bias: [H].
-        save: h is asked for.
     """
-    shape = (*x.shape, len(weight))
-    h = x.new_empty(len(x), len(weight)) if save else None
     out = x.new_empty(len(x), len(weight))
-    kind = (False, save, False)
-    run = _product_launch(*shape, x.dtype, bias.dtype, kind, device_of(x.device.index))
-    run(x, weight, h, out, None, bias.contiguous(), None)
-    return h, out
+    slope = torch.empty_like(out) if save else None
+    shape = (*x.shape, len(weight))
+    run, _ = _product_launch(
+        *shape, x.dtype, bias.dtype, False, save, False, device_of(x.device.index)
+    )
+    run(x, weight, slope, out, bias.contiguous(), None)
+    return out, slope
 
 
 def product_gelu_backward(
-    g: Tensor, weight: Tensor, h: Tensor, bias: Tensor, *, sums: bool
+    g: Tensor, weight: Tensor, slope: Tensor, *, sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of h for ``gelu(h + bias) @ weightᵀ``, where :func:`fuses` says so.
+    """The gradient of h for ``gelu(h) @ weightᵀ``, where :func:`fuses` says so.
 
     Args:
         g: [M, C], the gradient of the product.
         weight: [C, H].
-        h: [M, H].
-        bias: [H].
+        slope: [M, H], GELU's.
         sums: also shares of the sum over its rows, [P, H] fp32.
     """
+    out = torch.empty_like(slope)
     shape = (*g.shape, weight.shape[1])
-    units = 2 * -(-len(g) // 128)
+    run, units = _product_launch(
+        *shape, g.dtype, g.dtype, True, False, sums, device_of(g.device.index)
+    )
     shares = g.new_empty(units, shape[2], dtype=torch.float32) if sums else None
-    out = torch.empty_like(h)
-    kind = (True, False, sums)
-    run = _product_launch(*shape, g.dtype, bias.dtype, kind, device_of(g.device.index))
-    run(g, weight, None, out, h, bias.contiguous(), shares)
+    run(g, weight, slope, out, None, shares)
     return out, shares
 
 
@@ -217,33 +213,40 @@ def _product_launch(
     width: int,
     dtype: torch.dtype,
     bias_dtype: torch.dtype,
-    kind: tuple[bool, bool, bool],
+    backward: bool,
+    save: bool,
+    sums: bool,
     device: Device,
-) -> Launch:
+) -> tuple[Launch, int]:
+    """The launch, and how many shares of the sums it leaves."""
     gluon = _hopper()
-    backward, save, sums = kind
-    across = -(-width // 256)
-    tiles = -(-rows // 128) * across
+    down, across = -(-rows // 128), -(-width // 256)
+    tiles = down * across
+    programs, units = min(tiles, device.multiprocessors), down
+    # Programs that keep to their columns add up while they go.
+    steady = programs // across * across
+    if sums and steady and -(-tiles // steady) == -(-tiles // programs):
+        programs, units = steady, steady // across
     hidden = gluon_box((rows, width), (64, 64), dtype)
     weight = ((depth, width), (64, 256)) if backward else ((width, depth), (256, 64))
-    return Launch(
+    launch = Launch(
         gluon.product_kernel,
-        (min(tiles, device.multiprocessors),),
+        (programs,),
         device,
-        (rows, depth, width, tiles, across),
+        (depth, width, tiles, across, units),
         (gluon.Product(backward, save, sums),),
         warps=4,
         tensors=(
             (0, gluon_box((rows, depth), (64, 64), dtype)),
             (1, gluon_box(*weight, dtype)),
-            (2, hidden) if save else None,
+            (2, hidden) if save or backward else None,
             (3, hidden),
-            (4, None) if backward else None,
-            (5, None),
-            (6, None) if sums else None,
+            None if backward else (4, None),
+            (5, None) if sums else None,
         ),
-        dtypes=(*(dtype,) * 5, bias_dtype, torch.float32),
+        dtypes=(*(dtype,) * 4, bias_dtype, torch.float32),
     )
+    return launch, units
 
 
 @functools.lru_cache(maxsize=4096)

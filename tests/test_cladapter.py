@@ -131,11 +131,12 @@ def test_changed_modules_are_called(change, fused):
     assert fused == ["layer_norm"] * 2
 
 
-def test_exporters_and_compilers_see_the_modules(fused):
+def test_exporters_see_the_modules_and_compilers_the_norms(fused):
     layer, x = adapter(depth=1), torch.randn(2, 7, 8)
-    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.export.export(layer, (x,))
     assert not fused
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert fused == ["residual_mlp"]
 
 
 @pytest.mark.gpu

@@ -102,15 +102,19 @@ def test_triton_on_the_cpu_says_why_not(operation):
 
 
 @OPERATIONS
-def test_compiled_and_exported_they_are_ordinary_operators(operation):
+def test_exported_and_compiled(operation):
     class Module(torch.nn.Module):
+        def __init__(self, backend):
+            super().__init__()
+            self.backend = backend
+
         def forward(self, *args):
-            return operation(*args, backend="triton")
+            return operation(*args, backend=self.backend)
 
     args, g = make(operation, (2, 3, 8), 6, torch.float32)
-    program = torch.export.export(Module(), tuple(args))
+    program = torch.export.export(Module("triton"), tuple(args))
     assert "fastadapt" not in str(program.graph) and "layer_norm" in str(program.graph)
-    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(Module("auto"), fullgraph=True, backend="aot_eager")
     assert_as_exact_as_pytorch(operation, args, g, compiled)
 
 
@@ -230,6 +234,21 @@ def test_interpreted_retained_graph_and_second_derivative(operation):
 
 
 @interpreted
+@pytest.mark.parametrize("vectors", [torch.float32, torch.float16])
+def test_interpreted_residual_mlp_is_an_operator(vectors):
+    args, g = make(residual_mlp, (2, 9, 24), 40, torch.float16)
+    args[4] = args[4].to(vectors)
+    compiled = torch.compile(residual_mlp, fullgraph=True, backend="aot_eager")
+    expected = output_and_gradients(residual_mlp, args, g)
+    for mine, theirs in zip(output_and_gradients(compiled, args, g), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    with torch.no_grad():
+        assert torch.equal(compiled(*args), expected[0])
+    args = [t.requires_grad_() for t in args]
+    torch.library.opcheck(torch.ops.fastadapt.residual_mlp.default, (*args, 1e-5, True))
+
+
+@interpreted
 def test_interpreted_output_in_another_dtype():
     args, g = make(layer_norm, (2, 9, 24), None, torch.float32)
     ours = output_and_gradients(partial(layer_norm, dtype=torch.float16), args, g.half())
@@ -332,6 +351,13 @@ def test_gpu_retained_graph_and_second_derivative(operation):
     assert_retained_graph_gives_the_same(
         operation, *make(operation, (4, 49, 96), 384, torch.bfloat16, "cuda")
     )
+
+
+@gpu
+def test_gpu_opcheck():
+    args, _ = make(residual_mlp, (4, 49, 96), 384, torch.bfloat16, "cuda")
+    args = [t.requires_grad_() for t in args]
+    torch.library.opcheck(torch.ops.fastadapt.residual_mlp.default, (*args, 1e-5, True))
 
 
 @gpu

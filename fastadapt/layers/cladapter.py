@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt.kernels import layer_norm, residual_mlp
-from fastadapt.kernels.dispatch import compute_dtype, why_not_device
+from fastadapt.kernels.dispatch import compute_dtype, is_exporting, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
 
 
@@ -29,9 +29,9 @@ def _can_fuse(x: Tensor, *parts: tuple[nn.Module, type[nn.Module]]) -> bool:
     """Whether an operation of ours may stand for modules: nothing then passes by unseen.
 
     Not where one was replaced (quantised, adapted, parametrised, folded), has hooks or another
-    ``forward``, or lacks a parameter; nor for a compiler, which fuses by itself, or an exporter.
+    ``forward``, or lacks a parameter; nor in an exported program, which holds PyTorch's operators.
     """
-    if torch.compiler.is_compiling() or why_not_device(x) is not None:
+    if is_exporting() or why_not_device(x) is not None:
         return False
     if nn.modules.module._has_any_global_hook():
         return False
@@ -51,7 +51,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _normalise(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``norm(x)``, in ``dtype`` if the fused operation can stand for the module."""
-    if _can_fuse(x, (norm, nn.LayerNorm)):
+    # A compiler makes it part of what stands around it.
+    if not torch.compiler.is_compiling() and _can_fuse(x, (norm, nn.LayerNorm)):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
     return norm(x)
 
