@@ -137,7 +137,3 @@ def _fail(message: str, code: int = 1) -> None:
         raise
     print(f"fastadapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

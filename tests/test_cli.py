@@ -7,7 +7,7 @@ import pytest
 
 
 def fastadapt(*args, **kwargs):
-    command = [sys.executable, "-m", "fastadapt.cli", *args]
+    command = [sys.executable, "-m", "fastadapt", *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
@@ -21,7 +21,7 @@ def seconds(*command):
 
 def test_help_is_quick():
     torch = min(seconds(sys.executable, "-c", "import torch") for _ in range(2))
-    ours = min(seconds(sys.executable, "-m", "fastadapt.cli", "--help") for _ in range(2))
+    ours = min(seconds(sys.executable, "-m", "fastadapt", "--help") for _ in range(2))
     assert ours - torch < 2
 
 
