@@ -224,7 +224,8 @@ def _(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, sa
         return y, *[x.new_empty(0) for _ in range(3)]
     rows = x.numel() // x.shape[-1]
     stats = x.new_empty(2, rows, dtype=torch.float32)
-    return y, stats, *[x.new_empty(rows, fc1_weight.shape[0]) for _ in range(2)]
+    a = x.new_empty(rows, fc1_weight.shape[0])
+    return y, stats, torch.empty_like(a, dtype=_launch()[1].slope_dtype(x.dtype)), a
 
 
 @torch.library.custom_op("fastadapt::residual_mlp_backward", mutates_args=())

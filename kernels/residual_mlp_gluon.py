@@ -199,14 +199,11 @@ def _finish_forward(args, v: gl.constexpr):
                 smem = tile_smem.index(4 * group + quarter)
                 h = smem.load(layout).to(gl.float32) + bias.to(gl.float32)[None, :]
                 size, e, beyond = _beyond(h)
+                out = gl.maximum(h, 0.0) - beyond * size
                 if v.save:
-                    below = gl.where(h < 0, beyond, 1.0 - beyond)
-                    out = h * below
-                    slope = below + h * e * 0.3989422804014327
+                    slope = gl.where(h < 0, beyond, 1.0 - beyond) + h * e * 0.3989422804014327
                     tma.store_wait(2)  # the slope before the last has been read
-                    side_smem.index(quarter % 2).store(slope.to(out_desc.dtype))
-                else:
-                    out = gl.maximum(h, 0.0) - beyond * size
+                    side_smem.index(quarter % 2).store(slope.to(gl.float16))
                 smem.store(out.to(out_desc.dtype))  # where each thread has read it
                 fence_async_shared()
                 place = [row + group * 64, col + quarter * 64]
@@ -296,8 +293,8 @@ def _store_sums(ptr, cols, sums, o_n):
 def product_kernel(
     x_desc,  # [rows, depth], blocks of [64, 64]
     w_desc,  # [width, depth], blocks of [256, 64]; backward: [depth, width], [64, 256]
-    slope_desc,  # [rows, width], blocks of [64, 64]: gelu'(product + bias); backward: the same
-    out_desc,  # the same: gelu(product + bias); backward: product · slope
+    slope_desc,  # [rows, width] fp16, blocks of [64, 64]: gelu'(product + bias), or None
+    out_desc,  # [rows, width], the same: gelu(product + bias); backward: product · slope
     bias_ptr,  # forward: [width]
     sums_ptr,  # [units, width] fp32: shares of out's column sums; None without sums
     depth,
@@ -312,7 +309,7 @@ def product_kernel(
     x_ring = gl.allocate_shared_memory(dtype, [2 * v.stages, 64, 64], x_desc.layout)
     w_ring = gl.allocate_shared_memory(dtype, [v.stages] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
     tile_smem = gl.allocate_shared_memory(dtype, [8, 64, 64], out_desc.layout)
-    side_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], out_desc.layout)
+    side_smem = gl.allocate_shared_memory(gl.float16, [2, 64, 64], out_desc.layout)
     full_bars = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
     empty_bars = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
     done_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

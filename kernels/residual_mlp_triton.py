@@ -122,10 +122,18 @@ def gelu_backward_tile(width: int) -> Tile:
     return Tile(2048 // cols, cols, 8)
 
 
+def slope_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which GELU's slope is kept."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
 def gelu(h: Tensor, bias: Tensor, *, save: bool) -> tuple[Tensor, Tensor | None]:
-    """gelu(h + bias) of contiguous h [M, H], which it overwrites; with ``save`` also its slope."""
+    """gelu(h + bias) of contiguous h [M, H], which it overwrites; with ``save`` also its slope.
+
+    The slope lies between −0.13 and 1.13, where fp16 is eight times as exact as bf16.
+    """
     out = torch.empty_like(h) if save else h
-    slope = h if save else None
+    slope = h.view(slope_dtype(h.dtype)) if save else None
     _gelu_launch(*h.shape, device_of(h.device.index))(h, bias.contiguous(), out, slope)
     return out, slope
 
@@ -176,7 +184,7 @@ def product_gelu(
         bias: [H].
     """
     out = x.new_empty(len(x), len(weight))
-    slope = torch.empty_like(out) if save else None
+    slope = torch.empty_like(out, dtype=torch.float16) if save else None
     shape = (*x.shape, len(weight))
     run, _ = _product_launch(
         *shape, x.dtype, bias.dtype, False, save, False, device_of(x.device.index)
@@ -193,10 +201,10 @@ def product_gelu_backward(
     Args:
         g: [M, C], the gradient of the product.
         weight: [C, H].
-        slope: [M, H], GELU's.
+        slope: [M, H] fp16, GELU's.
         sums: also shares of the sum over its rows, [P, H] fp32.
     """
-    out = torch.empty_like(slope)
+    out = torch.empty_like(slope, dtype=g.dtype)
     shape = (*g.shape, weight.shape[1])
     run, units = _product_launch(
         *shape, g.dtype, g.dtype, True, False, sums, device_of(g.device.index)
@@ -227,7 +235,7 @@ def _product_launch(
     steady = programs // across * across
     if sums and steady and -(-tiles // steady) == -(-tiles // programs):
         programs, units = steady, steady // across
-    hidden = gluon_box((rows, width), (64, 64), dtype)
+    hidden, slope = (gluon_box((rows, width), (64, 64), t) for t in (dtype, torch.float16))
     weight = ((depth, width), (64, 256)) if backward else ((width, depth), (256, 64))
     launch = Launch(
         gluon.product_kernel,
@@ -239,12 +247,12 @@ def _product_launch(
         tensors=(
             (0, gluon_box((rows, depth), (64, 64), dtype)),
             (1, gluon_box(*weight, dtype)),
-            (2, hidden) if save or backward else None,
+            (2, slope) if save or backward else None,
             (3, hidden),
             None if backward else (4, None),
             (5, None) if sums else None,
         ),
-        dtypes=(*(dtype,) * 4, bias_dtype, torch.float32),
+        dtypes=(dtype, dtype, torch.float16, dtype, bias_dtype, torch.float32),
     )
     return launch, units
 
