@@ -298,17 +298,18 @@ def test_gpu_shapes(operation, shape, hidden, dtype):
 )
 def test_gpu_product_with_gelu(shape, hidden, dtype):
     """Sizes that Hopper's own kernel takes."""
-    from fastadapt.kernels.residual_mlp_triton import fuses
+    from fastadapt.kernels import residual_mlp_triton as kernels
 
     args, g = make(residual_mlp, shape, hidden, dtype, "cuda")
+    rows, fc1_weight, fc1_bias, fc2_weight = args[0].flatten(0, -2), *args[3:6]
     hopper = torch.cuda.get_device_capability()[0] == 9
-    assert fuses(args[0].flatten(0, -2), args[3]) == hopper
+    assert kernels.fuses(rows, fc1_weight) == hopper
     assert_as_exact_as_pytorch(residual_mlp, args, g)
-    if shape == (3, 3001, 200):
-        assert_alone_as_together(residual_mlp, args, g)
-        with torch.no_grad():
-            y = residual_mlp(*args, backend="triton")
-        assert torch.equal(y, output_and_gradients(residual_mlp, args, g)[0])
+    if hopper:
+        out, slope = kernels.product_gelu(rows, fc1_weight, fc1_bias, save=True)
+        assert torch.equal(kernels.product_gelu(rows, fc1_weight, fc1_bias, save=False)[0], out)
+        backward = partial(kernels.product_gelu_backward, g.flatten(0, -2), fc2_weight, slope)
+        assert torch.equal(backward(sums=False)[0], backward(sums=True)[0])
 
 
 @gpu
