@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastadapt.kernels import quaternion_linear_triton as kernels
-from fastadapt.kernels.launch import Device, Launch, device_of, gluon_box
+from fastadapt.kernels.launch import Device, Launch, block, device_of, gluon_box
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -326,13 +326,15 @@ def _reduce(
 
 @functools.lru_cache(maxsize=4096)
 def _reduce_launch(a, b, device: Device) -> Launch:
-    size = 128  # of 16 parts at once, four numbers of each thread
+    # Of the parts at once, 16 numbers for each thread. The second result is the small one.
+    at_once = min(16, block(a[1], 1))
+    size = 2048 // at_once
     return Launch(
         kernels.reduce_kernel,
         (-(-a[0] // size) + -(-b[0] // size),),
         device,
         (a[0], b[0], a[1], b[1]),
-        (size,),
+        (at_once, size),
         warps=4,
         dtypes=(torch.float32, a[2], b[2] and torch.float32, b[2]),
     )

@@ -538,6 +538,7 @@ def reduce_kernel(
     b_count,
     a_splits,
     b_splits,
+    AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -547,8 +548,9 @@ def reduce_kernel(
         gdc_launch_dependents()
     block = tl.program_id(0).to(tl.int64)
     a_blocks = tl.cdiv(a_count, BLOCK)
-    o = tl.arange(0, BLOCK)
     if b_ptr is None or block < a_blocks:
-        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, block * BLOCK + o, 16, BLOCK)
+        o = block * BLOCK + tl.arange(0, BLOCK)
+        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, o, AT_ONCE, BLOCK)
     else:
-        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, (block - a_blocks) * BLOCK + o, 16, BLOCK)
+        o = (block - a_blocks) * BLOCK + tl.arange(0, BLOCK)
+        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, o, AT_ONCE, BLOCK)
