@@ -13,6 +13,11 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 VERIFIED, UNVERIFIED, REFUSED, FAILED = "verified", "unverified", "refused", "failed"
 
 
+def rate(per_second: float) -> str:
+    """In words, to three digits: ``0.52``, ``20.5``, ``991``, ``14,700``."""
+    return f"{float(f'{per_second:.3g}'):,g}"
+
+
 @dataclass(frozen=True)
 class Batches:
     """The batch sizes that an engine is built for, and tuned for: ``MIN:OPT:MAX``."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fastadapt.errors import InputError
+from fastadapt.export.artefact import rate
 from fastadapt.export.gate import throughput
 from fastadapt.export.runtimes import Runtime, load_runtime
 
@@ -87,8 +88,8 @@ class Judgement:
     def __str__(self) -> str:
         return (
             f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
-            f"{self.images} images), {self.speed:.3g} images/s at batch {self.batch} "
-            f"({self.rival} {self.speed_rival:.3g}, {self.runtime})"
+            f"{self.images} images), {rate(self.speed)} images/s at batch {self.batch} "
+            f"({self.rival} {rate(self.speed_rival)}, {self.runtime})"
         )
 
 
@@ -195,7 +196,7 @@ def judge(
         )
     if speed < LEAST_SPEEDUP * speed_rival:
         problems.append(
-            f"{speed:.3g} images/s at batch {batch} where {name} has {speed_rival:.3g} "
+            f"{rate(speed)} images/s at batch {batch} where {name} has {rate(speed_rival)} "
             f"({runtime.name}): not faster"
         )
     return Judgement(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.export.artefact import rate
 from fastadapt.export.report_plots import parity_svg, speed_svg
 from fastadapt.export.samples import Sample
 
@@ -135,7 +136,7 @@ def _details(artefact: dict[str, Any]) -> str:
 
 def _speed(manifest: dict[str, Any]) -> str:
     rows = [
-        (artefact["path"], provider, int(batch), f"{value:.4g}")
+        (artefact["path"], provider, int(batch), value)
         for artefact in manifest["artefacts"]
         for provider, speeds in artefact["speed"].items()
         for batch, value in speeds.items()
@@ -145,7 +146,7 @@ def _speed(manifest: dict[str, Any]) -> str:
     where = "; ".join(manifest["environment"]["devices"])
     note = f'<p class="note">Measured where the bundle was made: {escape(where)}</p>'
     columns = ("file", "runtime", "batch", "images/s")
-    return note + speed_svg(rows) + _table(columns, rows)
+    return note + speed_svg(rows) + _table(columns, [(*row, rate(value)) for *row, value in rows])
 
 
 def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fastadapt.export.artefact import rate
+
 GOOD, BAD, LIMIT = "#2a7d2e", "#b3261e", "#444444"
 LEAST = 1e-9  # errors below it, zero too, are drawn there
 
@@ -33,14 +35,14 @@ def parity_svg(parities: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def speed_svg(rows: Sequence[tuple[str, str, int, str]]) -> str:
+def speed_svg(rows: Sequence[tuple[str, str, int, float]]) -> str:
     """Bars of images per second; ``rows`` are file, runtime, batch, images/s."""
     figure, axes = _figure(len(rows))
-    values = [float(row[3]) for row in rows]
+    values = [row[3] for row in rows]
     axes.barh(range(len(rows)), values, color="#3b6ea5", height=0.6)
-    for y, row in enumerate(rows):
+    for y, value in enumerate(values):
         axes.annotate(
-            row[3], (values[y], y), (4, 0), textcoords="offset points", va="center", fontsize=9
+            rate(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9
         )
     names = [f"{file}, {runtime}, batch {batch}" for file, runtime, batch, _ in rows]
     axes.set_yticks(range(len(rows)), names)

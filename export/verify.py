@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import FAILED, VERIFIED, Artefact
+from fastadapt.export.artefact import FAILED, VERIFIED, Artefact, rate
 from fastadapt.export.engines import artefact_problems, rebuild_artefact, verify_artefact
 from fastadapt.export.gate import Inputs
 from fastadapt.export.graph_input import GraphInput
@@ -189,5 +189,5 @@ def speed_table(artefacts: Iterable[Artefact]) -> Table:
     for artefact in artefacts:
         for runtime, speeds in artefact.speed.items():
             for batch, speed in speeds.items():
-                table.add_row(artefact.path, runtime, batch, f"{speed:.3g}")
+                table.add_row(artefact.path, runtime, batch, rate(speed))
     return table

@@ -185,10 +185,10 @@ def product_gelu(
     """
     out = x.new_empty(len(x), len(weight))
     slope = torch.empty_like(out, dtype=torch.float16) if save else None
-    shape = (*x.shape, len(weight))
-    run, _ = _product_launch(
-        *shape, x.dtype, bias.dtype, False, save, False, device_of(x.device.index)
-    )
+    shape, device = (*x.shape, len(weight)), device_of(x.device.index)
+    run, _ = _product_launch(*shape, x.dtype, bias.dtype, False, save, False, device)
+    if save:  # the backward's compiles meanwhile
+        _product_launch(*shape, x.dtype, x.dtype, True, False, True, device)
     run(x, weight, slope, out, bias.contiguous(), None)
     return out, slope
 
@@ -205,10 +205,8 @@ def product_gelu_backward(
         sums: also shares of the sum over its rows, [P, H] fp32.
     """
     out = torch.empty_like(slope, dtype=g.dtype)
-    shape = (*g.shape, weight.shape[1])
-    run, units = _product_launch(
-        *shape, g.dtype, g.dtype, True, False, sums, device_of(g.device.index)
-    )
+    shape, device = (*g.shape, weight.shape[1]), device_of(g.device.index)
+    run, units = _product_launch(*shape, g.dtype, g.dtype, True, False, sums, device)
     shares = g.new_empty(units, shape[2], dtype=torch.float32) if sums else None
     run(g, weight, slope, out, None, shares)
     return out, shares

@@ -96,6 +96,9 @@ def test_is_judged_by_accuracy_and_speed(made, monkeypatch):
     assert result.problems == (
         "20.5 images/s at batch 4 where fp32 has 20 (ONNX Runtime, CPU): not faster",
     )
+    speeds[:] = [10112.0, 10346.0]
+    result = judge(folder / "model.onnx", folder / "int8.onnx", images, budget=0.1, batch=4)
+    assert result.problems[0].startswith("10,300 images/s at batch 4 where fp32 has 10,100 ")
 
 
 def test_accuracy_beyond_the_budget_is_refused(made, tmp_path, monkeypatch):
