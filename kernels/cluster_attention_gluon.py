@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.hopper import accumulator_layout, load, store, view
+from fastadapt.kernels.hopper import accumulator_layout, halves, load, store, view, wait_for
 
 
 @gluon.jit
@@ -40,25 +40,12 @@ def _barriers(v: gl.constexpr):
 
 
 @gluon.jit
-def _wait(bars, i, v: gl.constexpr):
-    """Until the barrier of item i's slot was passed for item i."""
-    mbarrier.wait(bars.index(i % v.stages), (i // v.stages) & 1)
-
-
-@gluon.jit
 def _store_tile(t, row, col, desc, smem, PENDING: gl.constexpr):
     """Stores t through smem, of which ``PENDING`` other stores may not have been read yet."""
     tma.store_wait(PENDING)
     smem.store(t)
     fence_async_shared()
     store(desc, [row, col], smem)
-
-
-@gluon.jit
-def _halves(t):
-    """The left and the right half of t's columns: no data moves, they lie in registers."""
-    COLS: gl.constexpr = t.type.shape[1]
-    return t.reshape([64, 2, COLS // 2]).permute((0, 2, 1)).split()
 
 
 @dataclass(frozen=True)
@@ -103,7 +90,7 @@ def _fill_project(i, args, v: gl.constexpr):
 def _refill_project(i, group: gl.constexpr, items, empty_bars, fill, v: gl.constexpr):
     """The first group refills the slot of item i once all groups are through with it."""
     if group == 0 and i >= 0 and i + v.stages < items:
-        _wait(empty_bars, i, v)
+        wait_for(empty_bars, i, v)
         _fill_project(i + v.stages, fill, v)
 
 
@@ -143,7 +130,7 @@ def _project_group(group: gl.constexpr, args, fill, v: gl.constexpr):
         no_sums = gl.zeros([64, BS], gl.float32, s_layout)
     acc = gl.zeros([64, BR], gl.float32, layout)
     for i in range(steps):
-        _wait(full_bars, i, v)
+        wait_for(full_bars, i, v)
         x = x_ring.index(v.groups * (i % v.stages) + group)
         w = w_ring.index(i % v.stages)
         if not v.transposed:
@@ -167,13 +154,13 @@ def _project_group(group: gl.constexpr, args, fill, v: gl.constexpr):
     if BR == 64:
         _store_tile(out, row, 0, out_desc, x_ring.index(group), 0)
     elif BR == 128:
-        left, right = _halves(out)
+        left, right = halves(out)
         _store_tile(left, row, 0, out_desc, x_ring.index(group), 0)
         _store_tile(right, row, 64, out_desc, x_ring.index(v.groups + group), 1)
     else:
-        left, right = _halves(out)
-        t0, t1 = _halves(left)
-        t2, t3 = _halves(right)
+        left, right = halves(out)
+        t0, t1 = halves(left)
+        t2, t3 = halves(right)
         _store_tile(t0, row, 0, out_desc, x_ring.index(group), 0)
         _store_tile(t1, row, 64, out_desc, x_ring.index(v.groups + group), 1)
         _store_tile(t2, row, 128, out_desc, x_ring.index(2 * v.groups + group), 2)
@@ -190,7 +177,7 @@ def _project_group(group: gl.constexpr, args, fill, v: gl.constexpr):
         for n in gl.static_range(BR // 64):
             z = zeros
             for sample in range(first_sample, first_sample + samples):
-                _wait(full_bars, i, v)
+                wait_for(full_bars, i, v)
                 _refill_project(i - 1, group, items, empty_bars, fill, v)
                 if (sample >= mine_first) & (sample <= mine_last):
                     t = w_ring.index(i % v.stages).permute((1, 0))
@@ -314,7 +301,7 @@ def _fill_transform(i, args, v: gl.constexpr):
 def _refill_transform(i, group: gl.constexpr, items, empty_bars, fill, v: gl.constexpr):
     """The first group refills the slot of item i once all groups are through with it."""
     if group == 0 and i >= 0 and i + v.stages < items:
-        _wait(empty_bars, i, v)
+        wait_for(empty_bars, i, v)
         _fill_transform(i + v.stages, fill, v)
 
 
@@ -376,7 +363,7 @@ def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
             # Rows of other samples meet the wrong transform here: keep those of this one.
             keep = ((row + o_m) // tokens == sample)[:, None]
             for n in gl.static_range(CHUNKS):
-                _wait(full_bars, i, v)
+                wait_for(full_bars, i, v)
                 _refill_transform(i - 1, group, items, empty_bars, fill, v)
                 if mine:
                     acc = _product(h0, h1, h2, h3, ring.index(i % v.stages), zeros, False, v)
@@ -412,7 +399,7 @@ def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
     prev = zeros
     buffer = 0
     for c in range(0, width, 64):
-        _wait(full_bars, i, v)
+        wait_for(full_bars, i, v)
         slot = i % v.stages
         w = ring.index(slot)
         if not v.w_transposed:

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.hopper import accumulator_layout, load, store
+from fastadapt.kernels.hopper import accumulator_layout, halves, load, store, wait_for
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,6 @@ def _finish_layout():
 
 
 @gluon.jit
-def _wait(bars, i, v: gl.constexpr):
-    """Until the barrier of item i's slot was passed for item i."""
-    mbarrier.wait(bars.index(i % v.stages), (i // v.stages) & 1)
-
-
-@gluon.jit
 def _place(n, across):
     """The first row and column of this program's n-th tile."""
     tile = gl.program_id(0) + n * gl.num_programs(0)
@@ -65,8 +59,7 @@ def _count(tiles):
 @gluon.jit
 def _fill(i, args, v: gl.constexpr):
     """Starts the copies of item i: 64 columns of a tile of x, and what they meet of the weight."""
-    x_desc, w_desc, x_ring, w_ring, full_bars = args[0], args[1], args[2], args[3], args[4]
-    steps, across = args[5], args[6]
+    x_desc, w_desc, x_ring, w_ring, full_bars, steps, across = args
     slot = i % v.stages
     full = full_bars.index(slot)
     row, col = _place(i // steps, across)
@@ -84,23 +77,14 @@ def _fill(i, args, v: gl.constexpr):
 def _refill(i, items, empty_bars, args, v: gl.constexpr):
     """Fills the slot of item i again, as soon as both groups are done with it."""
     if i + v.stages < items:
-        _wait(empty_bars, i, v)
+        wait_for(empty_bars, i, v)
         _fill(i + v.stages, args, v)
-
-
-@gluon.jit
-def _halves(t):
-    """The left and the right half of t's columns: no data moves, they lie in registers."""
-    COLS: gl.constexpr = t.type.shape[1]
-    return t.reshape([64, 2, COLS // 2]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
 def _multiply(group: gl.constexpr, args, fill, v: gl.constexpr):
     """The products of 64 rows of each tile."""
-    x_ring, w_ring, full_bars, empty_bars = args[0], args[1], args[2], args[3]
-    tile_smem, done_bars, taken_bars = args[4], args[5], args[6]
-    steps, tiles = args[7], args[8]
+    x_ring, w_ring, full_bars, empty_bars, tile_smem, done_bars, taken_bars, steps, tiles = args
     dtype: gl.constexpr = tile_smem.dtype
     layout: gl.constexpr = accumulator_layout(256)
     mine = _count(tiles)
@@ -113,7 +97,7 @@ def _multiply(group: gl.constexpr, args, fill, v: gl.constexpr):
     for n in range(mine):
         acc = gl.zeros([64, 256], gl.float32, layout)
         for k in range(steps):
-            _wait(full_bars, i, v)
+            wait_for(full_bars, i, v)
             x = x_ring.index(2 * (i % v.stages) + group)
             w = w_ring.index(i % v.stages)
             if not v.backward:
@@ -128,9 +112,9 @@ def _multiply(group: gl.constexpr, args, fill, v: gl.constexpr):
             _refill(i - 1, items, empty_bars, fill, v)
         # Of a fresh barrier the phase before the first is over.
         mbarrier.wait(taken_bars.index(group), (n & 1) ^ 1)
-        left, right = _halves(acc.to(dtype))
-        t0, t1 = _halves(left)
-        t2, t3 = _halves(right)
+        left, right = halves(acc.to(dtype))
+        t0, t1 = halves(left)
+        t2, t3 = halves(right)
         tile_smem.index(4 * group).store(t0)
         tile_smem.index(4 * group + 1).store(t1)
         tile_smem.index(4 * group + 2).store(t2)
