@@ -198,7 +198,8 @@ class Launch:
         self.device = device.index
         pdl = device.major >= 9  # programmatic dependent launch
         self.arguments = (*numbers, *constants, pdl)
-        self.options = {"num_warps": warps, "num_stages": stages}
+        # Products and sums become one instruction; Triton 3.10 does not do so by default.
+        self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         if pdl:
             self.options["launch_pdl"] = True
         self.tensors = tensors
