@@ -25,18 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.hopper import accumulator_layout, halves, load, store, view, wait_for
-
-
-@gluon.jit
-def _barriers(v: gl.constexpr):
-    """For each slot of the ring: it is full; every group is through with it."""
-    full = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(gl.constexpr(v.stages)):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=v.groups)
-    return full, empty
+from fastadapt.kernels.hopper import (
+    accumulator_layout,
+    halves,
+    load,
+    ring_barriers,
+    store,
+    view,
+    wait_for,
+)
 
 
 @gluon.jit
@@ -217,7 +214,7 @@ def project_kernel(
     x_ring = gl.allocate_shared_memory(dtype, [v.groups * v.stages, 64, 64], x_desc.layout)
     w_ring = gl.allocate_shared_memory(dtype, [v.stages] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
     hot_smem = gl.allocate_shared_memory(dtype, [v.groups, v.slots, 64], x_desc.layout)
-    full_bars, empty_bars = _barriers(v)
+    full_bars, empty_bars = ring_barriers(v.stages, v.groups)
     fence_async_shared()
     if PDL:
         gdc_wait()
@@ -446,7 +443,7 @@ def transform_kernel(
     bias_ring = gl.allocate_shared_memory(dtype, [biases, 16, 64], h_desc.layout)
     h_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(h_full, count=1)
-    full_bars, empty_bars = _barriers(v)
+    full_bars, empty_bars = ring_barriers(v.stages, v.groups)
     fence_async_shared()
     if PDL:
         gdc_wait()

@@ -22,6 +22,17 @@ def accumulator_layout(cols):
 
 
 @gluon.jit
+def ring_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """For each slot of a ring: it is full; every group is through with it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    return full, empty
+
+
+@gluon.jit
 def wait_for(bars, i, v: gl.constexpr):
     """Until the barrier of item i's slot was passed for item i, in a ring of ``v.stages`` slots."""
     mbarrier.wait(bars.index(i % v.stages), (i // v.stages) & 1)

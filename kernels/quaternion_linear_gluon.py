@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.hopper import accumulator_layout, load, store
+from fastadapt.kernels.hopper import accumulator_layout, load, ring_barriers, store
 
 
 @gluon.jit
@@ -241,11 +241,7 @@ def product_kernel(
     out_smem = left_ring
     if KIND != "weights":
         out_smem = gl.allocate_shared_memory(dtype, [2, 64, BN], out_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full_bars.index(i), count=1)
-        mbarrier.init(empty_bars.index(i), count=2)
+    full_bars, empty_bars = ring_barriers(STAGES, 2)
     fence_async_shared()
     # fmt: off
     copy = (

@@ -172,8 +172,10 @@ def _backward(g, needs, saved: list[Tensor], eps: float):
         dw2 = torch.mm(rows.t(), a)
     del a
     fused = mlp.fuses(rows, fc2_weight)
-    if need_vectors:  # shares of the sums over rows: for ln_weight, ln_bias, fc2_bias, fc1_bias
-        parts = norm.new_parts(x, 3 * width + (0 if fused else hidden))
+    # Shares of the sums over rows: for ln_weight, ln_bias, fc2_bias, fc1_bias.
+    vectors = [width, width, width] if fused else [width, width, width, hidden]
+    if need_vectors:
+        parts = norm.new_parts(x, sum(vectors))
     if need_norm or need_w1:
         if fused:
             dh, shares = mlp.product_gelu_backward(rows, fc2_weight, slope, sums=need_vectors)
@@ -191,7 +193,7 @@ def _backward(g, needs, saved: list[Tensor], eps: float):
         dx = norm.backward(dnormal, x, ln_weight, stats, need_x=need_x, residual=g, parts=parts)
     if need_vectors:
         sums = norm.reduce(parts, sums_dtype)
-        dln_w, dln_b, db2, *rest = sums.split((width, width, width, parts.shape[1] - 3 * width))
+        dln_w, dln_b, db2, *rest = sums.split(vectors)
         db1 = norm.reduce(shares, sums_dtype) if fused else rest[0]
     grads = (dx, dln_w, dln_b, dw1, db1, dw2, db2)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=False))

@@ -24,7 +24,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels.hopper import accumulator_layout, halves, load, store, wait_for
+from fastadapt.kernels.hopper import (
+    accumulator_layout,
+    halves,
+    load,
+    ring_barriers,
+    store,
+    wait_for,
+)
+from fastadapt.kernels.residual_mlp_triton import (
+    HALF_LOG2_E,
+    INVERSE_SQRT_TAU,
+    SQRT_HALF,
+    TAIL_SCALE,
+    tail,
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,9 @@ def _multiply(group: gl.constexpr, args, fill, v: gl.constexpr):
         mbarrier.arrive(done_bars.index(group), count=1)
 
 
+_tail = gluon.jit(tail.fn)  # the same code in Gluon
+
+
 @gluon.jit
 def _approximately(NAME: gl.constexpr, x):
     """Two of the hardware's functions, without a detour for subnormal numbers."""
@@ -135,13 +152,9 @@ def _beyond(h):
     """|h|, exp(−h² / 2), and the normal distribution's integral beyond |h|: as in ``_normal`` of
     the plain kernels, in fewer instructions."""
     size = gl.minimum(gl.abs(h), 1e4)  # 0 · ∞ would be no number
-    e = _approximately("ex2", h * h * -0.7213475204444817)
-    t = _approximately("rcp", 1.0 + (0.3275911 * 0.7071067811865476) * size)
-    p = t * 0.5307027145 - 0.7265760135
-    p = p * t + 0.7107068705
-    p = p * t - 0.142248368
-    p = p * t + 0.127414796
-    return size, e, p * t * e
+    e = _approximately("ex2", h * h * -HALF_LOG2_E)
+    t = _approximately("rcp", 1.0 + (TAIL_SCALE * SQRT_HALF) * size)
+    return size, e, _tail(t) * e
 
 
 @gluon.jit
@@ -185,7 +198,7 @@ def _finish_forward(args, v: gl.constexpr):
                 size, e, beyond = _beyond(h)
                 out = gl.maximum(h, 0.0) - beyond * size
                 if v.save:
-                    slope = gl.where(h < 0, beyond, 1.0 - beyond) + h * e * 0.3989422804014327
+                    slope = gl.where(h < 0, beyond, 1.0 - beyond) + h * e * INVERSE_SQRT_TAU
                     tma.store_wait(2)  # the slope before the last has been read
                     side_smem.index(quarter % 2).store(slope.to(gl.float16))
                 smem.store(out.to(out_desc.dtype))  # where each thread has read it
@@ -294,14 +307,10 @@ def product_kernel(
     w_ring = gl.allocate_shared_memory(dtype, [v.stages] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
     tile_smem = gl.allocate_shared_memory(dtype, [8, 64, 64], out_desc.layout)
     side_smem = gl.allocate_shared_memory(gl.float16, [2, 64, 64], out_desc.layout)
-    full_bars = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
-    empty_bars = gl.allocate_shared_memory(gl.int64, [v.stages, 1], mbarrier.MBarrierLayout())
+    full_bars, empty_bars = ring_barriers(v.stages, 2)
     done_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     slope_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(gl.constexpr(v.stages)):
-        mbarrier.init(full_bars.index(i), count=1)
-        mbarrier.init(empty_bars.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(done_bars.index(i), count=1)
         mbarrier.init(taken_bars.index(i), count=1)

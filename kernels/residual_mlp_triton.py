@@ -16,25 +16,32 @@ from fastadapt.kernels.launch import Device, Launch, block, device_of, gluon_box
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2π)
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)  # exp(−h² / 2) = 2^(−h² · this)
+TAIL_SCALE = tl.constexpr(0.3275911)
+
+
+@triton.jit
+def tail(t):
+    """Half the complementary error function of z over exp(−z²), for z ≥ 0, t = 1 / (1 +
+    ``TAIL_SCALE`` · z): Abramowitz and Stegun 7.1.26."""
+    p = t * 0.5307027145 - 0.7265760135
+    p = p * t + 0.7107068705
+    p = p * t - 0.142248368
+    p = p * t + 0.127414796
+    return p * t
 
 
 @triton.jit
 def _normal(h, EXACT: tl.constexpr):
     """The normal distribution's integral up to h, and exp(−h² / 2).
 
-    Not ``EXACT``, within 1e-7: Abramowitz and Stegun 7.1.26, whose exponential is the second
-    result. The library's erf takes twice the instructions, more than the memory leaves time for.
+    Not ``EXACT``, within 1e-7: :func:`tail`, whose exponential is the second result. The library's
+    erf takes twice the instructions, more than the memory leaves time for.
     """
     e = tl.exp2(h * h * -HALF_LOG2_E)
     if EXACT:
         return 0.5 + 0.5 * tl.math.erf(h * SQRT_HALF), e
-    t = 1.0 / (1.0 + (0.3275911 * SQRT_HALF) * tl.abs(h))
-    # Coefficients of half the complementary error function.
-    p = t * 0.5307027145 - 0.7265760135
-    p = p * t + 0.7107068705
-    p = p * t - 0.142248368
-    p = p * t + 0.127414796
-    beyond = p * t * e
+    t = 1.0 / (1.0 + (TAIL_SCALE * SQRT_HALF) * tl.abs(h))
+    beyond = tail(t) * e
     return tl.where(h < 0, beyond, 1.0 - beyond), e
 
 
@@ -185,10 +192,9 @@ def product_gelu(
     """
     out = x.new_empty(len(x), len(weight))
     slope = torch.empty_like(out, dtype=torch.float16) if save else None
-    shape, device = (*x.shape, len(weight)), device_of(x.device.index)
-    run, _ = _product_launch(*shape, x.dtype, bias.dtype, False, save, False, device)
-    if save:  # the backward's compiles meanwhile
-        _product_launch(*shape, x.dtype, x.dtype, True, False, True, device)
+    sizes = (*x.shape, len(weight))
+    device = device_of(x.device.index)
+    run, _ = _product_launch(*sizes, x.dtype, bias.dtype, device, save=save)
     run(x, weight, slope, out, bias.contiguous(), None)
     return out, slope
 
@@ -205,9 +211,10 @@ def product_gelu_backward(
         sums: also shares of the sum over its rows, [P, H] fp32.
     """
     out = torch.empty_like(slope, dtype=g.dtype)
-    shape, device = (*g.shape, weight.shape[1]), device_of(g.device.index)
-    run, units = _product_launch(*shape, g.dtype, g.dtype, True, False, sums, device)
-    shares = g.new_empty(units, shape[2], dtype=torch.float32) if sums else None
+    sizes = (*g.shape, weight.shape[1])
+    device = device_of(g.device.index)
+    run, units = _product_launch(*sizes, g.dtype, None, device, backward=True, sums=sums)
+    shares = g.new_empty(units, sizes[2], dtype=torch.float32) if sums else None
     run(g, weight, slope, out, None, shares)
     return out, shares
 
@@ -218,11 +225,12 @@ def _product_launch(
     depth: int,
     width: int,
     dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-    backward: bool,
-    save: bool,
-    sums: bool,
+    bias_dtype: torch.dtype | None,
     device: Device,
+    *,
+    backward: bool = False,
+    save: bool = False,
+    sums: bool = False,
 ) -> tuple[Launch, int]:
     """The launch, and how many shares of the sums it leaves."""
     gluon = _hopper()
@@ -252,6 +260,8 @@ def _product_launch(
         ),
         dtypes=(dtype, dtype, torch.float16, dtype, bias_dtype, torch.float32),
     )
+    if save:  # its backward's compiles behind it
+        _product_launch(rows, depth, width, dtype, None, device, backward=True, sums=True)
     return launch, units
 
 

@@ -114,7 +114,9 @@ def test_exported_and_compiled(operation):
     args, g = make(operation, (2, 3, 8), 6, torch.float32)
     program = torch.export.export(Module("triton"), tuple(args))
     assert "fastadapt" not in str(program.graph) and "layer_norm" in str(program.graph)
-    compiled = torch.compile(Module("auto"), fullgraph=True, backend="aot_eager")
+    # The residual MLP is an operator there, which needs a GPU; LayerNorm an ordinary one.
+    backend = "auto" if operation is residual_mlp else "triton"
+    compiled = torch.compile(Module(backend), fullgraph=True, backend="aot_eager")
     assert_as_exact_as_pytorch(operation, args, g, compiled)
 
 
