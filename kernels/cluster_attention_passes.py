@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastadapt.kernels import cluster_attention_config as configs
 from fastadapt.kernels import cluster_attention_launch as launches
+from fastadapt.kernels.branch import Branch
 from fastadapt.kernels.cluster_attention_config import Config
 
 
@@ -220,13 +221,16 @@ class _Backward:
         # In an order that lets every intermediate go before the next large one comes.
         h, mixed, state, z = saved
         saved.clear()
+        branch = Branch(g.device)
         if self.need_up:
             if z is None or not z.numel():
                 _, z, _ = self.restore_z()(h, mixed, None, None)
-            d_up = torch.mm(_columns(g), z)
+            d_up = branch.mm(_columns(g), z)
         del z
         gz, gh, up_sums, down_sums = self.project(fit(g, 1), fit(up_weight, 2), None, mixed)
         del mixed
+        if self.need_down and branch.stream is not None:
+            d_down = branch.mm(gh.t(), x.reshape(-1, width))
         # What was written last is still in the L2 cache: G_b, its gradients, then gh twice.
         if self.outer is not None:
             d_mixed = self.outer(h, gz)
@@ -235,8 +239,8 @@ class _Backward:
             del d_mixed
         if self.unattend is not None:
             ds, dq = self.unattend(da, state, centers)
-        if self.need_down:
-            d_down = torch.mm(gh.t(), x.reshape(-1, width))
+        if self.need_down and d_down is None:
+            d_down = branch.mm(gh.t(), x.reshape(-1, width))
         if self.reduce is not None:
             if self.padded:
                 up_sums = None if up_sums is None else _unpad(up_sums, width)
@@ -246,6 +250,7 @@ class _Backward:
         if self.transform is not None:
             dq = _pad(dq, 1) if self.padded else dq
             dx, _, _ = self.transform(gh, None, fit(down_weight, 2), dq)
+        branch.join()
         if self.padded:
             dx = None if dx is None else _unpad(dx, width)
             d_transforms = None if d_transforms is None else _unpad(d_transforms, rank, 2)
