@@ -59,7 +59,9 @@ def layer_norm_kernel(
     bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-    mean = tl.sum(x, 1) / WIDTH
+    # Divided before the sum: a quotient would become part of the subtraction, rounded in another
+    # way, wherever stats does not ask for it as well.
+    mean = tl.sum(x * (1 / WIDTH), 1)
     centered = tl.where(mask, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered, 1) / WIDTH + EPS)
     y = centered * rstd[:, None] * weight[None, :] + bias[None, :]

@@ -344,6 +344,17 @@ def test_gpu_random(operation):
 
 @gpu
 @OPERATIONS
+@pytest.mark.parametrize("c", [200, 256, 768])
+def test_gpu_output_is_the_same_without_gradients(operation, c):
+    args, g = make(operation, (3, 3001, c), 520, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        y = operation(*args, backend="triton")
+    trained = output_and_gradients(partial(operation, backend="triton"), args, g)[0]
+    assert torch.equal(y, trained)
+
+
+@gpu
+@OPERATIONS
 def test_gpu_gradients_asked_for_singly(operation):
     assert_alone_as_together(operation, *make(operation, (4, 49, 96), 384, torch.bfloat16, "cuda"))
 
