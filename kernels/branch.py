@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ class Branch:
     def __init__(self, device: torch.device):
         self.stream = None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self.stream = _stream(device.index)
+            self.stream = _stream(device.index, threading.get_ident())
         self.held: list[Tensor] = []
+
+    @property
+    def beside(self) -> bool:
+        """Whether products are beside the current stream."""
+        return self.stream is not None
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, to be read after :meth:`join` only."""
-        if self.stream is None:
+        if not self.beside:
             return torch.mm(a, b)
         # Of the current stream, as all that outlives the branch.
         out = a.new_empty(a.shape[0], b.shape[1])
@@ -45,5 +51,6 @@ class Branch:
 
 
 @functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
+def _stream(device: int, thread: int) -> torch.cuda.Stream:
+    # Kept: every stream that cuBLAS meets gets a workspace. Two captures at once need two streams.
     return torch.cuda.Stream(device)

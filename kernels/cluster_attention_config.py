@@ -39,6 +39,7 @@ class Config:
     unmix_cols: int
     device: Device
     groups: int  # of Hopper's own kernels; 0 for the plain ones
+    aligned: bool = False  # their transform gives every group a sample instead of 64 rows
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,7 +73,11 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
         transform = Tile(128, tall - 128, 128, 64, 8, 2)
     tiles = -(-rows // project.all_rows)
     if tiles * 2 <= multiprocessors:
-        project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
+        cols = min(block_rank, 64)
+        project = Tile(64, 0, cols, 64, 4, 4)
+        if big and -(-rows // 64) * -(-rank // cols) <= multiprocessors:
+            # Every program has a multiprocessor for itself: few steps, deep ones.
+            project = Tile(64, 0, cols, min(block(width), 256), 4, 3)
         transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
     if big and tokens >= 16 and tiles * 2 > multiprocessors:
         expand = Tile(128, 0, 64, 64, 8, 3)
@@ -89,7 +94,19 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
         unmix_cols=256 if big else 128,
         device=device,
         groups=groups,
+        aligned=aligned(rows, tokens, groups, multiprocessors),
     )
+
+
+def aligned(rows: int, tokens: int, groups: int, multiprocessors: int) -> bool:
+    """Whether groups that have a sample each, of up to 64 tokens, make no more waves.
+
+    They copy each T_b once; where 64 rows belong to several samples, each group meets all of them.
+    """
+    if not groups or tokens > 64:
+        return False
+    wave = groups * multiprocessors
+    return -(-rows // tokens // wave) <= -(-rows // (64 * wave))
 
 
 def candidates(rows: int, tokens: int, rank: int, device: Device) -> dict[str, tuple[int, ...]]:

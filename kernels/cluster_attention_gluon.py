@@ -38,11 +38,18 @@ from fastadapt.kernels.hopper import (
 
 @gluon.jit
 def _store_tile(t, row, col, desc, smem, PENDING: gl.constexpr):
-    """Stores t through smem, of which ``PENDING`` other stores may not have been read yet."""
+    """Stores t through smem, of which ``PENDING`` other stores may not have been read yet.
+
+    A descriptor [B, N, C] takes the rows from a sample's first on, up to its last.
+    """
     tma.store_wait(PENDING)
     smem.store(t)
     fence_async_shared()
-    store(desc, [row, col], smem)
+    if len(desc.block_type.shape) == 2:
+        store(desc, [row, col], smem)
+    else:
+        whole = view(smem, desc.dtype, [1, 64, 64], desc.layout)
+        store(desc, [row // desc.shape[1], 0, col], whole)
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,7 @@ class Transform:
     w_transposed: bool  # the weight is [R, C]
     biases: int  # blocks of biases that a tile needs: none, one, or with row_bias one of each group
     row_bias: bool  # every sample has a bias of its own
+    aligned: bool  # every group has one sample, of up to 64 tokens, instead of 64 rows
 
 
 @gluon.jit
@@ -334,13 +342,14 @@ def _transform_group(group: gl.constexpr, args, fill, v: gl.constexpr):
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     zeros = gl.zeros([64, 64], gl.float32, layout)
-    row = (gl.program_id(0) * v.groups + group) * 64
+    height = tokens if v.aligned else 64
+    row = (gl.program_id(0) * v.groups + group) * height
     first = row // tokens
-    last = (gl.minimum(row + 64, rows) - 1) // tokens
+    last = (gl.minimum(row + height, rows) - 1) // tokens
     if group == 0:
         mbarrier.expect(h_full, v.groups * 64 * v.rank * 2)
         for n in gl.static_range(gl.constexpr(v.groups * CHUNKS)):
-            load(h_desc, [row + n // CHUNKS * 64, n % CHUNKS * 64], h_full, h_smem.index(n))
+            load(h_desc, [row + n // CHUNKS * height, n % CHUNKS * 64], h_full, h_smem.index(n))
         for i in gl.static_range(gl.constexpr(v.stages)):
             if i < items:
                 _fill_transform(i, fill, v)
@@ -426,8 +435,8 @@ def transform_kernel(
     h_desc,  # [rows, R], blocks of [64, 64]
     t_desc,  # [B·R, R], blocks of [R, 64]; None without mix
     w_desc,  # [C, R], blocks of [64, R], or transposed [R, C], blocks of [R, 64]
-    z_desc,  # [rows, R], blocks of [64, 64]; None without store_z
-    y_desc,  # [rows, C], blocks of [64, 64]
+    z_desc,  # [rows, R], blocks of [64, 64], or aligned [B, N, R], [1, 64, 64]; or None
+    y_desc,  # [rows, C], blocks of [64, 64], or aligned [B, N, C], [1, 64, 64]
     bias_desc,  # [1, C], or one row for each sample [B, C]; blocks of [16, 64]
     rows,
     tokens,
@@ -448,9 +457,10 @@ def transform_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row = gl.program_id(0) * (64 * v.groups)
+    height = v.groups * (tokens if v.aligned else 64)
+    row = gl.program_id(0) * height
     first_sample = row // tokens
-    samples = (gl.minimum(row + 64 * v.groups, rows) - 1) // tokens + 1 - first_sample
+    samples = (gl.minimum(row + height, rows) - 1) // tokens + 1 - first_sample
     t_items = 0
     if v.mix:
         t_items = samples * (v.rank // 64)

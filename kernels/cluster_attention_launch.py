@@ -337,6 +337,7 @@ class Transform:
                 "BIAS": bias is not None and not row_bias,
                 "ROW_BIAS": row_bias,
                 "SUMS": sums,
+                "PREFETCH": width > 0 and cols == tile.cols,
             },
             warps=tile.warps,
             stages=tile.stages,
@@ -372,22 +373,30 @@ class HopperTransform:
         groups = config.groups
         biases = 0 if bias is None else groups if row_bias else 1
         slot = rank * 128 + biases * 2048  # bytes of the ring's slots
+        aligned = mix and config.aligned
+        units = batch if aligned else -(-rows // 64)
         self.dtype = dtype
         self.new_y = new((batch, tokens, width), dtype, config.device)
         self.new_z = new((rows, rank), dtype, config.device) if store_z else _nothing
         gluon = hopper_kernels()
         weight = (rank, width) if w_transposed else (width, rank)
+
+        def out(cols: int) -> Box:
+            if aligned:
+                return gluon_box((batch, tokens, cols), (1, 64, 64), dtype)
+            return gluon_box((rows, cols), (64, 64), dtype)
+
         self.run = _launch(
             gluon.transform_kernel,
-            (-(-rows // (64 * groups)),),
+            (-(-units // groups),),
             config,
             (dtype,) * 6,
             (
                 _described(0, gluon_box((rows, rank), (64, 64), dtype)),
                 _described(1, gluon_box((batch * rank, rank), (rank, 64), dtype), mix),
                 _described(2, gluon_box(weight, (rank, 64) if w_transposed else (64, rank), dtype)),
-                _described(3, gluon_box((rows, rank), (64, 64), dtype), store_z),
-                _described(4, gluon_box((rows, width), (64, 64), dtype)),
+                _described(3, out(rank), store_z),
+                _described(4, out(width)),
                 _described(
                     5, gluon_box((batch if row_bias else 1, width), (16, 64), dtype), biases > 0
                 ),
@@ -403,6 +412,7 @@ class HopperTransform:
                     w_transposed=w_transposed,
                     biases=biases,
                     row_bias=row_bias,
+                    aligned=aligned,
                 )
             },
             warps=4,
@@ -464,7 +474,9 @@ class Mix:
         # With few samples and many centers, Triton 3.6 gave NaN from a tile of 16 (fp16, 128
         # centers).
         bb = min(64, block(batch)) if num_centers <= 32 else 64
-        bs = 256 if dtype != torch.float32 else 64
+        bs = 64
+        if dtype != torch.float32:
+            bs = 512 if bb == 16 else 256
         self.run = _launch(
             kernels.mix_kernel,
             (-(-size // bs), -(-batch // bb)),
@@ -594,6 +606,7 @@ class Unattend:
         need_x,
     ):
         block_k = block(num_centers)
+        block_c = max(16, min(block(width), 32768 // block_k))
         self.new_ds = new((batch, num_centers), torch.float32, config.device)
         self.new_dq = new((batch, width), dtype, config.device) if need_x else _nothing
         self.run = _launch(
@@ -606,9 +619,10 @@ class Unattend:
             {
                 "num_centers": num_centers,
                 "BP": min(block(programs), 8192 // block_k),
-                "BC": max(16, min(block(width), 16384 // block_k)),
+                "BC": block_c,
                 "BK": block_k,
                 "NEED_X": need_x,
+                "ONE_BLOCK": block_c >= width,
             },
             warps=8,
         )
@@ -676,14 +690,14 @@ class Reduce:
             (batch, width, rank if need_down else 0, up_rows, down_rows, *programs[:2]),
             {
                 "num_centers": num_centers,
-                "BB": 32,
+                "BB": max(32, min(block(batch), 4096 // block(num_centers))),
                 "BC": bc,
                 "BK": block(num_centers),
                 "NEED_CENTERS": need_centers,
                 "NEED_UP": need_up,
                 "NEED_DOWN": need_down,
             },
-            warps=4,
+            warps=8,
         )
 
     def __call__(self, ds, state, centers, up_sums, down_sums):

@@ -116,16 +116,16 @@ class _Forward:
     def __call__(self, x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
         fit = self.fit
         x = fit(x, 1)
-        # Before the first kernel: `mix` reads the transforms before it waits for its predecessor.
-        transforms = fit(transforms, 2)
+        # Before the first kernel: the others read parameters before they wait for what is before.
+        centers, transforms, up_weight = centers.contiguous(), fit(transforms, 2), fit(up_weight, 2)
         down_bias = None if down_bias is None else fit(down_bias, 1)
         h, _, sums, _ = self.project(x, fit(down_weight, 2), down_bias, None)
         if self.padded:
             sums = _unpad(sums, self.width)
-        state = self.attend(sums, centers.contiguous())
+        state = self.attend(sums, centers)
         mixed = self.mix(state, transforms)
         up_bias = None if up_bias is None else fit(up_bias, 1)
-        y, z, _ = self.transform(h, mixed, fit(up_weight, 2), up_bias)
+        y, z, _ = self.transform(h, mixed, up_weight, up_bias)
         return _unpad(y, self.width) if self.padded else y, (h, mixed, state, z)
 
 
@@ -215,6 +215,11 @@ class _Backward:
         x, centers, transforms, down_weight, up_weight = args
         fit, width, rank = self.fit, self.width, self.rank
         centers = centers.contiguous()
+        # Before the first kernel, as in the forward.
+        if self.unmix is not None:
+            transforms = fit(transforms, 2)
+        if self.transform is not None:
+            down_weight = fit(down_weight, 2)
         dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = None
         da = ds = dq = None
 
@@ -229,27 +234,28 @@ class _Backward:
         del z
         gz, gh, up_sums, down_sums = self.project(fit(g, 1), fit(up_weight, 2), None, mixed)
         del mixed
-        if self.need_down and branch.stream is not None:
-            d_down = branch.mm(gh.t(), x.reshape(-1, width))
         # What was written last is still in the L2 cache: G_b, its gradients, then gh twice.
         if self.outer is not None:
             d_mixed = self.outer(h, gz)
             del h, gz
-            d_transforms, da = self.unmix(d_mixed, state, fit(transforms, 2))
+        if self.need_down and branch.beside:  # beside the small kernels
+            d_down = branch.mm(gh.t(), x.reshape(-1, width))
+        if self.unmix is not None:
+            d_transforms, da = self.unmix(d_mixed, state, transforms)
             del d_mixed
         if self.unattend is not None:
             ds, dq = self.unattend(da, state, centers)
-        if self.need_down and d_down is None:
-            d_down = branch.mm(gh.t(), x.reshape(-1, width))
         if self.reduce is not None:
             if self.padded:
                 up_sums = None if up_sums is None else _unpad(up_sums, width)
                 down_sums = None if down_sums is None else _unpad(down_sums, rank)
             sums = (up_sums, down_sums)
             d_centers, d_up_bias, d_down_bias = self.reduce(ds, state, centers, *sums)
+        if self.need_down and d_down is None:
+            d_down = branch.mm(gh.t(), x.reshape(-1, width))
         if self.transform is not None:
             dq = _pad(dq, 1) if self.padded else dq
-            dx, _, _ = self.transform(gh, None, fit(down_weight, 2), dq)
+            dx, _, _ = self.transform(gh, None, down_weight, dq)
         branch.join()
         if self.padded:
             dx = None if dx is None else _unpad(dx, width)
@@ -307,9 +313,11 @@ _unfused_plan = functools.lru_cache(maxsize=1024)(_Unfused)
 def _forward_unfused(problem: Problem, args, save_z: bool, needs: tuple[bool, ...]):
     x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
     plan = _unfused_plan(problem, configs.config_for(x, 16), needs)
+    # Before the first kernel, as in _Forward.
+    centers, transforms = centers.contiguous(), transforms.contiguous()
     sums = x.sum(1, dtype=torch.float32)
-    state = plan.attend(sums, centers.contiguous())
-    mixed = plan.mix(state, transforms.contiguous())
+    state = plan.attend(sums, centers)
+    mixed = plan.mix(state, transforms)
     if down_weight is None:
         return torch.bmm(mixed, x), (None, mixed, state, None)
     h = F.linear(x, down_weight, down_bias)
@@ -324,7 +332,7 @@ def _backward_unfused(problem: Problem, g, needs, args, saved):
     saved.clear()
     need_x, _, _, need_down, need_down_bias, need_up, need_up_bias = needs
     plan = _unfused_plan(problem, configs.config_for(x, 16), tuple(needs))
-    centers = centers.contiguous()
+    centers, transforms = centers.contiguous(), transforms.contiguous()
     dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = dq = None
     if down_weight is not None:
         h = h.view(problem.batch, problem.tokens, -1)
@@ -343,7 +351,7 @@ def _backward_unfused(problem: Problem, g, needs, args, saved):
             d_down_bias = gh.sum((0, 1)).to(problem.dtypes[4])
     if plan.unmix is not None:
         d_mixed = torch.bmm(g, x.mT) if down_weight is None else torch.bmm(h.mT, gz)
-        d_transforms, da = plan.unmix(d_mixed, state, transforms.contiguous())
+        d_transforms, da = plan.unmix(d_mixed, state, transforms)
         del d_mixed
     if plan.unattend is not None:
         ds, dq = plan.unattend(da, state, centers)

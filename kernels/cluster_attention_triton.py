@@ -20,6 +20,11 @@ Backward (g = dy):
 The two weight gradients are plain products and go to cuBLAS. Rows are tiled over all B·N tokens:
 tiles per sample would pad 196 tokens to 256. A tile that straddles samples is loaded once per
 sample through a [B, N, R] descriptor, whose out-of-range rows read as zero, and the products add.
+
+On Hopper and newer a kernel is launched while the one before runs (programmatic dependent launch)
+and waits for its end; what it reads before are parameters and, in the backward, the forward's
+state. The first kernel of a pass waits before it lets the next be launched: by then all that is
+older has been written.
 """
 
 from __future__ import annotations
@@ -66,6 +71,7 @@ def project_kernel(
 ):
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     col = tl.program_id(1) * BN
     row = tile * (BM0 + BM1)
@@ -97,8 +103,6 @@ def project_kernel(
                 sums = tl.dot(x1.T, hot1, sums)
             o_k = k + tl.arange(0, BK)
             tl.store(p_sums + o_k[:, None], sums, mask=m_sums & (o_k[:, None] < width))
-    if PDL:
-        gdc_launch_dependents()
     if BIAS:
         o_n = col + tl.arange(0, BN)
         bias = tl.load(bias_ptr + o_n, mask=o_n < rank, other=0.0).to(tl.float32)[None, :]
@@ -147,6 +151,8 @@ def attend_kernel(
     ONE_BLOCK: tl.constexpr,  # BC >= C
     PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     sample = tl.program_id(0)
     s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
     o_k = tl.arange(0, BK)
@@ -158,7 +164,6 @@ def attend_kernel(
         c_square += tl.sum(centers * centers, 0)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     first = sample * tokens // tile_rows
     tiles = (sample * tokens + tokens - 1) // tile_rows - first + 1
     dots = tl.zeros((BK,), tl.float32)
@@ -217,6 +222,8 @@ def mix_kernel(
     BS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
     o_s = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
     o_b = tl.program_id(1) * BB + tl.arange(0, BB)
     o_k = tl.arange(0, BK)
@@ -227,7 +234,6 @@ def mix_kernel(
     t = tl.load(p_t, mask=m_k[:, None] & m_s, other=0.0).to(dtype)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     p_a = a_ptr + o_b[:, None].to(tl.int64) * num_centers + o_k[None, :]
     a = tl.load(p_a, mask=(o_b[:, None] < batch) & m_k[None, :], other=0.0)
     mixed = _dot_split(a, t, tl.zeros((BB, BS), tl.float32))
@@ -299,8 +305,14 @@ def transform_kernel(
     BIAS: tl.constexpr,
     ROW_BIAS: tl.constexpr,
     SUMS: tl.constexpr,
+    PREFETCH: tl.constexpr,  # y's columns are one block: its weights are loaded at once
     PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_launch_dependents()
+    start = tl.program_id(1) * cols_per_program
+    if PREFETCH:
+        w = w_desc.load([0, start]) if W_TRANSPOSED else w_desc.load([start, 0]).T
     if PDL:
         gdc_wait()
     tile = tl.program_id(0)
@@ -338,9 +350,9 @@ def transform_kernel(
             hot0 = _sample_of_row(row0, first, tokens, BM0, BS).to(dtype)
             if BM1 > 0:
                 hot1 = _sample_of_row(row1, first, tokens, BM1, BS).to(dtype)
-        start = tl.program_id(1) * cols_per_program
         for c in range(start, tl.minimum(start + cols_per_program, width), BC):
-            w = w_desc.load([0, c]) if W_TRANSPOSED else w_desc.load([c, 0]).T
+            if not PREFETCH:
+                w = w_desc.load([0, c]) if W_TRANSPOSED else w_desc.load([c, 0]).T
             o_c = c + tl.arange(0, BC)
             y0 = tl.zeros((BM0, BC), tl.float32)
             if BM1 > 0:
@@ -363,8 +375,6 @@ def transform_kernel(
             y0_desc.store([row0, c], y0.to(dtype))
             if BM1 > 0:
                 y1_desc.store([row1, c], y1.to(dtype))
-    if PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -380,6 +390,7 @@ def outer_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     i = (tl.program_id(0) // tiles_j) * BI
     j = (tl.program_id(0) % tiles_j) * BJ
@@ -389,8 +400,6 @@ def outer_kernel(
         h = h_desc.load([sample, n, i]).reshape(BK, BI)
         g = g_desc.load([sample, n, j]).reshape(BK, BJ)
         acc = tl.dot(h.T, g, acc)
-    if PDL:
-        gdc_launch_dependents()
     out_desc.store([sample, i, j], acc.to(out_desc.dtype).reshape(1, BI, BJ))
 
 
@@ -413,7 +422,7 @@ def unmix_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     o_k = tl.arange(0, BK)
@@ -424,7 +433,10 @@ def unmix_kernel(
         m_ks = m_k[:, None] & (o_s[None, :] < size)
         o_t = o_k[:, None].to(tl.int64) * size + o_s[None, :]
         if NEED_A:
+            # A parameter: nothing that still runs writes it, so the load need not wait.
             t = tl.load(transforms_ptr + o_t, mask=m_ks, other=0.0).to(dtype)
+        if PDL:
+            gdc_wait()
         acc = tl.zeros((BS, BK), tl.float32)
         lost = tl.zeros((BS, BK), tl.float32)
         for b in range(0, batch, BB):
@@ -456,8 +468,6 @@ def unmix_kernel(
         if NEED_T:
             d_t = acc.T.to(d_transforms_ptr.dtype.element_ty)
             tl.store(d_transforms_ptr + o_t, d_t, mask=m_ks)
-    if PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -476,29 +486,37 @@ def unattend_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
     NEED_X: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # BC >= C
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
     s_ptr, q_ptr, q_norm_ptr, c_norm_ptr = _state(state_ptr, batch, width, num_centers)
     sample = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_k = o_k < num_centers
     o_a = sample * num_centers + o_k
+    # The forward's state and a parameter: only da has to be waited for.
+    a = tl.load(state_ptr + o_a, mask=m_k, other=0.0)
+    if NEED_X:
+        s = tl.load(s_ptr + o_a, mask=m_k, other=0.0)
+        c_norm = tl.maximum(tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0), NORM_EPS)
+        q_norm = tl.load(q_norm_ptr + sample)
+        if ONE_BLOCK:
+            centers = _load_centers(centers_ptr, 0, width, num_centers, BC, BK)
+            o_c = tl.arange(0, BC)
+            q = tl.load(q_ptr + sample * width + o_c, mask=o_c < width, other=0.0)
+    if PDL:
+        gdc_wait()
     da = tl.zeros((BP, BK), tl.float32)
     for p in range(0, programs, BP):
         o_p = p + tl.arange(0, BP)
         p_da = da_ptr + o_p[:, None].to(tl.int64) * batch * num_centers + o_a[None, :]
         da += tl.load(p_da, mask=(o_p < programs)[:, None] & m_k[None, :], other=0.0)
     da = tl.sum(da, 0)
-    a = tl.load(state_ptr + o_a, mask=m_k, other=0.0)
     ds = a * (da - tl.sum(a * da, 0))
     tl.store(ds_ptr + o_a, ds, mask=m_k)
     if NEED_X:
-        s = tl.load(s_ptr + o_a, mask=m_k, other=0.0)
-        c_norm = tl.maximum(tl.load(c_norm_ptr + o_k, mask=m_k, other=1.0), NORM_EPS)
-        q_norm = tl.load(q_norm_ptr + sample)
         # Below eps F.normalize divides by a constant: no derivative through the norm there.
         along = tl.where(q_norm >= NORM_EPS, tl.sum(ds * s, 0), 0.0)
         q_norm = tl.maximum(q_norm, NORM_EPS)
@@ -506,9 +524,10 @@ def unattend_kernel(
         for c in range(0, width, BC):
             o_c = c + tl.arange(0, BC)
             m_c = o_c < width
-            centers = _load_centers(centers_ptr, c, width, num_centers, BC, BK)
-            q = tl.load(q_ptr + sample * width + o_c, mask=m_c, other=0.0) / q_norm
-            dq = (tl.sum(centers * ds_c[None, :], 1) - q * along) / q_norm
+            if not ONE_BLOCK:
+                centers = _load_centers(centers_ptr, c, width, num_centers, BC, BK)
+                q = tl.load(q_ptr + sample * width + o_c, mask=m_c, other=0.0)
+            dq = (tl.sum(centers * ds_c[None, :], 1) - q / q_norm * along) / q_norm
             dq = (dq / tokens).to(dq_ptr.dtype.element_ty)
             tl.store(dq_ptr + sample * width + o_c, dq, mask=m_c)
 
@@ -541,6 +560,7 @@ def reduce_kernel(
 ):
     """The sums over samples and tiles, by 32 columns: centers, then up_bias, then down_bias."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     program = tl.program_id(0)
     o_c = program * BC + tl.arange(0, BC)
@@ -587,7 +607,7 @@ def reduce_kernel(
 
 @triton.jit
 def _sum_rows(in_ptr, out_ptr, rows, width, o_c, m_c, BC: tl.constexpr):
-    BB: tl.constexpr = 128
+    BB: tl.constexpr = 512
     acc = tl.zeros((BB, BC), tl.float32)
     for r in range(0, rows, BB):
         o_r = r + tl.arange(0, BB)

@@ -80,7 +80,8 @@ def cluster_attention_steps() -> None:
     for groups in (0, 1, 2, 3):
 
         def config_for(x, rank, groups=groups):
-            return dataclasses.replace(chosen(x, rank), groups=groups)
+            aligned = groups > 0 and x.shape[1] <= 64
+            return dataclasses.replace(chosen(x, rank), groups=groups, aligned=aligned)
 
         configs.config_for = config_for
         for size in ((3, 70, 136, 64, 5), (2, 100, 72, 128, 20), (9, 17, 200, 256, 3)):

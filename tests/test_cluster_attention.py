@@ -248,11 +248,11 @@ def test_gpu_random(which, monkeypatch):
             dtype = choose.choice([torch.bfloat16, torch.float16])
             r = choose.choice([64, 128, 256])
             n = choose.choice([5, 9, 17, 49, 64, 100, 196, 197, 256, 777])
-            groups = choose.choice([1, 2, 3])
+            forced = {"groups": choose.choice([1, 2, 3]), "aligned": n <= 64 and case % 2 == 0}
             monkeypatch.setattr(
                 configs,
                 "config_for",
-                lambda *a, groups=groups: dataclasses.replace(chosen(*a), groups=groups),
+                lambda *a, forced=forced: dataclasses.replace(chosen(*a), **forced),
             )
         b = choose.randint(1, max(1, 20_000 // n if case % 4 == 0 else 2_000 // n))
         b = min(b, 2**28 // (r * r))  # T_b of every sample in fp64: 2 GiB
@@ -387,6 +387,49 @@ def test_gpu_checkpoint_and_cuda_graph(monkeypatch):
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("b", "n", "c", "r"),
+    [(32, 196, 768, 256), (300, 49, 384, 256), (1, 196, 768, 256), (40, 197, 200, 60)],
+)
+def test_gpu_backward_in_a_cuda_graph(b, n, c, r):
+    """There the weights' gradients are a branch; replays follow one another without a pause."""
+    args, g = make(b, n, c, r, 20, torch.bfloat16, "cuda")
+    static = [t.clone() for t in (*args, g)]
+
+    def run(leaves, g):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        y = cluster_attention(*leaves, backend="triton")
+        return y.detach(), *torch.autograd.grad(y, leaves, g)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(static[:-1], static[-1])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static[:-1], static[-1])
+    for turn in range(3):
+        args, g = make(b, n, c, r, 20, torch.bfloat16, "cuda")
+        for t, value in zip(static, (*args, g), strict=True):
+            t.copy_(value)
+        for _ in range(3):
+            graph.replay()
+        for name, mine, eager in zip(NAMES, captured, run(args, g), strict=True):
+            assert relative_error(mine, eager.double()) < 5e-3, (turn, name)
+
+
+@gpu
+def test_gpu_compiles_to_cuda_graphs(monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", "triton")
+    args, g = make(8, 100, 384, 128, 20, torch.bfloat16, "cuda")
+    compiled = torch.compile(cluster_attention, mode="reduce-overhead")
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_as_exact_as_pytorch(args, g, compiled)
 
 
 @gpu
