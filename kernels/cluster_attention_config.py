@@ -73,11 +73,12 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
         transform = Tile(128, tall - 128, 128, 64, 8, 2)
     tiles = -(-rows // project.all_rows)
     if tiles * 2 <= multiprocessors:
-        cols = min(block_rank, 64)
-        project = Tile(64, 0, cols, 64, 4, 4)
-        if big and -(-rows // 64) * -(-rank // cols) <= multiprocessors:
-            # Every program has a multiprocessor for itself: few steps, deep ones.
-            project = Tile(64, 0, cols, min(block(width), 256), 4, 3)
+        project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
+        for cols in (64, 32) if big else ():
+            cols = min(block_rank, cols)
+            if -(-rows // 64) * -(-rank // cols) <= multiprocessors:
+                # Every program has a multiprocessor for itself: few steps, deep ones.
+                project = Tile(64, 0, cols, min(block(width), 256), 4, 3)
         transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
     if big and tokens >= 16 and tiles * 2 > multiprocessors:
         expand = Tile(128, 0, 64, 64, 8, 3)
