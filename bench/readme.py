@@ -108,6 +108,8 @@ def _tables(result: dict[str, Any], environment: dict[str, Any], link: str) -> s
         shown = {title: result["tables"][title] for title in result.get("readme", result["tables"])}
         parts = [f"**{result['title']}**"] if "title" in result else []
         parts += [f"{title}:\n\n{report.markdown_table(rows)}" for title, rows in shown.items()]
+        if result.get("left_out"):
+            below = [f"Left out: {'; '.join(result['left_out'])}.", *below]
     else:
         parts = [f"**{result['title']}**", report.markdown_table(report.summary(result))]
         below = [*result["notes"], *below]

@@ -8,7 +8,7 @@ from fastadapt.export.fp8 import Float8Linear
 from fastadapt.export.runtimes import load_runtime
 
 SUBJECTS = (
-    deployment.Subject("ViT", "test_vit", 1e9, {8: (7_100, 8_000)}, {8: 14_000}),
+    deployment.Subject("ViT", "test_vit", 1e9, {8: (7_100, 8_000)}, {8: (14_000,)}),
     deployment.Subject("ConvNeXt", "test_convnext", 1e9),
 )
 
@@ -50,19 +50,15 @@ def test_baselines_agree_and_are_timed(small, monkeypatch):
     ]
     assert result["left_out"] == [] and result["wrong"] == []
     assert result["progress"].startswith("ConvNeXt, bf16, eager: ")
-    assert result["readme"] == [
-        f"{subject}, {title}"
-        for subject in ("ViT", "ConvNeXt")
-        for title in (deployment.SPEED, deployment.LATENCY)
-    ]
+    assert result["readme"] == [f"{subject}, {deployment.SPEED}" for subject in ("ViT", "ConvNeXt")]
     for subject in ("ViT", "ConvNeXt"):
         speeds = result["tables"][f"{subject}, {deployment.SPEED}"]
-        assert [row["batch"] for row in speeds] == [1, 8]
-        assert {*names} <= set(speeds[0])
-        assert ("target" in speeds[1]) == ("target in FP8" in speeds[1]) == (subject == "ViT")
-        assert "target" not in speeds[0]
-        rows = result["tables"][f"{subject}, {deployment.LATENCY}"]
-        assert [row["runtime"] for row in rows] == names
+        targets = [deployment.TARGET, deployment.FP8_TARGET] if subject == "ViT" else []
+        assert [row["runtime"] for row in speeds] == [*names, deployment.BEST, *targets]
+        for row in speeds[:2]:
+            assert [*row] == ["runtime", "1", "8", "p50, ms", "p99, ms"]
+        for row in speeds[3:]:
+            assert [*row] == ["runtime", "8"]
         rows = result["tables"][f"{subject}, {deployment.AGREEMENT}"]
         assert {row["batch"] for row in rows} == {1, 8}
         assert {row["passed"] for row in rows} == {"yes"}
@@ -87,8 +83,9 @@ def test_what_is_wrong_or_fails_is_not_timed(small, monkeypatch):
         for batch in (1, 5, 8)
     ]
     speeds = result["tables"][f"ViT, {deployment.SPEED}"]
-    assert "AOTInductor bf16" not in speeds[0]
-    assert speeds[1]["met"] == "no"
+    found = {row["runtime"]: row for row in speeds}
+    assert "AOTInductor bf16" not in found and "ONNX" not in found
+    assert found[deployment.TARGET]["8"] == "7,100 / 8,000: missed"
     assert "ViT, ONNX: not measured, RuntimeError: no such GPU at line 3" in result["notes"]
 
 
@@ -117,14 +114,20 @@ def test_compilers_share_a_pool(small):
     assert len(parts) == len(set(parts)) == 10
 
 
-def test_fp8_meets_a_target_of_its_own(small):
-    def row(**speeds):
-        return deployment._speed_row(SUBJECTS[0], 8, {n: {8: v} for n, v in speeds.items()})
-
-    found = row(**{"AOTInductor bf16": 7_000.0, "AOTInductor fp8": 14_500.0})
-    assert (found["met"], found["met in FP8"]) == ("no", "yes")
-    found = row(**{"AOTInductor bf16": 14_500.0, "AOTInductor fp8": 7_000.0})
-    assert (found["met"], found["met in FP8"]) == ("both", "no")
+@pytest.mark.parametrize(
+    ("bf16", "fp8", "met", "met_in_fp8"),
+    [
+        (7_000.0, 14_500.0, "7,100 / 8,000: missed", "14,000: met"),
+        (7_500.0, 8_500.0, "7,100 / 8,000: first met", "14,000: missed"),
+        (14_500.0, 7_000.0, "7,100 / 8,000: met", "14,000: missed"),
+    ],
+)
+def test_fp8_meets_a_target_of_its_own(small, bf16, fp8, met, met_in_fp8):
+    results = deployment.Results(SUBJECTS[0], (8,))
+    for name, speed in {"AOTInductor bf16": bf16, "AOTInductor fp8": fp8}.items():
+        results.speeds[name], results.times[name] = {8: speed}, {}
+    *_, target, target_in_fp8 = results.tables()[f"ViT, {deployment.SPEED}"]
+    assert (target["8"], target_in_fp8["8"]) == (met, met_in_fp8)
 
 
 def test_fp8_has_bounds_of_its_own(small):
