@@ -73,6 +73,55 @@ def layer_norm(
         return _launch().forward(x, weight, bias, eps, dtype)[0]
 
 
+def add_layer_norm_reference(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sum and LayerNorm in plain PyTorch; arguments as :func:`add_layer_norm`."""
+    total = (x.float() + branch.float()).to(x.dtype)
+    return total, layer_norm_reference(total, weight, bias, eps, dtype=dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``x + branch`` and the LayerNorm of that, for inference: it has no gradient.
+
+    Args:
+        x: [..., C], the residual stream; fp32, bf16 or fp16. Any strides.
+        branch: shaped as x; any of these dtypes.
+        weight, bias: [C].
+        eps: added to the variance.
+        dtype: of the norm.
+        backend: as for :func:`layer_norm`.
+
+    Returns:
+        The sum in x's dtype, rounded once, and the norm of what was not yet rounded.
+
+    Raises:
+        ValueError, BackendError: as :func:`layer_norm`.
+    """
+    check(x, weight, bias)
+    if branch.shape != x.shape:
+        raise ValueError(f"branch has shape {tuple(branch.shape)}; expected {tuple(x.shape)}")
+    why_not = why_not_triton(x, weight, bias, branch)
+    if why_not is None and torch.is_grad_enabled():
+        why_not = "gradients are on, and this operation has none"
+    if why_not is None and dtype not in DTYPES:
+        why_not = f"output in {dtype}"
+    if choose_backend(backend, why_not) == "reference":
+        return add_layer_norm_reference(x, branch, weight, bias, eps, dtype)
+    with on_device(x):
+        normal, _, total = _launch().forward(x, weight, bias, eps, dtype, branch=branch)
+    return total, normal
+
+
 def _launch():
     """The kernels: Triton is imported with the first call."""
     from fastadapt.kernels import layer_norm_triton

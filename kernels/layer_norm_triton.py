@@ -34,8 +34,9 @@ def layer_norm_kernel(
     bias_ptr,  # [WIDTH]
     out_ptr,  # [rows, WIDTH]
     stats_ptr,  # [2, rows] fp32, mean and 1 / deviation, or None
+    branch_ptr,  # [rows, WIDTH] or None: added to x first
     added_ptr,  # [WIDTH] or None
-    sum_ptr,  # [rows, WIDTH]: x + added
+    sum_ptr,  # [rows, WIDTH]: x + branch + added, or None
     rows,
     inner,
     outer_stride,
@@ -55,6 +56,9 @@ def layer_norm_kernel(
     mask = m_r[:, None] & m_c[None, :]
     p_x = x_ptr + _row_offsets(o_r, inner, outer_stride, STRIDE)[:, None] + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+    offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
+    if branch_ptr is not None:
+        x += tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     if PDL:
@@ -65,14 +69,14 @@ def layer_norm_kernel(
     centered = tl.where(mask, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered, 1) / WIDTH + EPS)
     y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
-    offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
     if stats_ptr is not None:
         tl.store(stats_ptr + o_r, mean, mask=m_r)
         tl.store(stats_ptr + tl.cast(rows, tl.int64) + o_r, rstd, mask=m_r)
-    if added_ptr is not None:
-        added = tl.load(added_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-        total = x + added[None, :]
+    if sum_ptr is not None:
+        total = x
+        if added_ptr is not None:
+            total += tl.load(added_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
         tl.store(sum_ptr + offsets, total.to(sum_ptr.dtype.element_ty), mask=mask)
 
 
@@ -214,24 +218,26 @@ def forward(
     dtype: torch.dtype,
     *,
     save: bool = False,
+    branch: Tensor | None = None,
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """LayerNorm of x [..., C] in ``dtype``.
+    """LayerNorm of x [..., C], or of x + branch, in ``dtype``.
 
     Args:
         save: keep each row's mean and 1 / deviation, [2, rows] fp32.
-        added: [C]; the third result is x + added, in x's dtype.
+        branch: shaped as x.
+        added: [C]; with it or ``branch``, the third result is the sum of all, in x's dtype.
     """
     x, rows = rows_of(x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     stats = total = None
     if save:
         stats = torch.empty((2, rows.count), dtype=torch.float32, device=x.device)
-    if added is not None:
-        added = added.contiguous()
+    if added is not None or branch is not None:
         total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    branch, added = (None if t is None else t.contiguous() for t in (branch, added))
     run = _forward_launch(rows, x.shape[-1], eps, device_of(x.device.index))
-    run(x, weight.contiguous(), bias.contiguous(), out, stats, added, total)
+    run(x, weight.contiguous(), bias.contiguous(), out, stats, branch, added, total)
     return out, stats, total
 
 

@@ -106,6 +106,36 @@ def residual_mlp(
     return _forward(*args, eps, save=False)[0]
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
+    """``gelu(x @ weightᵀ + bias)``, exact GELU, for inference: it has no gradient.
+
+    Args:
+        x: [..., C]; fp32, bf16 or fp16.
+        weight: [H, C] in x's dtype.
+        bias: [H].
+        backend: as for :func:`residual_mlp`.
+
+    Returns:
+        [..., H] in x's dtype.
+
+    Raises:
+        BackendError: ``backend="triton"`` and the kernels do not cover the call.
+    """
+    why_not = why_not_triton(x, weight, bias)
+    if why_not is None and torch.is_grad_enabled():
+        why_not = "gradients are on, and this operation has none"
+    if choose_backend(backend, why_not) == "reference":
+        return F.gelu(F.linear(x, weight, bias.to(x.dtype)))
+    _, mlp = _launch()
+    with on_device(x), without_autocast(x):
+        rows = x.reshape(-1, x.shape[-1])
+        if mlp.fuses(rows, weight):
+            a, _ = mlp.product_gelu(rows, weight, bias, save=False)
+        else:
+            a, _ = mlp.gelu(torch.mm(rows, weight.t()), bias, save=False)
+    return a.view(*x.shape[:-1], len(weight))
+
+
 def _launch():
     """The kernels of both files: Triton is imported with the first call."""
     from fastadapt.kernels import layer_norm_triton, residual_mlp_triton

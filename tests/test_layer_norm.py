@@ -11,8 +11,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fastadapt.bench.harness import peak_memory
+from fastadapt.bench.harness import peak_memory, relative_error
 from fastadapt.kernels import (
     BackendError,
     layer_norm,
@@ -20,6 +21,8 @@ from fastadapt.kernels import (
     residual_mlp,
     residual_mlp_reference,
 )
+from fastadapt.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from fastadapt.kernels.residual_mlp import linear_gelu
 from tests.kernel_checks import (
     FIRST_CASE,
     INTERPRETING,
@@ -197,6 +200,73 @@ def test_interpreted_strides(operation, kind, poisoned_empty, few_programs):
     if operation is residual_mlp:
         args[3] = torch.randn(24, 33).half().t()
     assert_as_exact_as_pytorch(operation, args, g)
+
+
+# What has no gradients: the sum before a LayerNorm, and a product with GELU behind it.
+
+
+@torch.no_grad()
+def assert_sum_and_norm(shape, stream, dtype, device="cpu"):
+    (x, weight, bias), branch = make(layer_norm, shape, None, torch.float32, device)
+    x, branch = x.to(stream), branch.to(dtype)
+    if len(shape) == 3:  # without the first token
+        x = torch.cat([x[:, :1], x], 1)[:, 1:]
+    total, normal = add_layer_norm(x, branch, weight, bias, 1e-6, dtype, backend="triton")
+    assert (total.dtype, normal.dtype) == (stream, dtype)
+    exact = x.double() + branch.double()
+    assert relative_error(total, exact) <= torch.finfo(stream).eps
+    exact = layer_norm_reference(exact, weight.double(), bias.double(), 1e-6)
+    theirs = add_layer_norm_reference(x, branch, weight, bias, 1e-6, dtype)[1]
+    assert relative_error(normal, exact) <= 2 * relative_error(theirs, exact) + 1e-7
+
+
+@torch.no_grad()
+def assert_product_with_gelu(shape, hidden, dtype, device="cpu"):
+    x, *_, weight, bias, _, _ = make(residual_mlp, shape, hidden, dtype, device)[0]
+    y = linear_gelu(x, weight, bias, backend="triton")
+    assert y.dtype == dtype and y.shape == (*shape[:-1], hidden)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    theirs = F.gelu(F.linear(x, weight, bias))
+    assert relative_error(y, exact) <= 2 * relative_error(theirs, exact) + 1e-7
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 9, 64), (150, 16), (3, 5, 2, 63)])
+def test_interpreted_without_gradients(shape, dtype, poisoned_empty):
+    for stream in (torch.float32, dtype):
+        assert_sum_and_norm(shape, stream, dtype)
+    assert_product_with_gelu(shape, 33, dtype)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="there the kernels do run on the CPU")
+def test_without_gradients_on_the_cpu_the_references_run():
+    (x, weight, bias, fc1_weight, fc1_bias, *_), branch = make(
+        residual_mlp, (2, 3, 8), 6, torch.float32
+    )
+    args = (x, branch, weight, bias, 1e-6, torch.bfloat16)
+    for ours, theirs in zip(add_layer_norm(*args), add_layer_norm_reference(*args), strict=True):
+        assert torch.equal(ours, theirs)
+    expected = F.gelu(F.linear(x, fc1_weight, fc1_bias))
+    assert torch.equal(linear_gelu(x, fc1_weight, fc1_bias), expected)
+    with pytest.raises(ValueError, match=r"branch has shape \(2, 3, 7\); expected \(2, 3, 8\)"):
+        add_layer_norm(x, branch[..., :7], *args[2:])
+    with pytest.raises(BackendError, match="cpu"):
+        linear_gelu(x, fc1_weight, fc1_bias, backend="triton")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "hidden"), [((128, 196, 768), 3072), ((3, 70, 1000), 65), ((40, 63), 1)]
+)
+def test_gpu_without_gradients(shape, hidden, dtype, poisoned_empty):
+    for stream in (torch.float32, dtype):
+        assert_sum_and_norm(shape, stream, dtype, "cuda")
+    assert_product_with_gelu(shape, hidden, dtype, "cuda")
+    (x, weight, bias), branch = make(layer_norm, shape, None, dtype, "cuda")
+    with pytest.raises(BackendError, match="gradients are on"):
+        add_layer_norm(x, branch, weight, bias, 1e-6, dtype, backend="triton")
 
 
 def assert_alone_as_together(operation, args, g):

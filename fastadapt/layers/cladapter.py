@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastadapt.kernels import layer_norm, residual_mlp
 from fastadapt.kernels.dispatch import compute_dtype, is_exporting, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
+from fastadapt.layers.plain import is_plain
 
 
 class Mlp(nn.Module):
@@ -35,18 +36,7 @@ def _can_fuse(x: Tensor, *parts: tuple[nn.Module, type[nn.Module]]) -> bool:
         return False
     if nn.modules.module._has_any_global_hook():
         return False
-    return all(type(part) is kind and _is_plain(part) for part, kind in parts)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or any(parameter is None for parameter in module._parameters.values())
-    )
+    return all(type(part) is kind and is_plain(part) for part, kind in parts)
 
 
 def _normalise(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -74,7 +64,7 @@ class CLAdapterBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Cluster attention rounds to autocast's dtype itself; so the norm need not write fp32.
-        rounds = type(self.attn) is ClusterAttention and _is_plain(self.attn)
+        rounds = type(self.attn) is ClusterAttention and is_plain(self.attn)
         x = self.attn(_normalise(self.ln_1, x, compute_dtype(x) if rounds else None))
         norm, mlp = self.ln_2, self.mlp
         if type(mlp) is not Mlp or not _can_fuse(
