@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastadapt import backbones
 from fastadapt.backbones import FeatureFn, FeatureSpec, Layout
 from fastadapt.errors import InputError
-from fastadapt.frozen import forget, fused_blocks
+from fastadapt.frozen import fewer_passes, forget
 from fastadapt.layers import CLAdapter
 from fastadapt.lora import LoRAConfig, apply_lora, lora_layers
 
@@ -82,8 +82,8 @@ class AdaptedModel(nn.Module):
 
     While ``frozen``, the backbone gets no gradients and keeps no graph (unless it carries
     low-rank adapters), and its batch norms and dropouts stay in evaluation mode, also after
-    ``train()``. On a GPU in half precision, timm's vision transformers then run with fewer passes
-    over memory and keep a rounded copy of their weights (:mod:`fastadapt.frozen`).
+    ``train()``. On a GPU in half precision, timm's vision transformers and ConvNeXt then run with
+    fewer passes over memory and keep a rounded copy of their weights (:mod:`fastadapt.frozen`).
 
     Attributes:
         backbone: the model that was given.
@@ -177,7 +177,7 @@ class AdaptedModel(nn.Module):
             [B, N, dim], [B, dim, H, W] (or 3D), or channels last, as ``spec.layout`` says.
         """
         if self.frozen and not lora_layers(self.backbone):
-            with torch.no_grad(), fused_blocks(self.backbone, x):
+            with torch.no_grad(), fewer_passes(self.backbone, x):
                 features = self._feature_fn(self.backbone, x)
         else:
             features = self._feature_fn(self.backbone, x)

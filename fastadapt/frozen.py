@@ -1,20 +1,20 @@
-"""The blocks of a frozen vision transformer in half precision, with fewer passes over memory.
+"""The blocks of a frozen backbone in half precision, with fewer passes over memory.
 
 Under autocast PyTorch takes a block apart: LayerNorm writes fp32, which the product behind it
-rounds; GELU and both residual sums are passes of their own; and weights that need no gradient are
-rounded in every call. Without gradients a residual sum and the LayerNorm behind it are one pass,
-GELU is part of the product in front of it (on Hopper), and rounded weights are kept. The residual
-stream keeps its dtype, fp32 under autocast.
+rounds; GELU, layer scale and residual sums are passes of their own; and weights that need no
+gradient are rounded in every call. Without gradients a residual sum and the LayerNorm behind it can
+be one pass, GELU part of the product in front of it (on Hopper), a layer scale part of weights, and
+rounded weights can be kept. The residual stream has the dtype that it has otherwise, mostly fp32.
 
-timm's vision transformers have such blocks, with or without layer scale (DINOv2's). Any other
-block, one that was changed, or one with hooks runs as ever.
+This covers timm's vision transformers (with layer scale, too: DINOv2) and ConvNeXt. Any other
+block, one that was changed inside, or one with hooks runs as ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,8 @@ from fastadapt.kernels.residual_mlp import linear_gelu
 from fastadapt.layers.plain import is_plain
 
 HALF = (torch.bfloat16, torch.float16)
+
+Call = Callable[[Tensor], Tensor]
 
 
 class Norm(NamedTuple):
@@ -45,58 +47,63 @@ class Linear(NamedTuple):
     bias: Tensor
 
 
-class Block(NamedTuple):
-    norm1: Norm
-    attn: nn.Module
-    norm2: Norm
-    fc1: Linear
-    fc2: Linear
-
-
-class FrozenBlocks:
-    """Stands for timm's blocks of a vision transformer where no gradients are asked for.
+class TransformerBlocks:
+    """timm's blocks of a vision transformer, one behind the other, without gradients.
 
     Args:
-        blocks: for which :func:`why_not` has no reason.
+        blocks: an nn.Sequential of them.
         dtype: of the products, bf16 or fp16. Weights in another one are copied.
     """
 
     def __init__(self, blocks: nn.Sequential, dtype: torch.dtype):
         self.dtype = dtype
-        # Tensors that inference mode makes could not be used outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            self.blocks = [_block(block, dtype) for block in blocks]
+        self.scale = getattr(blocks[0].ls1, "gamma", None)
+        self.parts = [
+            (
+                _norm(block.norm1),
+                _attention(block, dtype),
+                _norm(block.norm2),
+                _linear(block.mlp.fc1, dtype),
+                _linear(block.mlp.fc2, dtype, getattr(block.ls2, "gamma", None)),
+            )
+            for block in blocks
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, C] through all blocks; in x's dtype."""
-        branch = None
-        for norm1, attn, norm2, fc1, fc2 in self.blocks:
+        """Tokens [B, N, C]."""
+        x, branch = _stream(x, self.scale), None
+        for norm1, attn, norm2, fc1, fc2 in self.parts:
             if branch is None:
                 normal = layer_norm(x, *norm1, dtype=self.dtype)
             else:
                 x, normal = add_layer_norm(x, branch, *norm1, self.dtype)
             x, normal = add_layer_norm(x, attn(normal), *norm2, self.dtype)
             branch = F.linear(linear_gelu(normal, *fc1), *fc2)
-        return x if branch is None else x + branch
+        return x + branch
 
 
-def _block(block: nn.Module, dtype: torch.dtype) -> Block:
-    attn = block.attn
-    scale = getattr(block.ls1, "gamma", None)
-    if scale is not None or attn.qkv.weight.dtype != dtype:
-        attn = copy.deepcopy(attn).requires_grad_(False)
-        if scale is not None:
-            proj = _linear(attn.proj, torch.float32, scale)
-            attn.proj.weight.data, attn.proj.bias.data = proj
-        attn.to(dtype)
-    mlp = block.mlp
-    return Block(
-        _norm(block.norm1),
-        attn,
-        _norm(block.norm2),
-        _linear(mlp.fc1, dtype),
-        _linear(mlp.fc2, dtype, getattr(block.ls2, "gamma", None)),
-    )
+class ConvNeXtBlock:
+    """One of timm's ConvNeXt blocks, without gradients; arguments as above."""
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype):
+        self.dtype = dtype
+        self.scale = block.gamma
+        self.conv = block.conv_dw
+        self.norm = _norm(block.norm)
+        self.fc1 = _linear(block.mlp.fc1, dtype)
+        self.fc2 = _linear(block.mlp.fc2, dtype, block.gamma)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A map [B, C, H, W]."""
+        normal = layer_norm(self.conv(x).permute(0, 2, 3, 1), *self.norm, dtype=self.dtype)
+        return _stream(x, self.scale) + F.linear(linear_gelu(normal, *self.fc1), *self.fc2).permute(
+            0, 3, 1, 2
+        )
+
+
+def _stream(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x in the dtype that it has once a layer scale's result is added."""
+    return x if scale is None else x.to(torch.promote_types(x.dtype, scale.dtype))
 
 
 def _norm(norm: nn.LayerNorm) -> Norm:
@@ -106,100 +113,149 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 def _linear(linear: nn.Linear, dtype: torch.dtype, scale: Tensor | None = None) -> Linear:
     weight, bias = linear.weight.detach(), linear.bias.detach()
     if scale is not None:
-        scale = scale.float()
+        scale = scale.detach().float()
         weight, bias = scale[:, None] * weight.float(), scale * bias.float()
     return Linear(weight.to(dtype), bias.to(dtype))
 
 
-def why_not(blocks: nn.Module) -> str | None:
-    """Why :class:`FrozenBlocks` cannot stand for these blocks; ``None`` if it can."""
-    if type(blocks) is not nn.Sequential or not len(blocks):
-        return f"a {type(blocks).__name__}; expected an nn.Sequential of timm's blocks"
+def _attention(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The block's attention with its layer scale; itself if it has none, and that dtype."""
+    attn, scale = block.attn, getattr(block.ls1, "gamma", None)
+    if scale is None and attn.qkv.weight.dtype == dtype:
+        return attn
+    attn = copy.deepcopy(attn).requires_grad_(False)
+    attn.proj.weight.data, attn.proj.bias.data = _linear(attn.proj, torch.float32, scale)
+    return attn.to(dtype)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why nothing can stand for blocks of a known kind; ``None`` if something can."""
     if nn.modules.module._has_any_global_hook():
         return "there are hooks on all modules"
-    from timm.layers import LayerNorm, Mlp
-    from timm.models import vision_transformer as vit
-
-    norms = {nn.LayerNorm, LayerNorm}
-    idle = {nn.Identity, nn.Dropout}
-    # Parts that other modules would hold, and the classes that we compute the same as.
-    expected = {
-        vit.Block: {
-            "norm1": norms,
-            "attn": {vit.Attention},
-            "ls1": {nn.Identity, vit.LayerScale},
-            "drop_path1": {nn.Identity, vit.DropPath},
-            "norm2": norms,
-            "mlp": {Mlp},
-            "ls2": {nn.Identity, vit.LayerScale},
-            "drop_path2": {nn.Identity, vit.DropPath},
-        },
-        vit.Attention: {"qkv": {nn.Linear}, "proj": {nn.Linear}},
-        Mlp: {"fc1": {nn.Linear}, "fc2": {nn.Linear}, "act": {nn.GELU}},
-    }
-    for name, module in blocks.named_modules():
-        parts = expected.get(type(module), {})
-        for part, child in module.named_children():
-            if module is not blocks and type(child) not in parts.get(part, idle):
-                return f"block {name} has a {type(child).__name__} as {part}"
-            if module is blocks and type(child) is not vit.Block:
-                return f"block {part} is a {type(child).__name__}"
-        if module is not blocks and not is_plain(module):
-            return f"{name} has hooks, another forward or no bias"
-        if module.training:
-            return f"{name} is in training mode"
-        if type(module) is nn.GELU and module.approximate != "none":
+    expected, idle = _parts(), {nn.Identity, nn.Dropout}
+    for name, part in module.named_modules():
+        kinds = expected.get(type(part), {})
+        for child_name, child in part.named_children():
+            if type(child) not in kinds.get(child_name, kinds.get("*", idle)):
+                return f"{f'{name}.' if name else ''}{child_name} is a {type(child).__name__}"
+        if not is_plain(part):
+            return f"{name or 'it'} has hooks, another forward or no bias"
+        if part.training:
+            return f"{name or 'it'} is in training mode"
+        if getattr(part, "approximate", "none") != "none":
             return f"{name} approximates GELU"
-        if getattr(module, "gate", None) is not None:
+        if getattr(part, "gate", None) is not None:
             return f"{name} has a gate"
+        if getattr(part, "use_conv_mlp", False):
+            return f"{name or 'it'} has convolutions as MLP"
     return None
 
 
-# What was made for blocks, with the state of their parameters then.
-_made: WeakKeyDictionary[nn.Module, tuple[tuple, FrozenBlocks]] = WeakKeyDictionary()
+def _parts() -> dict[type, dict[str, set[type]]]:
+    """By class, what its parts may be for ours to compute the same; others must be idle."""
+    from timm import layers
+    from timm.models import convnext
+    from timm.models import vision_transformer as vit
+
+    norm = {nn.LayerNorm, layers.LayerNorm}
+    mlp, gelu, linear = {layers.Mlp}, {nn.GELU, layers.GELU}, {nn.Linear}
+    drop_path = {nn.Identity, layers.DropPath}
+    scale = {nn.Identity, vit.LayerScale}
+    return {
+        nn.Sequential: {"*": {vit.Block}},
+        vit.Block: {
+            "norm1": norm,
+            "attn": {vit.Attention},
+            "ls1": scale,
+            "drop_path1": drop_path,
+            "norm2": norm,
+            "mlp": mlp,
+            "ls2": scale,
+            "drop_path2": drop_path,
+        },
+        vit.Attention: {"qkv": linear, "proj": linear},
+        convnext.ConvNeXtBlock: {
+            "conv_dw": {nn.Conv2d},
+            "norm": norm,
+            "mlp": mlp,
+            "shortcut": {nn.Identity},
+            "drop_path": drop_path,
+        },
+        layers.Mlp: {"fc1": linear, "act": gelu, "fc2": linear},
+    }
 
 
-def frozen_blocks(blocks: nn.Module, dtype: torch.dtype) -> FrozenBlocks | None:
-    """What stands for the blocks, made once and again when a parameter has changed."""
-    if why_not(blocks) is not None:
-        return None
-    state = (dtype, *[(p.data_ptr(), p._version, p.dtype) for p in blocks.parameters()])
-    made = _made.get(blocks)
-    if made is None or made[0] != state:
-        made = None
-        _made.pop(blocks, None)  # before the next takes memory
-        made = _made[blocks] = (state, FrozenBlocks(blocks, dtype))
-    return made[1]
+def _candidates(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
+    """Modules of the known kinds, with what may stand for them."""
+    from timm.models import convnext
+    from timm.models import vision_transformer as vit
+
+    found: list[tuple[nn.Module, type]] = []
+    for name, module in backbone.named_modules():
+        if not name:
+            continue  # the backbone itself, which is not to be kept
+        if type(module) is convnext.ConvNeXtBlock:
+            found.append((module, ConvNeXtBlock))
+        elif type(module) is nn.Sequential and {type(block) for block in module} == {vit.Block}:
+            found.append((module, TransformerBlocks))
+    return found
+
+
+class _Kept:
+    """What is known of a backbone: its candidates, and what stands for them."""
+
+    def __init__(self, backbone: nn.Module):
+        self.candidates = _candidates(backbone)
+        self.made: dict[nn.Module, tuple[tuple, Call]] = {}
+
+    def stand_ins(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
+        """By module; made once, and again where a parameter has changed."""
+        found = {}
+        for module, kind in self.candidates:
+            if why_not(module) is not None:
+                self.made.pop(module, None)
+                continue
+            state = (dtype, *[(p.data_ptr(), p._version) for p in module.parameters()])
+            if module not in self.made or self.made[module][0] != state:
+                self.made.pop(module, None)  # before the next takes memory
+                # Tensors that inference mode makes could not be used outside it.
+                with torch.inference_mode(False), torch.no_grad():
+                    self.made[module] = (state, kind(module, dtype))
+            found[module] = self.made[module][1]
+        return found
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 def forget(backbone: nn.Module) -> None:
     """Frees what was kept for a backbone that trains from now on."""
-    _made.pop(getattr(backbone, "blocks", backbone), None)
+    _kept.pop(backbone, None)
 
 
-def _covered(x: Tensor) -> bool:
-    return why_not_device(x) is None and not torch.compiler.is_compiling()
+def _covered(images: Tensor) -> bool:
+    return why_not_device(images) is None and not torch.compiler.is_compiling()
 
 
 @contextlib.contextmanager
-def fused_blocks(backbone: nn.Module, images: Tensor) -> Iterator[None]:
-    """Within it, without gradients, a backbone's blocks run as :class:`FrozenBlocks`.
+def fewer_passes(backbone: nn.Module, images: Tensor) -> Iterator[None]:
+    """Within it, without gradients, blocks that are known here run with fewer passes.
 
-    Nothing changes for backbones without such blocks, on a CPU, in full precision, and while
-    PyTorch compiles or exports.
+    Nothing changes on a CPU, in full precision, and while PyTorch compiles or exports.
     """
-    blocks = getattr(backbone, "blocks", None)
-    stand_in = None
-    if isinstance(blocks, nn.Module) and _covered(images) and not torch.is_grad_enabled():
-        parameter = next(blocks.parameters(), images)
-        dtype = compute_dtype(parameter)
-        if dtype in HALF:
-            stand_in = frozen_blocks(blocks, dtype)
-    if stand_in is None:
-        yield
-        return
-    blocks.forward = stand_in
+    stand_ins: dict[nn.Module, Call] = {}
+    if not torch.is_grad_enabled() and _covered(images):
+        if backbone not in _kept:
+            _kept[backbone] = _Kept(backbone)
+        kept = _kept[backbone]
+        if kept.candidates:
+            dtype = compute_dtype(next(kept.candidates[0][0].parameters()))
+            if dtype in HALF:
+                stand_ins = kept.stand_ins(dtype)
+    for module, call in stand_ins.items():
+        module.forward = call
     try:
         yield
     finally:
-        blocks.__dict__.pop("forward", None)
+        for module in stand_ins:
+            module.__dict__.pop("forward", None)

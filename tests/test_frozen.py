@@ -4,6 +4,7 @@ import gc
 import pytest
 import timm
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 import fastadapt as fa
@@ -12,18 +13,32 @@ from fastadapt.bench.harness import relative_error
 from tests.kernel_checks import gpu
 
 
-def make_vit(**options):
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
-    model = timm.models.VisionTransformer(**(sizes | options), num_classes=0)
+def shaken(model):
+    """No bias is zero, and no scale one."""
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))  # no bias is zero, no scale one
+            p.add_(0.05 * torch.randn_like(p))
     return model.eval().requires_grad_(False)
 
 
-def tokens(model, device="cpu", rows=(2, 17)):
-    return torch.randn(*rows, model.embed_dim, device=device)
+def make_vit(**options):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    return shaken(timm.models.VisionTransformer(**(sizes | options), num_classes=0))
+
+
+def make_convnext(**options):
+    torch.manual_seed(0)
+    sizes = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}
+    return shaken(timm.models.ConvNeXt(**(sizes | options), num_classes=0))
+
+
+MODELS = {
+    "vit": make_vit,
+    "vit with layer scale": lambda: make_vit(init_values=0.1),
+    "convnext": make_convnext,
+    "convnext without layer scale": lambda: make_convnext(ls_init_value=None),
+}
 
 
 @pytest.fixture
@@ -32,43 +47,40 @@ def covered(monkeypatch):
     monkeypatch.setattr(frozen, "_covered", lambda images: True)
 
 
-def assert_as_exact(blocks, x, dtype, limit=1.5):
+def assert_as_exact(model, images, dtype, limit=1.3):
     """Within ``limit`` times the error that PyTorch makes under autocast."""
-    exact = copy.deepcopy(blocks).double()(x.double())
-    with torch.no_grad(), torch.autocast(x.device.type, dtype):
-        theirs = blocks(x)
-        ours = frozen.FrozenBlocks(blocks, dtype)(x)
-    assert ours.dtype == theirs.dtype == x.dtype
+    exact = copy.deepcopy(model).double().forward_features(images.double())
+    with torch.no_grad(), torch.autocast(images.device.type, dtype):
+        theirs = model.forward_features(images)
+        with frozen.fewer_passes(model, images):
+            ours = model.forward_features(images)
+    assert frozen._kept[model].made
+    assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
     assert relative_error(ours, exact) <= limit * relative_error(theirs, exact)
 
 
-@pytest.mark.parametrize("scale", [None, 0.1])
-def test_blocks_are_as_exact_as_pytorch(scale):
-    model = make_vit(init_values=scale)
-    assert frozen.why_not(model.blocks) is None
-    assert_as_exact(model.blocks, tokens(model), torch.bfloat16)
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_as_exact_as_pytorch(covered, name):
+    assert_as_exact(MODELS[name](), torch.randn(2, 3, 32, 32), torch.bfloat16)
 
 
-def test_a_model_in_half_precision_keeps_no_copy():
+def test_a_model_in_half_precision_keeps_no_copy(covered):
     model = make_vit().to(torch.bfloat16)
-    x = tokens(model).to(torch.bfloat16)
-    stand_in = frozen.FrozenBlocks(model.blocks, torch.bfloat16)
-    first = stand_in.blocks[0]
-    assert first.attn is model.blocks[0].attn
-    assert first.fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
-    exact = copy.deepcopy(model.blocks).double()(x.double())
+    images = torch.randn(2, 3, 32, 32).to(torch.bfloat16)
+    exact = copy.deepcopy(model).double().forward_features(images.double())
     with torch.no_grad():
-        error = relative_error(stand_in(x), exact)
-        assert error <= 1.2 * relative_error(model.blocks(x), exact)
+        theirs = model.forward_features(images)
+        with frozen.fewer_passes(model, images):
+            ours = model.forward_features(images)
+    assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
+    ((_, stand_in),) = frozen._kept[model].made.values()
+    _, attn, _, fc1, _ = stand_in.parts[0]
+    assert attn is model.blocks[0].attn
+    assert fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
 
 
 class Other(nn.Linear):
     pass
-
-
-def replace(block, name, module):
-    parent = block.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], module)
 
 
 @pytest.mark.parametrize(
@@ -76,86 +88,101 @@ def replace(block, name, module):
     [
         (lambda b: b.register_forward_hook(print), "0 has hooks"),
         (lambda b: b.mlp.fc2.register_forward_pre_hook(print), "0.mlp.fc2 has hooks"),
-        (lambda b: replace(b, "mlp.fc1", Other(48, 192)), "has a Other as fc1"),
-        (lambda b: replace(b, "attn.qkv", nn.Linear(48, 144, bias=False)), "no bias"),
-        (lambda b: replace(b, "mlp.act", nn.GELU("tanh")), "approximates GELU"),
-        (lambda b: replace(b, "attn.q_norm", nn.LayerNorm(16)), "has a LayerNorm as q_norm"),
-        (lambda b: setattr(b.mlp, "forward", print), "another forward"),
-        (lambda b: b.train(), "training mode"),
+        (lambda b: b.mlp.set_submodule("fc1", Other(48, 192)), "0.mlp.fc1 is a Other"),
+        (lambda b: b.attn.set_submodule("qkv", nn.Linear(48, 144, bias=False)), "no bias"),
+        (lambda b: b.mlp.set_submodule("act", nn.GELU("tanh")), "0.mlp.act approximates GELU"),
+        (lambda b: b.mlp.set_submodule("act", nn.ReLU()), "0.mlp.act is a ReLU"),
+        (lambda b: b.attn.set_submodule("q_norm", nn.LayerNorm(16)), "q_norm is a LayerNorm"),
+        (lambda b: setattr(b.mlp, "forward", print), "0.mlp has hooks, another forward"),
     ],
 )
-def test_other_blocks_run_as_ever(change, reason):
+def test_changed_blocks_run_as_ever(covered, change, reason):
     model = make_vit()
     change(model.blocks[0])
-    if "training" not in reason:
-        model.eval()
+    model.eval()
     assert reason in frozen.why_not(model.blocks)
-    assert frozen.frozen_blocks(model.blocks, torch.bfloat16) is None
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad(), autocast, frozen.fewer_passes(model, torch.empty(0)):
+        assert "forward" not in model.blocks.__dict__
+    assert not frozen._kept[model].made
 
 
-def test_other_backbones_run_as_ever():
-    for name in ("test_efficientnet", "test_convnext"):
-        blocks = getattr(timm.create_model(name), "blocks", nn.Module())
-        assert frozen.why_not(blocks) is not None
+def test_hooks_on_all_modules_and_training_are_seen():
+    block = make_convnext().stages[0].blocks[0]
+    assert type(block) is ConvNeXtBlock and frozen.why_not(block) is None
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert frozen.why_not(block) == "there are hooks on all modules"
+    hook.remove()
+    assert frozen.why_not(block.train()) == "it is in training mode"
+    block = make_convnext(conv_mlp=True).stages[0].blocks[0]
+    assert "norm is a LayerNorm2d" in frozen.why_not(block)
 
 
-def adapted():
+def test_other_backbones_have_no_candidates():
+    for name in ("test_efficientnet", "test_resnet", "test_vit3"):
+        model = timm.create_model(name)
+        for module, kind in frozen._candidates(model):
+            assert kind is frozen.TransformerBlocks and module is model.blocks
+
+
+def adapted(backbone):
     config = fa.AdaptConfig(rank=8, num_centers=3, input_size=(3, 32, 32))
-    return fa.adapt(make_vit(), config, num_classes=2).train()
+    return fa.adapt(backbone, config, num_classes=2).train()
 
 
-def test_a_frozen_backbone_uses_them(covered, monkeypatch):
-    model, images = adapted(), torch.randn(2, 3, 32, 32)
-    blocks = model.backbone.blocks
-    calls = []
-    run = frozen.FrozenBlocks.__call__
-    monkeypatch.setattr(frozen.FrozenBlocks, "__call__", lambda s, x: calls.append(1) or run(s, x))
-
+@pytest.mark.parametrize("make", [make_vit, make_convnext])
+def test_a_frozen_backbone_uses_them(covered, make):
+    model, images = adapted(make()), torch.randn(2, 3, 32, 32)
+    backbone = model.backbone
     plain = model.backbone_features(images)  # in full precision: as ever
-    assert not calls
+    assert not frozen._kept[backbone].made
     with torch.autocast("cpu", torch.bfloat16):
         ours = model.backbone_features(images)
-        assert len(calls) == 1 and "forward" not in blocks.__dict__
-        assert relative_error(ours, plain.double()) < 0.02
-        before = frozen._made[blocks][1]
-        model.backbone_features(images)
-        assert frozen._made[blocks][1] is before
-        blocks[1].mlp.fc1.weight.mul_(0)
+        assert relative_error(ours, plain.double()) < 0.03
+        made = dict(frozen._kept[backbone].made)
+        assert made and not any("forward" in module.__dict__ for module in made)
+        assert torch.equal(model.backbone_features(images), ours)
+        assert frozen._kept[backbone].made == made
+        next(m for m in backbone.modules() if hasattr(m, "fc1")).fc1.weight.mul_(0)
         assert not torch.equal(model.backbone_features(images), ours)
-        assert frozen._made[blocks][1] is not before
+        assert frozen._kept[backbone].made != made
         with pytest.raises(RuntimeError):  # nothing is left behind
             model.backbone_features(images[:, :2])
-        assert "forward" not in blocks.__dict__
-        assert len(model.state_dict()) == len(copy.deepcopy(model).state_dict())
-        calls.clear()
+        assert not any("forward" in module.__dict__ for module in backbone.modules())
         model.unfreeze()
-        assert blocks not in frozen._made
+        assert backbone not in frozen._kept
         model.backbone_features(images).sum().backward()
-    assert not calls
+        assert backbone not in frozen._kept
 
 
 def test_what_was_kept_goes_with_the_model(covered):
-    model = adapted()
+    model = adapted(make_vit())
     with torch.autocast("cpu", torch.bfloat16):
         model.backbone_features(torch.randn(2, 3, 32, 32))
-    count = len(frozen._made)
+    gc.collect()
+    count = len(frozen._kept)
     del model
     gc.collect()
-    assert len(frozen._made) == count - 1
+    assert len(frozen._kept) == count - 1
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "batch"), [("vit_base_patch16_224", 8), ("test_vit", 3)])
+@pytest.mark.parametrize(
+    ("name", "batch"), [("vit_base_patch16_224", 32), ("test_vit", 3), ("convnext_base", 8)]
+)
 def test_gpu_blocks_are_as_exact_as_pytorch(name, batch, dtype):
     model = timm.create_model(name).cuda().eval().requires_grad_(False)
-    x = torch.randn(batch, 197, model.embed_dim, device="cuda")
-    assert_as_exact(model.blocks, x, dtype)
+    model.to(memory_format=torch.channels_last)
+    size = model.default_cfg["input_size"]
+    images = torch.randn(batch, *size, device="cuda").to(memory_format=torch.channels_last)
+    assert_as_exact(model, images, dtype)
 
 
 @gpu
-def test_gpu_a_frozen_backbone_in_a_cuda_graph():
-    model = fa.adapt(timm.create_model("vit_small_patch16_224"), num_classes=2).cuda().train()
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "convnext_tiny"])
+def test_gpu_a_frozen_backbone_in_a_cuda_graph(name):
+    model = fa.adapt(timm.create_model(name), num_classes=2).cuda().train()
     images = torch.randn(4, 3, 224, 224, device="cuda")
 
     def features():
@@ -163,7 +190,7 @@ def test_gpu_a_frozen_backbone_in_a_cuda_graph():
             return model.backbone_features(images)
 
     expected = features()
-    assert model.backbone.blocks in frozen._made
+    assert frozen._kept[model.backbone].made
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = features()
