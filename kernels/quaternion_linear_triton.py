@@ -535,8 +535,10 @@ def reduce_kernel(
     b_count,
     a_splits,
     b_splits,
-    AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    A_AT_ONCE: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    B_AT_ONCE: tl.constexpr,
+    B_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Adds the parts of one or two results, in a fixed order."""
@@ -544,10 +546,10 @@ def reduce_kernel(
         gdc_wait()
         gdc_launch_dependents()
     block = tl.program_id(0).to(tl.int64)
-    a_blocks = tl.cdiv(a_count, BLOCK)
+    a_blocks = tl.cdiv(a_count, A_BLOCK)
     if b_ptr is None or block < a_blocks:
-        o = block * BLOCK + tl.arange(0, BLOCK)
-        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, o, AT_ONCE, BLOCK)
+        o_a = block * A_BLOCK + tl.arange(0, A_BLOCK)
+        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, o_a, A_AT_ONCE, A_BLOCK)
     else:
-        o = (block - a_blocks) * BLOCK + tl.arange(0, BLOCK)
-        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, o, AT_ONCE, BLOCK)
+        o_b = (block - a_blocks) * B_BLOCK + tl.arange(0, B_BLOCK)
+        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, o_b, B_AT_ONCE, B_BLOCK)
