@@ -49,6 +49,7 @@ def layer_norm_kernel(
 ):
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_c = tl.arange(0, BC)
     m_r = o_r < rows
@@ -61,8 +62,6 @@ def layer_norm_kernel(
         x += tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if PDL:
-        gdc_launch_dependents()
     # Divided before the sum: a quotient would become part of the subtraction, rounded in another
     # way, wherever stats does not ask for it as well.
     mean = tl.sum(x * (1 / WIDTH), 1)
@@ -104,6 +103,7 @@ def layer_norm_backward_kernel(
 ):
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     o_c = tl.arange(0, BC)
     m_c = o_c < WIDTH
     weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -137,8 +137,6 @@ def layer_norm_backward_kernel(
             dbias += tl.sum(g, 0)
             if residual_ptr is not None:
                 dresidual += tl.sum(residual, 0)
-    if PDL:
-        gdc_launch_dependents()
     if sums_ptr is not None:
         p_sums = sums_ptr + tl.program_id(0).to(tl.int64) * sums_width + o_c
         tl.store(p_sums, dweight, mask=m_c)

@@ -108,16 +108,18 @@ def _accumulate(
     group: gl.constexpr,
     acc,
     steps,
-    left_ring,
-    right_ring,
-    full_bars,
-    empty_bars,
+    done,
+    ring,
     slot,
     phase,
+    sums,  # with SUMS: ones, and what _put_sums takes
     KIND: gl.constexpr,
     STAGES: gl.constexpr,
+    SUMS: gl.constexpr,
 ):
-    """acc + the products of the next ``steps`` pairs of tiles in the ring."""
+    """acc + the products of the next ``steps`` pairs of tiles in the ring; the left tiles' column
+    sums on the side."""
+    left_ring, right_ring, full_bars, empty_bars = ring[0], ring[1], ring[2], ring[3]
     before = 0
     for step in range(steps):
         mbarrier.wait(full_bars.index(slot), phase)
@@ -127,8 +129,18 @@ def _accumulate(
             left = left.permute((1, 0))
         if KIND == "input":
             right = right.permute((1, 0))
+        if SUMS:
+            # Summing rows is a product with ones.
+            zeros = gl.zeros([64, 8], gl.float32, accumulator_layout(8))
+            ones = sums[0].permute((1, 0))
+            columns = warpgroup_mma(left.permute((1, 0)), ones, zeros, use_acc=False, is_async=True)
         acc = warpgroup_mma(left, right, acc, is_async=True)
-        acc = warpgroup_mma_wait(1, [acc])  # the product before this one is done
+        # The product before this one is done, and so are the sums.
+        if SUMS:
+            acc, columns = warpgroup_mma_wait(1, [acc, columns])
+            _put_sums(columns, sums, done + step)
+        else:
+            acc = warpgroup_mma_wait(1, [acc])
         if step > 0:
             mbarrier.arrive(empty_bars.index(before), count=1)
         before = slot
@@ -143,12 +155,46 @@ def _accumulate(
 
 
 @gluon.jit
+def _accumulate_signs(
+    group: gl.constexpr,
+    acc,
+    minus,
+    plus,
+    ring,
+    slot,
+    phase,
+    sums,
+    KIND: gl.constexpr,
+    STAGES: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """acc − the products of the next ``minus`` steps + those of the next ``plus``."""
+    acc, slot, phase = _accumulate(
+        group, -acc, minus, 0, ring, slot, phase, sums, KIND, STAGES, SUMS
+    )
+    return _accumulate(group, -acc, plus, minus, ring, slot, phase, sums, KIND, STAGES, SUMS)
+
+
+@gluon.jit
+def _put_sums(columns, sums, step):
+    """Stores the sums over a tile's rows, of 64 columns of the component whose turn it is."""
+    sums_ptr, order, steps, depth = sums[1], sums[2], sums[3], sums[4]
+    a = (order >> (2 * (step // steps))) & 3
+    layout: gl.constexpr = columns.type.layout
+    o_k = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    first = gl.arange(0, 8, layout=gl.SliceLayout(0, layout)) == 0  # all eight are the same
+    p_sums = sums_ptr + a * depth + step % steps * 64 + o_k
+    gl.store(p_sums[:, None] + 0 * first.to(gl.int32)[None, :], columns, mask=first[None, :])
+
+
+@gluon.jit
 def _multiply(
     group: gl.constexpr,
     args,
     TERMS: gl.constexpr,
     KIND: gl.constexpr,
     BIAS: gl.constexpr,
+    SUMS: gl.constexpr,
     STAGES: gl.constexpr,
     BN: gl.constexpr,
 ):
@@ -157,13 +203,29 @@ def _multiply(
     right_ring, out_smem, full_bars, empty_bars = args[4], args[5], args[6], args[7]
     negative, first, count, height, width = args[8], args[9], args[10], args[11], args[12]
     steps, chunk, tiles, tiles_m, tiles_n = args[13], args[14], args[15], args[16], args[17]
+    sums_ptr, ones_smem, order, depth = args[18], args[19], args[20], args[21]
     layout: gl.constexpr = accumulator_layout(BN)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     slot = 0
     phase = 0
+    if SUMS:
+        ones_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        ones_smem.index(group).store(
+            gl.full([8, 64], 1.0, gl.float32, ones_layout).to(left_ring.dtype)
+        )
+        fence_async_shared()
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         c, m, n = _locate(tile, tiles_n, first, count, KIND == "weights")
+        if SUMS:
+            unit = gl.cast(2 * m + group, gl.int64)
+            sums = (
+                ones_smem.index(group),
+                sums_ptr + unit * (4 * depth),
+                order >> (8 * c),
+                steps,
+                depth,
+            )
         n = n * BN
         if BIAS:  # on its way while the products run
             bias = gl.load(bias_ptr + c * width + n + o_n)
@@ -172,12 +234,22 @@ def _multiply(
         ring = (left_ring, right_ring, full_bars, empty_bars)
         for done in range(0, steps, chunk):
             size = gl.minimum(chunk, steps - done)
-            acc, slot, phase = _accumulate(
-                group, -acc, minus * size, *ring, slot, phase, KIND, STAGES
-            )
-            acc, slot, phase = _accumulate(
-                group, -acc, (TERMS - minus) * size, *ring, slot, phase, KIND, STAGES
-            )
+            plus = (TERMS - minus) * size
+            minus_size = minus * size
+            if SUMS:
+                # A tile of the first component and columns sees all components of the left factor.
+                if (c == first) & (n == 0):
+                    acc, slot, phase = _accumulate_signs(
+                        group, acc, minus_size, plus, ring, slot, phase, sums, KIND, STAGES, True
+                    )
+                else:
+                    acc, slot, phase = _accumulate_signs(
+                        group, acc, minus_size, plus, ring, slot, phase, sums, KIND, STAGES, False
+                    )
+            else:
+                acc, slot, phase = _accumulate_signs(
+                    group, acc, minus_size, plus, ring, slot, phase, ring, KIND, STAGES, False
+                )
         if KIND == "weights":
             # [splits, 4, height, width]
             row = (m % tiles_m) * 128 + group * 64 + o_m
@@ -208,6 +280,7 @@ def product_kernel(
     out_desc,  # output: y [M, 4·O]; input: dx; blocks of [64, BN]; weights: None
     out_ptr,  # weights: [splits, 4, I, O]
     bias_ptr,  # [4·O] or None
+    sums_ptr,  # input: [row blocks of 64, 4·O] fp32, column sums of g; or None
     order,  # which component of the left factor comes when: 2 bits a term, 8 a component
     negative,  # how many of the terms are negative: 4 bits a component
     first,  # first component of the result
@@ -224,6 +297,7 @@ def product_kernel(
     SKIPPED: gl.constexpr,  # components that the left factor lacks: 2 for a zero half
     KIND: gl.constexpr,  # "output", "input" or "weights"
     BIAS: gl.constexpr,
+    SUMS: gl.constexpr,
     STAGES: gl.constexpr,
     BN: gl.constexpr,
     PDL: gl.constexpr,
@@ -241,6 +315,9 @@ def product_kernel(
     out_smem = left_ring
     if KIND != "weights":
         out_smem = gl.allocate_shared_memory(dtype, [2, 64, BN], out_desc.layout)
+    ones_smem = left_ring
+    if SUMS:
+        ones_smem = gl.allocate_shared_memory(dtype, [2, 8, 64], left_desc.layout)
     full_bars, empty_bars = ring_barriers(STAGES, 2)
     fence_async_shared()
     # fmt: off
@@ -251,13 +328,14 @@ def product_kernel(
     )
     multiply = (
         out_desc, out_ptr, bias_ptr, left_ring, right_ring, out_smem, full_bars, empty_bars,
-        negative, first, count, height, width, steps, chunk, tiles, tiles_m, tiles_n,
+        negative, first, count, height, width, steps, chunk, tiles, tiles_m, tiles_n, sums_ptr,
+        ones_smem, order, depth,
     )
     # fmt: on
     gl.warp_specialize(
         [
-            (_multiply, (0, multiply, TERMS, KIND, BIAS, STAGES, BN)),
-            (_multiply, (1, multiply, TERMS, KIND, BIAS, STAGES, BN)),
+            (_multiply, (0, multiply, TERMS, KIND, BIAS, SUMS, STAGES, BN)),
+            (_multiply, (1, multiply, TERMS, KIND, BIAS, SUMS, STAGES, BN)),
             (_copy, (copy, TERMS, SKIPPED, KIND, STAGES, BN)),
         ],
         [4, 1],

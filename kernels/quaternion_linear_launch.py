@@ -143,11 +143,17 @@ def backward(g, x, weights, scale, *, rotation, zero_half, need_x, need_w, need_
     weights, others = _contiguous(weights), _contiguous((None, scale))
     # All launches are prepared before any runs: their kernels compile side by side.
     steps = []
+    sums = None
     if need_x:
-        steps.append(_linear(g, g_rows, weights, others, dx, form, True))
+        if need_w and need_b and _specialised(g_rows, form, device_of(device.index)):
+            # The kernel of dx reads all of g, and sums its columns.
+            count = 2 * -(-g_rows.rows // 128)
+            sums = torch.empty((count, db.numel()), dtype=torch.float32, device=device)
+        steps.append(_linear(g, g_rows, weights, others, dx, form, True, sums))
     if need_w or need_b:
         x, x_rows = _rows(x, form.groups)
-        steps.append(_gradients(x, x_rows, g, g_rows, weights, others[1], dw, db, form))
+        args = (weights, others[1], dw, db, form, sums)
+        steps.append(_gradients(x, x_rows, g, g_rows, *args))
     for run in steps:
         run()
     return dx, dw, db
@@ -183,12 +189,17 @@ def _rows(x: Tensor, groups: int | None) -> tuple[Tensor, Rows]:
     return x, Rows(g, m, 0 if groups is None else x.stride(0), x.stride(-2), x.stride(-1))
 
 
-def _linear(x, rows: Rows, weights, others, out, form: Form, back: bool) -> Callable[[], None]:
-    """What makes y = W ⊗ x + bias in ``out``, or back: dx = W̄ ⊗ g, with x = g."""
+def _linear(
+    x, rows: Rows, weights, others, out, form: Form, back: bool, sums: Tensor | None = None
+) -> Callable[[], None]:
+    """What makes y = W ⊗ x + bias in ``out``, or back: dx = W̄ ⊗ g, with x = g.
+
+    ``sums`` gets the sums of g over blocks of 64 rows, where Hopper's kernel takes the layer.
+    """
     bias, scale = others
     device = device_of(x.device.index)
     if _specialised(rows, form, device):
-        return _large_linear(x, rows, weights, bias, out, form, device, back)
+        return _large_linear(x, rows, weights, bias, out, form, device, back, sums)
     run, splits = _linear_launch(rows, None if bias is None else bias.dtype, form, device, back)
     if splits == 1:
         return functools.partial(run, x, *weights, scale, bias, out)
@@ -245,12 +256,12 @@ def _weight_dtypes(form: Form) -> tuple[torch.dtype | None, ...]:
 
 
 def _gradients(
-    x, x_rows: Rows, g, g_rows: Rows, weights, scale, dw, db, form: Form
+    x, x_rows: Rows, g, g_rows: Rows, weights, scale, dw, db, form: Form, sums: Tensor | None
 ) -> Callable[[], None]:
-    """What makes dW = g ⊗ x̄ and the bias's gradient, summed over all rows."""
+    """What makes dW = g ⊗ x̄ and the bias's gradient, summed over all rows, or from ``sums``."""
     device = device_of(x.device.index)
     if dw is not None and _specialised(x_rows, form, device):
-        return _large_gradients(x, g, g_rows, dw, db, form, device)
+        return _large_gradients(x, g, g_rows, dw, db, form, device, sums)
     bias_dtype = None if db is None else db.dtype
     run, splits = _gradient_launch(x_rows, g_rows, dw is not None, bias_dtype, form, device)
     if splits == 1:
@@ -326,15 +337,15 @@ def _reduce(
 
 @functools.lru_cache(maxsize=4096)
 def _reduce_launch(a, b, device: Device) -> Launch:
-    # Of the parts at once, 16 numbers for each thread. The second result is the small one.
-    at_once = min(16, block(a[1], 1))
-    size = 2048 // at_once
+    # Of the parts at once, 16 numbers for each thread.
+    at_once = [128 if parts > 64 else min(16, block(max(parts, 1), 1)) for _, parts, _ in (a, b)]
+    sizes = [2048 // n for n in at_once]
     return Launch(
         kernels.reduce_kernel,
-        (-(-a[0] // size) + -(-b[0] // size),),
+        (-(-a[0] // sizes[0]) + -(-b[0] // sizes[1]),),
         device,
         (a[0], b[0], a[1], b[1]),
-        (at_once, size),
+        (at_once[0], sizes[0], at_once[1], sizes[1]),
         warps=4,
         dtypes=(torch.float32, a[2], b[2] and torch.float32, b[2]),
     )
@@ -412,7 +423,9 @@ def _copyable(t: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, splits=1, chunk=0):
+def _product_launch(
+    kind, operands, bias_dtype, form, device, sizes, steps=0, splits=1, chunk=0, sums=False
+):
     """The kernel for Hopper, for operands of these shapes and row strides; see there."""
     depth, height, width, cols = sizes
     steps = steps or depth // 64
@@ -452,7 +465,15 @@ def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, sp
             tiles_m,
             tiles_n,
         ),
-        (terms, 2 if terms == 2 else 0, kind, bias_dtype is not None, min(6, stages), cols),
+        (
+            terms,
+            2 if terms == 2 else 0,
+            kind,
+            bias_dtype is not None,
+            sums,
+            min(6, stages),
+            cols,
+        ),
         warps=4,
         tensors=(
             described(0, *operands[0], (64, 64)),
@@ -463,25 +484,28 @@ def _product_launch(kind, operands, bias_dtype, form, device, sizes, steps=0, sp
             None if weights else described(5, (height, out_width), out_width, (64, cols)),
             (5, None) if weights else None,
             None if bias_dtype is None else (6, None),
+            (7, None) if sums else None,
         ),
-        dtypes=(*(form.dtype,) * 5, result, bias_dtype),
+        dtypes=(*(form.dtype,) * 5, result, bias_dtype, torch.float32 if sums else None),
     )
 
 
-def _large_linear(x, rows: Rows, weights, bias, out, form, device, back) -> Callable[[], None]:
+def _large_linear(
+    x, rows: Rows, weights, bias, out, form, device, back, sums
+) -> Callable[[], None]:
     kind = "input" if back else "output"
     if form.weight_dtype != form.dtype:  # autocast
         packed = torch.empty((4, *weights[0].shape), dtype=form.dtype, device=x.device)
         weights = torch.stack(weights, out=packed).unbind()
-    bias_dtype = None if bias is None else bias.dtype
+    bias_dtype, asked = None if bias is None else bias.dtype, sums is not None
     if all(map(_is_packed, (x, *weights))):  # no views, which cost more than the launch
-        run = _packed_launch(kind, rows.rows, x.shape[-1], bias_dtype, form, device)
+        run = _packed_launch(kind, rows.rows, x.shape[-1], bias_dtype, form, device, asked)
     else:
         x = _copyable(x)
         weights = [_copyable(w.view(w.shape[-2:])) for w in weights]
         operands = tuple([(t.shape, t.stride(0)) for t in (x, *weights)])
-        run = _large_launch(kind, operands, bias_dtype, form, device)
-    return functools.partial(run, x, *weights, out, bias)
+        run = _large_launch(kind, operands, bias_dtype, form, device, asked)
+    return functools.partial(run, x, *weights, out, bias, sums)
 
 
 def _is_packed(t: Tensor) -> bool:
@@ -489,12 +513,13 @@ def _is_packed(t: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _packed_launch(kind, rows: int, width: int, bias_dtype, form: Form, device: Device):
+def _packed_launch(kind, rows: int, width: int, bias_dtype, form: Form, device: Device, sums: bool):
     weight = ((form.inputs, form.outputs), form.outputs)
-    return _large_launch(kind, (((rows, width), width), *(weight,) * 4), bias_dtype, form, device)
+    operands = (((rows, width), width), *(weight,) * 4)
+    return _large_launch(kind, operands, bias_dtype, form, device, sums)
 
 
-def _large_launch(kind, operands, bias_dtype, form: Form, device: Device):
+def _large_launch(kind, operands, bias_dtype, form: Form, device: Device, sums: bool):
     depth, width = form.outputs, form.inputs
     count = 2 if form.zero_half else 4
     if kind == "output":
@@ -502,10 +527,10 @@ def _large_launch(kind, operands, bias_dtype, form: Form, device: Device):
     height = operands[0][0][0]
     cols = _columns(width, -(-height // 128) * count, device)
     sizes = (depth, height, width, cols)
-    return _product_launch(kind, operands, bias_dtype, form, device, sizes)
+    return _product_launch(kind, operands, bias_dtype, form, device, sizes, sums=sums)
 
 
-def _large_gradients(x, g, g_rows: Rows, dw, db, form, device) -> Callable[[], None]:
+def _large_gradients(x, g, g_rows: Rows, dw, db, form, device, sums) -> Callable[[], None]:
     rows, inputs, outputs = g_rows.rows, form.inputs, form.outputs
     steps = -(-rows // 64)
     # Fewer columns mean fewer parts to add, more mean fewer bytes per product.
@@ -532,11 +557,12 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form, device) -> Callable[[], N
         # they come from memory once and the other times from L2.
         chunk=16 if splits == 1 else 4,
     )
-    steps = [functools.partial(run, left, right, None, None, None, parts, None)]
+    steps = [functools.partial(run, left, right, None, None, None, parts, None, None)]
     if db is not None:
-        run, sums_splits = _sums_launch(g_rows, db.numel(), form.dtype, device)
-        sums = torch.empty((sums_splits, db.numel()), dtype=torch.float32, device=x.device)
-        steps.append(functools.partial(run, g, sums))
+        if sums is None:
+            run, sums_splits = _sums_launch(g_rows, db.numel(), form.dtype, device)
+            sums = torch.empty((sums_splits, db.numel()), dtype=torch.float32, device=x.device)
+            steps.append(functools.partial(run, g, sums))
         pairs.append((sums, db))
     if pairs:
         steps.append(_reduce(device, *pairs))

@@ -213,6 +213,7 @@ def linear_kernel(
     zeros = tl.zeros((BM, BN), tl.float32)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for k in range(k_start, k_end, BK):
         left = k_end - k
         m_x = m_m & (tl.arange(0, BK) < left)[None, :]
@@ -272,8 +273,6 @@ def linear_kernel(
             acc0, acc1, acc2, acc3 = acc
         p_x += step_x
         o_w += step_w
-    if PDL:
-        gdc_launch_dependents()
 
     components: tl.constexpr = 2 if OUT_HALF else 4
     m_out = m_m & m_n
@@ -372,6 +371,7 @@ def gradient_kernel(
     b1, b2, b3, b0_lost, b1_lost, b2_lost, b3_lost = b0, b0, b0, b0, b0, b0, b0
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for m in range(start, end, BM):
         m_m = tl.arange(0, BM) < end - m
         m_x = m_i[:, None] & m_m[None, :]
@@ -433,8 +433,6 @@ def gradient_kernel(
                 )
         p_x += tl.cast(x_m, tl.int64) * BM
         p_g += tl.cast(g_m, tl.int64) * BM
-    if PDL:
-        gdc_launch_dependents()
 
     size = tl.cast(inputs, tl.int64) * outputs
     o_w = o_i[:, None].to(tl.int64) * outputs + o_o[None, :]
@@ -512,6 +510,7 @@ def sums_kernel(
     """Column sums over parts of the rows."""
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
     start = split * rows_per_split
@@ -523,8 +522,6 @@ def sums_kernel(
         m_g = (tl.arange(0, BM) < end - m)[:, None] & (o_n < width)[None, :]
         sums += tl.load(p_g, mask=m_g, other=0.0).to(tl.float32)
         p_g += tl.cast(g_m, tl.int64) * BM
-    if PDL:
-        gdc_launch_dependents()
     tl.store(sums_ptr + split * width + o_n, tl.sum(sums, 0), mask=o_n < width)
 
 
@@ -538,8 +535,10 @@ def reduce_kernel(
     b_count,
     a_splits,
     b_splits,
-    AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    A_AT_ONCE: tl.constexpr,
+    A_BLOCK: tl.constexpr,
+    B_AT_ONCE: tl.constexpr,
+    B_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Adds the parts of one or two results, in a fixed order."""
@@ -547,10 +546,10 @@ def reduce_kernel(
         gdc_wait()
         gdc_launch_dependents()
     block = tl.program_id(0).to(tl.int64)
-    a_blocks = tl.cdiv(a_count, BLOCK)
+    a_blocks = tl.cdiv(a_count, A_BLOCK)
     if b_ptr is None or block < a_blocks:
-        o = block * BLOCK + tl.arange(0, BLOCK)
-        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, o, AT_ONCE, BLOCK)
+        o_a = block * A_BLOCK + tl.arange(0, A_BLOCK)
+        sum_parts(a_ptr, a_out_ptr, a_splits, a_count, o_a, A_AT_ONCE, A_BLOCK)
     else:
-        o = (block - a_blocks) * BLOCK + tl.arange(0, BLOCK)
-        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, o, AT_ONCE, BLOCK)
+        o_b = (block - a_blocks) * B_BLOCK + tl.arange(0, B_BLOCK)
+        sum_parts(b_ptr, b_out_ptr, b_splits, b_count, o_b, B_AT_ONCE, B_BLOCK)

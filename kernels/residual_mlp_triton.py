@@ -90,6 +90,7 @@ def gelu_backward_kernel(
 ):
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     m_c = o_c < WIDTH
     sums = tl.zeros((BR, BC), tl.float32)
@@ -102,8 +103,6 @@ def gelu_backward_kernel(
         tl.store(g_ptr + offsets, dh.to(g_ptr.dtype.element_ty), mask=mask)
         if sums_ptr is not None:
             sums += dh  # rows beyond the last have g = 0
-    if PDL:
-        gdc_launch_dependents()
     if sums_ptr is not None:
         p_sums = sums_ptr + tl.program_id(1).to(tl.int64) * sums_width + first_sum + o_c
         tl.store(p_sums, tl.sum(sums, 0), mask=m_c)

@@ -309,11 +309,11 @@ def test_operands_that_lie_as_usual_have_the_launch_of_their_strides(back, zero_
     monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: called.append((self, tensors)))
 
     def launched():
-        launch._large_linear(x, rows, weights, None, out, form, hopper, back)()
+        launch._large_linear(x, rows, weights, None, out, form, hopper, back, None)()
         return called.pop()
 
     run, tensors = launched()
-    assert all(a is b for a, b in zip(tensors, (x, *weights, out, None), strict=True))
+    assert all(a is b for a, b in zip(tensors, (x, *weights, out, None, None), strict=True))
     monkeypatch.setattr(launch, "_is_packed", lambda t: False)
     assert launched()[0] is run
     weights[0] = torch.empty(i, o + 8, dtype=dtype)[:, :o]
@@ -321,6 +321,19 @@ def test_operands_that_lie_as_usual_have_the_launch_of_their_strides(back, zero_
 
 
 # In the interpreter. bf16 products are wrong there, so fp16 and fp32.
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [(2, 1), (3, 64), (16, 65), (40, 392)])
+def test_interpreted_parts_are_added(parts, poisoned_empty):
+    from fastadapt.kernels import quaternion_linear_launch as launch
+    from fastadapt.kernels.launch import device_of
+
+    a, b = parts
+    pairs = [(torch.randn(a, 300), torch.empty(300)), (torch.randn(b, 70), torch.empty(70))]
+    launch._reduce(device_of(None), *pairs)()
+    for found, out in pairs:
+        torch.testing.assert_close(out, found.sum(0))
 
 
 @starts_interpreter
