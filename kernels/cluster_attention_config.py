@@ -39,7 +39,7 @@ class Config:
     unmix_cols: int
     device: Device
     groups: int  # of Hopper's own kernels; 0 for the plain ones
-    aligned: bool = False  # their transform gives every group a sample instead of 64 rows
+    aligned: bool  # their transform gives every group a sample instead of 64 rows
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,8 +23,8 @@ sample through a [B, N, R] descriptor, whose out-of-range rows read as zero, and
 
 On Hopper and newer a kernel is launched while the one before runs (programmatic dependent launch)
 and waits for its end; what it reads before are parameters and, in the backward, the forward's
-state. The first kernel of a pass waits before it lets the next be launched: by then all that is
-older has been written.
+state. By then they have been written: `project`, with which a pass begins, waits before it lets the
+next be launched, and where PyTorch's products stand in front, those wait for all before them.
 """
 
 from __future__ import annotations
