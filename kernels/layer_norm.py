@@ -78,7 +78,9 @@ def add_layer_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """Sum and LayerNorm in plain PyTorch; arguments as :func:`add_layer_norm`."""
     total = (x.float() + branch.float()).to(x.dtype)
-    return total, layer_norm_reference(total, weight, bias, eps, dtype=dtype)
+    # PyTorch's takes all in one dtype on a GPU.
+    normal = layer_norm_reference(total.float(), weight.float(), bias.float(), eps, dtype=dtype)
+    return total, normal
 
 
 def add_layer_norm(
