@@ -16,7 +16,7 @@ from fastadapt.adapt import AdaptedModel
 from fastadapt.bench import harness, steps
 from fastadapt.bench.cladapter import formulation
 from fastadapt.bench.cluster_attention import upstream_formulation
-from fastadapt.features import as_tokens
+from fastadapt.features import as_tokens, logits_of_cached
 from fastadapt.train_config import TrainConfig
 from fastadapt.train_step import training_step
 from fastadapt.trainer import make_optimizer
@@ -104,12 +104,11 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
     features = as_tokens(model, features).to(torch.float16).contiguous()
 
     def from_cache(x: Tensor) -> Tensor:
-        x = x.float()
         if layout == "channels_first":
             x = x.transpose(1, 2).view(shape)
         elif layout == "channels_last":
             x = x.view(shape)
-        return model.forward_head(model.adapt_features(x))
+        return logits_of_cached(model, x)
 
     parts = {
         "stage 1": {"upstream": theirs, **ours(model, last)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from fastadapt.backbones import FeatureFn, FeatureSpec, Layout
 from fastadapt.errors import InputError
 from fastadapt.frozen import fewer_passes, forget
 from fastadapt.layers import CLAdapter
+from fastadapt.layers.plain import has_global_hooks, is_plain
 from fastadapt.lora import LoRAConfig, apply_lora, lora_layers
 
 
@@ -187,9 +189,20 @@ class AdaptedModel(nn.Module):
 
     def adapt_features(self, features: Tensor) -> Tensor:
         """The adapter alone, on :meth:`backbone_features` (cached ones, say); same layout out."""
+        return self._adapted(self.adapter, features)
+
+    def classify_features(self, features: Tensor) -> Tensor:
+        """:meth:`backbone_features` (cached ones, say) to logits [B, num_classes]."""
+        adapter = self.adapter
+        if type(adapter) is CLAdapter and is_plain(adapter) and not has_global_hooks():
+            # Pools in its last pass.
+            return self.head(self._adapted(adapter.forward_pooled, features))
+        return self.forward_head(self.adapt_features(features))
+
+    def _adapted(self, adapter: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self.adapter, features, use_reentrant=False)
-        return self.adapter(features)
+            return checkpoint(adapter, features, use_reentrant=False)
+        return adapter(features)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to adapted features, in the backbone's layout."""
@@ -204,7 +217,7 @@ class AdaptedModel(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        return self.classify_features(self.backbone_features(x))
 
     def get_classifier(self) -> nn.Module:
         return self.head

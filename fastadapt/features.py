@@ -138,8 +138,7 @@ class FeatureSource:
             yield batch, to_device(torch.from_numpy(self.labels[rows]), self.device)
 
     def logits(self, model: AdaptedModel, inputs: Tensor) -> Tensor:
-        dtype = next(model.head.parameters()).dtype
-        return model.forward_head(model.adapt_features(inputs.to(dtype)))
+        return logits_of_cached(model, inputs)
 
 
 @dataclass(frozen=True)
@@ -305,6 +304,14 @@ def _write_features(
 
 class _Overflow(Exception):
     pass
+
+
+def logits_of_cached(model: AdaptedModel, features: Tensor) -> Tensor:
+    """[B, num_classes] of features as the cache keeps them, in the backbone's layout."""
+    # Autocast's norms take any dtype on a GPU, where ours read fp16 as it is.
+    if not (features.is_cuda and torch.is_autocast_enabled("cuda")):
+        features = features.to(next(model.head.parameters()).dtype)
+    return model.classify_features(features)
 
 
 def as_tokens(model: AdaptedModel, features: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastadapt.kernels.dispatch import compute_dtype, why_not_device
 from fastadapt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastadapt.kernels.residual_mlp import linear_gelu
-from fastadapt.layers.plain import is_plain
+from fastadapt.layers.plain import has_global_hooks, is_plain
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -130,7 +130,7 @@ def _attention(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def why_not(module: nn.Module) -> str | None:
     """Why nothing can stand for blocks of a known kind; ``None`` if something can."""
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return "there are hooks on all modules"
     expected, idle = _parts(), {nn.Identity, nn.Dropout}
     for name, part in module.named_modules():

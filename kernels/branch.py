@@ -1,4 +1,4 @@
-"""Products that a backward's other kernels need not wait for."""
+"""Products of a backward: in the dtype that is wanted, and beside other kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ import threading
 
 import torch
 from torch import Tensor
+
+
+def mm(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """a @ b in ``dtype``, theirs if ``None``.
+
+    Gradients in fp32 of operands in half precision leave the product as they were summed: neither
+    rounded on the way, nor widened in a pass of their own.
+    """
+    if dtype in (None, a.dtype):
+        return torch.mm(a, b, out=out)
+    if dtype == torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    product = torch.mm(a, b).to(dtype)
+    return product if out is None else out.copy_(product)
 
 
 class Branch:
@@ -31,15 +45,15 @@ class Branch:
         """Whether products are beside the current stream."""
         return self.stream is not None
 
-    def mm(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, to be read after :meth:`join` only."""
+    def mm(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """:func:`mm`, to be read after :meth:`join` only."""
         if not self.beside:
-            return torch.mm(a, b)
+            return mm(a, b, dtype)
         # Of the current stream, as all that outlives the branch.
-        out = a.new_empty(a.shape[0], b.shape[1])
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            torch.mm(a, b, out=out)
+            mm(a, b, dtype, out)
         self.held += (a, b)
         return out
 

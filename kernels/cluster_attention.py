@@ -121,21 +121,26 @@ def cluster_attention(
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
-    x = _to(x, dtype)
-    if down_weight is not None:
-        down_weight, up_weight = _to(down_weight, dtype), _to(up_weight, dtype)
-    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    args = (_to(x, dtype), centers, transforms, down_weight, down_bias, up_weight, up_bias)
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         save_z = training and up_weight is not None and up_weight.requires_grad
-        return _forward_op(*args, save_z)[0]
+        return _forward_op(*_in_dtype_of_x(args), save_z)[0]
     if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
+    args = _in_dtype_of_x(args)
     return _forward(_passes().problem_of(args), args, save_z=False)[0]
 
 
-def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
+def _in_dtype_of_x(args):
+    """The arguments with both weights in x's dtype."""
+    x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
+    down_weight, up_weight = _to(down_weight, x.dtype), _to(up_weight, x.dtype)
+    return x, centers, transforms, down_weight, down_bias, up_weight, up_bias
+
+
+def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
@@ -157,15 +162,18 @@ def _forward(problem, args, *, save_z: bool, **options) -> tuple[Tensor | None, 
     return (y, *saved)
 
 
-def _backward(problem, g, needs, args, saved: list[Tensor | None]):
+def _backward(problem, g, needs, args, saved: list[Tensor | None], *weight_dtypes):
     """``saved`` is emptied, so that each of its tensors goes as soon as it has been used."""
     with on_device(g), without_autocast(g):
-        return _passes().backward(problem, g, needs, args, saved)
+        return _passes().backward(problem, g, needs, args, saved, *weight_dtypes)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
+        # Gradients of the weights leave in their own dtype, as they were summed.
+        ctx.weight_dtypes = tuple([t if t is None else t.dtype for t in (args[3], args[5])])
+        args = _in_dtype_of_x(args)
         x, centers, transforms, down_weight, _, up_weight, _ = args
         ctx.problem = _passes().problem_of(args)
         needs = ctx.needs_input_grad
@@ -181,7 +189,7 @@ class _Function(torch.autograd.Function):
         saved = [h, mixed, state, z]
         del h, mixed, state, z
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        return _backward(ctx.problem, g, ctx.needs_input_grad, args, saved)
+        return _backward(ctx.problem, g, ctx.needs_input_grad, args, saved, ctx.weight_dtypes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

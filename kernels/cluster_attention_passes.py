@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastadapt.kernels import cluster_attention_config as configs
 from fastadapt.kernels import cluster_attention_launch as launches
-from fastadapt.kernels.branch import Branch
+from fastadapt.kernels.branch import Branch, mm
 from fastadapt.kernels.cluster_attention_config import Config
 
 
@@ -64,7 +64,14 @@ def forward(problem: Problem, args, *, save_z: bool, needs: tuple[bool, ...] = _
     return _forward_plan(problem, config, save_z, needs)(*args)
 
 
-def backward(problem: Problem, g: Tensor, needs, args, saved: list[Tensor | None]):
+def backward(
+    problem: Problem,
+    g: Tensor,
+    needs,
+    args,
+    saved: list[Tensor | None],
+    weight_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+):
     """Gradients of ``forward`` in the order of its arguments, ``None`` where ``needs`` has none.
 
     Args:
@@ -72,11 +79,12 @@ def backward(problem: Problem, g: Tensor, needs, args, saved: list[Tensor | None
         needs: seven booleans.
         args: of ``forward``, without the biases.
         saved: what it returned beside y, as a list; it is emptied.
+        weight_dtypes: of the gradients of ``down_weight`` and ``up_weight``; theirs if ``None``.
     """
     if not _fused(problem):
-        return _backward_unfused(problem, g, needs, args, saved)
+        return _backward_unfused(problem, g, needs, args, saved, weight_dtypes)
     config = configs.config_for(args[0], problem.rank)
-    return _backward_plan(problem, config, tuple(needs))(g, args, saved)
+    return _backward_plan(problem, config, tuple(needs))(g, args, saved, weight_dtypes)
 
 
 class _Forward:
@@ -211,8 +219,9 @@ class _Backward:
                 down_rows=self.project.mixed_sum_rows if need_down_bias else 0,
             )
 
-    def __call__(self, g, args, saved):
+    def __call__(self, g, args, saved, weight_dtypes):
         x, centers, transforms, down_weight, up_weight = args
+        down_dtype, up_dtype = weight_dtypes
         fit, width, rank = self.fit, self.width, self.rank
         centers = centers.contiguous()
         # Before the first kernel, as in the forward.
@@ -230,7 +239,7 @@ class _Backward:
         if self.need_up:
             if z is None or not z.numel():
                 _, z, _ = self.restore_z()(h, mixed, None, None)
-            d_up = branch.mm(_columns(g), z)
+            d_up = branch.mm(_columns(g), z, up_dtype)
         del z
         gz, gh, up_sums, down_sums = self.project(fit(g, 1), fit(up_weight, 2), None, mixed)
         del mixed
@@ -239,7 +248,7 @@ class _Backward:
             d_mixed = self.outer(h, gz)
             del h, gz
         if self.need_down and branch.beside:  # beside the small kernels
-            d_down = branch.mm(gh.t(), x.reshape(-1, width))
+            d_down = branch.mm(gh.t(), x.reshape(-1, width), down_dtype)
         if self.unmix is not None:
             d_transforms, da = self.unmix(d_mixed, state, transforms)
             del d_mixed
@@ -252,7 +261,7 @@ class _Backward:
             sums = (up_sums, down_sums)
             d_centers, d_up_bias, d_down_bias = self.reduce(ds, state, centers, *sums)
         if self.need_down and d_down is None:
-            d_down = branch.mm(gh.t(), x.reshape(-1, width))
+            d_down = branch.mm(gh.t(), x.reshape(-1, width), down_dtype)
         if self.transform is not None:
             dq = _pad(dq, 1) if self.padded else dq
             dx, _, _ = self.transform(gh, None, down_weight, dq)
@@ -326,7 +335,7 @@ def _forward_unfused(problem: Problem, args, save_z: bool, needs: tuple[bool, ..
     return y, (h.flatten(0, 1), mixed, state, z.flatten(0, 1) if save_z else None)
 
 
-def _backward_unfused(problem: Problem, g, needs, args, saved):
+def _backward_unfused(problem: Problem, g, needs, args, saved, weight_dtypes):
     x, centers, transforms, down_weight, up_weight = args
     h, mixed, state, z = saved
     saved.clear()
@@ -340,13 +349,13 @@ def _backward_unfused(problem: Problem, g, needs, args, saved):
         if need_up:
             if z is None or not z.numel():
                 z = torch.bmm(h, mixed).flatten(0, 1)
-            d_up = g.flatten(0, 1).t() @ z
+            d_up = mm(g.flatten(0, 1).t(), z, weight_dtypes[1])
             del z
         if need_up_bias:
             d_up_bias = g.sum((0, 1)).to(problem.dtypes[6])
         gh = torch.bmm(gz, mixed.transpose(1, 2))
         if need_down:
-            d_down = gh.flatten(0, 1).t() @ x.flatten(0, 1)
+            d_down = mm(gh.flatten(0, 1).t(), x.flatten(0, 1), weight_dtypes[0])
         if need_down_bias:
             d_down_bias = gh.sum((0, 1)).to(problem.dtypes[4])
     if plan.unmix is not None:

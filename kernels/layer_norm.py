@@ -184,10 +184,12 @@ def why_not_triton(x: Tensor, *parameters: Tensor) -> str | None:
     return None
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor, names: tuple[str, str] = ("weight", "bias")
+) -> None:
     """Raises ValueError for shapes that do not fit."""
     width = x.shape[-1] if x.dim() else None
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in zip(names, (weight, bias), strict=True):
         if tuple(t.shape) != (width,):
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)}; expected [C={width}] for x {tuple(x.shape)}"

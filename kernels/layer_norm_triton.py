@@ -21,7 +21,7 @@ from fastadapt.kernels.sums import sum_parts
 
 
 @triton.jit
-def _row_offsets(row, inner, outer_stride, row_stride):
+def row_offsets(row, inner, outer_stride, row_stride):
     """Where rows begin: row ``i`` of all is row ``i % inner`` of the outer index ``i // inner``."""
     outer = row // inner
     return outer.to(tl.int64) * outer_stride + (row - outer * inner).to(tl.int64) * row_stride
@@ -55,7 +55,7 @@ def layer_norm_kernel(
     m_r = o_r < rows
     m_c = o_c < WIDTH
     mask = m_r[:, None] & m_c[None, :]
-    p_x = x_ptr + _row_offsets(o_r, inner, outer_stride, STRIDE)[:, None] + o_c[None, :]
+    p_x = x_ptr + row_offsets(o_r, inner, outer_stride, STRIDE)[:, None] + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
     offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     if branch_ptr is not None:
@@ -99,6 +99,7 @@ def layer_norm_backward_kernel(
     WIDTH: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -110,12 +111,13 @@ def layer_norm_backward_kernel(
     dweight = tl.zeros((BC,), tl.float32)
     dbias = tl.zeros((BC,), tl.float32)
     dresidual = tl.zeros((BC,), tl.float32)
-    for row in range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR):
+    # The next rows are loaded while these are computed, where STAGES is more than 1.
+    for row in tl.range(tl.program_id(0) * BR, rows, tl.num_programs(0) * BR, num_stages=STAGES):
         o_r = row + tl.arange(0, BR)
         m_r = o_r < rows
         mask = m_r[:, None] & m_c[None, :]
-        g_rows = _row_offsets(o_r, g_inner, g_outer_stride, G_STRIDE)
-        x_rows = _row_offsets(o_r, x_inner, x_outer_stride, X_STRIDE)
+        g_rows = row_offsets(o_r, g_inner, g_outer_stride, G_STRIDE)
+        x_rows = row_offsets(o_r, x_inner, x_outer_stride, X_STRIDE)
         g = tl.load(g_ptr + g_rows[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + x_rows[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(stats_ptr + o_r, mask=m_r, other=0.0)
@@ -203,9 +205,17 @@ def backward_tile(width: int) -> Tile:
     return Tile(2, min(16, block(width) // 256 or 1))
 
 
-def parts_for(rows: int, device: Device) -> int:
-    """Programs that each add up a share of the rows, four rows or more."""
-    return min(-(-rows // 4), 4 * device.multiprocessors)
+def stages_for(tile: Tile, width: int, row_bytes: int, device: Device) -> int:
+    """Loop stages of a kernel that loads ``row_bytes`` for each number of a row: 3, if the two that
+    are loaded ahead leave shared memory for three programs on a multiprocessor, else 1."""
+    ahead = 2 * tile.rows * block(width) * row_bytes
+    return 3 if ahead <= device.shared // 3 else 1
+
+
+def parts_for(rows: int, device: Device, programs: int = 3, least: int = 4) -> int:
+    """Programs that each add up a share of the rows, ``least`` rows or more: up to ``programs`` for
+    each multiprocessor."""
+    return min(-(-rows // least), programs * device.multiprocessors)
 
 
 def forward(
@@ -263,7 +273,8 @@ def backward(
     device = device_of(x.device.index)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     count, columns = (parts_for(x_rows.count, device), 0) if parts is None else parts.shape
-    run = _backward_launch(g_rows, x_rows, x.shape[-1], count, columns, device)
+    loaded = sum(t.element_size() for t in (g, x, residual) if t is not None)
+    run = _backward_launch(g_rows, x_rows, x.shape[-1], loaded, count, columns, device)
     run(g, x, weight.contiguous(), stats, residual, dx, parts)
     return dx
 
@@ -296,7 +307,7 @@ def _forward_launch(rows: Rows, width: int, eps: float, device: Device) -> Launc
 
 @functools.lru_cache(maxsize=4096)
 def _backward_launch(
-    g_rows: Rows, x_rows: Rows, width: int, parts: int, columns: int, device: Device
+    g_rows: Rows, x_rows: Rows, width: int, loaded: int, parts: int, columns: int, device: Device
 ) -> Launch:
     tile = backward_tile(width)
     return Launch(
@@ -304,7 +315,14 @@ def _backward_launch(
         (parts,),
         device,
         (*g_rows[:3], *x_rows[1:3], columns),
-        (g_rows.row_stride, x_rows.row_stride, width, tile.rows, block(width)),
+        (
+            g_rows.row_stride,
+            x_rows.row_stride,
+            width,
+            tile.rows,
+            block(width),
+            stages_for(tile, width, loaded, device),
+        ),
         warps=tile.warps,
     )
 

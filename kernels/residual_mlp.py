@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.kernels.branch import mm
 from fastadapt.kernels.dispatch import (
     choose_backend,
     compute_dtype,
@@ -96,14 +97,12 @@ def residual_mlp(
         return residual_mlp_reference(*args, eps)
     if choose_backend(backend, _why_not_triton(*args)) == "reference":
         return residual_mlp_reference(*args, eps)
-    fc1_weight, fc2_weight = fc1_weight.to(x.dtype), fc2_weight.to(x.dtype)
-    args = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in args)
     if torch.compiler.is_compiling():
-        return _forward_op(*args, eps, save)[0]
+        return _forward_op(*_in_dtype_of_x(args), eps, save)[0]
     if save:
         return _Function.apply(*args, eps)
-    return _forward(*args, eps, save=False)[0]
+    return _forward(*_in_dtype_of_x(args), eps, save=False)[0]
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
@@ -143,6 +142,13 @@ def _launch():
     return layer_norm_triton, residual_mlp_triton
 
 
+def _in_dtype_of_x(args):
+    """The arguments with both weights in x's dtype."""
+    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = args
+    fc1_weight, fc2_weight = fc1_weight.to(x.dtype), fc2_weight.to(x.dtype)
+    return x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+
+
 def _forward(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, *, save):
     """The output, and with ``save`` what the backward needs beside the arguments."""
     norm, mlp = _launch()
@@ -168,7 +174,10 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *tensors, eps = args
-        y, *saved = _forward(*args, save=True)
+        # Gradients of the weights leave in their own dtype, as they were summed.
+        ctx.weight_dtypes = tensors[3].dtype, tensors[5].dtype
+        tensors = _in_dtype_of_x(tensors)
+        y, *saved = _forward(*tensors, eps, save=True)
         ctx.save_for_backward(*tensors, *saved)
         ctx.eps = eps
         return y
@@ -179,14 +188,15 @@ class _Function(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         with on_device(g), without_autocast(g):
-            return *_backward(g, ctx.needs_input_grad, saved, ctx.eps), None
+            return *_backward(g, ctx.needs_input_grad, saved, ctx.eps, ctx.weight_dtypes), None
 
 
-def _backward(g, needs, saved: list[Tensor], eps: float):
-    """The gradients of all tensors.
+def _backward(g, needs, saved: list[Tensor], eps: float, weight_dtypes=(None, None)):
+    """The gradients of all tensors, of both weights in ``weight_dtypes`` or, if ``None``, g's.
 
     ``saved`` is emptied, so that each of its tensors goes as soon as it has been used.
     """
+    fc1_dtype, fc2_dtype = weight_dtypes
     norm, mlp = _launch()
     x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, stats, slope, a = saved
     saved.clear()
@@ -199,7 +209,7 @@ def _backward(g, needs, saved: list[Tensor], eps: float):
     rows = g.view(-1, width)
     dx = dln_w = dln_b = dw1 = db1 = dw2 = db2 = parts = None
     if need_w2:
-        dw2 = torch.mm(rows.t(), a)
+        dw2 = mm(rows.t(), a, fc2_dtype)
     del a
     fused = mlp.fuses(rows, fc2_weight)
     # Shares of the sums over rows: for ln_weight, ln_bias, fc2_bias, fc1_bias.
@@ -215,7 +225,7 @@ def _backward(g, needs, saved: list[Tensor], eps: float):
     del slope
     if need_w1:
         normal = norm.forward(x, ln_weight, ln_bias, eps, x.dtype)[0]
-        dw1 = torch.mm(dh.t(), normal.view(-1, width))
+        dw1 = mm(dh.t(), normal.view(-1, width), fc1_dtype)
         del normal
     if need_norm:
         dnormal = torch.mm(dh, fc1_weight).view(x.shape)

@@ -20,7 +20,14 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from fastadapt.kernels import cluster_attention, layer_norm, quaternion_linear, residual_mlp
+from fastadapt.kernels import (
+    cluster_attention,
+    layer_norm,
+    layer_norm_mean,
+    layer_norm_twice,
+    quaternion_linear,
+    residual_mlp,
+)
 from fastadapt.kernels import cluster_attention_config as configs
 
 
@@ -107,10 +114,12 @@ def residual_mlp_steps() -> None:
             mlp = [normal(*shape, dtype=dtype) for shape in ((hidden, c), (hidden,), (c, hidden))]
             for operation, args in (
                 (layer_norm, [x, *norm]),
+                (layer_norm_twice, [x, *norm, *norm]),
+                (layer_norm_mean, [x, *norm]),
                 (residual_mlp, [x, *norm, *mlp, normal(c, dtype=dtype)]),
             ):
                 y = operation(*args, backend="triton")
-                torch.autograd.grad(y, args, g.expand(y.shape))
+                torch.autograd.grad(y, args, g[:, 0] if y.dim() == 2 else g.expand(y.shape))
                 torch.cuda.synchronize()
                 print(operation.__name__, m, c, hidden, dtype, flush=True)
 

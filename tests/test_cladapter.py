@@ -68,7 +68,7 @@ def fused(monkeypatch):
     """The fused operations that were called, as if there were a GPU."""
     calls = []
     monkeypatch.setattr(cladapter, "why_not_device", lambda x: None)
-    for name in ("layer_norm", "residual_mlp"):
+    for name in ("layer_norm", "layer_norm_mean", "layer_norm_twice", "residual_mlp"):
         function = getattr(cladapter, name)
 
         def recorded(*args, name=name, function=function, **kwargs):
@@ -80,11 +80,17 @@ def fused(monkeypatch):
 
 
 def test_fused_operations_stand_for_plain_modules(fused, monkeypatch):
-    layer, x = adapter(depth=1), torch.randn(2, 7, 8)
+    layer, x = adapter(), torch.randn(2, 7, 8)
     y = layer(x)
-    assert fused == ["layer_norm", "layer_norm", "residual_mlp", "layer_norm"]
+    first, second = ["layer_norm_twice", "residual_mlp"], ["layer_norm", "residual_mlp"]
+    assert fused == [*first, *second, "layer_norm"]
+    fused.clear()
+    pooled = layer.forward_pooled(x)
+    assert fused == [*first, *second, "layer_norm_mean"]
     monkeypatch.undo()
     torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(pooled, layer.forward_pooled(x), rtol=0, atol=0)
+    torch.testing.assert_close(pooled, y.mean(1))
 
 
 def with_another_linear(block):
@@ -124,11 +130,27 @@ def test_changed_modules_are_called(change, fused):
     layer, x = adapter(depth=1), torch.randn(2, 7, 8)
     change(layer.blocks[0])
     layer(x)
-    assert fused == ["layer_norm"] * 3
+    assert fused == ["layer_norm_twice", "layer_norm"]
     fused.clear()
     layer.norm1.register_forward_hook(lambda *_: torch.zeros_like(x))
     layer(x)
     assert fused == ["layer_norm"] * 2
+    fused.clear()
+    layer.norm2.register_forward_hook(lambda *_: torch.ones_like(x))
+    assert layer.forward_pooled(x).unique() == 1
+    assert fused == ["layer_norm"]
+
+
+@pytest.mark.parametrize(
+    "part", [lambda layer: layer.blocks[0], lambda layer: layer.blocks[0].ln_1]
+)
+def test_the_first_block_is_called_where_it_has_hooks(part, fused):
+    layer, x = adapter(depth=1), torch.randn(2, 7, 8)
+    seen = []
+    part(layer).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    layer(x)
+    torch.testing.assert_close(seen[0], layer.norm1(x))
+    assert "layer_norm_twice" not in fused
 
 
 def test_exporters_see_the_modules_and_compilers_the_norms(fused):

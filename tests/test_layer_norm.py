@@ -1,4 +1,4 @@
-"""LayerNorm and the residual MLP: reference, kernels in the interpreter, kernels on the GPU.
+"""LayerNorm, two at once, its mean over tokens, the residual MLP: reference, interpreter, GPU.
 
 The interpreter is chosen before Triton is imported, so its cases run in a process of their own:
 ``python -m pytest`` on this file with TRITON_INTERPRET=1, started by one test.
@@ -17,7 +17,11 @@ from fastadapt.bench.harness import peak_memory, relative_error
 from fastadapt.kernels import (
     BackendError,
     layer_norm,
+    layer_norm_mean,
+    layer_norm_mean_reference,
     layer_norm_reference,
+    layer_norm_twice,
+    layer_norm_twice_reference,
     residual_mlp,
     residual_mlp_reference,
 )
@@ -35,8 +39,19 @@ from tests.kernel_checks import (
     starts_interpreter,
 )
 
-NAMES = ("y", "x", "weight", "bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-REFERENCES = {layer_norm: layer_norm_reference, residual_mlp: residual_mlp_reference}
+NORM_NAMES = ("y", "x", "weight", "bias")
+NAMES = {
+    layer_norm: NORM_NAMES,
+    layer_norm_twice: (*NORM_NAMES, "second_weight", "second_bias"),
+    layer_norm_mean: NORM_NAMES,
+    residual_mlp: (*NORM_NAMES, "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+}
+REFERENCES = {
+    layer_norm: layer_norm_reference,
+    layer_norm_twice: layer_norm_twice_reference,
+    layer_norm_mean: layer_norm_mean_reference,
+    residual_mlp: residual_mlp_reference,
+}
 OPERATIONS = pytest.mark.parametrize("operation", list(REFERENCES))
 
 
@@ -50,10 +65,13 @@ def make(operation, shape, hidden, dtype, device="cpu", params=None):
     # Rows with a mean and a deviation of their own.
     x = torch.randn(shape, device=device) * 1.5 + torch.randn(*shape[:-1], 1, device=device)
     args = [x.to(dtype), 1 + normal(c, scale=0.5), normal(c)]
+    if operation is layer_norm_twice:
+        args += [1 + normal(c, scale=0.5), normal(c)]
     if operation is residual_mlp:
         args += [normal(hidden, c, scale=c**-0.5), normal(hidden)]
         args += [normal(c, hidden, scale=hidden**-0.5), normal(c)]
-    return args, torch.randn(shape, device=device).to(dtype)
+    y_shape = (*shape[:-2], c) if operation is layer_norm_mean else shape
+    return args, torch.randn(y_shape, device=device).to(dtype)
 
 
 def assert_as_exact_as_pytorch(operation, args, g, function=None, autocast=None):
@@ -67,8 +85,7 @@ def assert_as_exact_as_pytorch(operation, args, g, function=None, autocast=None)
     truth = output_and_gradients(reference, args, g, torch.float64)
     ours = run(partial(operation, backend="triton") if function is None else function)
     theirs = run(reference)
-    names = NAMES[: len(truth)]
-    wrong = beyond_pytorch(names, ours, theirs, truth, autocast, may_overflow=False)
+    wrong = beyond_pytorch(NAMES[operation], ours, theirs, truth, autocast, may_overflow=False)
     assert not wrong, ", ".join(wrong)
 
 
@@ -135,12 +152,20 @@ def test_exported_and_compiled(operation):
     ],
 )
 def test_shapes_that_do_not_fit(index, shape, message):
-    for operation in REFERENCES:
+    for operation in (layer_norm, layer_norm_mean, residual_mlp):
         args, _ = make(operation, (2, 3, 8), 6, torch.float32)
         if index < len(args):
             args[index] = torch.zeros(shape)
             with pytest.raises(ValueError, match=message):
                 operation(*args)
+
+
+def test_further_shapes_that_do_not_fit():
+    args, _ = make(layer_norm_twice, (2, 3, 8), None, torch.float32)
+    with pytest.raises(ValueError, match=r"second_bias has shape \(7,\); expected \[C=8\]"):
+        layer_norm_twice(*args[:4], torch.zeros(7))
+    with pytest.raises(ValueError, match=r"x has shape \(8,\); expected \[\.\.\., N, C\]"):
+        layer_norm_mean(torch.zeros(8), *args[1:3])
 
 
 # The kernels in the interpreter. bf16 is wrong there, so fp16 and fp32.
@@ -154,13 +179,16 @@ def test_kernels_in_the_interpreter():
 @pytest.fixture
 def few_programs(monkeypatch):
     """Programs that add up many rows each, of few rows."""
-    from fastadapt.kernels import layer_norm_triton
+    from fastadapt.kernels import layer_norm_triton, layer_norm_twice_triton
 
-    monkeypatch.setattr(layer_norm_triton, "parts_for", lambda rows, device: min(rows, 5))
+    for module in (layer_norm_triton, layer_norm_twice_triton):
+        monkeypatch.setattr(module, "parts_for", lambda rows, *_, **__: min(rows, 5))
 
 
 def strided(kind, shape, x, g, dtype, device="cpu"):
-    """x and g again, of one kind of strides."""
+    """x and g again, of one kind of strides; g only if it is shaped as x."""
+    if g.shape != x.shape:
+        return strided(kind, shape, x, x, dtype, device)[0], g
     *leading, c = shape
     if kind == "sliced":  # as tokens without the class token
         x = torch.randn(*leading[:-1], leading[-1] + 1, c, device=device).to(dtype)[..., 1:, :]
@@ -276,7 +304,7 @@ def assert_alone_as_together(operation, args, g):
         y = operation(*leaves, backend="triton")
         assert torch.equal(y, together[0])
         (alone,) = torch.autograd.grad(y, leaves[asked], g)
-        assert torch.equal(alone, together[1 + asked]), NAMES[1 + asked]
+        assert torch.equal(alone, together[1 + asked]), NAMES[operation][1 + asked]
     with torch.no_grad():
         assert torch.equal(operation(*args, backend="triton"), together[0])
 
@@ -321,10 +349,12 @@ def test_interpreted_residual_mlp_is_an_operator(vectors):
 
 
 @interpreted
-def test_interpreted_output_in_another_dtype():
-    args, g = make(layer_norm, (2, 9, 24), None, torch.float32)
-    ours = output_and_gradients(partial(layer_norm, dtype=torch.float16), args, g.half())
-    want = output_and_gradients(partial(layer_norm_reference, dtype=torch.float16), args, g.half())
+@pytest.mark.parametrize("operation", [layer_norm, layer_norm_twice])
+def test_interpreted_output_in_another_dtype(operation):
+    args, g = make(operation, (2, 9, 24), None, torch.float32)
+    half = {"dtype": torch.float16}
+    ours = output_and_gradients(partial(operation, **half), args, g.half())
+    want = output_and_gradients(partial(REFERENCES[operation], **half), args, g.half())
     for mine, theirs in zip(ours, want, strict=True):
         assert mine.dtype == theirs.dtype
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
@@ -475,7 +505,7 @@ def test_gpu_checkpoint_and_cuda_graph(operation):
         for result in results:
             result.zero_()
         graph.replay()
-        for name, result, want in zip(NAMES, results, expected, strict=False):
+        for name, result, want in zip(NAMES[operation], results, expected, strict=True):
             assert torch.equal(result, want), name
 
 
@@ -499,7 +529,8 @@ def test_gpu_empty_and_uncovered():
     for operation in REFERENCES:
         args, _ = make(operation, (1, 5, 32), 64, torch.bfloat16, "cuda")
         args[0] = args[0][:0]
-        assert operation(*args).shape == (0, 5, 32)
+        expected = (0, 32) if operation is layer_norm_mean else (0, 5, 32)
+        assert operation(*args).shape == expected
         with pytest.raises(BackendError, match="empty"):
             operation(*args, backend="triton")
         for width in (7, 8193):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadapt.kernels import layer_norm, residual_mlp
+from fastadapt.kernels import layer_norm, layer_norm_mean, layer_norm_twice, residual_mlp
 from fastadapt.kernels.dispatch import compute_dtype, is_exporting, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
-from fastadapt.layers.plain import is_plain
+from fastadapt.layers.plain import has_global_hooks, is_plain
 
 
 class Mlp(nn.Module):
@@ -34,15 +34,19 @@ def _can_fuse(x: Tensor, *parts: tuple[nn.Module, type[nn.Module]]) -> bool:
     """
     if is_exporting() or why_not_device(x) is not None:
         return False
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return False
     return all(type(part) is kind and is_plain(part) for part, kind in parts)
 
 
+def _can_fuse_norms(x: Tensor, *norms: nn.LayerNorm) -> bool:
+    # A compiler makes them part of what stands around them.
+    return not torch.compiler.is_compiling() and _can_fuse(x, *((n, nn.LayerNorm) for n in norms))
+
+
 def _normalise(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``norm(x)``, in ``dtype`` if the fused operation can stand for the module."""
-    # A compiler makes it part of what stands around it.
-    if not torch.compiler.is_compiling() and _can_fuse(x, (norm, nn.LayerNorm)):
+    if _can_fuse_norms(x, norm):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
     return norm(x)
 
@@ -63,9 +67,24 @@ class CLAdapterBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._behind_ln_1(_normalise(self.ln_1, x, self._ln_1_dtype(x)))
+
+    def forward_behind(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """``self(norm(x))``; on GPUs that norm and ``ln_1`` are one operation, too."""
+        ln_1 = self.ln_1
+        if not (type(self) is CLAdapterBlock and is_plain(self) and _can_fuse_norms(x, norm, ln_1)):
+            return self(_normalise(norm, x))
+        parameters = (norm.weight, norm.bias, ln_1.weight, ln_1.bias)
+        dtype = self._ln_1_dtype(x)
+        return self._behind_ln_1(layer_norm_twice(x, *parameters, norm.eps, ln_1.eps, dtype=dtype))
+
+    def _ln_1_dtype(self, x: Tensor) -> torch.dtype | None:
         # Cluster attention rounds to autocast's dtype itself; so the norm need not write fp32.
         rounds = type(self.attn) is ClusterAttention and is_plain(self.attn)
-        x = self.attn(_normalise(self.ln_1, x, compute_dtype(x) if rounds else None))
+        return compute_dtype(x) if rounds else None
+
+    def _behind_ln_1(self, x: Tensor) -> Tensor:
+        x = self.attn(x)
         norm, mlp = self.ln_2, self.mlp
         if type(mlp) is not Mlp or not _can_fuse(
             x, (norm, nn.LayerNorm), (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear)
@@ -145,14 +164,33 @@ class CLAdapter(nn.Module):
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """The adapter on tokens [B, N, C]."""
-        x = _normalise(self.norm1, x)
-        for block in self.blocks:
-            x = block(x)
-        return _normalise(self.norm2, x)
-
     def forward(self, x: Tensor) -> Tensor:
+        y = _normalise(self.norm2, self._through_blocks(self._tokens(x)))
+        if x.dim() == 3:
+            return y
+        if self.channels_last:
+            return y.unflatten(1, x.shape[1:-1])
+        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def forward_pooled(self, x: Tensor) -> Tensor:
+        """The mean over all positions of ``self(x)``, [B, dim].
+
+        On GPUs the last norm and the mean are one operation.
+        """
+        x, norm = self._through_blocks(self._tokens(x)), self.norm2
+        if _can_fuse_norms(x, norm):
+            return layer_norm_mean(x, norm.weight, norm.bias, norm.eps)
+        return norm(x).mean(1)
+
+    def _through_blocks(self, x: Tensor) -> Tensor:
+        first, *others = self.blocks
+        x = first.forward_behind(self.norm1, x)
+        for block in others:
+            x = block(x)
+        return x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """The input as [B, N, C]."""
         if x.dim() not in (3, 4, 5):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected tokens [B, N, C], a map [B, C, H, W] "
@@ -165,11 +203,8 @@ class CLAdapter(nn.Module):
                 f"{channel}; this adapter has dim={self.dim}"
             )
         if x.dim() == 3:
-            return self.forward_tokens(x)
-        if self.channels_last:
-            return self.forward_tokens(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
-        y = self.forward_tokens(x.flatten(2).transpose(1, 2))
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+            return x
+        return x.flatten(1, -2) if self.channels_last else x.flatten(2).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, channels_last={self.channels_last}"

@@ -9,7 +9,7 @@ def is_plain(module: nn.Module) -> bool:
     """Whether nothing but the class's own ``forward`` runs when the module is called.
 
     Not with hooks or another ``forward`` (folded, adapted), nor where a parameter is lacking.
-    Hooks on all modules are another matter: ``nn.modules.module._has_any_global_hook()``.
+    Hooks on all modules are another matter: :func:`has_global_hooks`.
     """
     return not (
         module._forward_hooks
@@ -19,3 +19,8 @@ def is_plain(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or any(parameter is None for parameter in module._parameters.values())
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules, a profiler's for one."""
+    return nn.modules.module._has_any_global_hook()
