@@ -17,6 +17,7 @@ from fastadapt.bench import harness, steps
 from fastadapt.bench.cladapter import formulation
 from fastadapt.bench.cluster_attention import upstream_formulation
 from fastadapt.features import as_tokens, logits_of_cached
+from fastadapt.frozen import forget
 from fastadapt.train_config import TrainConfig
 from fastadapt.train_step import training_step
 from fastadapt.trainer import make_optimizer
@@ -87,6 +88,7 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
     result["errors"], wrong = _check(model, images, labels)
     if wrong:
         return result | {"wrong": wrong}
+    forget(backbone)  # what is kept of it is ours alone, and only where it is called
 
     def ours(logits: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Any]:
         found = {"ours": steps.measure(_step(model, logits, labels, inputs, True), graph=True)}
@@ -110,10 +112,9 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
             x = x.view(shape)
         return logits_of_cached(model, x)
 
-    parts = {
-        "stage 1": {"upstream": theirs, **ours(model, last)},
-        "cached": {"upstream": theirs, **ours(from_cache, features)},
-    }
+    parts = {"stage 1": {"upstream": theirs, **ours(model, last)}}
+    forget(backbone)
+    parts["cached"] = {"upstream": theirs, **ours(from_cache, features)}
     model.unfreeze()
     parts["stage 2"] = {
         **ours(model, last),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ class GraphedStep:
       rate is a tensor on the GPU that is filled between calls: a float would stay as it was
       (PyTorch warns that such an optimizer runs uncaptured, as it does in the first calls);
     - model and optimizer keep their tensors (``load_state_dict`` does), and hold no counters or
-      switches in Python. Random numbers of PyTorch's default generator differ from call to call.
+      switches in Python (:func:`before_replays` is for what does). Random numbers of PyTorch's
+      default generator differ from call to call.
 
     Args:
         step: a function of tensors without gradients, which gives a tensor or a tuple of them.
@@ -61,6 +63,7 @@ class GraphedStep:
         self._replay: Callable[[], Outputs] | None = None
         self._shapes: tuple | None = None  # of the graph
         self._inputs: tuple[Tensor, ...] = ()  # what the graph reads
+        self._before: list[Callable[[], object]] = []  # replays
 
     @property
     def captured(self) -> bool:
@@ -72,6 +75,8 @@ class GraphedStep:
         if shapes == self._shapes:
             for static, x in zip(self._inputs, inputs, strict=True):
                 static.copy_(x)
+            for function in self._before:
+                function()
             return _each(self._replay(), Tensor.clone)
         self._gpu = self._gpu or _gpu(inputs[0].device)
         if self._gpu is None:
@@ -89,13 +94,42 @@ class GraphedStep:
             # Of the inputs' layout, channels last for one.
             static = tuple(torch.empty_like(x).copy_(x) for x in inputs)
             try:
-                self._replay = self._gpu.capture(lambda: self._step(*static))
+                with _collecting(self._before):
+                    self._replay = self._gpu.capture(lambda: self._step(*static))
                 self._shapes, self._inputs = shapes, static
             except Exception as error:  # whatever it is, the calls before this one went well
                 why_not = next(iter(str(error).splitlines()), type(error).__name__)
         if why_not is not None and self._say is not None:
             self._say(f"{self._what} runs operator by operator, without a CUDA graph: {why_not}")
         return outputs
+
+
+_collected = threading.local()  # .functions: of the graph that this thread captures
+
+
+def before_replays(function: Callable[[], object]) -> bool:
+    """Has a function called before every replay of the graph that is being captured.
+
+    For what is made of a model's tensors outside the graph, and must follow them. It lives as long
+    as the graph.
+
+    Returns:
+        Whether a :class:`GraphedStep` captures in this thread; else nothing happens.
+    """
+    functions = getattr(_collected, "functions", None)
+    if functions is None:
+        return False
+    functions.append(function)
+    return True
+
+
+@contextlib.contextmanager
+def _collecting(functions: list[Callable[[], object]]) -> Iterator[None]:
+    _collected.functions = functions
+    try:
+        yield
+    finally:
+        _collected.functions = None
 
 
 class GraphedCall:

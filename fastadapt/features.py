@@ -22,6 +22,7 @@ from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.data import Sample
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path
+from fastadapt.frozen import forget
 from fastadapt.fuse import fuse_batch_norms
 from fastadapt.preprocess import Preprocess
 from fastadapt.progress import prefetch
@@ -201,17 +202,17 @@ def cached_source(
         spatial = tuple(1 for _ in spatial)
     features = _open_cache(path)
     if features is None:
-        if images.device.type == "cpu":
-            model = fuse_batch_norms(model, probe)
+        frozen = fuse_batch_norms(model, probe) if images.device.type == "cpu" else model
         full = (settings.views, len(images.samples), tokens, model.spec.dim)
         fp16 = settings.dtype != "fp32"
-        if not _write_features(model, images, path, full, fp16, progress, autocast, name):
+        if not _write_features(frozen, images, path, full, fp16, progress, autocast, name):
             if settings.dtype == "fp16":
                 raise InputError(
                     "the backbone's features exceed fp16's range (65504): use --feature-dtype fp32"
                 )
-            _write_features(model, images, path, full, False, progress, autocast, name)
+            _write_features(frozen, images, path, full, False, progress, autocast, name)
         features = np.load(path, mmap_mode="r")
+    forget(model.backbone)
     return FeatureSource(
         features, images.labels, images.device, spatial, model.spec.layout == "channels_last"
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadapt.cuda_graph import before_replays
 from fastadapt.kernels.dispatch import compute_dtype, why_not_device
 from fastadapt.kernels.layer_norm import add_layer_norm, layer_norm
 from fastadapt.kernels.residual_mlp import linear_gelu
@@ -201,35 +202,95 @@ def _candidates(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
     return found
 
 
+class _Made:
+    """What stands for a module, and the parameters that it was made of."""
+
+    def __init__(self, module: nn.Module, kind: type, dtype: torch.dtype):
+        self.module, self.kind, self.dtype = module, kind, dtype
+        self.parameters = tuple(module.parameters())
+        self.addresses = _addresses(self.parameters)
+        self.versions = self._versions()
+        self.call = self._make()
+
+    def is_of(self, dtype: torch.dtype) -> bool:
+        """Whether it was made for a dtype, of the parameters that the module has."""
+        return dtype == self.dtype and self.addresses == _addresses(self.module.parameters())
+
+    def refresh(self) -> None:
+        """Takes over values that have changed; what a CUDA graph reads stays where it is."""
+        versions = self._versions()
+        if versions == self.versions or self.addresses != _addresses(self.parameters):
+            return
+        for old, new in zip(_tensors(vars(self.call)), _tensors(vars(self._make())), strict=True):
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+        self.versions = versions
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.parameters]
+
+    def _make(self) -> Call:
+        # Tensors that inference mode makes could not be used outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.kind(self.module, self.dtype)
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """All tensors within, always in the same order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
 class _Kept:
     """What is known of a backbone: its candidates, and what stands for them."""
 
     def __init__(self, backbone: nn.Module):
         self.candidates = _candidates(backbone)
-        self.made: dict[nn.Module, tuple[tuple, Call]] = {}
+        self.made: dict[nn.Module, _Made] = {}
 
     def stand_ins(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
-        """By module; made once, and again where a parameter has changed."""
+        """By module; made once, and again where it has other parameters."""
         found = {}
         for module, kind in self.candidates:
+            made = self.made.get(module)
             if why_not(module) is not None:
                 self.made.pop(module, None)
                 continue
-            state = (dtype, *[(p.data_ptr(), p._version) for p in module.parameters()])
-            if module not in self.made or self.made[module][0] != state:
+            if made is None or not made.is_of(dtype):
+                made = None
                 self.made.pop(module, None)  # before the next takes memory
-                # Tensors that inference mode makes could not be used outside it.
-                with torch.inference_mode(False), torch.no_grad():
-                    self.made[module] = (state, kind(module, dtype))
-            found[module] = self.made[module][1]
+                made = self.made[module] = _Made(module, kind, dtype)
+            made.refresh()
+            found[module] = made.call
         return found
+
+    def captured(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
+        """The same for a CUDA graph: what was made before it, refreshed before each replay."""
+        usable = [made for made in self.made.values() if made.is_of(dtype)]
+        usable = [made for made in usable if why_not(made.module) is None]
+
+        def refresh() -> None:
+            for made in usable:
+                made.refresh()
+
+        # In a graph that is captured by others, blocks run as ever: copies could grow old.
+        return {made.module: made.call for made in usable} if before_replays(refresh) else {}
 
 
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 def forget(backbone: nn.Module) -> None:
-    """Frees what was kept for a backbone that trains from now on."""
+    """Frees what was kept for a backbone that trains, or is not called, from now on."""
     _kept.pop(backbone, None)
 
 
@@ -237,11 +298,16 @@ def _covered(images: Tensor) -> bool:
     return why_not_device(images) is None and not torch.compiler.is_compiling()
 
 
+def _capturing(images: Tensor) -> bool:
+    return images.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def fewer_passes(backbone: nn.Module, images: Tensor) -> Iterator[None]:
     """Within it, without gradients, blocks that are known here run with fewer passes.
 
-    Nothing changes on a CPU, in full precision, and while PyTorch compiles or exports.
+    Nothing changes on a CPU, in full precision, while PyTorch compiles or exports, and while a CUDA
+    graph is captured by others than :class:`fastadapt.GraphedStep` and ``GraphedCall``.
     """
     stand_ins: dict[nn.Module, Call] = {}
     if not torch.is_grad_enabled() and _covered(images):
@@ -251,7 +317,7 @@ def fewer_passes(backbone: nn.Module, images: Tensor) -> Iterator[None]:
         if kept.candidates:
             dtype = compute_dtype(next(kept.candidates[0][0].parameters()))
             if dtype in HALF:
-                stand_ins = kept.stand_ins(dtype)
+                stand_ins = (kept.captured if _capturing(images) else kept.stand_ins)(dtype)
     for module, call in stand_ins.items():
         module.forward = call
     try:

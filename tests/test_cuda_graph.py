@@ -168,6 +168,25 @@ class TestLogic:
         assert stand_in.eager == stand_in.captures == 0
 
 
+def test_functions_are_called_before_replays(monkeypatch):
+    class Capturing(StandIn):
+        def capture(self, step):
+            step()
+            return super().capture(step)
+
+    gpu, called = Capturing().install(monkeypatch), []
+
+    def step(x):
+        cuda_graph.before_replays(lambda: called.append(gpu.replays))
+        return (2 * x,)
+
+    graphed = GraphedStep(step)
+    for _ in range(WARMUP + 2):
+        graphed(torch.ones(3))
+    assert graphed.captured and called == [0, 1]
+    assert not cuda_graph.before_replays(print)
+
+
 class TestCalls:
     """Inference."""
 

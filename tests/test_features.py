@@ -2,13 +2,14 @@ import errno
 import os
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import fastadapt as fa
-from fastadapt import features
+from fastadapt import features, frozen
 from fastadapt.data import read_dataset
 from fastadapt.errors import InputError
 from fastadapt.features import CacheSettings, ImageSource, cache_key, cached_source
@@ -67,6 +68,22 @@ def test_cached_features_equal_recomputed_ones(tmp_path, images, name, adapter):
         torch.testing.assert_close(
             source.logits(model, cached), images.logits(model, fresh), rtol=1e-4, atol=1e-5
         )
+
+
+def test_nothing_is_kept_of_a_backbone_that_is_not_called_again(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(frozen, "_covered", lambda images: True)
+    model, called = make_model("test_vit"), []
+    kept = frozen._Kept.stand_ins
+
+    def stand_ins(self, dtype):
+        called.append(kept(self, dtype))
+        return called[-1]
+
+    monkeypatch.setattr(frozen._Kept, "stand_ins", stand_ins)
+    with progress_bars(quiet=True) as progress:
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+        cached_source(model, images, tmp_path / "cache", SETTINGS, progress, autocast)
+    assert called[0] and model.backbone not in frozen._kept
 
 
 def test_cache_is_used_and_safe_to_delete(tmp_path, images, monkeypatch):

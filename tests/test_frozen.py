@@ -8,7 +8,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 import fastadapt as fa
-from fastadapt import frozen
+from fastadapt import cuda_graph, frozen
 from fastadapt.bench.harness import relative_error
 from tests.kernel_checks import gpu
 
@@ -73,8 +73,8 @@ def test_a_model_in_half_precision_keeps_no_copy(covered):
         with frozen.fewer_passes(model, images):
             ours = model.forward_features(images)
     assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
-    ((_, stand_in),) = frozen._kept[model].made.values()
-    _, attn, _, fc1, _ = stand_in.parts[0]
+    (made,) = frozen._kept[model].made.values()
+    _, attn, _, fc1, _ = made.call.parts[0]
     assert attn is model.blocks[0].attn
     assert fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
 
@@ -143,8 +143,13 @@ def test_a_frozen_backbone_uses_them(covered, make):
         assert made and not any("forward" in module.__dict__ for module in made)
         assert torch.equal(model.backbone_features(images), ours)
         assert frozen._kept[backbone].made == made
-        next(m for m in backbone.modules() if hasattr(m, "fc1")).fc1.weight.mul_(0)
-        assert not torch.equal(model.backbone_features(images), ours)
+        mlp = next(m for m in backbone.modules() if hasattr(m, "fc1"))
+        mlp.fc1.weight.mul_(0)
+        changed = model.backbone_features(images)
+        assert not torch.equal(changed, ours)
+        assert frozen._kept[backbone].made == made  # with other values
+        mlp.fc1.weight = nn.Parameter(torch.ones_like(mlp.fc1.weight), requires_grad=False)
+        assert not torch.equal(model.backbone_features(images), changed)
         assert frozen._kept[backbone].made != made
         with pytest.raises(RuntimeError):  # nothing is left behind
             model.backbone_features(images[:, :2])
@@ -153,6 +158,67 @@ def test_a_frozen_backbone_uses_them(covered, make):
         assert backbone not in frozen._kept
         model.backbone_features(images).sum().backward()
         assert backbone not in frozen._kept
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_changed_values_go_where_the_old_ones_are(covered, name):
+    model, images = MODELS[name](), torch.randn(2, 3, 32, 32)
+
+    def features():
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        with torch.no_grad(), autocast, frozen.fewer_passes(model, images):
+            return model.forward_features(images)
+
+    features()
+    made = list(frozen._kept[model].made.values())
+    addresses = [t.data_ptr() for m in made for t in frozen._tensors(vars(m.call))]
+    shaken(model)
+    again = features()
+    assert [t.data_ptr() for m in made for t in frozen._tensors(vars(m.call))] == addresses
+    frozen.forget(model)
+    assert torch.equal(features(), again)
+
+
+class TestInAGraph:
+    @pytest.fixture(autouse=True)
+    def capturing(self, covered, monkeypatch):
+        monkeypatch.setattr(frozen, "_capturing", lambda images: self.captures)
+        self.captures = False
+
+    def features(self, model, images, seen):
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        with torch.no_grad(), autocast, frozen.fewer_passes(model, images):
+            seen.append(any("forward" in m.__dict__ for m in model.modules()))
+            return model.forward_features(images)
+
+    def test_copies_are_refreshed_before_replays(self):
+        model, images, seen = make_vit(), torch.randn(2, 3, 32, 32), []
+        self.features(model, images, seen)
+        self.captures, before = True, []
+        with cuda_graph._collecting(before):
+            self.features(model, images, seen)
+        self.captures = False
+        (made,) = frozen._kept[model].made.values()
+        fc1 = made.call.parts[0][3].weight
+        frozen.forget(model)  # the graph's own remain
+        model.blocks[0].mlp.fc1.weight.fill_(2)
+        (refresh,) = before
+        refresh()
+        assert seen == [True, True] and torch.equal(fc1, torch.full_like(fc1, 2))
+
+    def test_the_graphs_of_others_have_the_blocks_themselves(self):
+        model, images, seen = make_vit(), torch.randn(2, 3, 32, 32), []
+        self.features(model, images, seen)
+        self.captures = True
+        self.features(model, images, seen)
+        assert seen == [True, False]
+
+    def test_nothing_is_made_in_a_capture(self):
+        model, images, seen = make_vit(), torch.randn(2, 3, 32, 32), []
+        self.captures = True
+        with cuda_graph._collecting([]):
+            self.features(model, images, seen)
+        assert seen == [False] and not frozen._kept[model].made
 
 
 def test_what_was_kept_goes_with_the_model(covered):
@@ -189,11 +255,21 @@ def test_gpu_a_frozen_backbone_in_a_cuda_graph(name):
         with torch.autocast("cuda", torch.bfloat16):
             return model.backbone_features(images)
 
+    def run(x):
+        return features() + 0 * x.sum()
+
     expected = features()
-    assert frozen._kept[model.backbone].made
+    graphed, x = fa.GraphedCall(run), torch.zeros(1, device="cuda")
+    torch.testing.assert_close(graphed(x), expected)
+    assert graphed.captured and frozen._kept[model.backbone].made
+    state = {key: 1.1 * value for key, value in model.backbone.state_dict().items()}
+    model.backbone.load_state_dict(state)
+    changed = graphed(x)
+    assert not torch.equal(changed, expected)
+    torch.testing.assert_close(changed, features())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = features()
     captured.zero_()
     graph.replay()
-    torch.testing.assert_close(captured, expected)
+    assert relative_error(captured, changed.double()) < 0.05
