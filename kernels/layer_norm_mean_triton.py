@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastadapt.kernels import layer_norm_triton
 from fastadapt.kernels.launch import Device, Launch, block, device_of
+from fastadapt.kernels.layer_norm_triton import normalised
 
 
 @triton.jit
@@ -50,10 +51,8 @@ def layer_norm_sum_kernel(
         offsets = sample * sample_stride + o_t.to(tl.int64) * STRIDE
         p_x = x_ptr + offsets[:, None] + o_c[None, :]
         x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(x * (1 / WIDTH), 1)
-        centered = tl.where(mask, x - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centered * centered, 1) / WIDTH + EPS)
-        total += tl.sum(centered * rstd[:, None], 0)
+        normal, mean, rstd = normalised(x, mask, WIDTH, EPS)
+        total += tl.sum(normal, 0)
         if stats_ptr is not None:
             tl.store(p_stats + o_t, mean, mask=m_t)
             p_rstd = p_stats + tl.num_programs(0).to(tl.int64) * tokens

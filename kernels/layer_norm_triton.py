@@ -28,6 +28,25 @@ def row_offsets(row, inner, outer_stride, row_stride):
 
 
 @triton.jit
+def normalised(x, mask, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """Rows [BR, BC] with mean 0 and deviation 1, 0 beyond the mask; their mean, 1 / deviation."""
+    # Divided before the sum: a quotient would become part of the subtraction, rounded in another
+    # way, wherever nobody asks for the mean as well.
+    mean = tl.sum(x * (1 / WIDTH), 1)
+    centered = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / WIDTH + EPS)
+    return centered * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def gradient_behind(g, normal, rstd, WIDTH: tl.constexpr):
+    """The gradient of rows, given that of the normalised ones."""
+    along = tl.sum(g * normal, 1) / WIDTH
+    level = tl.sum(g, 1) / WIDTH
+    return (g - normal * along[:, None] - level[:, None]) * rstd[:, None]
+
+
+@triton.jit
 def layer_norm_kernel(
     x_ptr,  # [rows, WIDTH]
     weight_ptr,  # [WIDTH]
@@ -62,12 +81,8 @@ def layer_norm_kernel(
         x += tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    # Divided before the sum: a quotient would become part of the subtraction, rounded in another
-    # way, wherever stats does not ask for it as well.
-    mean = tl.sum(x * (1 / WIDTH), 1)
-    centered = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / WIDTH + EPS)
-    y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+    normal, mean, rstd = normalised(x, mask, WIDTH, EPS)
+    y = normal * weight[None, :] + bias[None, :]
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
     if stats_ptr is not None:
         tl.store(stats_ptr + o_r, mean, mask=m_r)
@@ -127,10 +142,7 @@ def layer_norm_backward_kernel(
             residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         normal = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
         if dx_ptr is not None:
-            gw = g * weight[None, :]
-            along = tl.sum(gw * normal, 1) / WIDTH
-            level = tl.sum(gw, 1) / WIDTH
-            dx = (gw - normal * along[:, None] - level[:, None]) * rstd[:, None]
+            dx = gradient_behind(g * weight[None, :], normal, rstd, WIDTH)
             if residual_ptr is not None:
                 dx += residual
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)

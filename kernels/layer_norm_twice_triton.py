@@ -18,6 +18,8 @@ from fastadapt.kernels.layer_norm_triton import (
     Rows,
     Tile,
     forward_tile,
+    gradient_behind,
+    normalised,
     parts_for,
     reduce,
     row_offsets,
@@ -56,9 +58,9 @@ def layer_norm_twice_kernel(
     mask = m_r[:, None] & m_c[None, :]
     p_x = x_ptr + row_offsets(o_r, inner, outer_stride, STRIDE)[:, None] + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-    normal, mean, rstd = _normalised(x, mask, WIDTH, EPS)
+    normal, mean, rstd = normalised(x, mask, WIDTH, EPS)
     y = normal * _vector(weight_ptr, o_c, WIDTH) + _vector(bias_ptr, o_c, WIDTH)
-    normal, second_mean, second_rstd = _normalised(y, mask, WIDTH, SECOND_EPS)
+    normal, second_mean, second_rstd = normalised(y, mask, WIDTH, SECOND_EPS)
     y = normal * _vector(second_weight_ptr, o_c, WIDTH) + _vector(second_bias_ptr, o_c, WIDTH)
     offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -73,16 +75,6 @@ def layer_norm_twice_kernel(
 @triton.jit
 def _vector(p, o_c, WIDTH: tl.constexpr):
     return tl.load(p + o_c, mask=o_c < WIDTH, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _normalised(x, mask, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """Rows with mean 0 and deviation 1, and what they had; numbers beyond the mask are 0."""
-    # Divided before the sum, as in layer_norm_kernel. Of y, those beyond the mask are 0 already.
-    mean = tl.sum(x * (1 / WIDTH), 1)
-    centered = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / WIDTH + EPS)
-    return centered * rstd[:, None], mean, rstd
 
 
 @triton.jit
@@ -136,9 +128,9 @@ def layer_norm_twice_backward_kernel(
         normal = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
         y = normal * weight + bias
         second = tl.where(mask, (y - second_mean[:, None]) * second_rstd[:, None], 0.0)
-        dy = tl.where(mask, _slope(g * second_weight, second, second_rstd, WIDTH), 0.0)
+        dy = tl.where(mask, gradient_behind(g * second_weight, second, second_rstd, WIDTH), 0.0)
         if dx_ptr is not None:
-            dx = _slope(dy * weight, normal, rstd, WIDTH)
+            dx = gradient_behind(dy * weight, normal, rstd, WIDTH)
             offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if sums_ptr is not None:
@@ -152,14 +144,6 @@ def layer_norm_twice_backward_kernel(
         tl.store(p_sums + WIDTH, dbias, mask=m_c)
         tl.store(p_sums + 2 * WIDTH, dsecond_weight, mask=m_c)
         tl.store(p_sums + 3 * WIDTH, dsecond_bias, mask=m_c)
-
-
-@triton.jit
-def _slope(g, normal, rstd, WIDTH: tl.constexpr):
-    """The gradient of a norm's input, given that of the normalised rows."""
-    along = tl.sum(g * normal, 1) / WIDTH
-    level = tl.sum(g, 1) / WIDTH
-    return (g - normal * along[:, None] - level[:, None]) * rstd[:, None]
 
 
 def backward_tile(width: int) -> tuple[Tile, int]:
