@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -143,15 +144,15 @@ def why_not(module: nn.Module) -> str | None:
             return f"{name or 'it'} has hooks, another forward or no bias"
         if part.training:
             return f"{name or 'it'} is in training mode"
-        if getattr(part, "approximate", "none") != "none":
+        own = vars(part)  # a module takes long to say that it has no such attribute
+        if own.get("approximate", "none") != "none":
             return f"{name} approximates GELU"
-        if getattr(part, "gate", None) is not None:
-            return f"{name} has a gate"
-        if getattr(part, "use_conv_mlp", False):
+        if own.get("use_conv_mlp"):
             return f"{name or 'it'} has convolutions as MLP"
     return None
 
 
+@functools.cache
 def _parts() -> dict[type, dict[str, set[type]]]:
     """By class, what its parts may be for ours to compute the same; others must be idle."""
     from timm import layers
@@ -275,15 +276,15 @@ class _Kept:
 
     def captured(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
         """The same for a CUDA graph: what was made before it, refreshed before each replay."""
-        usable = [made for made in self.made.values() if made.is_of(dtype)]
-        usable = [made for made in usable if why_not(made.module) is None]
+        made = self.made.values()
+        usable = [m for m in made if m.is_of(dtype) and why_not(m.module) is None]
 
         def refresh() -> None:
-            for made in usable:
-                made.refresh()
+            for m in usable:
+                m.refresh()
 
         # In a graph that is captured by others, blocks run as ever: copies could grow old.
-        return {made.module: made.call for made in usable} if before_replays(refresh) else {}
+        return {m.module: m.call for m in usable} if before_replays(refresh) else {}
 
 
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from fastadapt.kernels.dispatch import (
     accumulate_dtype,
+    cast,
     choose_backend,
     compute_dtype,
+    dtypes_of_weights,
     on_device,
+    weights_in_dtype_of_x,
     why_not_device,
     without_autocast,
 )
@@ -121,26 +124,15 @@ def cluster_attention(
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
-    args = (_to(x, dtype), centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    args = (cast(x, dtype), centers, transforms, down_weight, down_bias, up_weight, up_bias)
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         save_z = training and up_weight is not None and up_weight.requires_grad
-        return _forward_op(*_in_dtype_of_x(args), save_z)[0]
+        return _forward_op(*weights_in_dtype_of_x(args), save_z)[0]
     if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
-    args = _in_dtype_of_x(args)
+    args = weights_in_dtype_of_x(args)
     return _forward(_passes().problem_of(args), args, save_z=False)[0]
-
-
-def _in_dtype_of_x(args):
-    """The arguments with both weights in x's dtype."""
-    x, centers, transforms, down_weight, down_bias, up_weight, up_bias = args
-    down_weight, up_weight = _to(down_weight, x.dtype), _to(up_weight, x.dtype)
-    return x, centers, transforms, down_weight, down_bias, up_weight, up_bias
-
-
-def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
@@ -172,8 +164,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         # Gradients of the weights leave in their own dtype, as they were summed.
-        ctx.weight_dtypes = tuple([t if t is None else t.dtype for t in (args[3], args[5])])
-        args = _in_dtype_of_x(args)
+        ctx.weight_dtypes = dtypes_of_weights(args)
+        args = weights_in_dtype_of_x(args)
         x, centers, transforms, down_weight, _, up_weight, _ = args
         ctx.problem = _passes().problem_of(args)
         needs = ctx.needs_input_grad

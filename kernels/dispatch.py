@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -42,6 +43,21 @@ def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool
     if backend == "auto":
         return "triton" if by_default and why_not_triton is None else "reference"
     return backend
+
+
+def weights_in_dtype_of_x(args: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """An operation's arguments: x, two more, then two linear layers, whose weights are cast."""
+    x, second, third, weight, bias, other_weight, other_bias = args
+    return x, second, third, cast(weight, x.dtype), bias, cast(other_weight, x.dtype), other_bias
+
+
+def dtypes_of_weights(args: Sequence[torch.Tensor | None]) -> tuple[torch.dtype | None, ...]:
+    """Of the same arguments."""
+    return tuple([None if t is None else t.dtype for t in (args[3], args[5])])
+
+
+def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 def is_exporting() -> bool:

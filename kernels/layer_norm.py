@@ -60,13 +60,10 @@ def layer_norm(
     check(x, weight, bias)
     if torch.compiler.is_compiling():
         return layer_norm_reference(x, weight, bias, eps, dtype=dtype)
-    why_not = why_not_triton(x, weight, bias)
-    if why_not is None and dtype not in (None, *DTYPES):
-        why_not = f"output in {dtype}"
+    why_not = why_not_triton(x, weight, bias, dtype=dtype)
     if choose_backend(backend, why_not) == "reference":
         return layer_norm_reference(x, weight, bias, eps, dtype=dtype)
-    if dtype is None:
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = dtype or default_dtype(x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _Function.apply(x, weight, bias, eps, dtype)
     with on_device(x):
@@ -112,11 +109,9 @@ def add_layer_norm(
     check(x, weight, bias)
     if branch.shape != x.shape:
         raise ValueError(f"branch has shape {tuple(branch.shape)}; expected {tuple(x.shape)}")
-    why_not = why_not_triton(x, weight, bias, branch)
+    why_not = why_not_triton(x, weight, bias, branch, dtype=dtype)
     if why_not is None and torch.is_grad_enabled():
         why_not = "gradients are on, and this operation has none"
-    if why_not is None and dtype not in DTYPES:
-        why_not = f"output in {dtype}"
     if choose_backend(backend, why_not) == "reference":
         return add_layer_norm_reference(x, branch, weight, bias, eps, dtype)
     with on_device(x):
@@ -143,17 +138,36 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, weight, stats = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dweight = dbias = parts = None
-        launch = _launch()
-        with on_device(g), without_autocast(g):
-            if need_weight or need_bias:
-                parts = launch.new_parts(x, 2 * weight.numel())
-            dx = launch.backward(g, x, weight, stats, need_x=need_x, parts=parts)
-            if parts is not None:
-                dweight, dbias = launch.reduce(parts, ctx.sums_dtype).chunk(2)
-        return dx, dweight if need_weight else None, dbias if need_bias else None, None, None
+        needs = ctx.needs_input_grad[:3]
+        return *gradients(g, *ctx.saved_tensors, needs, ctx.sums_dtype), None, None
+
+
+def gradients(
+    g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs, sums_dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """Those of x, weight and bias, ``None`` where ``needs`` has none.
+
+    Args:
+        g: of the output.
+        stats: what the forward saved of rows.
+        needs: three booleans.
+        sums_dtype: of the gradients of weight and bias.
+    """
+    need_x, need_weight, need_bias = needs
+    dweight = dbias = parts = None
+    launch = _launch()
+    with on_device(g), without_autocast(g):
+        if need_weight or need_bias:
+            parts = launch.new_parts(x, 2 * weight.numel())
+        dx = launch.backward(g, x, weight, stats, need_x=need_x, parts=parts)
+        if parts is not None:
+            dweight, dbias = launch.reduce(parts, sums_dtype).chunk(2)
+    return dx, dweight if need_weight else None, dbias if need_bias else None
+
+
+def default_dtype(x: Tensor) -> torch.dtype:
+    """Of a norm's output where nobody asks for another: PyTorch's policy."""
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
@@ -162,8 +176,9 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return first if all(t.dtype == first for t in tensors) else torch.float32
 
 
-def why_not_triton(x: Tensor, *parameters: Tensor) -> str | None:
-    """Why the kernels cannot take x [..., C] and parameters; ``None`` if they can."""
+def why_not_triton(x: Tensor, *parameters: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why the kernels cannot take x [..., C] and parameters, or write ``dtype``; ``None`` if they
+    can."""
     reason = why_not_device(x)
     if reason is not None:
         return reason
@@ -181,7 +196,7 @@ def why_not_triton(x: Tensor, *parameters: Tensor) -> str | None:
         return f"{x.shape[-1]} channels; the kernels take {MIN_WIDTH} to {MAX_WIDTH}"
     if x.numel() // x.shape[-1] >= 2**31 - 2**20:
         return f"{x.numel() // x.shape[-1]} rows; the kernels take fewer than 2³¹"
-    return None
+    return None if dtype in (None, *DTYPES) else f"output in {dtype}"
 
 
 def check(

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastadapt.kernels.dispatch import choose_backend, on_device, without_autocast
-from fastadapt.kernels.layer_norm import check, common_dtype, layer_norm_reference, why_not_triton
+from fastadapt.kernels.dispatch import choose_backend, on_device
+from fastadapt.kernels.layer_norm import (
+    check,
+    common_dtype,
+    default_dtype,
+    gradients,
+    layer_norm_reference,
+    why_not_triton,
+)
 
 
 def layer_norm_mean_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -47,7 +54,7 @@ def layer_norm_mean(
         return layer_norm_mean_reference(x, weight, bias, eps)
     if choose_backend(backend, why_not_triton(x, weight, bias)) == "reference":
         return layer_norm_mean_reference(x, weight, bias, eps)
-    dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = default_dtype(x)
     tokens = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
     args = (tokens, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in args):
@@ -78,9 +85,7 @@ class _Function(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, weight, stats = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        sums_dtype = ctx.sums_dtype if need_weight or need_bias else None
-        with on_device(g), without_autocast(g):
-            dx, sums = _launch().backward(g, x, weight, stats, need_x=need_x, sums_dtype=sums_dtype)
-        dweight, dbias = (None, None) if sums is None else sums.chunk(2)
-        return dx, dweight if need_weight else None, dbias if need_bias else None, None, None
+        # LayerNorm's backward reads it as it is, without a copy for each token.
+        of_token = (g.float() / x.shape[1])[:, None].expand(x.shape)
+        needs = ctx.needs_input_grad[:3]
+        return *gradients(of_token, x, weight, stats, needs, ctx.sums_dtype), None, None

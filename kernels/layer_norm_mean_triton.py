@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastadapt.kernels import layer_norm_triton
 from fastadapt.kernels.launch import Device, Launch, block, device_of
 from fastadapt.kernels.layer_norm_triton import normalised
 
@@ -115,29 +114,6 @@ def forward(
     sums(x, parts, stats)
     mean(parts, weight, bias, out)
     return out, stats
-
-
-def backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stats: Tensor,
-    *,
-    need_x: bool,
-    sums_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx [B, N, C] in x's dtype, and the gradients of weight and bias side by side.
-
-    Args:
-        g: gradient of the output, [B, C].
-        need_x: whether dx is asked for; else it is ``None``.
-        sums_dtype: of weight's and bias's; ``None`` where they are not asked for.
-    """
-    norm = layer_norm_triton
-    of_token = (g.float() / x.shape[1])[:, None].expand(x.shape)
-    parts = None if sums_dtype is None else norm.new_parts(x, 2 * x.shape[-1])
-    dx = norm.backward(of_token, x, weight, stats, need_x=need_x, parts=parts)
-    return dx, None if parts is None else norm.reduce(parts, sums_dtype)
 
 
 @functools.lru_cache(maxsize=4096)

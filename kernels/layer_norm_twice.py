@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastadapt.kernels.dispatch import choose_backend, on_device, without_autocast
 from fastadapt.kernels.layer_norm import (
-    DTYPES,
     check,
     common_dtype,
+    default_dtype,
     layer_norm_reference,
     why_not_triton,
 )
@@ -73,13 +73,9 @@ def layer_norm_twice(
     args = (x, weight, bias, second_weight, second_bias)
     if torch.compiler.is_compiling():
         return layer_norm_twice_reference(*args, eps, second_eps, dtype=dtype)
-    why_not = why_not_triton(*args)
-    if why_not is None and dtype not in (None, *DTYPES):
-        why_not = f"output in {dtype}"
-    if choose_backend(backend, why_not) == "reference":
+    if choose_backend(backend, why_not_triton(*args, dtype=dtype)) == "reference":
         return layer_norm_twice_reference(*args, eps, second_eps, dtype=dtype)
-    if dtype is None:
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = dtype or default_dtype(x)
     if torch.is_grad_enabled() and any(t.requires_grad for t in args):
         return _Function.apply(*args, eps, second_eps, dtype)
     with on_device(x):

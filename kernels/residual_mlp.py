@@ -28,8 +28,10 @@ from fastadapt.kernels.branch import mm
 from fastadapt.kernels.dispatch import (
     choose_backend,
     compute_dtype,
+    dtypes_of_weights,
     is_exporting,
     on_device,
+    weights_in_dtype_of_x,
     without_autocast,
 )
 from fastadapt.kernels.layer_norm import (
@@ -99,10 +101,10 @@ def residual_mlp(
         return residual_mlp_reference(*args, eps)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in args)
     if torch.compiler.is_compiling():
-        return _forward_op(*_in_dtype_of_x(args), eps, save)[0]
+        return _forward_op(*weights_in_dtype_of_x(args), eps, save)[0]
     if save:
         return _Function.apply(*args, eps)
-    return _forward(*_in_dtype_of_x(args), eps, save=False)[0]
+    return _forward(*weights_in_dtype_of_x(args), eps, save=False)[0]
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
@@ -142,13 +144,6 @@ def _launch():
     return layer_norm_triton, residual_mlp_triton
 
 
-def _in_dtype_of_x(args):
-    """The arguments with both weights in x's dtype."""
-    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = args
-    fc1_weight, fc2_weight = fc1_weight.to(x.dtype), fc2_weight.to(x.dtype)
-    return x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
-
-
 def _forward(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, *, save):
     """The output, and with ``save`` what the backward needs beside the arguments."""
     norm, mlp = _launch()
@@ -175,8 +170,8 @@ class _Function(torch.autograd.Function):
     def forward(ctx, *args):
         *tensors, eps = args
         # Gradients of the weights leave in their own dtype, as they were summed.
-        ctx.weight_dtypes = tensors[3].dtype, tensors[5].dtype
-        tensors = _in_dtype_of_x(tensors)
+        ctx.weight_dtypes = dtypes_of_weights(tensors)
+        tensors = weights_in_dtype_of_x(tensors)
         y, *saved = _forward(*tensors, eps, save=True)
         ctx.save_for_backward(*tensors, *saved)
         ctx.eps = eps

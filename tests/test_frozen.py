@@ -92,6 +92,7 @@ class Other(nn.Linear):
         (lambda b: b.attn.set_submodule("qkv", nn.Linear(48, 144, bias=False)), "no bias"),
         (lambda b: b.mlp.set_submodule("act", nn.GELU("tanh")), "0.mlp.act approximates GELU"),
         (lambda b: b.mlp.set_submodule("act", nn.ReLU()), "0.mlp.act is a ReLU"),
+        (lambda b: setattr(b.attn, "gate", nn.Linear(48, 48)), "0.attn.gate is a Linear"),
         (lambda b: b.attn.set_submodule("q_norm", nn.LayerNorm(16)), "q_norm is a LayerNorm"),
         (lambda b: setattr(b.mlp, "forward", print), "0.mlp has hooks, another forward"),
     ],
@@ -160,23 +161,26 @@ def test_a_frozen_backbone_uses_them(covered, make):
         assert backbone not in frozen._kept
 
 
+def features(model, images):
+    """Under autocast, and whether anything stood for blocks."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad(), autocast, frozen.fewer_passes(model, images):
+        used = any("forward" in module.__dict__ for module in model.modules())
+        return model.forward_features(images), used
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_changed_values_go_where_the_old_ones_are(covered, name):
     model, images = MODELS[name](), torch.randn(2, 3, 32, 32)
 
-    def features():
-        autocast = torch.autocast("cpu", torch.bfloat16)
-        with torch.no_grad(), autocast, frozen.fewer_passes(model, images):
-            return model.forward_features(images)
-
-    features()
+    features(model, images)
     made = list(frozen._kept[model].made.values())
     addresses = [t.data_ptr() for m in made for t in frozen._tensors(vars(m.call))]
     shaken(model)
-    again = features()
+    again, _ = features(model, images)
     assert [t.data_ptr() for m in made for t in frozen._tensors(vars(m.call))] == addresses
     frozen.forget(model)
-    assert torch.equal(features(), again)
+    assert torch.equal(features(model, images)[0], again)
 
 
 class TestInAGraph:
@@ -185,40 +189,32 @@ class TestInAGraph:
         monkeypatch.setattr(frozen, "_capturing", lambda images: self.captures)
         self.captures = False
 
-    def features(self, model, images, seen):
-        autocast = torch.autocast("cpu", torch.bfloat16)
-        with torch.no_grad(), autocast, frozen.fewer_passes(model, images):
-            seen.append(any("forward" in m.__dict__ for m in model.modules()))
-            return model.forward_features(images)
-
     def test_copies_are_refreshed_before_replays(self):
-        model, images, seen = make_vit(), torch.randn(2, 3, 32, 32), []
-        self.features(model, images, seen)
+        model, images = make_vit(), torch.randn(2, 3, 32, 32)
+        features(model, images)
         self.captures, before = True, []
         with cuda_graph._collecting(before):
-            self.features(model, images, seen)
-        self.captures = False
+            assert features(model, images)[1]
         (made,) = frozen._kept[model].made.values()
         fc1 = made.call.parts[0][3].weight
         frozen.forget(model)  # the graph's own remain
         model.blocks[0].mlp.fc1.weight.fill_(2)
         (refresh,) = before
         refresh()
-        assert seen == [True, True] and torch.equal(fc1, torch.full_like(fc1, 2))
+        assert torch.equal(fc1, torch.full_like(fc1, 2))
 
     def test_the_graphs_of_others_have_the_blocks_themselves(self):
-        model, images, seen = make_vit(), torch.randn(2, 3, 32, 32), []
-        self.features(model, images, seen)
+        model, images = make_vit(), torch.randn(2, 3, 32, 32)
+        assert features(model, images)[1]
         self.captures = True
-        self.features(model, images, seen)
-        assert seen == [True, False]
+        assert not features(model, images)[1]
 
     def test_nothing_is_made_in_a_capture(self):
-        model, images, seen = make_vit(), torch.randn(2, 3, 32, 32), []
+        model, images = make_vit(), torch.randn(2, 3, 32, 32)
         self.captures = True
         with cuda_graph._collecting([]):
-            self.features(model, images, seen)
-        assert seen == [False] and not frozen._kept[model].made
+            assert not features(model, images)[1]
+        assert not frozen._kept[model].made
 
 
 def test_what_was_kept_goes_with_the_model(covered):
