@@ -31,7 +31,7 @@ BENCHMARKS = {
     "training": True,
     "gdpl": True,
 }
-if importlib.util.find_spec(f"{__name__}.deployment"):
+if importlib.util.find_spec(f"{__name__}.suites.deployment"):
     BENCHMARKS["deployment"] = False
 SLOW = ("deployment",)  # also with few shapes
 SCHEMA = 1
@@ -75,7 +75,9 @@ def run(
 
     import torch
 
-    from fastadapt.bench import comparison, harness, report
+    from . import harness
+    from .reporting import comparison
+    from .reporting import tables as report
 
     before = None if compare is None else comparison.load(compare)
     environment = harness.environment(command)
@@ -101,7 +103,7 @@ def run(
         report.write_markdown(path, results)
         _say(f"wrote {path}")
     if plot:
-        from fastadapt.bench.plots import write_plots
+        from .reporting.plots import write_plots
 
         for picture in write_plots(path, results):
             _say(f"wrote {picture}")
@@ -116,15 +118,17 @@ def run(
 
 def _run_one(name: str, quick: bool, results: dict[str, Any], path: Path | None) -> None:
     """Runs one benchmark into ``results``; they are written after every shape."""
-    from fastadapt.bench import harness, report
     from fastadapt.files import write_json
+
+    from . import harness
+    from .reporting import tables as report
 
     started = time.perf_counter()
     earlier = results["benchmarks"].get(name, {})
     result: dict[str, Any] = {}
     results["benchmarks"][name] = result
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.suites.{name}")
         made = module.run(quick=quick)
         for item in [made] if isinstance(made, dict) else made:
             said = _add(item, result, module, earlier)
@@ -144,7 +148,7 @@ def _add(
 ) -> str:
     """What a benchmark yields into its result; returns what to say of it."""
     if "tables" in item:
-        from fastadapt.bench import report
+        from .reporting import tables as report
 
         result.clear()
         result |= report.joined(earlier, item)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt.bench import harness
+from . import harness
 
 ERROR_BUDGET = 2  # ours may be off by so many times PyTorch's own error in the same dtype
 SLACK = 1e-7  # beside that, for values that PyTorch happens to hit exactly

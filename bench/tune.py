@@ -1,6 +1,6 @@
 """``fastadapt bench --tune``: launch configurations of cluster attention, measured and kept.
 
-Only the user asks for it: a training loop never stalls in tuning (see fastadapt.kernels.tuning).
+Only the user asks for it: a training loop never stalls in tuning (see fastadapt.kernels.common.tuning).
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from fastadapt.bench import harness
-from fastadapt.bench.cluster_attention import RANK, SHAPES, make_inputs
 from fastadapt.errors import InputError
 from fastadapt.files import write_json
-from fastadapt.kernels import cluster_attention, tuning
+from fastadapt.kernels import cluster_attention
+from fastadapt.kernels.common import tuning
+
+from . import harness
+from .suites.cluster_attention import RANK, SHAPES, make_inputs
 
 
 def parse_size(text: str) -> tuple[int, int, int]:
@@ -41,7 +43,7 @@ def run(sizes: Sequence[tuple[int, int, int]] = ()) -> dict[str, dict[str, int]]
     """
     if not torch.cuda.is_available():
         raise InputError("--tune measures on a CUDA GPU, and PyTorch sees none here")
-    from fastadapt.kernels import cluster_attention_config as configs
+    from fastadapt.kernels.cluster_attention import config as configs
 
     choices = dict(tuning.read())
     for batch, tokens, width in sizes or tuple(SHAPES):

@@ -5,15 +5,15 @@ import importlib
 _WHERE = {
     "fold_with_report": "fold",
     "FoldReport": "fold",
-    "export_onnx": "onnx",
-    "compare": "parity",
-    "verify_bundle": "verify",
-    "EngineOptions": "engines",
+    "export_onnx": "backends.onnx",
+    "compare": "bundle.parity",
+    "verify_bundle": "bundle.verify",
+    "EngineOptions": "bundle.build",
     "load_runtime": "runtimes",
-    "export_run": "bundle",
-    "export_timm": "bundle",
+    "export_run": "bundle.pipeline",
+    "export_timm": "bundle.pipeline",
     "load": "predictor",
-    "write_repository": "serving",
+    "write_repository": "backends.triton_server",
 }
 __all__ = [
     "EngineOptions",

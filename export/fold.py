@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from fastadapt import backbones
 from fastadapt.adapt import AdaptedModel
 from fastadapt.errors import InputError
-from fastadapt.export.folded import FoldedClusterAttention, GroupedLinear, probe_input
 from fastadapt.gdpl.fold import FoldedPromptLearner, MergedProjection, merge_low_rank
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.gdpl.prompts import DomainPromptLearner
 from fastadapt.layers import ClusterAttention, LoRALinear, QuaternionLinear
+
+from .folded_layers import FoldedClusterAttention, GroupedLinear, probe_input
 
 # Largest error of a folded layer, of the largest value of its output. Both layers are evaluated in
 # fp64, so this is the rounding of the folded weights alone: some 1e-7 in fp32. The bounds leave

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastadapt.data.preprocess import load_image, to_rgb
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import VERIFIED, Artefact
-from fastadapt.export.graph_input import GraphInput
-from fastadapt.export.manifest import check_accepted, check_files, read_manifest
-from fastadapt.export.runtimes import Runtime, RuntimeUnavailable, load_runtime
-from fastadapt.preprocess import load_image, to_rgb
+
+from .bundle.artefact import VERIFIED, Artefact
+from .bundle.graph_input import GraphInput
+from .bundle.manifest import check_accepted, check_files, read_manifest
+from .runtimes import Runtime, RuntimeUnavailable, load_runtime
 
 Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 BATCH = 32

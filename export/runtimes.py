@@ -247,7 +247,7 @@ class AotiRuntime(Runtime):
     """AOTInductor's .pt2."""
 
     def __init__(self, path: Path, details: dict[str, Any], *, device: str, cuda_graph: bool):
-        from fastadapt.export.aotinductor import no_probes, target
+        from .backends.aotinductor import no_probes, target
 
         made_for = details["targets"][0]
         self.device = "cpu" if made_for.startswith("cpu") else "cuda"
@@ -288,7 +288,7 @@ class TensorRTRuntime(Runtime):
     device = "cuda"
 
     def __init__(self, path: Path, details: dict[str, Any], *, cuda_graph: bool):
-        from fastadapt.export.tensorrt import RTX_SERVES, load_flavour, logger
+        from .backends.tensorrt import RTX_SERVES, load_flavour, logger
 
         kind, name = details["kind"], f"{details['library']} {details['version']}"
         if not torch.cuda.is_available():

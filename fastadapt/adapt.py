@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastadapt import backbones
 from fastadapt.backbones import FeatureFn, FeatureSpec, Layout
 from fastadapt.errors import InputError
-from fastadapt.frozen import fewer_passes, forget
+from fastadapt.fusion.frozen_blocks import fewer_passes, forget
 from fastadapt.layers import CLAdapter
 from fastadapt.layers.plain import has_global_hooks, is_plain
 from fastadapt.lora import LoRAConfig, apply_lora, lora_layers
@@ -85,7 +85,7 @@ class AdaptedModel(nn.Module):
     While ``frozen``, the backbone gets no gradients and keeps no graph (unless it carries
     low-rank adapters), and its batch norms and dropouts stay in evaluation mode, also after
     ``train()``. On a GPU in half precision, timm's vision transformers and ConvNeXt then run with
-    fewer passes over memory and keep a rounded copy of their weights (:mod:`fastadapt.frozen`).
+    fewer passes over memory and keep a rounded copy of their weights (:mod:`fastadapt.fusion.frozen_blocks`).
 
     Attributes:
         backbone: the model that was given.

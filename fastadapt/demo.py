@@ -61,7 +61,7 @@ def run(
     """
     folder, weights = _packages()
     from fastadapt.export import export_run, verify_bundle
-    from fastadapt.train import TrainConfig, train
+    from fastadapt.train.run import TrainConfig, train
 
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not overwrite:
@@ -216,10 +216,10 @@ def linear_probe(run_folder: Path) -> dict[str, Any]:
 
 def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Mean-pooled features [n, C] and labels [n] of every split, from the run's cache."""
-    from fastadapt.data import read_dataset
-    from fastadapt.features import CacheSettings, ImageSource, cached_source
-    from fastadapt.preprocess import Preprocess
+    from fastadapt.data.dataset import read_dataset
+    from fastadapt.data.preprocess import Preprocess
     from fastadapt.progress import default_workers, progress_bars
+    from fastadapt.train.sources import CacheSettings, ImageSource, cached_source
 
     config = read_json(run_folder / "config.json")
     settings = config["train"]["settings"]
@@ -244,7 +244,7 @@ def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def pytorch_speed(run_folder: Path, batches: Iterable[int]) -> dict[int, float]:
     """Images per second of the trained model on this CPU, by batch size."""
-    from fastadapt.export.gate import throughput
+    from fastadapt.export.bundle.onnx_check import throughput
 
     model = load_adapter(run_folder).to(memory_format=torch.channels_last)
     speeds = {}
@@ -260,7 +260,7 @@ def draw(run_folder: Path, result: dict[str, Any], path: Path) -> None:
     """Training curves, and the confusion matrices of adapter and probe; a PNG."""
     from matplotlib.figure import Figure
 
-    from fastadapt.plots import draw_confusion, draw_curves, save_figure
+    from fastadapt.train.plots import draw_confusion, draw_curves, save_figure
 
     history = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
     kept = read_json(run_folder / "results.json")["best"]

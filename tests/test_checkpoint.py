@@ -7,7 +7,7 @@ import torch
 
 import fastadapt as fa
 from fastadapt.files import read_tensors, write_tensors
-from tests.upstream import UpstreamModel, UpstreamPost
+from tests.helpers.upstream import UpstreamModel, UpstreamPost
 
 SMALL = {"rank": 8, "num_centers": 3, "mlp_ratio": 0.5}
 

@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastadapt as fa
-from fastadapt import cuda_graph, trainer
+from fastadapt import cuda_graph
 from fastadapt.cuda_graph import WARMUP, GraphedCall, GraphedStep
-from fastadapt.data import read_dataset
+from fastadapt.data.dataset import read_dataset
+from fastadapt.data.preprocess import Preprocess
 from fastadapt.files import read_tensors
 from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, evaluate, train_gdpl
-from fastadapt.gdpl.fewshot import of_classes
-from fastadapt.preprocess import Preprocess
+from fastadapt.gdpl.few_shot import of_classes
+from fastadapt.train import loop as trainer
 from fastadapt.progress import progress_bars
-from fastadapt.train import TrainConfig, train
-from fastadapt.train_step import Losses, training_step
-from tests.gdpl_models import make_colours, save_source
-from tests.imagesets import make_folders
+from fastadapt.train.run import TrainConfig, train
+from fastadapt.train.step import Losses, training_step
+from tests.helpers.gdpl_models import make_colours, save_source
+from tests.helpers.imagesets import make_folders
 
 PLACES = ("annual_crop", "forest", "harbour", "industrial_area", "river")
 

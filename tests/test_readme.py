@@ -25,8 +25,8 @@ def test_gdpls_figures():
 
 
 def test_the_benchmarks_tables():
-    """After a new run: python -m fastadapt.bench.readme."""
-    from fastadapt.bench import readme
+    """After a new run: python -m fastadapt.bench.reporting.readme."""
+    from fastadapt.bench.reporting import readme
 
     assert readme.render(README, ROOT) == README
 

@@ -20,12 +20,12 @@ from fastadapt.gdpl.checkpoint import (
     load_upstream,
     save_gdpl,
 )
-from fastadapt.gdpl.convert import convert_gdpl_state_dict
-from fastadapt.gdpl.coupled import CoupledLowRank
-from fastadapt.gdpl.domain import DomainEncoder
-from fastadapt.gdpl.features import FeatureTable
+from fastadapt.gdpl.domain_encoder import DomainEncoder
+from fastadapt.gdpl.domain_features import FeatureTable
+from fastadapt.gdpl.low_rank import CoupledLowRank
 from fastadapt.gdpl.model import GDPLConfig, GDPLModel
 from fastadapt.gdpl.prompts import DomainPromptLearner, Prompts
+from fastadapt.gdpl.upstream import convert_gdpl_state_dict
 
 __all__ = [
     "CoupledLowRank",

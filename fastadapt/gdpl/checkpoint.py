@@ -18,10 +18,10 @@ from fastadapt.files import (
     write_json,
     write_tensors,
 )
-from fastadapt.gdpl.classes import Tokenizer
-from fastadapt.gdpl.convert import convert_gdpl_state_dict
-from fastadapt.gdpl.domain import DomainEncoder
+from fastadapt.gdpl.class_tree import Tokenizer
+from fastadapt.gdpl.domain_encoder import DomainEncoder
 from fastadapt.gdpl.model import GDPLConfig, GDPLModel
+from fastadapt.gdpl.upstream import convert_gdpl_state_dict
 
 FORMAT = "fastadapt-gdpl"
 FORMAT_VERSION = 1

@@ -15,13 +15,13 @@ from rich.table import Table
 from torch import Tensor
 
 from fastadapt.cuda_graph import LEAST_STEPS, GraphedCall
-from fastadapt.data import Sample
-from fastadapt.features import ImageSource
-from fastadapt.gdpl.features import FeatureTable
-from fastadapt.gdpl.fewshot import harmonic_mean
+from fastadapt.data.dataset import Sample
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.gdpl.domain_features import FeatureTable
+from fastadapt.gdpl.few_shot import harmonic_mean
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.metrics import classification_metrics
-from fastadapt.preprocess import Preprocess
+from fastadapt.train.metrics import classification_metrics
+from fastadapt.train.sources import ImageSource
 
 
 @dataclass(frozen=True)

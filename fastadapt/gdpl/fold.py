@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError
-from fastadapt.gdpl.coupled import LowRankUpdate
+from fastadapt.gdpl.clip import low_rank_linear, text_tower
+from fastadapt.gdpl.low_rank import LowRankUpdate
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.gdpl.prompts import DomainPromptLearner, Prompts
-from fastadapt.gdpl.towers import low_rank_linear, text_tower
 
 
 class FoldedPromptLearner(nn.Module):

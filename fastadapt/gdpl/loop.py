@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from fastadapt.cuda_graph import LEAST_STEPS
-from fastadapt.data import Sample
+from fastadapt.data.dataset import Sample
 from fastadapt.errors import InputError
-from fastadapt.features import ImageSource
 from fastadapt.gdpl.checkpoint import trained_state
 from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.runfolder import State
-from fastadapt.train_step import Losses, training_step
-from fastadapt.trainer import copy_of, learning_rate, precision
+from fastadapt.train.loop import copy_of, learning_rate, precision
+from fastadapt.train.run_folder import State
+from fastadapt.train.sources import ImageSource
+from fastadapt.train.step import Losses, training_step
 
 
 @dataclass(frozen=True)

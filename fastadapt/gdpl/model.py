@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fastadapt import backbones
 from fastadapt.errors import InputError
-from fastadapt.gdpl import towers
-from fastadapt.gdpl.classes import ClassPrompts, Tokenizer
-from fastadapt.gdpl.coupled import CoupledLowRank
-from fastadapt.gdpl.domain import DomainEncoder
+from fastadapt.gdpl import clip as towers
+from fastadapt.gdpl.class_tree import ClassPrompts, Tokenizer
+from fastadapt.gdpl.domain_encoder import DomainEncoder
+from fastadapt.gdpl.low_rank import CoupledLowRank
 from fastadapt.gdpl.prompts import DomainPromptLearner
-from fastadapt.kernels.dispatch import accumulate_dtype, compute_dtype, without_autocast
+from fastadapt.kernels.common.dispatch import accumulate_dtype, compute_dtype, without_autocast
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -36,7 +36,7 @@ class GDPLConfig:
         hidden: of the network that reads the domain feature; its width / 16 if ``None``.
         noise: ``"train"``, ``"always"`` or ``"off"`` (:class:`DomainPromptLearner`).
         template: of the texts, ``{}`` for the class name.
-        class_chunk: classes per text tree (:class:`fastadapt.gdpl.classes.ClassPrompts`).
+        class_chunk: classes per text tree (:class:`fastadapt.gdpl.class_tree.ClassPrompts`).
     """
 
     n_ctx: int = 2
@@ -69,7 +69,7 @@ class GDPLModel(nn.Module):
 
     Images and classes are encoded as one batch: every image has a prompt, hence text features, of
     its own. The class names' tokens form a tree that every image goes through once
-    (:class:`fastadapt.gdpl.classes.ClassTree`), which gives exactly what encoding every pair of
+    (:class:`fastadapt.gdpl.class_tree.ClassTree`), which gives exactly what encoding every pair of
     image and class would.
 
     Args:

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from fastadapt.augment import check_augment
 from fastadapt.checkpoint import CONFIG
-from fastadapt.data import Dataset, read_dataset
+from fastadapt.data.augment import check_augment
+from fastadapt.data.dataset import Dataset, read_dataset
+from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
+from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.evaluate import Evaluator, Task
-from fastadapt.gdpl.features import FeatureTable
-from fastadapt.gdpl.fewshot import (
+from fastadapt.gdpl.few_shot import (
     evaluation_samples,
     of_classes,
     read_names,
@@ -28,9 +29,10 @@ from fastadapt.gdpl.fewshot import (
 from fastadapt.gdpl.loop import GDPLTrainConfig, train_epochs
 from fastadapt.gdpl.model import GDPLConfig, GDPLModel
 from fastadapt.info import versions
-from fastadapt.preprocess import Preprocess
+from fastadapt.train.loop import precision
 from fastadapt.progress import default_workers, progress_bars
-from fastadapt.runfolder import (
+from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, readable
+from fastadapt.train.run_folder import (
     LABELS,
     RESULTS,
     SPLITS,
@@ -45,8 +47,6 @@ from fastadapt.runfolder import (
     save_state,
     write_metrics,
 )
-from fastadapt.train import RECORDED, full_disk_or_memory, parse_device, readable
-from fastadapt.trainer import precision
 
 
 def train_gdpl(
@@ -84,7 +84,7 @@ def train_gdpl(
         gdpl_config: what to train.
         seeds: one run each.
         eval_data: other data sets, each measured as a whole (its test split, if it has one).
-        names_file: see :func:`fastadapt.gdpl.fewshot.read_names`; for all data sets.
+        names_file: see :func:`fastadapt.gdpl.few_shot.read_names`; for all data sets.
         domain_features: of the plain images of all data sets, for a source that names a width
             and no encoder. Random views then have the features of the plain image.
         device, workers, skip_unreadable, quiet: as for :func:`fastadapt.train.train`.
@@ -216,7 +216,7 @@ def _check_folders(out: Path, folders: Collection[Path], resume: bool, overwrite
     """Refuses folders that must not be written to, before any work.
 
     Raises:
-        InputError: as :func:`fastadapt.runfolder.check_folder`; ``out`` holds a run of one seed,
+        InputError: as :func:`fastadapt.train.run_folder.check_folder`; ``out`` holds a run of one seed,
             and several are asked for.
     """
     if resume and overwrite:

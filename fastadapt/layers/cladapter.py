@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt.kernels import layer_norm, layer_norm_mean, layer_norm_twice, residual_mlp
-from fastadapt.kernels.dispatch import compute_dtype, is_exporting, why_not_device
+from fastadapt.kernels.common.dispatch import compute_dtype, is_exporting, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
 from fastadapt.layers.plain import has_global_hooks, is_plain
 

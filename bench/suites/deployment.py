@@ -1,0 +1,494 @@
+"""Whole models in every runtime: images per second, latency, and whether the outputs agree.
+
+ViT-B/16 and ConvNeXt-B with a CLAdapter, random weights. Everything computes the same from the same
+uint8 images on the GPU, normalisation included; inputs and outputs stay there (no copies over
+PCIe). A runtime that does not agree with the unfolded fp32 model is not timed. FP8 has bounds and a
+target of its own; the other targets are met without it or not at all.
+
+The environment variable ``FASTADAPT_DEPLOYMENT`` chooses: a regular expression that is sought in
+"ViT-B/16, AOTInductor bf16" and its like, whatever the case. "convnext" is one backbone in every
+runtime, "vit.*aotinductor" one kind of runtime.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastadapt as fa
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.errors import InputError
+from fastadapt.export.backends.aotinductor import build_aoti
+from fastadapt.export.backends.onnx import export_onnx
+from fastadapt.export.bundle.artefact import THRESHOLDS, Batches
+from fastadapt.export.bundle.graph_input import Deployed, GraphInput
+from fastadapt.export.bundle.parity import Parity, Thresholds, compare
+from fastadapt.export.precision.fp8 import check_gpu, quantize_fp8
+from fastadapt.export.precision.half import MixedPrecision, precision_units
+from fastadapt.export.runtimes import load_runtime
+from fastadapt.layers import ClusterAttention
+
+from .. import harness
+from .. import network_step as steps
+from ..reporting import tables as report
+from .cluster_attention import upstream_formulation
+
+TITLE = "Deployment: a backbone with a CLAdapter, 224 × 224"
+NOTES = "Inputs and outputs stay on the GPU; uint8 images, normalisation in the graph."
+SIZE, CLASSES = 224, 10
+BATCHES, ODD = (1, 8, 64, 256), 5
+SPEED = "images per second by batch size, and latency of single images"
+AGREEMENT = "agreement with the unfolded fp32 model"
+BEST = "best of a bundle in 16 bit, of the floor"
+TARGET, FP8_TARGET = "target in 16 bit, on an H100", "target in FP8, on an H100"
+SAMPLES, LATENCY_CALLS, PREPARE_SECONDS = 16, 300, 400
+ONNX, AOTI, FP8 = "model.fp16.onnx", "model.bf16.pt2", "model.fp8.pt2"
+# A bundle's FP8 is judged by its accuracy, of which random weights have none. Computed on a CPU,
+# ViT-B/16 in FP8 is off by 0.25 of the spread at worst, with cosine 0.996. Images whose two highest
+# outputs differ by more than twice the error that is allowed must keep their class.
+BOUNDS = {**THRESHOLDS, "fp8": Thresholds(error=0.4, cosine=0.99)}
+CHOICE = "FASTADAPT_DEPLOYMENT"
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone that is timed with an adapter behind it.
+
+    Attributes:
+        title: in tables.
+        backbone: timm's name.
+        flops: of one image, the adapter's included, as PyTorch's FlopCounterMode counts them.
+        targets: batch size to images per second on an H100, first target and ambition, of the best
+            runtime of a bundle in 16 bit.
+        fp8_targets: batch size to images per second in FP8.
+    """
+
+    title: str
+    backbone: str
+    flops: float
+    targets: dict[int, tuple[int, int]] = field(default_factory=dict, hash=False)
+    fp8_targets: dict[int, tuple[int]] = field(default_factory=dict, hash=False)
+
+
+SUBJECTS = (
+    Subject(
+        "ViT-B/16",
+        "vit_base_patch16_224",
+        37.2e9,
+        {8: (7_100, 8_000), 64: (10_000, 11_500), 256: (10_500, 12_000)},
+        {256: (14_000,)},
+    ),
+    Subject("ConvNeXt-B", "convnext_base", 31.6e9),
+)
+
+
+def make_model(subject: Subject) -> fa.AdaptedModel:
+    """The same random weights in every process."""
+    import timm
+
+    torch.manual_seed(0)
+    backbone = timm.create_model(subject.backbone, num_classes=0)
+    return fa.adapt(
+        backbone, fa.AdaptConfig(input_size=(3, SIZE, SIZE)), num_classes=CLASSES
+    ).eval()
+
+
+def make_images(count: int, seed: int = 1) -> Tensor:
+    """uint8 [count, SIZE, SIZE, 3]: smooth, of different colours and contrasts."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.rand(count, 3, 7, 7, generator=generator)
+    small = small * torch.rand(count, 1, 1, 1, generator=generator)
+    images = nn.functional.interpolate(small, (SIZE, SIZE), mode="bilinear")
+    return (images * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _graph_input() -> GraphInput:
+    return GraphInput(Preprocess((3, SIZE, SIZE)))
+
+
+def _behind_input(model: nn.Module) -> nn.Module:
+    return Deployed(model, _graph_input())
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    return _behind_input(model).to(harness.device())
+
+
+def prepare(subject: Subject, part: str, folder: str) -> float:
+    """Compiles one part, in a process of its own: files into ``folder``, code into the caches.
+
+    Args:
+        subject: whose.
+        part: ``"onnx"``, ``"aoti"``, ``"fp8"``, or a batch size: for torch.compile.
+        folder: of the subject.
+
+    Returns:
+        How many seconds it took.
+    """
+    start = time.perf_counter()
+    folded = fa.fold(make_model(subject))
+    if part == "onnx":
+        half = _as_shipped(folded, torch.float16)
+        path = Path(folder) / ONNX
+        export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=_graph_input())
+    elif part in ("aoti", "fp8"):
+        model, name = _as_shipped(folded, torch.bfloat16), AOTI
+        if part == "fp8":
+            check_gpu()
+            images = make_images(SAMPLES, seed=2).to(harness.device())
+            model, name = quantize_fp8(model, [images], _on_device)[0], FP8
+        batch = Batches(min(BATCHES), 64, max(BATCHES))
+        example = (make_images(2).to(harness.device()),)
+        path = Path(folder) / name
+        build_aoti(_on_device(model), example, path, batch, precision=name.split(".")[1])
+    else:
+        model = _compiled(_bf16(folded))
+        model(make_images(int(part)).to(harness.device()))
+    return time.perf_counter() - start
+
+
+def _as_shipped(folded: nn.Module, dtype: torch.dtype) -> MixedPrecision:
+    units = precision_units(folded, torch.rand(1, 3, SIZE, SIZE))
+    return MixedPrecision(folded, dtype, units).eval()
+
+
+def _bf16(folded: nn.Module) -> nn.Module:
+    """What one would write: no layer casts, which costs an eager call time."""
+    return _on_device(MixedPrecision(folded, torch.bfloat16, ()))
+
+
+def _compiled(model: nn.Module) -> Call:
+    return torch.no_grad()(torch.compile(model, dynamic=False))
+
+
+class _UpstreamAttention(nn.Module):
+    """Cluster attention in upstream's steps."""
+
+    def __init__(self, layer: ClusterAttention):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.layer
+        return upstream_formulation(
+            x,
+            own.centers,
+            own.transforms,
+            own.down.weight,
+            own.down.bias,
+            own.up.weight,
+            own.up.bias,
+        )
+
+
+def _upstream(model: nn.Module) -> Call:
+    """The unfolded fp32 model as upstream runs it: eager, under autocast."""
+    model = copy.deepcopy(model)
+    for block in model.adapter.blocks:
+        block.attn = _UpstreamAttention(block.attn)
+    model = _on_device(model)
+
+    @torch.no_grad()
+    def call(images: Tensor) -> Tensor:
+        with torch.autocast(harness.device().type, torch.bfloat16):
+            return model(images).float()
+
+    return call
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to run a model.
+
+    Attributes:
+        precision: whose thresholds it must keep.
+        part: what :func:`prepare` must have made for it; ``"compile"`` is every batch size.
+        make: gives the call, when its turn comes.
+    """
+
+    precision: str
+    part: str | None
+    make: Callable[[], Call]
+
+
+def providers(subject: Subject, folder: Path) -> dict[str, Provider]:
+    """Every way to run a subject, by name."""
+    model = functools.cache(lambda: make_model(subject))
+    folded = functools.cache(lambda: fa.fold(model()))
+
+    def runtime(file: str, cuda_graph: bool = False) -> Callable[[], Call]:
+        return lambda: load_runtime(folder / file, device="cuda", cuda_graph=cuda_graph)
+
+    return {
+        "upstream, AMP bf16, eager": Provider("bf16", None, lambda: _upstream(model())),
+        "bf16, eager": Provider("bf16", None, lambda: torch.no_grad()(_bf16(folded()))),
+        "bf16, torch.compile, CUDA graph": Provider(
+            "bf16",
+            "compile",
+            lambda: fa.GraphedCall(_compiled(_bf16(folded())), say=steps.say),
+        ),
+        "AOTInductor bf16": Provider("bf16", "aoti", runtime(AOTI)),
+        "AOTInductor bf16, CUDA graph": Provider("bf16", "aoti", runtime(AOTI, cuda_graph=True)),
+        "AOTInductor fp8": Provider("fp8", "fp8", runtime(FP8)),
+        "AOTInductor fp8, CUDA graph": Provider("fp8", "fp8", runtime(FP8, cuda_graph=True)),
+        "ONNX Runtime fp16, I/O binding": Provider("fp16", "onnx", runtime(ONNX)),
+        "ONNX Runtime fp16, CUDA graph": Provider("fp16", "onnx", runtime(ONNX, cuda_graph=True)),
+    }
+
+
+# What a bundle holds, for any batch size; the others are what it is compared with.
+OURS = ("AOTInductor", "ONNX Runtime")
+
+
+@dataclass
+class Results:
+    """What was measured of a subject so far."""
+
+    subject: Subject
+    batches: tuple[int, ...]
+    speeds: dict[str, dict[int, float]] = field(default_factory=dict)
+    times: dict[str, dict[str, str]] = field(default_factory=dict)  # of single images
+    parities: list[dict] = field(default_factory=list)
+    wrong: list[dict] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def tables(self) -> dict[str, list[dict]]:
+        """By title, which names the backbone."""
+        tables = {
+            "WRONG RESULTS, not timed": self.wrong,
+            SPEED: self._speed_rows(),
+            AGREEMENT: self.parities,
+        }
+        return {f"{self.subject.title}, {title}": rows for title, rows in tables.items() if rows}
+
+    def _speed_rows(self) -> list[dict]:
+        """A row for each runtime, then what the best of a bundle comes to."""
+        if not self.speeds:
+            return []
+        rows = [
+            {"runtime": name, **{str(n): f"{v:,.0f}" for n, v in found.items()}, **self.times[name]}
+            for name, found in self.speeds.items()
+        ]
+        floor = harness.floor(self.subject.flops, 0) / 1e6
+        shares = {str(n): f"{100 * floor * self._best(n):.0f} %" for n in self.batches}
+        rows.append({"runtime": BEST, **shares})
+        for title, fp8, targets in (
+            (TARGET, False, self.subject.targets),
+            (FP8_TARGET, True, self.subject.fp8_targets),
+        ):
+            kept = [n for n in self.batches if n in targets]
+            if kept:
+                cells = {str(n): _met(self._best(n, fp8=fp8), targets[n]) for n in kept}
+                rows.append({"runtime": title, **cells})
+        return rows
+
+    def _best(self, batch: int, *, fp8: bool = False) -> float:
+        """Of what a bundle holds."""
+        names = (n for n in self.speeds if n.startswith(OURS) and ("fp8" in n) == fp8)
+        return max((self.speeds[name][batch] for name in names), default=0.0)
+
+
+def _met(speed: float, targets: tuple[int, ...]) -> str:
+    met = sum(speed >= target for target in targets)
+    word = "missed" if met == 0 else "met" if met == len(targets) else "first met"
+    return f"{' / '.join(f'{target:,}' for target in targets)}: {word}"
+
+
+def run(quick: bool = False) -> Iterator[dict]:
+    """Times every runtime; yields what there is after each, see :mod:`fastadapt.bench`."""
+    batches = (1, 64) if quick else BATCHES
+    images = make_images(SAMPLES)
+    with tempfile.TemporaryDirectory() as folder:
+        todo = {
+            subject: chosen
+            for subject in SUBJECTS
+            if (chosen := _chosen(subject, providers(subject, Path(folder) / subject.backbone)))
+        }
+        if not todo:
+            raise InputError(f"{CHOICE} chooses nothing; {SUBJECTS[0].title}, AOTInductor for one")
+        notes = [NOTES, *_prepare_all(_parts(todo, batches), folder)]
+        if os.environ.get(CHOICE):
+            notes.append(f"chosen: {CHOICE}={os.environ[CHOICE]!r}")
+        left = [f"{subject.title}, {name}" for subject, chosen in todo.items() for name in chosen]
+        found = [Results(subject, batches) for subject in todo]
+        yield _to_dict(found, notes, left, "; ".join(notes[1:]))
+        for results, chosen in zip(found, todo.values(), strict=True):
+            with torch.no_grad():
+                expected = _behind_input(make_model(results.subject))(images).numpy()
+            for name, provider in chosen.items():
+                said = f"{left.pop(0)}: {_measure(name, provider, images, expected, results)}"
+                yield _to_dict(found, notes, left, said)
+
+
+def _chosen(subject: Subject, every: dict[str, Provider]) -> dict[str, Provider]:
+    """Those that the environment variable names."""
+    pattern = os.environ.get(CHOICE, "")
+    try:
+        wanted = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"{CHOICE} is {pattern!r}, no regular expression: {error}") from error
+    return {name: p for name, p in every.items() if wanted.search(f"{subject.title}, {name}")}
+
+
+def _parts(
+    todo: dict[Subject, dict[str, Provider]], batches: tuple[int, ...]
+) -> list[tuple[Subject, str]]:
+    """What must be compiled; what takes longest comes first."""
+    needed = [(s, part) for s, some in todo.items() for part in {p.part for p in some.values()}]
+    whole = [(s, part) for part in ("fp8", "aoti", "onnx") for s, p in needed if p == part]
+    return whole + [(s, str(batch)) for s, part in needed if part == "compile" for batch in batches]
+
+
+def _to_dict(found: Sequence[Results], notes: list[str], left: list[str], progress: str) -> dict:
+    """See :mod:`fastadapt.bench`."""
+    tables = {title: rows for results in found for title, rows in results.tables().items()}
+    return {
+        "title": TITLE,
+        "about": [results.subject.title for results in found],
+        "tables": tables,
+        "readme": [title for title in tables if title.endswith(SPEED)],
+        "wrong": [
+            f"{results.subject.title}, {row['runtime']}, batch {row['batch']}"
+            for results in found
+            for row in results.wrong
+        ],
+        "notes": [*notes, *(line for results in found for line in results.failed)],
+        "left_out": [f"{name}: the run ended before it" for name in left],
+        "progress": progress,
+    }
+
+
+def _measure(
+    name: str, provider: Provider, images: Tensor, expected: np.ndarray, results: Results
+) -> str:
+    """One runtime into ``results``; returns that in short."""
+    torch.compiler.reset()
+    sizes = {*results.batches, ODD} if name.startswith(OURS) else {*results.batches}
+    try:
+        call = provider.make()
+        found = check(call, images, expected, provider.precision, sorted(sizes))
+        results.parities += [_parity_row(name, *row) for row in found]
+        if not all(parity.passed for parity, _ in found):
+            results.wrong += [_parity_row(name, *row) for row in found if not row[0].passed]
+            return "WRONG"
+        speeds = {batch: images_per_second(call, batch) for batch in results.batches}
+        results.times[name] = latency(call)
+        results.speeds[name] = speeds
+        return ", ".join(f"{speed:,.0f} at {batch}" for batch, speed in speeds.items())
+    except Exception as error:  # one runtime that fails leaves the others' figures
+        reason = f"not measured, {report.one_line(error)}"
+        results.failed.append(f"{results.subject.title}, {name}: {reason}")
+        return reason
+    finally:
+        call = None
+        harness.release()
+
+
+def _prepare_all(parts: Sequence[tuple[Subject, str]], folder: str) -> list[str]:
+    """Everything that compiles, side by side; what takes too long is given up."""
+    if not parts:
+        return []
+    context = get_context("spawn")
+    notes = []
+    with ProcessPoolExecutor(len(parts), context, _share_cores, (len(parts),)) as pool:
+        started = {}
+        for subject, part in parts:
+            own = Path(folder) / subject.backbone
+            own.mkdir(exist_ok=True)
+            started[f"{subject.title}, {part}"] = pool.submit(prepare, subject, part, str(own))
+        wait(started.values(), timeout=PREPARE_SECONDS)
+        for part, future in started.items():
+            if not future.done():
+                notes.append(f"{part}: not ready after {PREPARE_SECONDS} s")
+            elif (error := future.exception()) is not None:
+                notes.append(f"{part}: failed, {report.one_line(error)}")
+            else:
+                notes.append(f"{part}: prepared in {future.result():.0f} s")
+        if not all(future.done() for future in started.values()):
+            for process in list(pool._processes.values()):
+                process.terminate()
+    return notes
+
+
+def _share_cores(parts: int) -> None:
+    """The compiler's own processes: twice as many in all as there are cores, since those of a part
+    wait while it traces."""
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // parts))
+    torch._inductor.config.compile_threads = max(1, 2 * cores // parts)
+
+
+def check(
+    call: Call, images: Tensor, expected: np.ndarray, precision: str, batches: Sequence[int]
+) -> list[tuple[Parity, float]]:
+    """The gate, at every batch size that is given, with the share of images of the same class."""
+    found = []
+    for batch in batches:
+        rows = torch.arange(math.ceil(len(images) / batch) * batch) % len(images)
+        parts = [
+            call(images[part].to(harness.device())).float().cpu() for part in rows.split(batch)
+        ]
+        want, got = expected[rows.numpy()], torch.cat(parts).numpy()
+        parity = compare(want, got, batch=batch, thresholds=BOUNDS[precision])
+        found.append((parity, float((want.argmax(axis=1) == got.argmax(axis=1)).mean())))
+    return found
+
+
+def images_per_second(call: Call, batch: int, seconds: float = 0.6) -> float:
+    """Calls after one another, waited for at the end; the median of several rounds."""
+    x = make_images(batch).to(harness.device())
+    calls = 1
+    while _seconds(call, x, calls) < seconds / 6:
+        calls *= 2
+    return batch * calls / statistics.median(_seconds(call, x, calls) for _ in range(5))
+
+
+def _seconds(call: Call, x: Tensor, calls: int) -> float:
+    harness.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call(x)
+    harness.synchronize()
+    return time.perf_counter() - start
+
+
+def latency(call: Call) -> dict[str, str]:
+    """p50 and p99 of single calls at batch 1, from the call to the result on the GPU."""
+    x = make_images(1).to(harness.device())
+    for _ in range(20):
+        call(x)
+    times = [_seconds(call, x, 1) * 1e3 for _ in range(LATENCY_CALLS)]
+    return {f"p{n}, ms": f"{np.percentile(times, n):.3f}" for n in (50, 99)}
+
+
+def _parity_row(name: str, parity: Parity, same: float) -> dict:
+    error = None if parity.error is None else f"{parity.error:.1e}"
+    cosine = None if parity.cosine is None else f"{parity.cosine:.6f}"
+    spread = None if parity.spread is None else f"{parity.spread:.1e}"
+    return {
+        "runtime": name,
+        "batch": parity.batch,
+        "error, of the spread": error,
+        "at most": f"{parity.limit:g}",
+        "cosine": cosine,
+        "same class": f"{same:.0%}",
+        "spread": spread,
+        "passed": "; ".join(parity.problems) or "yes",
+    }

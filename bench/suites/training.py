@@ -1,0 +1,190 @@
+"""Training steps: stage 1 on images and on cached features, and stage 2, beside upstream's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastadapt as fa
+from fastadapt.adapt import AdaptedModel
+from fastadapt.fusion.frozen_blocks import forget
+from fastadapt.train.config import TrainConfig
+from fastadapt.train.loop import make_optimizer
+from fastadapt.train.sources import as_tokens, logits_of_cached
+from fastadapt.train.step import training_step
+
+from .. import harness
+from .. import network_step as steps
+from .cladapter import formulation
+from .cluster_attention import upstream_formulation
+
+TITLE = "Training step, CLAdapter behind a frozen backbone (stage 1) or with it (stage 2)"
+NOTES = (
+    "Forward, loss, backward and optimizer, from a batch in the GPU's memory; wall time. Upstream "
+    "is its recipe restated: eager calls, fp16 autocast with loss scaling, Adam, the backbone "
+    "called within autograd's graph, the adapter with its [B, K, R, R]. Ours is what `fastadapt "
+    "train` does: replays of a CUDA graph, the copy of the batch into it included, bf16 autocast, "
+    "AdamW, no gradients for frozen features, kernels where they are the default; “ours, eager” is "
+    "the same with `--cuda-graph off`. Cached means that the features of stage 1 are there already "
+    "(upstream has no cache: its stage 1 stands beside it). Peak memory includes weights, "
+    "optimizer and batch, and of a graph its capture."
+)
+# Backbone and batch; targets in µs on an H100: stage 1, cached.
+SHAPES = {
+    ("vit_base_patch16_224", 8): ((4500,), (600, 400)),
+    ("vit_base_patch16_224", 64): ((9300,), (1000, 700)),
+    ("vit_base_patch16_224", 256): ((33000,), (3500, 2800)),
+    ("convnext_base", 64): ((18500,), (800,)),
+}
+CPU = {("test_vit", 2): ((), ()), ("test_convnext", 2): ((), ())}
+CLASSES = 10
+
+
+class Upstream(nn.Module):
+    """Upstream's forward pass on the weights of an adapted model, the backbone in the graph."""
+
+    def __init__(self, model: AdaptedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        model, adapter = self.model, self.model.adapter
+        x = model._feature_fn(model.backbone, images)[:, model.spec.num_prefix_tokens :]
+        x = adapter.norm1(as_tokens(model, x))
+        for block in adapter.blocks:
+            x = formulation(block, upstream_formulation)(x)
+        return model.head(adapter.norm2(x).mean(1))
+
+
+def run(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """Times every backbone and batch; see :func:`fastadapt.bench.run`."""
+    shapes = SHAPES if torch.cuda.is_available() else CPU
+    for index, ((name, batch), targets) in enumerate(shapes.items()):
+        if not quick or index == 0:
+            yield record(name, batch, *targets)
+
+
+def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]:
+    """One backbone and batch: checked, then timed."""
+    import timm
+
+    torch.manual_seed(0)
+    where = harness.device()
+    backbone = timm.create_model(name, pretrained=False).to(where)
+    model = fa.adapt(backbone, num_classes=CLASSES).train()
+    upstream = Upstream(model)
+    images = torch.randn(batch, *model.spec.input_size, device=where)
+    labels = torch.randint(CLASSES, (batch,), device=where)
+    result: dict[str, Any] = {
+        "shape": f"{name}, {batch}",
+        "dimensions": "backbone, batch",
+        "size": batch,
+    }
+
+    result["errors"], wrong = _check(model, images, labels)
+    if wrong:
+        return result | {"wrong": wrong}
+    forget(backbone)  # what is kept of it is ours alone, and only where it is called
+
+    def ours(logits: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Any]:
+        found = {"ours": steps.measure(_step(model, logits, labels, inputs, True), graph=True)}
+        if where.type == "cuda":  # elsewhere it is the same
+            found["ours, eager"] = steps.measure(_step(model, logits, labels, inputs, False))
+        return found
+
+    theirs = steps.measure(_upstream_step(model, upstream, labels, images))
+    # As the trainer has it: convolutions read channels last, the cache holds fp16 tokens.
+    model.to(memory_format=torch.channels_last)
+    last = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), _autocast():
+        features = model.backbone_features(last)
+    shape, layout = features.shape, model.spec.layout
+    features = as_tokens(model, features).to(torch.float16).contiguous()
+
+    def from_cache(x: Tensor) -> Tensor:
+        if layout == "channels_first":
+            x = x.transpose(1, 2).view(shape)
+        elif layout == "channels_last":
+            x = x.view(shape)
+        return logits_of_cached(model, x)
+
+    parts = {"stage 1": {"upstream": theirs, **ours(model, last)}}
+    forget(backbone)
+    parts["cached"] = {"upstream": theirs, **ours(from_cache, features)}
+    model.unfreeze()
+    parts["stage 2"] = {
+        **ours(model, last),
+        "upstream": steps.measure(_upstream_step(model, upstream, labels, images)),
+    }
+    targets = {"stage 1": first, "cached": cached}
+    result["parts"] = {
+        part: steps.part(found, **({"target_us": targets[part]} if targets.get(part) else {}))
+        for part, found in parts.items()
+    }
+    return result
+
+
+def _check(model: AdaptedModel, images: Tensor, labels: Tensor):
+    """Ours and upstream's form, both in our precision, against upstream's in a higher one."""
+
+    def found(network: nn.Module, of: nn.Module, amp: bool) -> dict[str, Tensor]:
+        def logits():
+            x = images.to(next(of.parameters()).dtype)
+            with _autocast() if amp else nullcontext():
+                return network(x)
+
+        trained = [p for p in of.parameters() if p.requires_grad]
+        return steps.outputs(logits, labels, trained)
+
+    precise = copy.deepcopy(model)
+    if not torch.cuda.is_available():
+        precise.double()
+    truth = found(Upstream(precise), precise, False)
+    return steps.check(found(model, model, True), found(Upstream(model), model, True), truth)
+
+
+def _autocast(dtype: torch.dtype = torch.bfloat16):
+    if not torch.cuda.is_available():
+        return nullcontext()
+    return torch.autocast("cuda", dtype=dtype)
+
+
+# The steps are many and the labels random: a tiny learning rate keeps the weights as they are.
+LR = 1e-7
+
+
+def _step(
+    model: AdaptedModel,
+    logits: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    inputs: Tensor,
+    graph: bool,
+) -> Callable[[], object]:
+    """The trainer's step, with an optimizer of its own over what the model trains now."""
+    optimizer = make_optimizer(model, TrainConfig(lr=LR))
+    step = training_step(logits, optimizer, _autocast, graph=graph, say=steps.say)
+    return lambda: step(LR, labels, inputs)
+
+
+def _upstream_step(
+    model: AdaptedModel, upstream: Upstream, labels: Tensor, images: Tensor
+) -> Callable[[], None]:
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=LR)
+    scaler = torch.amp.GradScaler(enabled=torch.cuda.is_available())
+
+    def step() -> None:
+        with _autocast(torch.float16):
+            logits = upstream(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step

@@ -1,0 +1,232 @@
+"""A folded model to AOTInductor's .pt2: compiled ahead, run without Python.
+
+What is compiled is the folded model of ordinary operators: Inductor writes fused kernels for it
+(Triton's on a GPU, stored as cubins in the file; C++ on a CPU), so that loading needs neither this
+package nor Triton. On a GPU fastadapt's own kernels for the mixing of cluster attention's
+transforms are compiled into the file as well (:mod:`fastadapt.kernels.cluster_attention.aot`); where
+that fails, it holds ordinary operators alone, and its details say why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import InputError
+from fastadapt.files import atomic_path, write_json
+from fastadapt.kernels.common.dispatch import why_not_device
+
+from ..bundle.artefact import DEFAULT_BATCHES, Batches
+from ..folded_layers import FoldedClusterAttention
+from .onnx import BATCH
+
+
+def check_compiler() -> None:
+    """Raises InputError if there is no C++ compiler, which AOTInductor needs on a GPU, too."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        raise InputError(
+            "--aoti needs a C++ compiler, and none was found: install one (Debian and Ubuntu: "
+            "apt install g++), or name yours in the environment variable CXX"
+        ) from error
+
+
+@torch.no_grad()
+def build_aoti(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    path: str | Path,
+    batch: Batches = DEFAULT_BATCHES,
+    *,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Compiles a model for the device that it is on; writes ``path`` and ``path`` + ``.json``.
+
+    ``torch._inductor.aoti_load_package(path)`` loads the file, in C++
+    ``torch::inductor::AOTIModelPackageLoader``. Both need libtorch of the version that compiled it
+    and, for a GPU, one of the same compute capability; on a CPU, its vector instructions.
+
+    Args:
+        model: ordinary operators only; maps inputs like ``example`` to one tensor.
+        example: inputs with any batch, on the model's device.
+        path: ends in ``.pt2``.
+        batch: which batch sizes it will take; tuned for ``opt``.
+        precision: of the model, for the record.
+
+    Returns:
+        What is written to the ``.json``: versions, target, batch, inputs, and
+        ``"triton_kernels"``, the names of fastadapt's own kernels in the file, or in
+        ``"no_triton_kernels"`` why there are none.
+
+    Raises:
+        InputError: no compiler; the model cannot be traced or compiled, with the reason.
+    """
+    path = Path(path)
+    check_compiler()
+    fixed = batch.min == batch.max
+    # The compiler tunes for the batch that it sees; one of 1 it would take for a constant.
+    rows = batch.min if fixed else max(2, batch.opt)
+    example = tuple(x[:1].expand(rows, *x.shape[1:]).contiguous() for x in example)
+    sizes = None
+    if not fixed:
+        dynamic = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
+        sizes = _dynamic_shapes(model, dynamic, len(example))
+    with _quiet(), atomic_path(path) as temporary:
+        # The compiler insists on the suffix, and a temporary name has another.
+        package = temporary.with_name(f"{temporary.name}.pt2")
+        try:
+            own, why_not = _compile_with_kernels(model, example, sizes, package)
+            if not own:
+                _compile(model, example, sizes, package)
+            _check_linked(package)
+            package.replace(temporary)
+        finally:
+            package.unlink(missing_ok=True)
+    details = {
+        "library": "AOTInductor",
+        "version": torch.__version__,
+        "precision": precision,
+        "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
+        "targets": [target(example[0].device)],
+        "inputs": [_describe(x, fixed) for x in example],
+        "triton_kernels": list(own),
+        "no_triton_kernels": why_not,
+    }
+    write_json(path.with_name(f"{path.name}.json"), details)
+    return details
+
+
+def _compile(model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path) -> None:
+    gpu = example[0].is_cuda
+    try:
+        program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
+        with no_probes(vectors=False) if gpu else contextlib.nullcontext():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    except OSError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        raise InputError(f"AOTInductor cannot compile the model: {reason}") from error
+
+
+def _compile_with_kernels(
+    model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path
+) -> tuple[tuple[str, ...], str | None]:
+    """With fastadapt's own kernels. Returns their names; none, and why, where they cannot be."""
+    layers = [m for m in model.modules() if isinstance(m, FoldedClusterAttention)]
+    why_not = _why_not_kernels(layers, example[0].device)
+    if why_not is not None:
+        return (), why_not
+    try:
+        from fastadapt.kernels.cluster_attention.aot import KERNELS
+
+        for layer in layers:
+            layer.kernels = True
+        _compile(model, example, sizes, package)
+    except (InputError, ImportError) as error:  # an ImportError: of another Triton
+        return (), str(error)
+    finally:
+        for layer in layers:
+            layer.kernels = False
+    return KERNELS, None
+
+
+@contextlib.contextmanager
+def no_probes(*, vectors: bool) -> Iterator[None]:
+    """Within, PyTorch compiles no programs to learn about the CPU's vector instructions.
+
+    It names them in every .pt2, also for a GPU, and compares them whenever it loads one, if only
+    for a warning: ten seconds of compiling, and more than a minute on some hosts.
+
+    Args:
+        vectors: take the processor at its word, as loading for a CPU needs; else go without.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    try:
+        with config.patch({"cpp.vec_isa_ok": vectors}):
+            yield
+    finally:  # who compiles for the CPU later finds out properly
+        for function in (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.pick_vec_isa):
+            getattr(function, "cache_clear", lambda: None)()
+
+
+def _check_linked(package: Path) -> None:
+    """Raises InputError for code with a C++ library of its own inside.
+
+    Two of them in one process have two sets of locales: loading such a file ends the process.
+    """
+    if sys.platform != "linux":
+        return
+    with zipfile.ZipFile(package) as archive:
+        libraries = [archive.read(n) for n in archive.namelist() if n.endswith(".so")]
+    if libraries and not any(b"libstdc++.so" in so or b"libc++.so" in so for so in libraries):
+        raise InputError(
+            "the C++ compiler linked its own library statically, and such a .pt2 crashes when it "
+            "is loaded: libstdc++.so is not where the linker looks; reinstall the compiler's "
+            "library (Debian and Ubuntu: apt install --reinstall libstdc++-13-dev, of g++'s "
+            "version), or name the folder of libstdc++.so in LIBRARY_PATH"
+        )
+
+
+def _why_not_kernels(layers: list[FoldedClusterAttention], device: torch.device) -> str | None:
+    if not layers:
+        return "the model has no cluster attention"
+    if device.type != "cuda":
+        return "they are for GPUs"
+    for layer in layers:
+        if layer.transforms.dtype == torch.float64:
+            return "they are not for fp64"
+        if len(layer.transforms) > 128:
+            return f"{len(layer.transforms)} centers; they take up to 128"
+    return why_not_device(layers[0].centers)
+
+
+def target(device: torch.device | str) -> str:
+    """What compiled code is for: ``"sm_90"`` for a GPU, ``"cpu AVX512"`` for a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
+    """The batch is dynamic in every one of ``count`` inputs; a ``*others`` is one argument."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    rest = (batch,) * (count - named)
+    return (*(batch,) * min(named, count), *((rest,) if rest else ()))
+
+
+def _describe(example: Tensor, fixed: bool) -> dict[str, Any]:
+    rows = len(example) if fixed else BATCH
+    dtype = str(example.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": [rows, *example.shape[1:]]}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

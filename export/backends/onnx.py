@@ -1,0 +1,203 @@
+"""A folded model to an ONNX file: dynamic batch, ordinary operators only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt.errors import InputError
+
+from ..bundle.graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
+
+# 20 keeps LayerNormalization and Gelu whole; from 23 on, attention becomes one operator, which not
+# every runtime takes.
+OPSET = 20
+# Protocol buffers end at 2 GiB; what is larger keeps its weights in a file of its own.
+ONE_FILE_LIMIT = 2_000_000_000
+
+
+def export_onnx(
+    folded: nn.Module,
+    path: str | Path,
+    *,
+    input_size: tuple[int, ...],
+    other_inputs: dict[str, tuple[int, ...]] | None = None,
+    graph_input: GraphInput | None = None,
+    labels: list[str] | tuple[str, ...] = (),
+    metadata: dict[str, Any] | None = None,
+    opset: int = OPSET,
+) -> dict[str, Any]:
+    """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
+
+    The input is ``images``, as ``graph_input`` says, with ``other_inputs`` behind it; the output
+    ``logits`` [batch, classes], or ``features`` if the model has no head. The batch is dynamic.
+
+    Args:
+        folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
+            maps images to one tensor [B, ...], both fp32. It is put into evaluation mode.
+        path: of the file.
+        input_size: [C, H, W] or [C, D, H, W].
+        other_inputs: what the model takes behind the images, in this order: names and shapes of
+            float32 tensors, the batch in front left out.
+        graph_input: what of the preprocessing is in the graph. ``None``: nothing; ``images`` are
+            then what the model takes, fp32 [batch, C, H, W] (volumes: [batch, C, D, H, W]).
+        labels: class names, for the file's metadata.
+        metadata: more of it; values that are no strings are written as JSON.
+        opset: of the graph; bf16 convolutions need 22.
+
+    Returns:
+        What a manifest says of the file: opset, inputs, outputs.
+
+    Raises:
+        InputError: the model cannot be exported, with the exporter's reason; the graph has
+            operators that other runtimes do not know; the batch became fixed.
+    """
+    path = Path(path)
+    others = other_inputs or {}
+    # Seen with a batch of 1, sizes of 1 would be taken for constants.
+    example = [torch.rand(2, *size) for size in (input_size, *others.values())]
+    if graph_input is not None and graph_input.dtype == "uint8":
+        example[0] = (255 * example[0]).byte().movedim(1, -1)
+    model = Deployed(folded, graph_input, len(input_size))
+    device = next(folded.parameters(), example[0]).device
+    batch = {0: torch.export.Dim(BATCH)}
+    classes = bool(getattr(folded, "num_classes", len(labels)))
+    output = "logits" if classes else "features"
+    with _quiet(), _plain_attention(model), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                model,
+                tuple(x.to(device) for x in example),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[NAME, *others],
+                output_names=[output],
+                dynamic_shapes=(batch, (batch,) * len(others)) if others else (batch,),
+                verbose=False,
+            )
+        except Exception as error:
+            raise InputError(
+                f"{type(folded).__name__} cannot be exported to ONNX: {_reason(error)} "
+                "(--debug shows the exporter's report)"
+            ) from error
+
+    if graph_input is not None and graph_input.resize:
+        insert_resize(program.model.graph, graph_input.preprocess)
+    _check_graph(program.model)
+    _strip(program.model)
+    program.model.metadata_props.update(_strings({"labels": list(labels), **(metadata or {})}))
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    _write(program, path, external_data=size > ONE_FILE_LIMIT)
+    graph = program.model.graph
+    return {
+        "opset": opset,
+        "inputs": [_describe(value) for value in graph.inputs],
+        "outputs": [_describe(value) for value in graph.outputs],
+    }
+
+
+def _write(program: Any, path: Path, external_data: bool) -> None:
+    """Saves and checks the files under a temporary name, then puts them in place."""
+    import onnx
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        file = Path(temporary) / path.name  # the graph refers to its data by name
+        program.save(str(file), external_data=external_data)
+        onnx.checker.check_model(str(file), full_check=True)
+        for part in sorted(Path(temporary).iterdir(), reverse=True):  # the data before the graph
+            part.replace(path.parent / part.name)
+
+
+def _check_graph(model: Any) -> None:
+    foreign = {f"{node.domain}::{node.op_type}" for node in _nodes(model) if node.domain}
+    foreign |= {"::".join(map(str, key[:2])) for key in model.functions}
+    if foreign:
+        raise InputError(
+            f"the graph holds operators outside ONNX's own, {sorted(foreign)[0]} for one: other "
+            "runtimes do not know them. Fold the model first (fa.fold)."
+        )
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise InputError(
+                f"the batch of {value.name} became fixed, {value.shape}: the model uses the batch "
+                "size as a number somewhere (x.shape[0] in a condition or a list)"
+            )
+
+
+def _strip(model: Any) -> None:
+    """Removes the exporter's traces: source lines with paths of the machine that exported."""
+    for node in _nodes(model):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = model.doc_string = None
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    return iter(RecursiveGraphIterator(model.graph))
+
+
+def _describe(value: Any) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else str(size.value or "?") for size in value.shape]
+    return {"name": value.name, "dtype": str(value.dtype.numpy()), "shape": shape}
+
+
+def _strings(metadata: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in metadata.items()
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that started it all."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """timm's attention in separate operators: some models cannot be exported with the fused one,
+    and where both can, this graph has no reshaping around it."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's warnings and log lines from the terminal; its errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

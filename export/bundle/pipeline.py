@@ -1,0 +1,334 @@
+"""``fastadapt export``: a trained model to a folder that can be deployed, behind a gate.
+
+Everything is made in a temporary folder beside the target and renamed at the end. A bundle whose
+outputs differ from the trained model's is kept as ``BUNDLE.rejected``, with the reasons in its
+manifest, and what was at ``BUNDLE`` stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from fastadapt.errors import InputError
+from fastadapt.files import read_json, write_json, write_text
+
+from ..fold import FoldReport, fold_with_report
+from .build import EngineOptions, artefact_problems, build_artefacts
+from .check import (
+    Material,
+    check_quantization,
+    engine_source,
+    failed_onnx,
+    gate,
+    outputs,
+    write_golden,
+)
+from .graph_input import GraphInput, check_settings
+from .manifest import (
+    FORMAT,
+    GOLDEN,
+    LABELS,
+    MANIFEST,
+    MODEL,
+    REPORT,
+    SCHEMA,
+    environment,
+    list_files,
+)
+from .onnx_check import BATCHES
+from .parity import GateError, Parity, Thresholds, check_problems, parity_table
+from .report import render_report
+from .samples import (
+    GOLDEN_SAMPLES,
+    Samples,
+    choose,
+    folder_samples,
+    read_pixels,
+    run_samples,
+    synthetic_samples,
+)
+from .sources import Trained, load_run, load_timm, read_run
+from .staging import check_target, place, staging
+
+DOMAIN_INPUT = "domain_features"
+FEWEST_SAMPLES = max(BATCHES)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How a bundle is made, whatever it is made of.
+
+    Attributes:
+        input: ``"uint8"`` or ``"float"``; see :class:`GraphInput`.
+        normalize: put the normalisation into the graph.
+        resize: put resizing and cropping into the graph, too.
+        overwrite: replace a bundle that is at the target.
+        speed: measure images per second.
+        engines: what is built beside the fp32 ONNX file.
+    """
+
+    input: str = "uint8"
+    normalize: bool = True
+    resize: bool = False
+    overwrite: bool = False
+    speed: bool = True
+    engines: EngineOptions = field(default_factory=EngineOptions)
+
+    def check(self) -> None:
+        """Raises InputError, before any work, for what excludes each other or cannot be had."""
+        check_settings(self.input, self.normalize, self.resize)
+        wanted = self.engines
+        if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
+            raise InputError(
+                "--resize is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
+                "leave out --trt, --aoti, --int8, --fp8 and --precision, or resize before the graph"
+            )
+        wanted.check()
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What :func:`export_run` and :func:`export_timm` wrote.
+
+    Attributes:
+        bundle: the folder.
+        manifest: its ``manifest.json``.
+        fold_report: every folded layer.
+        parities: every comparison of the gate.
+    """
+
+    bundle: Path
+    manifest: dict[str, Any]
+    fold_report: FoldReport
+    parities: tuple[Parity, ...]
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    weights: str | None = None,
+    images: str | Path | None = None,
+    backbone: nn.Module | None = None,
+    class_names: Sequence[str] | None = None,
+    domain_input: bool = False,
+    domain_features: str | Path | None = None,
+    domain_weights: str | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> ExportResult:
+    """Folds a run's model, exports it and writes a bundle, if the outputs agree.
+
+    Args:
+        run: a training run's folder, or what :func:`fastadapt.save_adapter` or
+            :func:`fastadapt.gdpl.save_gdpl` wrote.
+        out: the bundle's folder.
+        weights: a local file of the backbone's (GDPL: the CLIP model's) weights, where the
+            recorded one is gone.
+        images: a folder of images for the gate and the golden samples, instead of the run's
+            validation split.
+        backbone: the pretrained backbone (GDPL: the CLIP model), if it was given as a module.
+        class_names: GDPL only: other classes than those it was trained on.
+        domain_input: GDPL only: leave the domain encoder out of the graph, which then has the
+            features as its second input, ``domain_features`` [batch, D_f]. Always so for models
+            that were made for features computed before.
+        domain_features: the features of the images that are compared, for such models
+            (:class:`fastadapt.gdpl.FeatureTable`).
+        domain_weights: GDPL only: a local file of the domain encoder's weights, as ``weights``.
+        console: where to tell what is going on; nowhere if ``None``.
+        **settings: of :class:`ExportSettings`.
+
+    Returns:
+        An :class:`ExportResult`.
+
+    Raises:
+        GateError: the outputs differ; the bundle is kept as ``out`` + ``.rejected``.
+        InputError: something is missing or damaged, or cannot be folded or exported; nothing was
+            written.
+    """
+    run, export = Path(run), _Export(Path(out), ExportSettings(**settings), console)
+    config = read_run(run)
+    samples = run_samples(run, images, FEWEST_SAMPLES)
+    with export.step("load the trained model"):
+        trained = load_run(
+            run,
+            config,
+            backbone=backbone,
+            weights=weights,
+            class_names=class_names,
+            domain_input=domain_input,
+            domain_features=domain_features,
+            domain_weights=domain_weights,
+        )
+    return export.run(trained, samples)
+
+
+def export_timm(
+    name: str,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    peft: str | Path | None = None,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    images: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> ExportResult:
+    """:func:`export_run` for a timm model without a run: fine-tuned elsewhere, or with a LoRA.
+
+    Args:
+        name: timm's name of the model.
+        out: the bundle's folder.
+        checkpoint, peft, weights, image_size, class_names: as for
+            :func:`fastadapt.export.bundle.sources.load_timm`.
+        images: a folder of images for the gate and the golden samples. Without one they are
+            synthetic, and the manifest says so.
+        console, **settings: as for :func:`export_run`.
+
+    Returns:
+        An :class:`ExportResult`.
+
+    Raises:
+        GateError, InputError: as for :func:`export_run`.
+    """
+    export = _Export(Path(out), ExportSettings(**settings), console)
+    samples = None if images is None else folder_samples(images, FEWEST_SAMPLES)
+    with export.step("load the trained model"):
+        trained = load_timm(
+            name,
+            checkpoint=checkpoint,
+            peft=peft,
+            weights=weights,
+            image_size=image_size,
+            class_names=class_names,
+        )
+    return export.run(trained, samples or synthetic_samples(trained.preprocess))
+
+
+class _Export:
+    """One export, from a trained model to the bundle in its place.
+
+    Refuses bad settings and targets when it is made, before any work.
+    """
+
+    def __init__(self, out: Path, settings: ExportSettings, console: Console | None):
+        settings.check()
+        self.out, self.settings = out, settings
+        self.rejected = out.with_name(out.name + ".rejected")
+        self.console = console or Console(quiet=True)
+        check_target(out, settings.overwrite)
+        check_target(self.rejected, overwrite=True)
+
+    def run(self, trained: Trained, samples: Samples) -> ExportResult:
+        """Folds, exports, compares, writes. Raises GateError and InputError."""
+        material = self._prepare(trained, samples)
+        with staging(self.out) as folder:
+            with self.step("export to ONNX"):
+                described = material.write_onnx(material.folded, folder / MODEL)
+            with self.step(f"compare on {len(material.chosen)} images at batch {_listed(BATCHES)}"):
+                parities = gate(folder / MODEL, material)
+            self.console.print(parity_table(parities))
+            problems = check_problems(parities)
+            if problems:
+                artefacts = [failed_onnx(folder, problems)]
+            else:
+                source = engine_source(folder, material, parities, self.settings.speed)
+                artefacts = build_artefacts(self.settings.engines, source, self.console)
+                problems = artefact_problems(artefacts)
+            write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
+            write_golden(folder / GOLDEN, material)
+            manifest = {
+                "format": FORMAT,
+                "schema": SCHEMA,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "accepted": not problems,
+                "problems": problems,
+                "model": {"file": MODEL, **described},
+                "labels": trained.labels,
+                "preprocessing": material.graph_input.to_dict(),
+                "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
+                "source": trained.source,
+                "golden": {
+                    "file": GOLDEN,
+                    "samples": len(material.chosen),
+                    "origin": samples.origin,
+                },
+                "environment": environment(),
+                "fold_report": material.fold_report.to_dict(),
+                "parity": [parity.to_dict() for parity in parities],
+                "thresholds": asdict(Thresholds()),
+                "artefacts": [artefact.to_dict() for artefact in artefacts],
+                "files": list_files(folder),
+            }
+            # The report shows every hash but its own, which comes last.
+            write_text(folder / REPORT, render_report(manifest, material.chosen, material.expected))
+            manifest["files"] = list_files(folder)
+            write_json(folder / MANIFEST, manifest)
+            manifest = read_json(folder / MANIFEST)
+            place(folder, self.rejected if problems else self.out)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise GateError(
+                f"the export was rejected: {problems[0]}{more}. It is kept in {self.rejected}"
+            )
+        self.console.print(_file_table(self.out, manifest))
+        return ExportResult(self.out, manifest, material.fold_report, tuple(parities))
+
+    def _prepare(self, trained: Trained, samples: Samples) -> Material:
+        """Reads the images and folds the model."""
+        settings = self.settings
+        for flag, wanted in (("--int8", settings.engines.int8), ("--fp8", settings.engines.fp8)):
+            if wanted:
+                check_quantization(flag, trained, samples)
+        graph_input = GraphInput(
+            trained.preprocess, settings.input, settings.normalize, settings.resize
+        )
+        chosen = choose(samples.samples, GOLDEN_SAMPLES)
+        pixels = read_pixels(chosen, graph_input)
+        normalized = trained.preprocess.normalize(pixels.model)
+        others = {}
+        if trained.domain_features is not None:
+            paths = [sample.path for sample in chosen]
+            others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
+        example = (normalized, *others.values())
+        with self.step("fold"):
+            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
+            if others:
+                folded.domain_encoder = None
+        self.console.print(f"  {report.summary}")
+        expected = outputs(trained.model, example, batch=8)
+        return Material(
+            trained, samples, chosen, graph_input, pixels, others, example, expected, folded, report
+        )
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        with self.console.status(f"{what} …"):
+            yield
+        self.console.print(f"[green]✓[/] {what}")
+
+
+def _file_table(out: Path, manifest: dict[str, Any]) -> Table:
+    table = Table(title=f"bundle {escape(str(out))}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("file")
+    table.add_column("MB", justify="right")
+    for name in (*manifest["files"], MANIFEST):
+        table.add_row(name, f"{(out / name).stat().st_size / 1e6:.2f}")
+    return table
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

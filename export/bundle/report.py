@@ -1,0 +1,232 @@
+"""``report.html``: a manifest for people. One file: pictures are inside, nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from .artefact import rate
+from .report_plots import parity_svg, speed_svg
+from .samples import Sample
+
+THUMBNAIL = 96
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fff }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+h3 { font-size: 1rem } pre { font-size: .8rem; overflow-x: auto } summary { cursor: pointer }
+table { border-collapse: collapse; font-size: .9rem } svg { max-width: 100%; height: auto }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd;
+         vertical-align: top } td.number, th.number { text-align: right }
+code { font-size: .85rem; overflow-wrap: anywhere } .note { color: #666 }
+.verdict { padding: .5rem .8rem; border-left: .4rem solid; background: #f5f5f5 }
+.good { border-color: #2a7d2e } .bad { border-color: #b3261e }
+figure { display: inline-block; margin: 0 .6rem .8rem 0; width: 6.5rem; font-size: .8rem }
+figure img { width: 6rem; height: 6rem; object-fit: cover; display: block }
+figcaption { overflow-wrap: anywhere }
+"""
+
+
+def render_report(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
+    """The report as HTML.
+
+    Args:
+        manifest: of the bundle.
+        samples: the golden ones.
+        expected: the trained model's outputs for them, [samples, outputs].
+    """
+    name = manifest["backbone"]["name"]
+    sections = [
+        _summary(manifest),
+        ("Agreement with the trained model", _parity(manifest)),
+        ("Files that run", _artefacts(manifest)),
+        ("Speed", _speed(manifest)),
+        ("Golden samples", _golden(manifest, samples, expected)),
+        ("From an image file to the model", _preprocessing(manifest)),
+        ("What was folded", _folded(manifest)),
+        ("Made with", _environment(manifest)),
+        ("Files", _files(manifest)),
+    ]
+    body = "\n".join(
+        part if isinstance(part, str) else f"<h2>{escape(part[0])}</h2>\n{part[1]}"
+        for part in sections
+        if isinstance(part, str) or part[1]
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>Bundle of {escape(name)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>Bundle of {escape(name)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _summary(manifest: dict[str, Any]) -> str:
+    made = f'<p class="note">Made {escape(manifest["created"])}, schema {manifest["schema"]}</p>'
+    if manifest["accepted"]:
+        verdict = "Accepted: every file that ran gives the trained model's outputs."
+        return f'{made}\n<p class="verdict good">{verdict}</p>'
+    reasons = "".join(f"<li>{escape(problem)}</li>" for problem in manifest["problems"])
+    return f'{made}\n<div class="verdict bad">Rejected.<ul>{reasons}</ul></div>'
+
+
+def _parity(manifest: dict[str, Any]) -> str:
+    text = (
+        "<p>Largest difference over the outputs' spread from image to image, for every pair of "
+        "models and batch size.</p>"
+    )
+    parities = manifest["parity"]
+    stages = {p["stage"] for p in parities}
+    parities = parities + [
+        {**p, "stage": f"{artefact['path'] or artefact['precision']}, {p['stage']}"}
+        for artefact in manifest["artefacts"]
+        for p in artefact["parity"]
+        if p["stage"] not in stages
+    ]
+    rows = [
+        (
+            p["stage"],
+            p["batch"],
+            _number(p["error"], ".1e"),
+            _number(p["limit"], ".0e"),
+            _number(p["cosine"], ".6f"),
+            _number(p["top1"], ".0%"),
+            "passed" if p["passed"] else "; ".join(p["problems"]),
+        )
+        for p in parities
+    ]
+    columns = ("compared", "batch", "error", "at most", "cosine", "same class", "")
+    return text + parity_svg(parities) + _table(columns, rows)
+
+
+def _artefacts(manifest: dict[str, Any]) -> str:
+    rows = [
+        (a["path"] or "–", a["kind"], a["precision"], a["status"], a["reason"])
+        for a in manifest["artefacts"]
+    ]
+    return _table(("file", "for", "precision", "status", "why"), rows) + "".join(
+        _details(artefact) for artefact in manifest["artefacts"] if len(artefact["details"]) > 1
+    )
+
+
+def _details(artefact: dict[str, Any]) -> str:
+    """How a file was built: what people ask first as a table, and all of it to unfold."""
+    details, rows = artefact["details"], []
+    if "version" in details:
+        rows.append(("built with", f"{details.get('library', '')} {details['version']}"))
+    if details.get("targets"):
+        rows.append(("for", ", ".join(details["targets"])))
+    rows.append(("batch sizes", ", ".join(f"{k} {v}" for k, v in details["batch"].items())))
+    if "fp32_layers" in details:
+        rows.append(("kept in fp32", ", ".join(details["fp32_layers"]) or "no layer"))
+    if "fp8_layers" in details:
+        rows.append(("in FP8", f"{len(details['fp8_layers'])} layers"))
+    for kind, counts in details.get("summary", {}).get("precision", {}).items():
+        rows.append((f"layers: {kind}", ", ".join(f"{n} in {p}" for p, n in counts.items())))
+    everything = escape(json.dumps(details, indent=1, ensure_ascii=False))
+    return (
+        f"<h3>{escape(artefact['path'] or artefact['precision'])}</h3>\n{_table(('', ''), rows)}"
+        f"<details><summary>all that is known</summary><pre>{everything}</pre></details>\n"
+    )
+
+
+def _speed(manifest: dict[str, Any]) -> str:
+    rows = [
+        (artefact["path"], provider, int(batch), value)
+        for artefact in manifest["artefacts"]
+        for provider, speeds in artefact["speed"].items()
+        for batch, value in speeds.items()
+    ]
+    if not rows:
+        return ""
+    where = "; ".join(manifest["environment"]["devices"])
+    note = f'<p class="note">Measured where the bundle was made: {escape(where)}</p>'
+    columns = ("file", "runtime", "batch", "images/s")
+    return note + speed_svg(rows) + _table(columns, [(*row, rate(value)) for *row, value in rows])
+
+
+def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
+    labels = manifest["labels"]
+    figures = []
+    for sample, outputs in zip(samples, expected, strict=True):
+        caption = [] if sample.label is None else [f"is {sample.label}"]
+        if labels:
+            caption.append(f"model: {labels[int(outputs.argmax())]}")
+        text = escape(", ".join(caption))
+        figures.append(
+            f'<figure><img src="{_thumbnail(sample)}" alt="{escape(sample.path.name)}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+    origin = escape(manifest["golden"]["origin"])
+    return f'<p class="note">From {origin}</p>\n{"".join(figures)}'
+
+
+def _thumbnail(sample: Sample) -> str:
+    image = sample.read().copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _preprocessing(manifest: dict[str, Any]) -> str:
+    settings = manifest["preprocessing"]
+    value = manifest["model"]["inputs"]
+    shapes = ", ".join(f"{v['name']}: {v['dtype']} {v['shape']}" for v in value)
+    rows = [
+        (n, step["step"], "in the graph" if step["in_graph"] else "before it")
+        for n, step in enumerate(settings["steps"], 1)
+    ]
+    return f"<p>The graph takes {escape(shapes)}.</p>{_table(('', 'step', 'where'), rows)}"
+
+
+def _folded(manifest: dict[str, Any]) -> str:
+    report = manifest["fold_report"]
+    rows = [
+        (layer["name"], layer["kind"], layer["folded"], f"{layer['error']:.1e}", layer["probe"])
+        for layer in report["layers"]
+    ]
+    rows += [(name, "unused", "dropped", "", "") for name in report["dropped"]]
+    if not rows:
+        return "<p>Nothing: the model was made of ordinary layers already.</p>"
+    return _table(("layer", "kind", "folded into", "error", "measured on"), rows)
+
+
+def _environment(manifest: dict[str, Any]) -> str:
+    made = manifest["environment"]
+    rows = [*made["versions"].items(), ("system", made["system"])]
+    rows += [("device", device) for device in made["devices"]]
+    rows += [("GPU", ", ".join(f"{k} {v}" for k, v in gpu.items())) for gpu in made["gpus"]]
+    return _table(("", ""), rows)
+
+
+def _files(manifest: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{file['bytes'] / 1e6:.2f}", _Code(file["sha256"]))
+        for name, file in manifest["files"].items()
+    ]
+    return _table(("file", "MB", "SHA-256"), rows)
+
+
+class _Code(str):
+    """Text in a monospaced font."""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        if isinstance(value, _Code):
+            return f"<td><code>{escape(value)}</code></td>"
+        kind = ' class="number"' if isinstance(value, int | float) else ""
+        return f"<td{kind}>{escape(str(value))}</td>"
+
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

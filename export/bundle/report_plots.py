@@ -1,0 +1,72 @@
+"""The report's pictures: parity and speed, as SVG to put into HTML."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from .artefact import rate
+
+GOOD, BAD, LIMIT = "#2a7d2e", "#b3261e", "#444444"
+LEAST = 1e-9  # errors below it, zero too, are drawn there
+
+
+def parity_svg(parities: Sequence[dict[str, Any]]) -> str:
+    """A row for each comparison, a dot for each batch size, and the limit of its error."""
+    stages = list(dict.fromkeys(p["stage"] for p in parities))
+    figure, axes = _figure(len(stages))
+    for p in parities:
+        y = stages.index(p["stage"])
+        axes.plot([p["limit"]] * 2, [y - 0.35, y + 0.35], color=LIMIT, linewidth=2)
+        if p["error"] is None:  # it did not run, or gave NaN
+            axes.plot(p["limit"], y, "x", color=BAD, markersize=10, markeredgewidth=2)
+            continue
+        color = GOOD if p["passed"] else BAD
+        axes.plot(max(p["error"], LEAST), y, "o", color=color, alpha=0.7, markersize=7)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(stages)), stages)
+    axes.set_ylim(len(stages) - 0.5, -0.5)
+    axes.set_xlabel("largest error, of the outputs' spread (dots: batch sizes; line: limit)")
+    axes.grid(axis="x", alpha=0.3)
+    return _svg(figure)
+
+
+def speed_svg(rows: Sequence[tuple[str, str, int, float]]) -> str:
+    """Bars of images per second; ``rows`` are file, runtime, batch, images/s."""
+    figure, axes = _figure(len(rows))
+    values = [row[3] for row in rows]
+    axes.barh(range(len(rows)), values, color="#3b6ea5", height=0.6)
+    for y, value in enumerate(values):
+        axes.annotate(
+            rate(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    names = [f"{file}, {runtime}, batch {batch}" for file, runtime, batch, _ in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.15 * max(values))
+    axes.set_xlabel("images per second")
+    axes.grid(axis="x", alpha=0.3)
+    return _svg(figure)
+
+
+def _figure(rows: int) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(9, 0.9 + 0.36 * rows), layout="constrained")
+    axes = figure.subplots()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    # Text stays text: it can be selected and searched, and takes the reader's font.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "fastadapt", "font.family": "sans-serif"}
+    content = io.StringIO()
+    with rc_context(settings):
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    text = content.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,190 @@
+"""The images that the gate compares on, some of which become the bundle's golden samples."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastadapt.data.preprocess import Preprocess, is_image_file, load_image
+from fastadapt.errors import InputError
+from fastadapt.train.run_folder import SPLITS
+
+from .graph_input import GraphInput, resize_as_graph
+
+GOLDEN_SAMPLES = 16
+LONGEST_SIDE = 1024  # of golden samples that are stored as decoded
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image of the gate: a file, or a synthetic one.
+
+    Attributes:
+        path: of the file; a synthetic image's name.
+        label: its class, if that is known.
+        image: a synthetic one, RGB.
+    """
+
+    path: Path
+    label: str | None = None
+    image: Image.Image | None = None
+
+    def read(self) -> Image.Image:
+        return load_image(self.path) if self.image is None else self.image
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images for the gate.
+
+    Attributes:
+        samples: all that it may choose from.
+        origin: where they are from, in words.
+        calibration, validation: files for INT8, which has no image in both; none if synthetic.
+    """
+
+    samples: tuple[Sample, ...]
+    origin: str
+    calibration: tuple[Sample, ...] = ()
+    validation: tuple[Sample, ...] = ()
+
+
+def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
+    """A folder's images, or those of a run's validation split.
+
+    Raises:
+        InputError: there are fewer than ``fewest``, or they are gone.
+    """
+    remedy = "give a folder of images like the training's with --images"
+    if images is not None:
+        return folder_samples(images, fewest)
+    if not (run / SPLITS).is_file():
+        raise InputError(
+            f"{run} records no images ({SPLITS}), and the gate compares on real ones: {remedy}"
+        )
+    with (run / SPLITS).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or {"path", "label", "split"} - set(rows[0]):
+        raise InputError(f"{run / SPLITS} lacks rows of path, label and split: {remedy}")
+    splits = {
+        split: tuple(Sample(Path(r["path"]), r["label"]) for r in rows if r["split"] == split)
+        for split in ("train", "val")
+    }
+    samples = splits["val"]
+    gone = [sample.path for sample in samples if not sample.path.is_file()]
+    if gone:
+        raise InputError(
+            f"{len(gone)} of the {len(samples)} validation images of {run} are not there any "
+            f"more, {gone[0]} for one: {remedy}"
+        )
+    origin = f"the validation split of {run}"
+    _check_count(samples, fewest, origin, remedy)
+    training = tuple(sample for sample in splits["train"] if sample.path.is_file())
+    return Samples(samples, origin, training, samples)
+
+
+def folder_samples(images: str | Path, fewest: int) -> Samples:
+    """A folder's images, their folders' names being their labels. Raises InputError."""
+    root = Path(images)
+    if not root.is_dir():
+        raise InputError(f"--images {root} is no folder")
+    files = sorted(path for path in root.rglob("*") if path.is_file() and is_image_file(path))
+    samples = tuple(
+        Sample(path, path.parent.name if path.parent != root else None) for path in files
+    )
+    _check_count(samples, fewest, f"the folder {root}", "give one with more images")
+    return Samples(samples, f"the folder {root}", samples[::2], samples[1::2])
+
+
+def synthetic_samples(preprocess: Preprocess, count: int = GOLDEN_SAMPLES) -> Samples:
+    """Clouds of colour, the same ones every time, where no images are at hand.
+
+    Noise at octaves from 2 × 2 patches on, each half as strong as the one before: edges and
+    surfaces at every scale, as photographs have, so that a model's outputs vary. That a model is
+    the same one they show as well as any image; what it is worth they do not.
+    """
+    _, height, width = preprocess.input_size
+    rng = np.random.default_rng(0)
+    samples = []
+    for index in range(count):
+        values = np.full((height, width, 3), 128.0)
+        values += rng.normal(0, 30, 3)  # a tint
+        patches, strength = 2, 60.0
+        while patches <= min(height, width):
+            noise = rng.normal(0, strength, (patches, patches, 3)).astype(np.float32)
+            planes = [
+                Image.fromarray(noise[..., c]).resize((width, height), Image.Resampling.BICUBIC)
+                for c in range(3)
+            ]
+            values += np.stack([np.asarray(plane) for plane in planes], axis=-1)
+            patches, strength = 2 * patches, strength / 2
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        samples.append(Sample(Path(f"synthetic-{index:02d}"), None, image))
+    return Samples(tuple(samples), "synthetic: clouds of colour, no images were given")
+
+
+def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """As many of every class as possible, the same ones every time."""
+    shuffled = sorted(samples, key=lambda sample: sample.path)
+    random.Random(0).shuffle(shuffled)
+    seen: dict[str | None, int] = {}
+    ranked = []
+    for sample in shuffled:
+        seen[sample.label] = seen.get(sample.label, 0) + 1
+        ranked.append((seen[sample.label], sample))
+    return [sample for _, sample in sorted(ranked, key=lambda pair: pair[0])][:count]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The chosen samples' pixels, uint8.
+
+    Attributes:
+        given: [B, 3, H, W] for :meth:`GraphInput.array`: preprocessed, or decoded if the graph
+            resizes, of one size then.
+        model: [B, 3, h, w], what the model gets of them, not yet normalised.
+        training: [B, 3, h, w], the same images through the training's preprocessing; differs from
+            ``model`` by what the graph's filter rounds differently.
+    """
+
+    given: Tensor
+    model: Tensor
+    training: Tensor
+
+
+def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
+    """Reads samples as a bundle's graph takes them.
+
+    Decoded images are brought to one size, the most frequent one, at most 1,024 pixels long.
+    """
+    preprocess = graph_input.preprocess
+    images = [sample.read() for sample in samples]
+    if not graph_input.resize:
+        pixels = torch.stack([preprocess.transform(image) for image in images])
+        return Pixels(pixels, pixels, pixels)
+    size = Counter(image.size for image in images).most_common(1)[0][0]
+    factor = min(1.0, LONGEST_SIDE / max(size))
+    size = tuple(max(1, round(side * factor)) for side in size)
+    images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+    decoded = np.stack([np.asarray(image) for image in images])
+    return Pixels(
+        torch.from_numpy(decoded).movedim(-1, 1).contiguous(),
+        torch.from_numpy(np.ascontiguousarray(resize_as_graph(decoded, preprocess))),
+        torch.stack([preprocess.transform(image) for image in images]),
+    )
+
+
+def _check_count(samples: tuple[Sample, ...], fewest: int, where: str, remedy: str) -> None:
+    if len(samples) < fewest:
+        raise InputError(
+            f"{where} has {len(samples)} images; the gate needs at least {fewest}: {remedy}"
+        )

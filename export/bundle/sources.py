@@ -1,0 +1,248 @@
+"""What is exported: a run's model, or a timm model with a checkpoint or a PEFT folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastadapt.adapt import AdaptedModel
+from fastadapt.backbones import create_backbone, load_backbone_weights
+from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.errors import InputError
+from fastadapt.files import (
+    read_json,
+    read_state_dict,
+    read_tensors,
+    sha256_file,
+    sha256_tensors,
+)
+from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
+from fastadapt.gdpl.checkpoint import load_gdpl
+from fastadapt.gdpl.domain_features import FeatureTable
+from fastadapt.gdpl.model import GDPLModel
+from fastadapt.lora import load_peft
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to export, and what its bundle says of it.
+
+    Attributes:
+        model: normalised fp32 images [B, 3, H, W] to [B, classes], or features without a head.
+        preprocess: from image files to its input.
+        labels: class names in the outputs' order; empty without a head.
+        backbone: its name.
+        source: where it came from, with hashes, for the manifest.
+        domain_features: GDPL, where they are an input of the graph: the features [B, D_f] of
+            samples, from their paths and normalised images.
+    """
+
+    model: nn.Module
+    preprocess: Preprocess
+    labels: list[str]
+    backbone: str
+    source: dict[str, Any]
+    domain_features: Callable[[list[Path], Tensor], Tensor] | None = None
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of the backbone, as far as it is JSON."""
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        return json.loads(json.dumps(dict(config), default=str))
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """A run's configuration. Raises InputError if the folder is none."""
+    if not run.is_dir():
+        raise InputError(f"{run} is no folder; expected a training run with {CONFIG} and {WEIGHTS}")
+    return read_json(run / CONFIG)
+
+
+def load_run(
+    run: Path,
+    config: dict[str, Any],
+    *,
+    backbone: nn.Module | None = None,
+    weights: str | None = None,
+    class_names: Sequence[str] | None = None,
+    domain_input: bool = False,
+    domain_features: str | Path | None = None,
+    domain_weights: str | None = None,
+) -> Trained:
+    """The model of a run (or of what ``save_adapter`` or ``save_gdpl`` wrote).
+
+    Args:
+        run: its folder.
+        config: what :func:`read_run` gave.
+        backbone, weights, class_names, domain_input, domain_features, domain_weights: as for
+            :func:`fastadapt.export.export_run`.
+
+    Raises:
+        InputError: something is missing or damaged, or options do not fit the model.
+    """
+    model: AdaptedModel | GDPLModel
+    if config.get("format") == GDPL_FORMAT:
+        model = load_gdpl(
+            run,
+            backbone,
+            clip_weights=weights,
+            class_names=class_names,
+            domain_weights=domain_weights,
+        )
+        labels = list(model.class_names)
+        name = (config["source"] or {}).get("clip", "open_clip model")
+    elif class_names is not None:
+        raise InputError(
+            f"{run} is no GDPL run: its classes are outputs of its head, so that others need "
+            "training; leave out --classes"
+        )
+    else:
+        model = load_adapter(run, backbone, weights=weights)
+        labels = _labels(config.get("labels"), model.num_classes, CONFIG)
+        name = config["backbone"]["name"]
+    preprocess = config.get("preprocess")
+    return Trained(
+        model,
+        Preprocess.from_pretrained_cfg(model.pretrained_cfg)
+        if preprocess is None
+        else Preprocess.from_dict(preprocess),
+        labels,
+        name,
+        {
+            "run": str(run),
+            "config": config,
+            "config_sha256": sha256_file(run / CONFIG),
+            "adapter_sha256": sha256_file(run / WEIGHTS),
+        },
+        _domain_features(model, domain_input, domain_features),
+    )
+
+
+def _domain_features(
+    model: nn.Module, wanted: bool, file: str | Path | None
+) -> Callable[[list[Path], Tensor], Tensor] | None:
+    """What gives :attr:`Trained.domain_features`; None if no input of the graph is to be theirs.
+
+    Raises:
+        InputError: the model takes none; it has no encoder, and the file is not given; it has
+            one, and a file is given.
+    """
+    if not isinstance(model, GDPLModel):
+        if wanted or file is not None:
+            raise InputError("this run is no GDPL run: leave out --domain-input/--domain-features")
+        return None
+    if model.domain_encoder is None:
+        if file is None:
+            raise InputError(
+                "this model has no domain encoder, and the gate compares on real features: give "
+                "those of the images with --domain-features"
+            )
+        table = FeatureTable.read(file, model.prompt_learner.feature_dim)
+        return lambda paths, _: table.of(paths)
+    if file is not None:
+        raise InputError("this model has a domain encoder of its own: leave out --domain-features")
+    encode = torch.no_grad()(model.domain_features)
+    return (lambda _, images: encode(images)) if wanted else None
+
+
+def load_timm(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    peft: str | Path | None = None,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Trained:
+    """A timm model as it is, fine-tuned, or with a LoRA that PEFT trained; no run needed.
+
+    Args:
+        name: timm's.
+        checkpoint: a state dict of the fine-tuned model, its classifier included if it has one.
+        peft: what PEFT's ``save_pretrained`` wrote; a classifier in ``modules_to_save`` replaces
+            the model's.
+        weights: a local file of the weights that ``peft`` stands on; timm's if ``None``.
+        image_size: for models that are built for one size.
+        class_names: of the outputs; numbers if ``None``.
+
+    Raises:
+        InputError: a file is missing, damaged or of another model; options exclude each other.
+    """
+    if checkpoint is not None and (peft is not None or weights is not None):
+        raise InputError(
+            "--checkpoint holds the whole model: leave out --peft and --weights, or give the "
+            "weights that the PEFT folder stands on with --weights"
+        )
+    file = checkpoint or weights
+    state = None if file is None else read_state_dict(file)
+    model = create_backbone(
+        name,
+        pretrained=state is None,
+        image_size=image_size,
+        num_classes=None if state is None else _classifier_rows(name, state),
+    )
+    if state is not None:
+        load_backbone_weights(model, state, str(file))
+    source: dict[str, Any] = {"timm": name}
+    for key, path in (("checkpoint", checkpoint), ("weights", weights)):
+        if path is not None:
+            source[key] = {"file": str(path), "sha256": sha256_file(path)}
+    if peft is not None:
+        _put_peft(model, Path(peft))
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        hashes = {file: sha256_file(Path(peft) / file) for file in files}
+        source["peft"] = {"folder": str(peft), "sha256": hashes}
+    source["fingerprint"] = sha256_tensors(model.state_dict())
+    # What the model was built for counts, whatever timm's configuration says.
+    size = None if image_size is None else (3, image_size, image_size)
+    preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg, input_size=size)
+    labels = _labels(class_names, model.num_classes, "--classes")
+    return Trained(model.eval(), preprocess, labels, name, source)
+
+
+def _put_peft(model: nn.Module, folder: Path) -> None:
+    """Loads a PEFT folder; its classifier may have another number of classes than the model's."""
+    rows, classifier = None, _classifier(model.pretrained_cfg)
+    if classifier is not None and (folder / "adapter_model.safetensors").is_file():
+        saved = read_tensors(folder / "adapter_model.safetensors")[0]
+        keys = (f"base_model.model.{classifier}.{s}weight" for s in ("", "modules_to_save."))
+        rows = next((len(saved[key]) for key in keys if key in saved), None)
+    replaced = rows is not None and rows != model.num_classes
+    if replaced:
+        model.reset_classifier(rows)
+    load_peft(model, folder)
+    if replaced:
+        own = {f"{classifier}.{k}" for k, _ in model.get_submodule(classifier).named_parameters()}
+        missing = sorted(own - set(model.fastadapt_changed))
+        if missing:
+            raise InputError(f"{folder}: its classifier of {rows} classes lacks {missing[0]!r}")
+
+
+def _classifier(config: dict[str, Any]) -> str | None:
+    """The name of a timm model's classifier, the first one where there are two."""
+    name = config.get("classifier")
+    return name if name is None or isinstance(name, str) else name[0]
+
+
+def _classifier_rows(name: str, state: dict[str, Tensor]) -> int:
+    """Classes of a state dict's classifier; 0 if it has none."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    classifier = None if config is None else _classifier(config.to_dict())
+    weight = state.get(f"{classifier}.weight", state.get(f"module.{classifier}.weight"))
+    return 0 if weight is None else len(weight)
+
+
+def _labels(names: Sequence[str] | None, count: int, where: str) -> list[str]:
+    if names is None:
+        return [str(index) for index in range(count)]
+    if len(names) != count:
+        raise InputError(f"{where} names {len(names)} labels; the model has {count} classes")
+    return [str(name) for name in names]

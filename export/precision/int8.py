@@ -1,0 +1,259 @@
+"""INT8 after training, from the user's own images: kept if it is accurate and faster, else refused.
+
+ONNX Runtime's static quantiser writes the quantisation into the graph (QDQ), where ONNX Runtime
+reads it. Convolutions, and products of tokens with weights, are quantised, with a scale per output
+channel; what few numbers decide (cluster attention's mixture, the head) stays in fp32.
+(NVIDIA's ModelOpt 0.47 does the same for ONNX on top of ONNX Runtime, but installs older releases
+of onnx and onnxruntime over this package's, and CuPy.)
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastadapt.errors import InputError
+
+from ..bundle.artefact import rate
+from ..bundle.onnx_check import throughput
+from ..runtimes import Runtime, load_runtime
+
+CALIBRATION_IMAGES = 128
+BATCH = 8
+# Less is noise: not worth another file.
+LEAST_SPEEDUP = 1.05
+# What passes on to convolutions is quantised with them: otherwise every one of them would go to
+# fp32 and back.
+OPERATORS = ("Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "Pad")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What calibrates, and what judges; no image does both.
+
+    Attributes:
+        calibration: files, of the training split where there is one.
+        validation: files.
+        targets: class of every validation file; ``None`` if not known: then the class that the
+            fp32 model gives counts as the right one.
+        read: files to the model's input.
+    """
+
+    calibration: Sequence[Path]
+    validation: Sequence[Path]
+    targets: np.ndarray | None
+    read: Callable[[Sequence[Path]], np.ndarray]
+
+    def batches(self, files: Sequence[Path]) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), BATCH):
+            yield self.read(files[start : start + BATCH])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """8 bit beside what it must be as accurate as, and faster than, on the same machine.
+
+    Attributes:
+        accuracy, accuracy_fp32: on the validation images.
+        budget: how much accuracy may be lost.
+        speed, speed_rival: images per second at ``batch``.
+        images: how many were classified.
+        measured: ``"accuracy"``, or ``"agreement"`` with the fp32 model if no classes are known.
+        runtime: which.
+        rival: the precision of what it must be faster than.
+        problems: why it is refused.
+    """
+
+    accuracy: float
+    accuracy_fp32: float
+    budget: float
+    speed: float
+    speed_rival: float
+    batch: int
+    images: int
+    measured: str
+    runtime: str
+    rival: str = "fp32"
+    problems: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "problems": list(self.problems)}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
+            f"{self.images} images), {rate(self.speed)} images/s at batch {self.batch} "
+            f"({self.rival} {rate(self.speed_rival)}, {self.runtime})"
+        )
+
+
+def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: str = "cpu") -> None:
+    """Writes an INT8 version of an fp32 ONNX file.
+
+    Args:
+        onnx: fp32.
+        path: of the result.
+        images: whose ``calibration`` files give the ranges of the activations.
+        device: where it is to run: signed and symmetric for ``"cuda"``, as GPUs need it, else
+            unsigned, as x86's instructions do.
+
+    Raises:
+        InputError: the quantiser fails, with its reason.
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self, name: str):
+            self.name = name
+            self.batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {self.name: batch}
+
+    gpu = device == "cuda"
+    activations = quantization.QuantType.QInt8 if gpu else quantization.QuantType.QUInt8
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # it warns on the root logger
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            prepared, result = Path(temporary) / "prepared.onnx", Path(temporary) / path.name
+            quant_pre_process(str(onnx), str(prepared), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                str(prepared),
+                str(result),
+                Reader(_input_name(prepared)),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=list(OPERATORS),
+                nodes_to_exclude=_delicate(prepared),
+                per_channel=True,
+                activation_type=activations,
+                weight_type=quantization.QuantType.QInt8,
+                extra_options={"ActivationSymmetric": gpu},
+            )
+            result.replace(path)
+    except OSError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"ONNX Runtime cannot quantise {Path(onnx).name}: {reason}") from error
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def judge(
+    fp32: str | Path,
+    quantized: str | Path,
+    images: Images,
+    *,
+    budget: float,
+    batch: int,
+    rival: tuple[str, str | Path] | None = None,
+    cuda_graph: bool = False,
+) -> Judgement:
+    """Accuracy and speed of an 8-bit file, in the runtime that serves this machine best.
+
+    Args:
+        fp32: a file of the bundle that is as accurate as the model.
+        quantized: the file.
+        images: whose validation files judge.
+        budget: the accuracy that may be lost, 0.01 for one percentage point.
+        batch: at which they run; the files take it.
+        rival: precision and file that it must be faster than; ``fp32`` if ``None``.
+        cuda_graph: run both as CUDA graphs, if they run on a GPU.
+    """
+    reference, runtime = load_runtime(fp32), load_runtime(quantized, cuda_graph=cuda_graph)
+    name, other = "fp32", reference
+    if rival is not None:
+        name, other = rival[0], load_runtime(rival[1], cuda_graph=cuda_graph)
+    answers: list[list[np.ndarray]] = [[], []]
+    for start in range(0, len(images.validation), batch):
+        part = images.read(images.validation[start : start + batch])
+        full = np.resize(part, (batch, *part.shape[1:]))  # not every file takes fewer
+        for model, found in zip((reference, runtime), answers, strict=True):
+            found.append(model(full)[: len(part)].argmax(axis=1))
+    right, got = (np.concatenate(found) for found in answers)
+    targets = right if images.targets is None else images.targets
+    accuracy_fp32, accuracy = float((right == targets).mean()), float((got == targets).mean())
+
+    example = images.read([images.validation[i % len(images.validation)] for i in range(batch)])
+    speed_rival, speed = _speeds((other, runtime), example)
+    measured = "agreement" if images.targets is None else "accuracy"
+    problems = []
+    if accuracy < accuracy_fp32 - budget:
+        problems.append(
+            f"{measured} falls from {accuracy_fp32:.2%} to {accuracy:.2%}; the budget is "
+            f"{100 * budget:g} percentage points"
+        )
+    if speed < LEAST_SPEEDUP * speed_rival:
+        problems.append(
+            f"{rate(speed)} images/s at batch {batch} where {name} has {rate(speed_rival)} "
+            f"({runtime.name}): not faster"
+        )
+    return Judgement(
+        accuracy,
+        accuracy_fp32,
+        budget,
+        speed,
+        speed_rival,
+        batch,
+        len(targets),
+        measured,
+        runtime.name,
+        name,
+        tuple(problems),
+    )
+
+
+def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
+    """In turns, so that a machine that is busy for a while is so for both; the best of each.
+
+    Inputs and outputs stay in the memory of the runtime's device.
+    """
+
+    def once(runtime: Runtime) -> float:
+        given = torch.from_numpy(example).to(runtime.device)
+
+        def call() -> None:
+            runtime(given)
+            if runtime.device == "cuda":
+                torch.cuda.synchronize()
+
+        return throughput(call, len(example), 0.5)
+
+    rounds = [list(map(once, runtimes)) for _ in range(3)]
+    return [max(speeds) for speeds in zip(*rounds, strict=True)]
+
+
+def _delicate(path: Path) -> list[str]:
+    """Names of the nodes that stay in fp32: products of two activations or of pooled features,
+    and sums of tokens, the residual streams of transformers."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
+    weights = {tensor.name for tensor in graph.initializer}
+
+    def stays(node: onnx.NodeProto) -> bool:
+        given = [name for name in node.input if name not in weights]
+        if node.op_type == "MatMul":
+            return len(given) > 1 or ranks.get(given[0], 0) < 3
+        return node.op_type == "Add" and ranks.get(given[0], 0) < 4
+
+    return [node.name for node in graph.node if stays(node)]
+
+
+def _input_name(path: str | Path) -> str:
+    import onnx
+
+    return onnx.load(str(path), load_external_data=False).graph.input[0].name

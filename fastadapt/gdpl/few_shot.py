@@ -1,0 +1,87 @@
+"""Few-shot data: which images train, and which classes are known or novel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastadapt.data.dataset import Dataset, Sample
+from fastadapt.errors import InputError, nearest
+from fastadapt.files import read_json
+
+
+def sample_shots(samples: Sequence[Sample], shots: int, seed: int) -> list[Sample]:
+    """``shots`` images of every class, drawn without replacement; all of a class that has fewer.
+
+    Args:
+        samples: of the training split.
+        shots: images per class; 0 for all.
+        seed: of the draw.
+    """
+    if shots < 0:
+        raise InputError(f"shots is {shots}; expected the images per class, or 0 for all")
+    if shots == 0:
+        return list(samples)
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in sorted({sample.label for sample in samples}):
+        members = [i for i, sample in enumerate(samples) if sample.label == label]
+        chosen += rng.permutation(members)[:shots].tolist()
+    return [samples[i] for i in sorted(chosen)]
+
+
+def split_classes(count: int) -> tuple[range, range]:
+    """Base and novel classes: the first half, rounded up, and the rest, as the paper does.
+
+    Raises:
+        InputError: fewer than 4 classes, so that a half would have no choice to make.
+    """
+    if count < 4:
+        raise InputError(
+            f"the data set has {count} classes; base-to-novel evaluation needs at least 4, two on "
+            "each side: train on all of them with --train-classes all"
+        )
+    middle = math.ceil(count / 2)
+    return range(middle), range(middle, count)
+
+
+def of_classes(samples: Sequence[Sample], classes: range) -> list[Sample]:
+    """The samples of these classes, labelled from 0 again."""
+    return [replace(s, label=s.label - classes.start) for s in samples if s.label in classes]
+
+
+def evaluation_samples(dataset: Dataset) -> list[Sample]:
+    """The test split if there is one, else the validation split."""
+    return dataset.split("test") or dataset.split("val")
+
+
+def read_names(path: str | Path | None, datasets: Sequence[Dataset]) -> dict[str, str]:
+    """What classes are called in the texts, where it is not their folder's name.
+
+    Args:
+        path: a JSON object from folder names to names, for some or all of them; none if ``None``.
+        datasets: which may have these folders.
+
+    Raises:
+        InputError: the file is no such object, or no data set has one of the folders.
+    """
+    names = {} if path is None else read_json(path)
+    folders = {folder for dataset in datasets for folder in dataset.classes}
+    for folder, name in names.items():
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"{path} calls {folder!r} {name!r}; expected a name")
+        if folder not in folders:
+            raise InputError(
+                f"{path} names the class {folder!r}, which no data set has. "
+                f"Nearest: {nearest(folder, folders)}"
+            )
+    return names
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """Of two accuracies; 0 if both are."""
+    return 2 * a * b / (a + b) if a + b else 0.0

@@ -1,0 +1,304 @@
+"""Training in stages: the adapter on a frozen backbone, then, if asked for, everything."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from fastadapt.adapt import AdaptConfig, adapt
+from fastadapt.checkpoint import backbone_fingerprint, save_adapter
+from fastadapt.data.augment import check_augment
+from fastadapt.data.dataset import SPLITS as SPLIT_ORDER
+from fastadapt.data.dataset import Dataset, find_unreadable, first_few, read_dataset
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.errors import InputError
+from fastadapt.files import write_json, write_text
+from fastadapt.info import versions
+from fastadapt.lora import lora_layers
+from fastadapt.train.config import TrainConfig
+from fastadapt.train.loop import Trainer, precision
+from fastadapt.train.plots import plot_curves
+from fastadapt.progress import default_workers, progress_bars
+from fastadapt.train.run_folder import (
+    CURVES,
+    LABELS,
+    RESULTS,
+    SPLITS,
+    STATE,
+    State,
+    check_folder,
+    check_settings,
+    finished_results,
+    load_state,
+    remove_if_empty,
+    remove_leftovers,
+    write_metrics,
+)
+
+RECORDED = ("python", "fastadapt", "torch", "timm")  # versions worth keeping with a run
+
+__all__ = ["TrainConfig", "TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave.
+
+    Attributes:
+        out: the run folder, for :func:`fastadapt.load_adapter` and ``fastadapt export``.
+        best: the line of ``metrics.jsonl`` of the epoch that was kept.
+        results: ``results.json``: metrics of the kept weights on ``val`` and ``test``.
+    """
+
+    out: Path
+    best: dict[str, Any]
+    results: dict[str, Any]
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    backbone: str | nn.Module,
+    config: TrainConfig | None = None,
+    adapt_config: AdaptConfig | None = None,
+    *,
+    preprocess: dict[str, Any] | None = None,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = True,
+) -> TrainResult:
+    """Trains an adapter for ``backbone`` on ``data`` and writes a run folder.
+
+    The folder holds ``config.json`` and ``adapter.safetensors`` (:func:`fastadapt.load_adapter`),
+    ``labels.txt``, ``splits.csv``, ``metrics.jsonl``, ``results.json``, ``curves.png`` and
+    ``cache/`` (safe to delete). While the run is unfinished it also holds ``state.safetensors``,
+    written after every epoch, from which ``resume`` continues; on a CPU the result is then bit for
+    bit that of an uninterrupted run with the same number of threads.
+
+    Args:
+        data: see :func:`fastadapt.data.read_dataset`.
+        out: the run folder; must be new or empty, unless ``resume`` or ``overwrite``.
+        backbone: as for :func:`fastadapt.adapt`; it must take images [B, 3, H, W].
+        config: how to train.
+        adapt_config: what to put behind the backbone.
+        preprocess: settings of :class:`fastadapt.data.preprocess.Preprocess` that differ from those
+            that the backbone was trained with.
+        pretrained, weights: as for :func:`fastadapt.adapt`.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        workers: threads that read images; one per core, at most 8, if ``None``.
+        skip_unreadable: leave damaged images out instead of refusing the data set.
+        resume: continue an unfinished run with the same settings; a finished one is left as it is.
+        overwrite: replace a run. Its files stay until the new run has its first ones.
+        quiet: no progress bars, no lines.
+
+    Raises:
+        InputError: anything given does not fit; the loss is no longer finite; the disk or the
+            GPU's memory is full. Where a state was saved it stays, for ``resume``.
+    """
+    config = config or TrainConfig()
+    out = Path(out)
+    check_folder(out, resume, overwrite)
+    target = parse_device(device)
+    precision(config.amp, target)  # refused now rather than after the features were computed
+    workers = default_workers() if workers is None else workers
+    dataset = read_dataset(data, config.val_fraction, config.seed)
+
+    torch.manual_seed(config.seed)
+    weights = None if weights is None else str(Path(weights).absolute())
+    model = adapt(
+        backbone, adapt_config, len(dataset.classes), pretrained=pretrained, weights=weights
+    )
+    if isinstance(backbone, str) and not pretrained and weights is None:
+        # Random weights exist nowhere else: the checkpoint must hold them.
+        model.backbone_trained = True
+    images = Preprocess.from_pretrained_cfg(model.pretrained_cfg, **(preprocess or {}))
+    if tuple(images.input_size) != tuple(model.spec.input_size):
+        raise InputError(
+            f"preprocess gives images of {images.input_size}, the model was adapted for "
+            f"{model.spec.input_size}: set AdaptConfig(input_size=...) instead"
+        )
+    check_augment(config.augment, images)
+    cached = config.cache and not lora_layers(model.backbone)
+    if not cached and config.views > 1:
+        raise InputError(
+            f"views is {config.views}, but nothing is cached (--no-cache, or LoRA), so that every "
+            "epoch has fresh views anyway: leave --views out"
+        )
+    if cached and config.stages == 1 and config.augment != "none" and config.views == 1:
+        raise InputError(
+            f"augment is {config.augment!r}, but with one cached view, the plain one, it has no "
+            "effect in stage 1: give --views of 2 or more, or --no-cache for fresh views"
+        )
+
+    with progress_bars(quiet) as progress:
+        say = progress.console.print
+        dataset = readable(dataset, workers, skip_unreadable, progress)
+        settings = {
+            "data": dataset.fingerprint(),
+            "backbone": model.source["name"],
+            "fingerprint": backbone_fingerprint(model),
+            **model.config.to_dict(),
+            **images.to_dict(),
+            **asdict(config),
+        }
+        del settings["cuda_graph"]  # the result does not depend on it
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
+        say(f"{len(dataset.classes)} classes, images: {counts}")
+        say(f"{model.source['name']} on {target}: {trainable:,} parameters train in stage 1")
+        state = State()
+        if resume and (out / STATE).is_file():
+            state, then = load_state(out / STATE)
+            check_settings(settings, then, out)
+            say(f"resuming after epoch {state.epoch} of stage {state.stage}")
+        elif resume:
+            results = finished_results(out, settings)
+            if results is not None:
+                say(f"{out} is finished already: nothing to resume")
+                return TrainResult(out, results["best"], results)
+            say("no epoch was completed: starting from the beginning")
+        if not cached:
+            reason = "low-rank adapters change them" if config.cache else "--no-cache"
+            say(f"features are not cached ({reason}): every epoch runs the backbone")
+
+        existed = out.is_dir()
+        trainer = Trainer(
+            model=model,
+            dataset=dataset,
+            preprocess=images,
+            config=config,
+            settings=settings,
+            state=state,
+            out=out,
+            device=target,
+            workers=workers,
+            cached=cached,
+            progress=progress,
+        )
+        try:
+            with full_disk_or_memory(out):
+                remove_leftovers(out)
+                trainer.run()
+                return _write_outputs(trainer, str(Path(data).absolute()))
+        finally:
+            if not existed:
+                remove_if_empty(out)
+
+
+def summary_table(result: TrainResult) -> Table:
+    """The result, for the terminal."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("kept", f"epoch {result.best['epoch']} of stage {result.best['stage']}")
+    for split in ("val", "test"):
+        if split in result.results:
+            scores = result.results[split]
+            table.add_row(
+                split,
+                f"accuracy {scores['accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f} "
+                f"({scores['images']} images)",
+            )
+    table.add_row("run", str(result.out))
+    return table
+
+
+def parse_device(name: str) -> torch.device:
+    """``"auto"`` is the first GPU, or the CPU. Raises InputError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}; expected auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        here = f"{count} are there, from cuda:0" if count else "PyTorch finds no GPU"
+        raise InputError(f"device is {name!r}, but {here}: give --device auto")
+    return device
+
+
+def readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> Dataset:
+    """The data set less its unreadable images, which are an error unless ``skip``."""
+    task = progress.add_task("checking images", total=len(dataset.samples), unit="images", note="")
+    unreadable = find_unreadable(dataset, workers, lambda: progress.advance(task))
+    progress.remove_task(task)
+    if not unreadable:
+        return dataset
+    total = f"{len(unreadable)} of {len(dataset.samples)} images"
+    if not skip:
+        reasons = first_few((reason for _, reason in unreadable), 2)
+        raise InputError(
+            f"{total} cannot be read: {reasons}. Repair or remove them, or leave them out with "
+            "--skip-unreadable."
+        )
+    progress.console.print(f"left out: {total} cannot be read")
+    return dataset.without(path for path, _ in unreadable)
+
+
+def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
+    """Writes the run folder's files from the weights that were kept, and drops the state."""
+    out, state, dataset = trainer.out, trainer.state, trainer.dataset
+    best = state.history[state.best]
+    trainer.load_best()
+    splits = ("val", "test") if dataset.split("test") else ("val",)
+    results = {
+        "classes": list(dataset.classes),
+        "best": best,
+        **{name: trainer.evaluate(name) for name in splits},
+    }
+    save_adapter(
+        trainer.model,
+        out,
+        labels=list(dataset.classes),
+        preprocess=trainer.preprocess.to_dict(),
+        train={
+            "data": data,
+            "settings": trainer.settings,
+            "best": best,
+            "versions": {k: v for k, v in versions().items() if k in RECORDED},
+        },
+    )
+    write_text(out / LABELS, "".join(f"{name}\n" for name in dataset.classes))
+    dataset.write_splits(out / SPLITS)
+    write_metrics(out, state.history)
+    plot_curves(state.history, out / CURVES, state.best)
+    write_json(out / RESULTS, results)
+    trainer.remove_unused_caches()
+    # What it holds is in the files above, but for the optimizer's moments.
+    (out / STATE).unlink(missing_ok=True)
+    return TrainResult(out, best, results)
+
+
+@contextmanager
+def full_disk_or_memory(out: Path) -> Iterator[None]:
+    """Says in one line what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"the disk of {out} is full: free some space, then run the same command with --resume"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "the GPU's memory is full: start anew with a smaller --batch-size (--batch-size2 for "
+            "stage 2)"
+        ) from error

@@ -1,0 +1,252 @@
+"""Models without a run: fine-tuned timm models and LoRA folders that PEFT wrote."""
+
+import sys
+
+import numpy as np
+import peft
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import fastadapt as fa
+from fastadapt import cli
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.export import export_timm, load
+from fastadapt.export.bundle.build import EngineOptions
+from fastadapt.export.bundle.graph_input import GraphInput
+from fastadapt.export.bundle.samples import (
+    Sample,
+    choose,
+    folder_samples,
+    read_pixels,
+    synthetic_samples,
+)
+from fastadapt.export.bundle.sources import load_timm
+from fastadapt.files import read_json, read_tensors, sha256_file, write_tensors
+from tests.helpers.imagesets import make_folders
+
+NAME, SIZE = "test_vit", 32
+
+
+def timm_model(classes):
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=classes, img_size=SIZE).eval()
+    if classes:
+        torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of the base model with ten classes, of a fine-tuned one with three, and a LoRA."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(timm_model(10).state_dict(), folder / "base.pth")
+    torch.save(timm_model(0).state_dict(), folder / "headless.pth")
+    state = {f"module.{name}": tensor for name, tensor in timm_model(3).state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, folder / "tuned.pth")
+    base = timm_model(10)
+    base.reset_classifier(3)
+    settings = peft.LoraConfig(r=4, target_modules=["qkv"], modules_to_save=["head"])
+    wrapped = peft.get_peft_model(base, settings)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(folder / "peft")
+    return folder, wrapped.eval()
+
+
+@pytest.fixture
+def images(tmp_path):
+    return make_folders(tmp_path / "images", per_class=3)
+
+
+PRE = Preprocess((3, SIZE, SIZE))
+X = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+class TestLoad:
+    def test_a_checkpoint_with_its_classifier(self, weights):
+        file = weights[0] / "tuned.pth"
+        trained = load_timm(NAME, checkpoint=file, image_size=SIZE, class_names=list("abc"))
+        torch.testing.assert_close(trained.model(X), timm_model(3)(X))
+        assert (trained.labels, trained.backbone) == (list("abc"), NAME)
+        assert trained.preprocess.input_size == (3, SIZE, SIZE)
+        assert trained.source["checkpoint"]["sha256"] == sha256_file(file)
+        assert trained.pretrained_cfg["architecture"] == NAME
+
+    def test_a_checkpoint_without_one_gives_features(self, weights, tmp_path):
+        state = timm_model(0).state_dict()
+        write_tensors(tmp_path / "f.safetensors", state)
+        trained = load_timm(NAME, checkpoint=tmp_path / "f.safetensors", image_size=SIZE)
+        assert trained.labels == []
+        assert trained.model(X).shape == (3, 64)
+
+    def test_a_peft_folder_with_its_classifier(self, weights):
+        folder, wrapped = weights
+        trained = load_timm(
+            NAME, peft=folder / "peft", weights=folder / "base.pth", image_size=SIZE
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(trained.model(X), wrapped(X))
+        assert trained.labels == ["0", "1", "2"]
+        assert set(trained.source["peft"]["sha256"]) == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+    def test_a_peft_folder_on_weights_without_a_classifier(self, weights, tmp_path):
+        folder, wrapped = weights
+        state = {k: v for k, v in timm_model(10).state_dict().items() if not k.startswith("head.")}
+        write_tensors(tmp_path / "f.safetensors", state)
+        options = {"peft": folder / "peft", "weights": tmp_path / "f.safetensors"}
+        trained = load_timm(NAME, image_size=SIZE, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(trained.model(X), wrapped(X))
+
+    def test_half_a_classifier_is_refused(self, weights, tmp_path):
+        folder = tmp_path / "peft"
+        folder.mkdir()
+        config = (weights[0] / "peft" / "adapter_config.json").read_text()
+        (folder / "adapter_config.json").write_text(config)
+        state, _ = read_tensors(weights[0] / "peft" / "adapter_model.safetensors")
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("head.bias")}
+        write_tensors(folder / "adapter_model.safetensors", state)
+        for name in ("base.pth", "headless.pth"):
+            with pytest.raises(fa.InputError, match=r"3 classes lacks 'head\.bias'"):
+                load_timm(NAME, peft=folder, weights=weights[0] / name, image_size=SIZE)
+
+    @pytest.mark.parametrize(
+        "options,says",
+        [
+            ({"checkpoint": "tuned.pth", "peft": "peft"}, "leave out --peft"),
+            ({"checkpoint": "gone.pth"}, r"gone\.pth does not exist"),
+            ({"checkpoint": "tuned.pth", "class_names": ["a"]}, "--classes names 1 labels"),
+            ({"checkpoint": "tuned.pth", "image_size": 64}, r"pos_embed has shape"),
+            ({"checkpoint": "pickle.pth"}, "cannot be read as weights alone"),
+            ({"peft": "nothing", "weights": "base.pth"}, r"adapter_config\.json does not exist"),
+        ],
+    )
+    def test_what_does_not_fit(self, weights, options, says):
+        folder = weights[0]
+        torch.save({"model": timm_model(3)}, folder / "pickle.pth")
+        paths = ("checkpoint", "peft", "weights")
+        options = {k: folder / v if k in paths else v for k, v in options.items()}
+        with pytest.raises(fa.InputError, match=says):
+            load_timm(NAME, **{"image_size": SIZE, **options})
+
+    def test_an_unknown_name(self, weights):
+        with pytest.raises(fa.InputError, match="timm has no model 'test_vitt'"):
+            load_timm("test_vitt", checkpoint=weights[0] / "tuned.pth")
+
+
+class TestSamples:
+    def test_synthetic_ones_vary_and_are_the_same_every_time(self):
+        pre = Preprocess((3, 48, 64))
+        samples = synthetic_samples(pre)
+        assert samples.origin.startswith("synthetic")
+        pixels = np.stack([np.asarray(sample.read()) for sample in samples.samples])
+        assert pixels.shape == (16, 48, 64, 3)
+        again = [np.asarray(sample.read()) for sample in synthetic_samples(pre).samples]
+        assert np.array_equal(pixels, again)
+        assert pixels.std(axis=0).min() > 5 and pixels.std(axis=(1, 2)).min() > 5
+        assert samples.calibration == samples.validation == ()
+
+    def test_no_image_calibrates_and_judges(self, images):
+        samples = folder_samples(images, 5)
+        assert set(samples.calibration) | set(samples.validation) == set(samples.samples)
+        assert not set(samples.calibration) & set(samples.validation)
+        assert len({sample.label for sample in choose(samples.samples, 3)}) == 3
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["fastadapt", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code or 0
+
+
+class TestExport:
+    def test_peft_on_images(self, weights, images, tmp_path, monkeypatch, capfd):
+        folder, wrapped = weights
+        names = tmp_path / "names.txt"
+        names.write_text("crossed\nlying\nupright\n")
+        options = ["--peft", folder / "peft", "--weights", folder / "base.pth"]
+        options += ["--image-size", SIZE, "--images", images, "--classes", names, "--no-speed"]
+        options += ["--triton-repo", tmp_path / "models"]
+        bundle = tmp_path / "b"
+        code = command(monkeypatch, "export", "--backbone", NAME, *options, "--out", bundle)
+        assert code == 0, capfd.readouterr().err
+        manifest = read_json(bundle / "manifest.json")
+        kinds = {row["kind"] for row in manifest["fold_report"]["layers"]}
+        assert kinds == {"LoRALinear"}
+        assert manifest["golden"]["origin"] == f"the folder {images}"
+        assert (tmp_path / "models" / "b" / "config.pbtxt").is_file()
+        picture = images / "lying" / "00.png"
+        pre = Preprocess.from_dict({k: manifest["preprocessing"][k] for k in vars(PRE)})
+        with torch.no_grad():
+            want = wrapped(pre.normalize(pre.read(picture)[None])).numpy()
+        np.testing.assert_allclose(load(bundle)(picture).logits, want, rtol=1e-3, atol=1e-3)
+        again = command(monkeypatch, "export", "--backbone", NAME, *options, "--out", bundle)
+        assert again == 1
+        assert "models/b exists: replace it with --overwrite" in capfd.readouterr().err
+
+    def test_synthetic_images_are_said(self, weights, tmp_path, monkeypatch):
+        result = export_timm(
+            NAME,
+            tmp_path / "b",
+            checkpoint=weights[0] / "tuned.pth",
+            image_size=SIZE,
+            speed=False,
+        )
+        assert result.manifest["golden"]["origin"].startswith("synthetic")
+        assert "From synthetic" in (tmp_path / "b" / "report.html").read_text()
+        monkeypatch.setattr("fastadapt.export.precision.fp8.check_gpu", lambda: None)
+        for engines in (
+            EngineOptions(int8=True),
+            EngineOptions(fp8=True, aoti=True, precision="bf16"),
+        ):
+            with pytest.raises(fa.InputError, match=r"--(int|fp)8 .* with --images"):
+                export_timm(
+                    NAME,
+                    tmp_path / "c",
+                    checkpoint=weights[0] / "tuned.pth",
+                    image_size=SIZE,
+                    speed=False,
+                    engines=engines,
+                )
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+
+    @pytest.mark.parametrize(
+        "args,says",
+        [
+            ((), "a run's folder, or a model with --backbone"),
+            (("--backbone", NAME), "--backbone needs --out"),
+            (("run", "--backbone", NAME), "one of the two"),
+            (("run", "--peft", "x"), "--peft is for models that --backbone names"),
+            (("--backbone", NAME, "--out", "b", "--domain-input"), "are for runs"),
+            (("run", "--input", "float", "--resize"), "give --input uint8"),
+            (("run", "--no-normalize"), "give --input float"),
+            (("run", "--resize", "--precision", "fp16"), "--resize is for the fp32 ONNX file"),
+            (("run", "--batch", "8:1:2"), "--batch is '8:1:2'"),
+            (("run", "--aoti", "--fp8"), "add --aoti --precision bf16"),
+            (("run", "--workspace", "9"), "--workspace is for TensorRT engines: add --trt"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, args, says, monkeypatch, capfd, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        assert command(monkeypatch, "export", *args) == 1
+        error = capfd.readouterr().err
+        assert says in error and error.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_large_photos_are_stored_smaller(tmp_path):
+    """Golden samples of a graph that resizes are decoded images, of one size."""
+    samples = []
+    for index, size in enumerate([(2048, 1024), (2048, 1024), (300, 200)]):
+        Image.new("RGB", size, (index, 9, 9)).save(tmp_path / f"{index}.png")
+        samples.append(Sample(tmp_path / f"{index}.png"))
+    pixels = read_pixels(samples, GraphInput(PRE, resize=True))
+    assert pixels.given.shape == (3, 3, 512, 1024)
+    assert pixels.model.shape == pixels.training.shape == (3, 3, SIZE, SIZE)
