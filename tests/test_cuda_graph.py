@@ -19,8 +19,8 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.files import read_tensors
 from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, evaluate, train_gdpl
 from fastadapt.gdpl.few_shot import of_classes
-from fastadapt.train import loop as trainer
 from fastadapt.progress import progress_bars
+from fastadapt.train import loop as trainer
 from fastadapt.train.run import TrainConfig, train
 from fastadapt.train.step import Losses, training_step
 from tests.helpers.gdpl_models import make_colours, save_source

@@ -29,8 +29,8 @@ from fastadapt.gdpl.few_shot import (
 from fastadapt.gdpl.loop import GDPLTrainConfig, train_epochs
 from fastadapt.gdpl.model import GDPLConfig, GDPLModel
 from fastadapt.info import versions
-from fastadapt.train.loop import precision
 from fastadapt.progress import default_workers, progress_bars
+from fastadapt.train.loop import precision
 from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, readable
 from fastadapt.train.run_folder import (
     LABELS,

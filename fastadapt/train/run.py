@@ -24,10 +24,10 @@ from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
 from fastadapt.lora import lora_layers
+from fastadapt.progress import default_workers, progress_bars
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.plots import plot_curves
-from fastadapt.progress import default_workers, progress_bars
 from fastadapt.train.run_folder import (
     CURVES,
     LABELS,

@@ -279,7 +279,7 @@ class TestBundle:
         def wrong(options, source, console):
             return [Artefact("onnx", "model.onnx", "fp32", FAILED, "at batch 4: error 1")]
 
-        monkeypatch.setattr("fastadapt.export.bundle.build_artefacts", wrong)
+        monkeypatch.setattr("fastadapt.export.bundle.pipeline.build_artefacts", wrong)
         with pytest.raises(GateError, match=r"rejected: model\.onnx: at batch 4"):
             export_run(made / "run", tmp_path / "b", speed=False)
         assert (tmp_path / "b.rejected").is_dir()

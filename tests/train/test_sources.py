@@ -13,8 +13,8 @@ from fastadapt.data.dataset import read_dataset
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.fusion import frozen_blocks as frozen
-from fastadapt.train import sources as features
 from fastadapt.progress import progress_bars
+from fastadapt.train import sources as features
 from fastadapt.train.sources import CacheSettings, ImageSource, cache_key, cached_source
 from tests.helpers.imagesets import make_folders
 
