@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastadapt.data.preprocess import load_image, to_rgb
+from fastadapt.data.decode import load_image, to_rgb
 from fastadapt.errors import InputError
 
 from .bundle.artefact import VERIFIED, Artefact

@@ -1,5 +1,7 @@
 """Errors that a user can act on."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something that was given does not fit; the message names it and says what to do.
@@ -8,9 +10,15 @@ class InputError(ValueError):
     """
 
 
-def nearest(word: str, choices, count: int = 5) -> str:
-    """The choices most like ``word``, for the end of an error message."""
+def nearest(word: str, choices: Iterable[str], count: int = 5) -> str:
+    """Name the choices most like ``word``, for the end of an error message."""
     import difflib
 
     found = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.4)
     return ", ".join(found) if found else "none is similar"
+
+
+def first_few(items: Iterable[object], count: int = 3) -> str:
+    """Join up to ``count`` items for the end of an error message."""
+    items = list(items)
+    return ", ".join(map(str, items[:count])) + (", …" if len(items) > count else "")

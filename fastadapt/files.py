@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Read files, and write them either whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastadapt.errors import InputError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name beside ``path``; renames it to ``path`` if the block succeeds.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it to ``path`` if the block succeeds.
 
     A failure or an interrupt removes the temporary file and leaves what was at ``path`` alone.
     """
@@ -42,17 +42,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file, indented and in UTF-8."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
         InputError: the file is missing, or is no JSON object.
@@ -70,9 +72,9 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file; tensors may live on any device and share memory."""
+    """Write a safetensors file; tensors may live on any device and share memory."""
     from safetensors.torch import save_file
 
     owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -85,8 +87,8 @@ def write_tensors(
             raise
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file: its tensors and its metadata.
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and return its tensors and its metadata.
 
     Raises:
         InputError: the file is missing, truncated or no safetensors file.
@@ -105,8 +107,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         ) from None
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads weights from a .safetensors, .pth, .pt or .bin file, never running code from it.
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read weights from a .safetensors, .pth, .pt or .bin file, never running code from it.
 
     A state dict nested under ``state_dict``, ``model`` or ``model_state_dict`` is unpacked.
 
@@ -136,7 +138,15 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
-    """Raises InputError naming the first tensor that holds NaN or infinity."""
+    """Refuse tensors that hold NaN or infinity.
+
+    Args:
+        tensors: by name.
+        source: of them, for the error message.
+
+    Raises:
+        InputError: naming the first such tensor.
+    """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -146,16 +156,17 @@ def check_finite(tensors: dict[str, Tensor], source: str) -> None:
             )
 
 
-def sha256_file(path: str | os.PathLike) -> str:
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hash a file's bytes; 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_tensors(tensors: dict[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and values, whatever the order and the device."""
+    """Hash names, dtypes, shapes and values, whatever the order and the device."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Progress on the terminal, and work done ahead of need."""
+"""Show progress on the terminal, and do work ahead of need."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from rich.console import Console
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class _Speed(ProgressColumn):
-    """``123 images/s``, after the task's field ``unit``."""
+    """Show ``123 images/s``, after the task's field ``unit``."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -33,7 +33,7 @@ class _Speed(ProgressColumn):
 
 
 def progress_bars(quiet: bool = False) -> Progress:
-    """Bars on stderr with speed and time left; nothing moves unless it is a terminal.
+    """Show bars on stderr with speed and time left; nothing moves unless it is a terminal.
 
     ``progress.console`` is for lines that stay.
     """
@@ -52,18 +52,18 @@ def progress_bars(quiet: bool = False) -> Progress:
 
 
 def default_workers() -> int:
-    """Threads that read images: one per core, at most 8."""
+    """Return the number of threads that read images: one per core, at most 8."""
     return min(os.cpu_count() or 1, 8)
 
 
 def prefetch(
     function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
 ) -> Iterator[R]:
-    """``map`` in threads, in order, at most ``ahead`` results before they are asked for.
+    """Map in threads, in order, at most ``ahead`` results before they are asked for.
 
     Threads are enough for images: Pillow decodes and resizes without Python's lock.
     """
-    pending = deque()
+    pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
             for item in items:

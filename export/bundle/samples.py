@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastadapt.data.preprocess import Preprocess, is_image_file, load_image
+from fastadapt.data.decode import load_image
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.data.walker import is_image_file
 from fastadapt.errors import InputError
 from fastadapt.train.run_folder import SPLITS
 

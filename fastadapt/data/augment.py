@@ -1,15 +1,17 @@
-"""Random views of an image, each a function of its seed alone."""
+"""Make random views of an image, each a function of its seed alone."""
 
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastadapt.data.preprocess import Preprocess, load_image
+from fastadapt.data.decode import load_image
+from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 
 AUGMENTS = ("none", "flips", "dihedral", "crops")
@@ -18,9 +20,12 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 
 
 def read_view(
-    path, preprocess: Preprocess, augment: str = "none", seed: tuple[int, ...] | None = None
+    path: str | os.PathLike[str],
+    preprocess: Preprocess,
+    augment: str = "none",
+    seed: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """An image file to uint8 [3, H, W], augmented.
+    """Read an image file as uint8 [3, H, W], augmented.
 
     Args:
         path: of the image.
@@ -30,7 +35,7 @@ def read_view(
         seed: integers that decide the view; ``None`` for the plain view, as in evaluation.
 
     Raises:
-        InputError: as :func:`fastadapt.data.preprocess.load_image`.
+        InputError: as :func:`fastadapt.data.decode.load_image`.
     """
     image = load_image(path)
     if augment == "none" or seed is None:
@@ -53,7 +58,11 @@ def read_view(
 
 
 def check_augment(augment: str, preprocess: Preprocess) -> None:
-    """Raises InputError for an unknown augmentation, or one that the image size rules out."""
+    """Refuse an unknown augmentation, or one that the image size rules out.
+
+    Raises:
+        InputError: as said.
+    """
     if augment not in AUGMENTS:
         raise InputError(f"augment is {augment!r}; expected one of {', '.join(AUGMENTS)}")
     _, height, width = preprocess.input_size
@@ -62,7 +71,7 @@ def check_augment(augment: str, preprocess: Preprocess) -> None:
 
 
 def _crop_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a random part of the image, in pixels."""
+    """Draw (left, top, right, bottom) of a part of the image, in pixels."""
     width, height = size
     area = width * height * rng.uniform(*CROP_AREA)
     aspect = math.exp(rng.uniform(*np.log(CROP_ASPECT)))

@@ -17,10 +17,11 @@ from torch import nn
 from fastadapt.adapt import AdaptConfig, adapt
 from fastadapt.checkpoint import backbone_fingerprint, save_adapter
 from fastadapt.data.augment import check_augment
-from fastadapt.data.dataset import SPLITS as SPLIT_ORDER
-from fastadapt.data.dataset import Dataset, find_unreadable, first_few, read_dataset
+from fastadapt.data.dataset import Dataset, read_dataset
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.errors import InputError
+from fastadapt.data.scan import find_unreadable
+from fastadapt.data.splits import SPLITS as SPLIT_ORDER
+from fastadapt.errors import InputError, first_few
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
 from fastadapt.lora import lora_layers
@@ -90,7 +91,7 @@ def train(
     bit that of an uninterrupted run with the same number of threads.
 
     Args:
-        data: see :func:`fastadapt.data.read_dataset`.
+        data: see :func:`fastadapt.data.dataset.read_dataset`.
         out: the run folder; must be new or empty, unless ``resume`` or ``overwrite``.
         backbone: as for :func:`fastadapt.adapt`; it must take images [B, 3, H, W].
         config: how to train.

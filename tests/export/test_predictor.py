@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import fastadapt as fa
-from fastadapt.data.preprocess import Preprocess, load_image
+from fastadapt.data.decode import load_image
+from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_timm, load, write_repository
 from fastadapt.export import predictor as predictor_step
 from fastadapt.export.backends.triton_server import to_pbtxt

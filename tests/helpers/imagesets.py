@@ -1,5 +1,6 @@
 """Small image sets that a model can learn: each class is one pattern of stripes."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +32,10 @@ def truncate(path: Path) -> None:
     """Cuts a file in half, as a broken copy does."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+
+
+def write_csv(path, rows, header=("path", "label", "split")):
+    """Write rows below a header, of which as many names as they have columns."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header[: len(rows[0])] if rows else header, *rows])
+    return path
