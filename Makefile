@@ -6,10 +6,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # OpenMP threads that wait give their core away soon: on a busy machine much faster.
 export GOMP_SPINCOUNT := 20000
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-gpu lint types layers clean
 help:
 	@echo "make demo   install, then adapt, fold, export and verify a real model (about 6 minutes)"
 	@echo "make test   install with the test extras, then linters and the whole CPU test suite"
+	@echo "make lint   ruff, its format, types, and what imports what"
+	@echo "make test-gpu  the tests that need a GPU, over all cores"
 	@echo "make clean  remove the virtual environment and what the demo wrote"
 
 demo: $(VENV)/.demo
@@ -18,9 +20,18 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n auto
 
-lint: $(VENV)/.test
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --dist worksteal -m gpu
+
+lint: $(VENV)/.test types layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/python tools/check_types.py
+
+layers: $(VENV)/.test
+	$(BIN)/python -m pytest tests/test_layout.py
 
 # A stamp for each set of extras: a second run installs nothing.
 $(VENV)/.demo: pyproject.toml | $(VENV)
