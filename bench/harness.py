@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fastadapt.info import versions
+from fastadapt.kernels.common.arithmetic import ceil_div
 
 Call = Callable[[], object]
 
@@ -163,7 +164,7 @@ def input_sets(bytes_per_set: int, most: int = 8) -> int:
     if not torch.cuda.is_available():
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(most, -(-4 * cache // max(1, bytes_per_set))))
+    return max(2, min(most, ceil_div(4 * cache, max(1, bytes_per_set))))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fastadapt.kernels.common.arithmetic import ceil_div
 from fastadapt.train.plots import save_figure
 
 from ..operation import BOTH
@@ -66,7 +67,7 @@ def speedups(results: dict[str, Any]) -> Figure | None:
             panels[name] = bars
     if not panels:
         return None
-    rows = -(-len(panels) // 2)
+    rows = ceil_div(len(panels), 2)
     tallest = [
         max(len(bars) for bars in list(panels.values())[2 * row : 2 * row + 2])
         for row in range(rows)

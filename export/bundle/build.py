@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError
+from fastadapt.kernels.common.arithmetic import ceil_div
 
 from ..backends import aotinductor, tensorrt
 from ..backends.onnx import OPSET
@@ -302,7 +303,7 @@ def compare_runtime(
     limits = THRESHOLDS[precision]
     parities = []
     for size in batch.checked:
-        count = -(-len(expected) // size) * size
+        count = ceil_div(len(expected), size) * size
         tiled = [_repeat(x, count) for x in inputs.values()]
         try:
             parts = [

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastadapt.errors import InputError
 from fastadapt.gdpl.clip import pool_type, project_text, run_blocks, text_tower
 from fastadapt.gdpl.low_rank import LowRankUpdate
+from fastadapt.kernels.common.arithmetic import ceil_div
 from fastadapt.kernels.common.dispatch import compute_dtype
 
 Tokenizer = Callable[..., Tensor]  # (texts, context_length=77) to token ids [texts, 77]
@@ -35,7 +36,7 @@ class ClassTree(nn.Module):
         nodes = sorted(nodes, key=lambda node: node in prompt)
         index = {node: i for i, node in enumerate(nodes)}
         # Attention on GPUs copies masks whose rows do not start at multiples of 8 values.
-        mask = torch.full((len(nodes), -(-len(nodes) // 8) * 8), float("-inf"))
+        mask = torch.full((len(nodes), ceil_div(len(nodes), 8) * 8), float("-inf"))
         for node, i in index.items():
             for end in range(1, len(node) + 1):
                 mask[i, index[node[:end]]] = 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import block
 from .triton_kernels import attend_kernel, mix_kernel
 
@@ -58,7 +59,7 @@ def mixed_transforms(sums: Tensor, centers: Tensor, transforms: Tensor, tokens: 
     )
     mixed = transforms.new_empty(batch, size)
     rows, cols = 64, 64 if transforms.dtype == torch.float32 else 256
-    wrap_triton(mix_kernel)[(-(-size // cols), (batch + rows - 1) // rows)](
+    wrap_triton(mix_kernel)[(ceil_div(size, cols), (batch + rows - 1) // rows)](
         state,
         transforms,
         mixed,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..common import tuning
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Device, block, device_of
 
 
@@ -51,7 +52,7 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
 
     def waves(m: int) -> int:
         # 24 rows' worth of work is what a tile costs beside its rows (fill, weights, drain).
-        return -(-rows // (m * multiprocessors)) * (m + 24)
+        return ceil_div(rows, m * multiprocessors) * (m + 24)
 
     choices = candidates(rows, tokens, rank, device)
     # Short samples: a tall tile would hold too many of them.
@@ -60,7 +61,7 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
     # tile costs one group's worth beside its rows (weights, fill, drain).
     groups = 0
     if rows > 4096 and len(choices["groups"]) > 1:
-        groups = min((1, 2, 3), key=lambda g: -(-rows // (64 * g * multiprocessors)) * (g + 1))
+        groups = min((1, 2, 3), key=lambda g: ceil_div(rows, 64 * g * multiprocessors) * (g + 1))
     if device.index is not None:
         tuned = tuning.chosen("cluster_attention", device.index, (rows, tokens, width, rank))
         if tuned.get("tall") in choices["tall"] and tuned.get("groups") in choices["groups"]:
@@ -71,12 +72,12 @@ def default_config(rows: int, tokens: int, width: int, rank: int, device: Device
     else:
         project = Tile(128, tall - 128, block_rank, 64, 8, 3)
         transform = Tile(128, tall - 128, 128, 64, 8, 2)
-    tiles = -(-rows // project.all_rows)
+    tiles = ceil_div(rows, project.all_rows)
     if tiles * 2 <= multiprocessors:
         project = Tile(64, 0, min(block_rank, 64), 64, 4, 4)
         for cols in (64, 32) if big else ():
             cols = min(block_rank, cols)
-            if -(-rows // 64) * -(-rank // cols) <= multiprocessors:
+            if ceil_div(rows, 64) * ceil_div(rank, cols) <= multiprocessors:
                 # Every program has a multiprocessor for itself: few steps, deep ones.
                 project = Tile(64, 0, cols, min(block(width), 256), 4, 3)
         transform = Tile(64, 0, 64, 64, 4, 3 if big else 2)
@@ -107,7 +108,7 @@ def aligned(rows: int, tokens: int, groups: int, multiprocessors: int) -> bool:
     if not groups or tokens > 64:
         return False
     wave = groups * multiprocessors
-    return -(-rows // tokens // wave) <= -(-rows // (64 * wave))
+    return ceil_div(rows // tokens, wave) <= ceil_div(rows, 64 * wave)
 
 
 def candidates(rows: int, tokens: int, rank: int, device: Device) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Box, Launch, block, gluon_box, new
 from . import triton_kernels as kernels
 from .config import Config, Tile, hopper_kernels, slots_of
@@ -95,16 +96,16 @@ class Project:
         mixed_sums=False,
     ):
         tile = config.project
-        tiles = -(-rows // tile.all_rows)
+        tiles = ceil_div(rows, tile.all_rows)
         slots = slots_of(tile.all_rows, rows, tokens)
         self.tile_rows, self.slots = tile.all_rows, slots
-        self.sum_rows, self.mixed_sum_rows = tiles, -(-rows // config.transform.all_rows)
+        self.sum_rows, self.mixed_sum_rows = tiles, ceil_div(rows, config.transform.all_rows)
         self.new_out = new((rows, rank), dtype, config.device)
         shape = (tiles, slots, width)
         self.new_sums = new(shape, torch.float32, config.device) if sums else _nothing
         self.run = _launch(
             kernels.project_kernel,
-            (tiles, -(-rank // tile.cols)),
+            (tiles, ceil_div(rank, tile.cols)),
             config,
             (dtype, dtype, dtype, bias, torch.float32),
             (
@@ -181,9 +182,9 @@ class HopperProject:
         mixed_sums=False,
     ):
         groups, device = config.groups, config.device
-        tiles = -(-rows // (64 * groups))
+        tiles = ceil_div(rows, 64 * groups)
         slots = self.slots = slots_of(64, rows, tokens)
-        self.sum_rows, self.mixed_sum_rows = -(-rows // 64), tiles * groups
+        self.sum_rows, self.mixed_sum_rows = ceil_div(rows, 64), tiles * groups
         self.new_out = new((rows, rank), dtype, device)
         self.new_mixed = self.new_out if mix else _nothing
         blocks = tiles * groups
@@ -278,13 +279,13 @@ class Transform:
         rows = batch * tokens
         tile = config.transform if mix else config.expand
         block_rank = block(rank)
-        tiles = -(-rows // tile.all_rows)
+        tiles = ceil_div(rows, tile.all_rows)
         cols, parts = 0, 1
         if width:
             # Few row tiles: several programs share the columns of one.
-            parts = max(1, min(-(-width // tile.cols), config.device.multiprocessors // tiles))
-            cols = tile.cols * -(-width // (tile.cols * parts))
-            parts = -(-width // cols)
+            parts = max(1, min(ceil_div(width, tile.cols), config.device.multiprocessors // tiles))
+            cols = tile.cols * ceil_div(width, tile.cols * parts)
+            parts = ceil_div(width, cols)
         depth = min(tile.depth, block_rank)
         device = config.device
         self.new_y = new((batch, tokens, width), dtype, device) if width else _nothing
@@ -374,7 +375,7 @@ class HopperTransform:
         biases = 0 if bias is None else groups if row_bias else 1
         slot = rank * 128 + biases * 2048  # bytes of the ring's slots
         aligned = mix and config.aligned
-        units = batch if aligned else -(-rows // 64)
+        units = batch if aligned else ceil_div(rows, 64)
         self.dtype = dtype
         self.new_y = new((batch, tokens, width), dtype, config.device)
         self.new_z = new((rows, rank), dtype, config.device) if store_z else _nothing
@@ -388,7 +389,7 @@ class HopperTransform:
 
         self.run = _launch(
             gluon.transform_kernel,
-            (-(-units // groups),),
+            (ceil_div(units, groups),),
             config,
             (dtype,) * 6,
             (
@@ -479,7 +480,7 @@ class Mix:
             bs = 512 if bb == 16 else 256
         self.run = _launch(
             kernels.mix_kernel,
-            (-(-size // bs), -(-batch // bb)),
+            (ceil_div(size, bs), ceil_div(batch, bb)),
             config,
             (torch.float32, transforms_dtype, dtype),
             (*map(_pointer, range(3)), _whole_rows(2, (batch, size), (bb, bs), dtype)),
@@ -505,11 +506,11 @@ class Outer:
     def __init__(self, batch, tokens, rank, dtype, config: Config):
         tile = config.outer
         depth = min(tile.depth, block(tokens))
-        tiles_j = -(-rank // tile.cols)
+        tiles_j = ceil_div(rank, tile.cols)
         self.new_out = new((batch, rank, rank), dtype, config.device)
         self.run = _launch(
             kernels.outer_kernel,
-            (-(-rank // tile.rows) * tiles_j, batch),
+            (ceil_div(rank, tile.rows) * tiles_j, batch),
             config,
             (dtype,) * 3,
             (
@@ -544,7 +545,7 @@ class Unmix:
         size = rank * rank
         bs = config.unmix_cols if dtype != torch.float32 else 64
         # The partial sums of da stay under 64 MB; more samples or centers get fewer programs.
-        self.programs = min(-(-size // bs), max(16, (1 << 24) // (batch * num_centers)))
+        self.programs = min(ceil_div(size, bs), max(16, (1 << 24) // (batch * num_centers)))
         rows = config.unmix_rows if dtype != torch.float32 else 32
         bb = min(rows, block(batch)) if num_centers <= 32 else rows
         device = config.device
@@ -661,7 +662,7 @@ class Reduce:
         bc = 32
         shapes = ((width, num_centers), (width,), (rank,))
         programs = [
-            0 if dtype is None else -(-shape[0] // bc)
+            0 if dtype is None else ceil_div(shape[0], bc)
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
         self.new_centers, self.new_up, self.new_down = (

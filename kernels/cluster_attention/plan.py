@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.arithmetic import ceil_div
 from ..common.side_stream import Branch, mm
 from . import config as configs
 from . import launches
@@ -385,7 +386,7 @@ def _columns(t: Tensor) -> Tensor:
 
 
 def _multiple(n: int) -> int:
-    return -(-n // 8) * 8
+    return ceil_div(n, 8) * 8
 
 
 def _aligned(t: Tensor, dims: int) -> Tensor:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Device, Launch, block, device_of
 from .triton_kernels import normalised
 
@@ -93,7 +94,7 @@ def mean_kernel(
 def share_of(samples: int, tokens: int, device: Device) -> int:
     """Tokens of a program: eight programs for each multiprocessor, four tokens or more."""
     parts = -(-8 * device.multiprocessors // samples)
-    return max(4, -(-tokens // parts))
+    return max(4, ceil_div(tokens, parts))
 
 
 def forward(
@@ -122,7 +123,7 @@ def _forward_launches(
 ) -> tuple[Launch, Launch, int]:
     """Both kernels, and how many programs share a sample."""
     share = share_of(samples, tokens, device)
-    parts = -(-tokens // share)
+    parts = ceil_div(tokens, share)
     columns = block(width)
     sums = Launch(
         layer_norm_sum_kernel,
@@ -134,7 +135,7 @@ def _forward_launches(
     )
     mean = Launch(
         mean_kernel,
-        (samples, -(-width // 128)),
+        (samples, ceil_div(width, 128)),
         device,
         (parts, tokens, width),
         (min(64, block(parts, 1)), 128),

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Device, Launch, block, device_of
 from ..common.reductions import sum_parts
 
@@ -227,7 +228,7 @@ def stages_for(tile: Tile, width: int, row_bytes: int, device: Device) -> int:
 def parts_for(rows: int, device: Device, programs: int = 3, least: int = 4) -> int:
     """Programs that each add up a share of the rows, ``least`` rows or more: up to ``programs`` for
     each multiprocessor."""
-    return min(-(-rows // least), programs * device.multiprocessors)
+    return min(ceil_div(rows, least), programs * device.multiprocessors)
 
 
 def forward(
@@ -309,7 +310,7 @@ def _forward_launch(rows: Rows, width: int, eps: float, device: Device) -> Launc
     tile = forward_tile(width)
     return Launch(
         layer_norm_kernel,
-        (-(-rows.count // tile.rows),),
+        (ceil_div(rows.count, tile.rows),),
         device,
         rows[:3],
         (rows.row_stride, width, eps, tile.rows, block(width)),
@@ -343,7 +344,7 @@ def _backward_launch(
 def _reduce_launch(parts: int, width: int, device: Device) -> Launch:
     return Launch(
         reduce_kernel,
-        (-(-width // 32),),
+        (ceil_div(width, 32),),
         device,
         (parts, width),
         (64, 32),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Device, Launch, block, device_of
 from .triton_kernels import (
     Rows,
@@ -223,7 +224,7 @@ def _forward_launch(
     tile = forward_tile(width)
     return Launch(
         layer_norm_twice_kernel,
-        (-(-rows.count // tile.rows),),
+        (ceil_div(rows.count, tile.rows),),
         device,
         rows[:3],
         (rows.row_stride, width, eps, second_eps, tile.rows, block(width)),

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Device, Launch, block, device_of, gluon_box
 from . import triton_kernels as kernels
 
@@ -68,7 +69,7 @@ def linear_tile(rows: int, depth: int, width: int, groups: int, form: Form, devi
     """The rule for output and gradient of x."""
 
     def tiles(tile: Tile) -> int:
-        return -(-rows // tile.rows) * -(-width // tile.cols) * groups
+        return ceil_div(rows, tile.rows) * ceil_div(width, tile.cols) * groups
 
     large = Tile(64, 64, 32, 4, 2 if form.rotation else 3)
     if form.dtype == torch.float32:
@@ -82,7 +83,7 @@ def linear_tile(rows: int, depth: int, width: int, groups: int, form: Form, devi
         tile = Tile(16, 32, 64, 4, 4 if depth >= 512 else 3)
     # A second pass adds the parts: worth it only for long reductions.
     least = 2 if form.rotation or form.dtype == torch.float32 else 8
-    splits = min(4, device.multiprocessors // tiles(tile), -(-depth // tile.depth) // least)
+    splits = min(4, device.multiprocessors // tiles(tile), ceil_div(depth, tile.depth) // least)
     return tile._replace(splits=max(1, splits))
 
 
@@ -92,7 +93,7 @@ def gradient_tile(
     """The rule for gradients of weights: ``depth`` runs over the rows of x."""
 
     def tiles(tile: Tile) -> int:
-        return -(-inputs // tile.rows) * -(-outputs // tile.cols) * groups
+        return ceil_div(inputs, tile.rows) * ceil_div(outputs, tile.cols) * groups
 
     if form.dtype == torch.float32:
         tile = Tile(32, 32, 16, 8, 2)
@@ -106,7 +107,7 @@ def gradient_tile(
         tile = Tile(64, 32, 64, 4, 2 if rows <= 256 else 3)
     else:
         tile = Tile(16, 32, 64, 4, 2)
-    splits = min(32, device.multiprocessors // tiles(tile), -(-rows // tile.depth) // 4)
+    splits = min(32, device.multiprocessors // tiles(tile), ceil_div(rows, tile.depth) // 4)
     return tile._replace(splits=max(1, splits))
 
 
@@ -147,7 +148,7 @@ def backward(g, x, weights, scale, *, rotation, zero_half, need_x, need_w, need_
     if need_x:
         if need_w and need_b and _specialised(g_rows, form, device_of(device.index)):
             # The kernel of dx reads all of g, and sums its columns.
-            count = 2 * -(-g_rows.rows // 128)
+            count = 2 * ceil_div(g_rows.rows, 128)
             sums = torch.empty((count, db.numel()), dtype=torch.float32, device=device)
         steps.append(_linear(g, g_rows, weights, others, dx, form, True, sums))
     if need_w or need_b:
@@ -222,7 +223,7 @@ def _linear_launch(rows: Rows, bias_dtype, form: Form, device: Device, back: boo
     tile = linear_tile(rows.rows, depth, width, rows.groups, form, device)
     run = Launch(
         kernels.linear_kernel,
-        (-(-rows.rows // tile.rows) * -(-width // tile.cols), tile.splits, rows.groups),
+        (ceil_div(rows.rows, tile.rows) * ceil_div(width, tile.cols), tile.splits, rows.groups),
         device,
         (rows.rows, depth, width, *rows[2:], _part(depth, tile)),
         (
@@ -282,7 +283,7 @@ def _gradients(
 def _gradient_launch(x_rows: Rows, g_rows: Rows, need_w: bool, bias_dtype, form, device):
     inputs = form.inputs if need_w else 1  # for the bias alone, one tile of them
     tile = gradient_tile(x_rows.rows, inputs, form.outputs, x_rows.groups, form, device)
-    tiles = -(-inputs // tile.rows) * -(-form.outputs // tile.cols)
+    tiles = ceil_div(inputs, tile.rows) * ceil_div(form.outputs, tile.cols)
     results = [form.weight_dtype if need_w else None, bias_dtype]
     if tile.splits > 1:
         results = [dtype and torch.float32 for dtype in results]
@@ -319,7 +320,7 @@ def _gradient_launch(x_rows: Rows, g_rows: Rows, need_w: bool, bias_dtype, form,
 
 def _part(size: int, tile: Tile) -> int:
     """How much of a reduction over ``size`` one split does: whole tiles."""
-    return -(-size // (tile.splits * tile.depth)) * tile.depth
+    return ceil_div(size, tile.splits * tile.depth) * tile.depth
 
 
 def _reduce(
@@ -342,7 +343,7 @@ def _reduce_launch(a, b, device: Device) -> Launch:
     sizes = [2048 // n for n in at_once]
     return Launch(
         kernels.reduce_kernel,
-        (-(-a[0] // sizes[0]) + -(-b[0] // sizes[1]),),
+        (ceil_div(a[0], sizes[0]) + ceil_div(b[0], sizes[1]),),
         device,
         (a[0], b[0], a[1], b[1]),
         (at_once[0], sizes[0], at_once[1], sizes[1]),
@@ -432,7 +433,7 @@ def _product_launch(
     order, negative, terms = _terms(kind, form.zero_half)
     half_result = form.zero_half and kind == "input"
     first, count = (2, 2) if half_result else (0, 4)
-    tiles_m, tiles_n = -(-height // 128), width // cols
+    tiles_m, tiles_n = ceil_div(height, 128), width // cols
     tiles = splits * tiles_m * tiles_n * count
     weights = kind == "weights"
     box = (cols, 64) if kind == "input" else (64, cols)
@@ -525,18 +526,18 @@ def _large_launch(kind, operands, bias_dtype, form: Form, device: Device, sums: 
     if kind == "output":
         depth, width, count = form.inputs, form.outputs, 4
     height = operands[0][0][0]
-    cols = _columns(width, -(-height // 128) * count, device)
+    cols = _columns(width, ceil_div(height, 128) * count, device)
     sizes = (depth, height, width, cols)
     return _product_launch(kind, operands, bias_dtype, form, device, sizes, sums=sums)
 
 
 def _large_gradients(x, g, g_rows: Rows, dw, db, form, device, sums) -> Callable[[], None]:
     rows, inputs, outputs = g_rows.rows, form.inputs, form.outputs
-    steps = -(-rows // 64)
+    steps = ceil_div(rows, 64)
     # Fewer columns mean fewer parts to add, more mean fewer bytes per product.
-    cols = _columns(outputs, 10**9 if rows >= 16384 else 4 * -(-inputs // 128), device)
+    cols = _columns(outputs, 10**9 if rows >= 16384 else 4 * ceil_div(inputs, 128), device)
     cols = max(cols, min(128, outputs & -outputs))
-    tiles = 4 * -(-inputs // 128) * (outputs // cols)
+    tiles = 4 * ceil_div(inputs, 128) * (outputs // cols)
     splits = max(1, min(steps // 4, device.multiprocessors // tiles))
     pairs = []
     parts = dw
@@ -551,7 +552,7 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form, device, sums) -> Callable
         form,
         device,
         (rows, inputs, outputs, cols),
-        steps=-(-steps // splits),
+        steps=ceil_div(steps, splits),
         splits=splits,
         # So many tiles of all components before the next rows: with the splits all over x and g,
         # they come from memory once and the other times from L2.
@@ -572,12 +573,12 @@ def _large_gradients(x, g, g_rows: Rows, dw, db, form, device, sums) -> Callable
 @functools.lru_cache(maxsize=4096)
 def _sums_launch(g_rows: Rows, width: int, dtype, device: Device) -> tuple[Launch, int]:
     rows, _, row_stride, col_stride = g_rows[1:]
-    splits = min(64, -(-rows // 128))
+    splits = min(64, ceil_div(rows, 128))
     run = Launch(
         kernels.sums_kernel,
-        (-(-width // 64), splits),
+        (ceil_div(width, 64), splits),
         device,
-        (rows, width, row_stride, col_stride, -(-rows // splits)),
+        (rows, width, row_stride, col_stride, ceil_div(rows, splits)),
         (64, 64),
         warps=4,
         dtypes=(dtype, torch.float32),

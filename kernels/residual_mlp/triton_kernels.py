@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..common.arithmetic import ceil_div
 from ..common.launcher import Device, Launch, block, device_of, gluon_box
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -175,7 +176,7 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
     width = weight.numel() // x.shape[1]
     if x.shape[1] % 8 or width % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
         return False
-    tiles = -(-len(x) // 128) * -(-width // 256)
+    tiles = ceil_div(len(x), 128) * ceil_div(width, 256)
     return weight.is_contiguous() and x.is_contiguous() and tiles >= device.multiprocessors
 
 
@@ -233,12 +234,12 @@ def _product_launch(
 ) -> tuple[Launch, int]:
     """The launch, and how many shares of the sums it leaves."""
     gluon = _hopper()
-    down, across = -(-rows // 128), -(-width // 256)
+    down, across = ceil_div(rows, 128), ceil_div(width, 256)
     tiles = down * across
     programs, units = min(tiles, device.multiprocessors), down
     # Programs that keep to their columns add up while they go.
     steady = programs // across * across
-    if sums and steady and -(-tiles // steady) == -(-tiles // programs):
+    if sums and steady and ceil_div(tiles, steady) == ceil_div(tiles, programs):
         programs, units = steady, steady // across
     hidden, slope = (gluon_box((rows, width), (64, 64), t) for t in (dtype, torch.float16))
     weight = ((depth, width), (64, 256)) if backward else ((width, depth), (256, 64))
@@ -269,7 +270,7 @@ def _gelu_launch(rows: int, width: int, device: Device) -> Launch:
     tile = gelu_tile(width)
     return Launch(
         gelu_kernel,
-        (-(-rows // tile.rows) * -(-width // tile.cols),),
+        (ceil_div(rows, tile.rows) * ceil_div(width, tile.cols),),
         device,
         (rows,),
         (width, tile.rows, tile.cols),
@@ -284,7 +285,7 @@ def _gelu_backward_launch(
     tile = gelu_backward_tile(width)
     return Launch(
         gelu_backward_kernel,
-        (-(-width // tile.cols), parts),
+        (ceil_div(width, tile.cols), parts),
         device,
         (rows, columns, first),
         (width, tile.rows, tile.cols),
