@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastadapt import backbones
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError
 from fastadapt.gdpl.fold import FoldedPromptLearner, MergedProjection, merge_low_rank
 from fastadapt.gdpl.model import GDPLModel

@@ -8,17 +8,22 @@ fa.save_adapter(model, "run")
 folded = fa.fold(model)              # ordinary PyTorch operators, ready to export
 """
 
-import importlib
+from fastadapt._version import __version__ as __version__
 
-from fastadapt import kernels
-from fastadapt.adapt import AdaptConfig, AdaptedModel, adapt
-from fastadapt.checkpoint import convert_cladapter_state_dict, load_adapter, save_adapter
-from fastadapt.cuda_graph import GraphedCall, GraphedStep
-from fastadapt.errors import InputError
-from fastadapt.layers import CLAdapter, ClusterAttention, LoRALinear, QuaternionLinear
-from fastadapt.lora import LoRAConfig, load_peft
+# What type checkers and editors read; nothing is imported before it is asked for, so that the
+# command line can answer --help and Ctrl-C at once.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from fastadapt import export, gdpl, kernels
+    from fastadapt.adapted_model import AdaptedModel, adapt
+    from fastadapt.checkpoint import convert_cladapter_state_dict, load_adapter, save_adapter
+    from fastadapt.config import AdaptConfig, LoRAConfig
+    from fastadapt.cuda_graph import GraphedCall, GraphedStep
+    from fastadapt.errors import InputError
+    from fastadapt.export.fold import fold
+    from fastadapt.layers import CLAdapter, ClusterAttention, LoRALinear, QuaternionLinear
+    from fastadapt.lora import load_peft
 
-__version__ = "0.1.0"
 __all__ = [
     "AdaptConfig",
     "AdaptedModel",
@@ -40,15 +45,37 @@ __all__ = [
     "load_peft",
     "save_adapter",
 ]
+_MODULES = {
+    "AdaptConfig": "config",
+    "AdaptedModel": "adapted_model",
+    "CLAdapter": "layers",
+    "ClusterAttention": "layers",
+    "GraphedCall": "cuda_graph",
+    "GraphedStep": "cuda_graph",
+    "InputError": "errors",
+    "LoRAConfig": "config",
+    "LoRALinear": "layers",
+    "QuaternionLinear": "layers",
+    "adapt": "adapted_model",
+    "convert_cladapter_state_dict": "checkpoint",
+    "fold": "export.fold",
+    "load_adapter": "checkpoint",
+    "load_peft": "lora",
+    "save_adapter": "checkpoint",
+}
 
 
-def __getattr__(name: str):
-    # Folding belongs to the exporter, which builds on this package, and GDPL to few programs:
-    # reached only when asked for.
-    if name == "fold":
-        from fastadapt.export.fold import fold
+def __getattr__(name: str) -> object:
+    import importlib
 
-        return fold
-    if name in ("gdpl", "export"):
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"fastadapt.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in ("export", "gdpl", "kernels"):
         return importlib.import_module(f"fastadapt.{name}")
     raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastadapt.config import Layout
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import check_finite, read_state_dict
 
 FeatureFn = Callable[[nn.Module, Tensor], Tensor]
-Layout = Literal["tokens", "channels_first", "channels_last"]
 LAYOUTS = ("tokens", "channels_first", "channels_last")
 
 

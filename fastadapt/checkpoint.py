@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapt import AdaptConfig, AdaptedModel, adapt
+from fastadapt.adapted_model import AdaptedModel, adapt
+from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.files import (
     check_finite,
@@ -115,7 +116,7 @@ def load_adapter(
     config, state = read_checkpoint(folder, FORMAT, "fastadapt adapter", FORMAT_VERSION)
     try:
         source, num_classes = config["backbone"], config["num_classes"]
-        settings = AdaptConfig.from_dict(config["adapt"])
+        settings = AdaptConfig.from_dict(config["adapt"], f"{folder / CONFIG}, adapt")
         low_rank = config["lora_layers"]
     except KeyError as error:
         raise InputError(f"{folder / CONFIG} lacks the key {error}") from None

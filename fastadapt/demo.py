@@ -26,8 +26,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastadapt.adapt import AdaptConfig
 from fastadapt.checkpoint import load_adapter
+from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, read_state_dict, write_json, write_tensors, write_text
 from fastadapt.info import versions

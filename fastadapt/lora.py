@@ -4,65 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastadapt.config import PROJECTIONS, LoRAConfig
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import check_finite, read_json, read_tensors
 from fastadapt.layers.lora import LoRALinear, LoRASlice
 
-# Names of attention projections across timm, open_clip and transformers, and what they compute.
-PROJECTIONS = {
-    "q": ("q", "q_proj", "query", "to_q", "wq"),
-    "k": ("k", "k_proj", "key", "to_k", "wk"),
-    "v": ("v", "v_proj", "value", "to_v", "wv"),
-}
 FUSED = {"qkv": "qkv", "kv": "kv", "in_proj": "qkv"}
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which layers get a low-rank adapter, and of which rank.
-
-    Attributes:
-        r: rank.
-        alpha: the update is scaled by alpha / r.
-        dropout: on the input of the low-rank path.
-        targets: last parts of module names (``"qkv"``, ``"attn.proj"``, ``"mlp.fc1"``), or
-            ``"all-linear"``. Default: the attention's q, k and v projections, fused or not.
-        parts: which of q, k and v get an adapter; applies to fused and to separate projections.
-        rank_pattern, alpha_pattern: exceptions, by regular expression on the end of the name.
-        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023).
-
-    Source: LoRA (Hu et al. 2021); names as in PEFT's ``LoraConfig``.
-    """
-
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] | str = (
-        "qkv",
-        "kv",
-        *PROJECTIONS["q"],
-        *PROJECTIONS["k"],
-        *PROJECTIONS["v"],
-    )
-    parts: str = "qkv"
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        if self.r < 1:
-            raise InputError(f"LoRA rank r is {self.r}; expected at least 1")
-        if not self.parts or set(self.parts) - set("qkv"):
-            raise InputError(f"LoRA parts is {self.parts!r}; expected some of the letters q, k, v")
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadapt as fa
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 from fastadapt.fusion.frozen_blocks import forget
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import make_optimizer

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 from fastadapt.backbones import create_backbone, load_backbone_weights
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.data.preprocess import Preprocess

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 

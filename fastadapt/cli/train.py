@@ -284,7 +284,7 @@ def train(
         with _how_to_continue(out, overwrite):
             train_command(context.params, given)
         return
-    from fastadapt.adapt import AdaptConfig
+    from fastadapt.config import AdaptConfig
     from fastadapt.lora import LoRAConfig
     from fastadapt.train.run import TrainConfig, summary_table
     from fastadapt.train.run import train as run_training

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 
 TOLERANCE = 1e-3  # of the features' largest value, about what fp16 keeps of them
 

@@ -13,20 +13,41 @@ Research" (Cao et al.); upstream caoql98/GDPL.
 
 import importlib
 
-from fastadapt.gdpl.checkpoint import (
-    GDPLSource,
-    create_clip,
-    load_gdpl,
-    load_upstream,
-    save_gdpl,
-)
-from fastadapt.gdpl.domain_encoder import DomainEncoder
-from fastadapt.gdpl.domain_features import FeatureTable
-from fastadapt.gdpl.low_rank import CoupledLowRank
-from fastadapt.gdpl.model import GDPLConfig, GDPLModel
-from fastadapt.gdpl.prompts import DomainPromptLearner, Prompts
-from fastadapt.gdpl.upstream import convert_gdpl_state_dict
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from fastadapt.gdpl.checkpoint import (
+        GDPLSource,
+        create_clip,
+        load_gdpl,
+        load_upstream,
+        save_gdpl,
+    )
+    from fastadapt.gdpl.config import GDPLConfig, GDPLTrainConfig
+    from fastadapt.gdpl.domain_encoder import DomainEncoder
+    from fastadapt.gdpl.domain_features import FeatureTable
+    from fastadapt.gdpl.low_rank import CoupledLowRank
+    from fastadapt.gdpl.model import GDPLModel
+    from fastadapt.gdpl.prompts import DomainPromptLearner, Prompts
+    from fastadapt.gdpl.train import train_gdpl
+    from fastadapt.gdpl.upstream import convert_gdpl_state_dict
 
+_MODULES = {
+    "CoupledLowRank": "low_rank",
+    "DomainEncoder": "domain_encoder",
+    "DomainPromptLearner": "prompts",
+    "FeatureTable": "domain_features",
+    "GDPLConfig": "config",
+    "GDPLModel": "model",
+    "GDPLSource": "checkpoint",
+    "GDPLTrainConfig": "config",
+    "Prompts": "prompts",
+    "convert_gdpl_state_dict": "upstream",
+    "create_clip": "checkpoint",
+    "load_gdpl": "checkpoint",
+    "load_upstream": "checkpoint",
+    "save_gdpl": "checkpoint",
+    "train_gdpl": "train",
+}
 __all__ = [
     "CoupledLowRank",
     "DomainEncoder",
@@ -46,10 +67,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # Training reads and draws: a program that only runs a model does not wait for that.
-    if name == "GDPLTrainConfig":
-        return importlib.import_module("fastadapt.gdpl.loop").GDPLTrainConfig
-    if name == "train_gdpl":
-        return importlib.import_module("fastadapt.gdpl.train").train_gdpl
+def __getattr__(name: str) -> object:
+    # The settings alone are wanted by the command line, whose help imports nothing heavy.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"fastadapt.gdpl.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'fastadapt.gdpl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,33 +19,17 @@ from fastadapt.files import (
     write_tensors,
 )
 from fastadapt.gdpl.class_tree import Tokenizer
+from fastadapt.gdpl.config import FrozenParts, GDPLConfig
 from fastadapt.gdpl.domain_encoder import DomainEncoder
-from fastadapt.gdpl.model import GDPLConfig, GDPLModel
+from fastadapt.gdpl.model import GDPLModel
 from fastadapt.gdpl.upstream import convert_gdpl_state_dict
 
 FORMAT = "fastadapt-gdpl"
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class GDPLSource:
-    """Where the frozen parts of a model come from.
-
-    Attributes:
-        clip: open_clip's name (``ViT-B-16``, ``hf-hub:…`` or ``local-dir:…``).
-        clip_weights: open_clip's tag (``laion2b_s34b_b88k``, ``openai``) or a local file; not for
-            ``hf-hub:`` and ``local-dir:``, which bring their own.
-        domain_encoder: timm's name, or the width D_f of features that every call passes.
-        domain_weights: a local file of its weights; timm's if ``None``.
-        domain_normalization, domain_size: as in :class:`DomainEncoder`; the size in pixels.
-    """
-
-    clip: str
-    clip_weights: str | None
-    domain_encoder: str | int
-    domain_weights: str | None = None
-    domain_normalization: Literal["clip", "own"] = "clip"
-    domain_size: int | None = None
+class GDPLSource(FrozenParts):
+    """Where the frozen parts of a model come from, and the model made of them."""
 
     def create(self, class_names: Sequence[str], config: GDPLConfig | None = None) -> GDPLModel:
         """A new model. Raises InputError for a name or weights that cannot be had."""
@@ -181,7 +165,7 @@ def load_gdpl(
     folder = Path(folder)
     config, state = read_checkpoint(folder, FORMAT, "GDPL model", FORMAT_VERSION)
     try:
-        settings = GDPLConfig.from_dict(config["gdpl"])
+        settings = GDPLConfig.from_dict(config["gdpl"], f"{folder / CONFIG}, gdpl")
         names = class_names or config["class_names"]
         source, recorded = config["source"], config["fingerprints"]
     except KeyError as error:
@@ -192,7 +176,7 @@ def load_gdpl(
             "ones, load_gdpl(folder, clip, domain_encoder, tokenizer=...)"
         )
     if clip is None:
-        source = GDPLSource(**source)
+        source = GDPLSource.from_dict(source, f"{folder / CONFIG}, source")
         if clip_weights is not None:
             source = replace(source, clip_weights=clip_weights)
         if domain_weights is not None:

@@ -1,13 +1,11 @@
-"""The training loop of GDPL and its settings."""
+"""The training loop of GDPL."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,68 +14,13 @@ from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data.dataset import Sample
 from fastadapt.errors import InputError
 from fastadapt.gdpl.checkpoint import trained_state
+from fastadapt.gdpl.config import GDPLTrainConfig
 from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.train.loop import copy_of, learning_rate, precision
 from fastadapt.train.run_folder import State
 from fastadapt.train.sources import ImageSource
 from fastadapt.train.step import Losses, training_step
-
-
-@dataclass(frozen=True)
-class GDPLTrainConfig:
-    """How to train. The defaults are the paper's.
-
-    Attributes:
-        shots: training images per class; 0 for all.
-        train_classes: ``"base"``: train on the first half of the classes and measure both halves;
-            ``"all"``: train on every class, as for transfer to other data sets.
-        epochs, lr, batch_size: the learning rate rises in ``warmup_epochs`` and falls in a cosine.
-        optimizer: ``"sgd"`` with momentum 0.9, or ``"adamw"``.
-        weight_decay, clip_grad, warmup_epochs, amp, cuda_graph, augment, val_fraction: as in
-            :class:`fastadapt.train.TrainConfig`. The validation split is evaluated where the data
-            set has no test split; it selects nothing: the last epoch is kept, as in the paper.
-            Evaluations with 20 full batches of 32 images and more replay CUDA graphs, too.
-        grad_checkpointing: keep the layers' inputs alone for the backward pass, and compute the
-            rest again: less memory, slower steps, the same result.
-    """
-
-    shots: int = 16
-    train_classes: Literal["base", "all"] = "base"
-    epochs: int = 15
-    lr: float = 3.5e-3
-    batch_size: int = 4
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 5e-4
-    clip_grad: float | None = None
-    warmup_epochs: float = 1.0
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    cuda_graph: Literal["auto", "off"] = "auto"
-    grad_checkpointing: bool = False
-    augment: Literal["none", "flips", "dihedral", "crops"] = "crops"
-    val_fraction: float = 0.2
-
-    def __post_init__(self):
-        choices = {
-            "train_classes": ("base", "all"),
-            "optimizer": ("sgd", "adamw"),
-            "cuda_graph": ("auto", "off"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}"
-                )
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("lr", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} is {value}; expected more than 0")
-        for name in ("shots", "weight_decay", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more")
 
 
 def train_epochs(

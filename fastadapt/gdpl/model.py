@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,53 +14,13 @@ from fastadapt import backbones
 from fastadapt.errors import InputError
 from fastadapt.gdpl import clip as towers
 from fastadapt.gdpl.class_tree import ClassPrompts, Tokenizer
+from fastadapt.gdpl.config import GDPLConfig
 from fastadapt.gdpl.domain_encoder import DomainEncoder
 from fastadapt.gdpl.low_rank import CoupledLowRank
 from fastadapt.gdpl.prompts import DomainPromptLearner
 from fastadapt.kernels.common.dispatch import accumulate_dtype, compute_dtype, without_autocast
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class GDPLConfig:
-    """What GDPL adds to a CLIP model. The defaults are the paper's.
-
-    Attributes:
-        n_ctx: prompt tokens in each layer.
-        depth: layers of both branches that get prompts.
-        rank: of the low-rank updates; 0 for none.
-        alpha: their scale, alpha / rank.
-        rank_depth: layers of both branches that get them.
-        hidden: of the network that reads the domain feature; its width / 16 if ``None``.
-        noise: ``"train"``, ``"always"`` or ``"off"`` (:class:`DomainPromptLearner`).
-        template: of the texts, ``{}`` for the class name.
-        class_chunk: classes per text tree (:class:`fastadapt.gdpl.class_tree.ClassPrompts`).
-    """
-
-    n_ctx: int = 2
-    depth: int = 9
-    rank: int = 4
-    alpha: float = 1.0
-    rank_depth: int = 9
-    hidden: int | None = None
-    noise: Literal["train", "always", "off"] = "train"
-    template: str = "a photo of a {}."
-    class_chunk: int = 128
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GDPLConfig:
-        """Raises InputError for a key that this version does not know."""
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise InputError(
-                f"the GDPL configuration has {sorted(unknown)[0]!r}, which this version of "
-                "fastadapt does not know: update fastadapt"
-            )
-        return cls(**values)
 
 
 class GDPLModel(nn.Module):

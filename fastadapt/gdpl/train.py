@@ -17,6 +17,7 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
+from fastadapt.gdpl.config import GDPLConfig, GDPLTrainConfig
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.evaluate import Evaluator, Task
 from fastadapt.gdpl.few_shot import (
@@ -26,8 +27,8 @@ from fastadapt.gdpl.few_shot import (
     sample_shots,
     split_classes,
 )
-from fastadapt.gdpl.loop import GDPLTrainConfig, train_epochs
-from fastadapt.gdpl.model import GDPLConfig, GDPLModel
+from fastadapt.gdpl.loop import train_epochs
+from fastadapt.gdpl.model import GDPLModel
 from fastadapt.info import versions
 from fastadapt.progress import default_workers, progress_bars
 from fastadapt.train.loop import precision

@@ -2,102 +2,172 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from fastadapt.data.augment import AUGMENTS
+from fastadapt.config import MODEL
 from fastadapt.errors import InputError
-from fastadapt.train.sources import FEATURE_DTYPES
+from fastadapt.settings import Setting, Settings
 
-CHOICES = {
-    "optimizer": ("adamw", "adam"),
-    "class_weights": ("none", "balanced"),
-    "amp": ("auto", "off", "bf16", "fp16"),
-    "cuda_graph": ("auto", "off"),
-    "select": ("macro_f1", "accuracy", "loss"),
-    "augment": AUGMENTS,
-    "feature_dtype": FEATURE_DTYPES,
-}
+TRAINING, IMAGES, RUN = "Training", "Images and features", "Run"
+DATA_HELP = (
+    "A folder of class folders, one with train/, val/ (and test/) of such folders, or a CSV with "
+    "path, label and optionally split (train, val, test)."
+)
+MOST_EPOCHS, MOST_IMAGES = 10_000_000, 10_000_000
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How to train. Two runs with equal settings, data and device kind give equal weights on CPU.
 
-    Attributes:
-        stages: 1 trains what was added to the frozen backbone; 2 then continues from the best of
-            that with everything trainable.
-        epochs, lr, batch_size: of stage 1; ``lr`` is the peak learning rate.
-        epochs2, lr2, batch_size2: of stage 2; ``batch_size2`` is ``batch_size`` if ``None``.
-        optimizer: ``"adamw"`` or ``"adam"``.
-        weight_decay: of matrices; biases, norms and other vectors have none.
-        warmup_epochs: of linear warm-up in each stage; a cosine to 0 follows. Per step.
-        clip_grad: largest norm of the gradient; ``None`` for no limit.
-        label_smoothing: share of the target that is spread over all classes.
-        class_weights: ``"balanced"`` weights the loss by the inverse of a class's frequency.
-        amp: mixed precision. ``"auto"``: on a GPU bf16, or fp16 where it has no bf16; else off.
-        cuda_graph: ``"auto"``: on a GPU, where a stage has 20 full batches and more, capture a step
-            and replay it (:class:`fastadapt.GraphedStep`), but for fp16, whose loss is scaled.
-            ``"off"`` is for models whose Python code does something else in every step. A run may
-            be resumed with the other setting.
-        select: which validation metric decides the epoch that is kept; the earlier one if equal.
-        patience: epochs without improvement after which a stage ends; ``None`` for no limit.
-        augment: random views (:mod:`fastadapt.data.augment`): of the cached ones in stage 1, fresh
-            ones in stage 2 and where nothing is cached.
-        views: cached views of each training image, the plain one first.
-        cache: compute the frozen backbone's features once, and keep them on disk.
-        feature_dtype: of the cache; ``"auto"`` is fp16 unless a value exceeds its range.
-        val_fraction: share of each class for validation, where the data gives no val split.
-        seed: of everything random.
+    ``cuda_graph="auto"`` captures a step (:class:`fastadapt.GraphedStep`) where a stage has at
+    least 20 full batches, but not in fp16, whose loss is scaled. ``"off"`` is for models whose
+    Python code does something else in every step; a run may be resumed with the other setting.
+    ``augment`` gives random views (:mod:`fastadapt.data.augment`): of the cached ones in stage 1,
+    fresh ones in stage 2 and where nothing is cached.
     """
 
-    stages: int = 1
-    epochs: int = 30
-    lr: float = 1e-3
-    batch_size: int = 32
-    epochs2: int = 10
-    lr2: float = 1e-5
-    batch_size2: int | None = None
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    weight_decay: float = 0.01
-    warmup_epochs: float = 1.0
-    clip_grad: float | None = None
-    label_smoothing: float = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    cuda_graph: Literal["auto", "off"] = "auto"
-    select: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
-    patience: int | None = None
-    augment: Literal["none", "flips", "dihedral", "crops"] = "none"
-    views: int = 1
-    cache: bool = True
-    feature_dtype: Literal["auto", "fp16", "fp32"] = "auto"
-    val_fraction: float = 0.2
-    seed: int = 0
+    stages: Annotated[
+        int,
+        Setting(
+            "Train in 1 stage: what was added to the frozen backbone; or in 2: then everything, "
+            "from the best of the first.",
+            panel=TRAINING,
+            ge=1,
+            le=2,
+            expected="1 or 2",
+        ),
+    ] = 1
+    epochs: Annotated[
+        int, Setting("Epochs of stage 1.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
+    ] = 30
+    lr: Annotated[
+        float, Setting("Peak learning rate of stage 1.", panel=TRAINING, gt=0, limit=1e38)
+    ] = 1e-3
+    batch_size: Annotated[
+        int, Setting("Images in a step of stage 1.", panel=TRAINING, ge=1, limit=MOST_IMAGES)
+    ] = 32
+    epochs2: Annotated[
+        int, Setting("Epochs of stage 2.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
+    ] = 10
+    lr2: Annotated[
+        float, Setting("Peak learning rate of stage 2.", panel=TRAINING, gt=0, limit=1e38)
+    ] = 1e-5
+    batch_size2: Annotated[
+        int | None,
+        Setting(
+            "Images in a step of stage 2; as in stage 1 if not given.",
+            panel=TRAINING,
+            ge=1,
+            limit=MOST_IMAGES,
+        ),
+    ] = None
+    optimizer: Annotated[
+        Literal["adamw", "adam"], Setting("Optimizer of both stages.", panel=TRAINING)
+    ] = "adamw"
+    weight_decay: Annotated[
+        float,
+        Setting(
+            "Weight decay of matrices; biases, norms and other vectors have none.",
+            panel=TRAINING,
+            ge=0,
+        ),
+    ] = 0.01
+    warmup_epochs: Annotated[
+        float,
+        Setting(
+            "Epochs of linear warm-up in each stage; a cosine to 0 follows, step by step.",
+            panel=TRAINING,
+            ge=0,
+        ),
+    ] = 1.0
+    clip_grad: Annotated[
+        float | None,
+        Setting("Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0),
+    ] = None
+    label_smoothing: Annotated[
+        float,
+        Setting("Share of the target that is spread over all classes.", panel=TRAINING, ge=0, lt=1),
+    ] = 0.0
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        Setting(
+            "Weight the loss by the inverse of a class's frequency (balanced), or not.",
+            panel=TRAINING,
+        ),
+    ] = "none"
+    amp: Annotated[
+        Literal["auto", "off", "bf16", "fp16"],
+        Setting(
+            "Mixed precision; auto: on a GPU bf16, or fp16 where it has no bf16, else off.",
+            panel=TRAINING,
+        ),
+    ] = "auto"
+    cuda_graph: Annotated[
+        Literal["auto", "off"],
+        Setting("Replay training steps as CUDA graphs; auto: on a GPU.", panel=TRAINING),
+    ] = "auto"
+    select: Annotated[
+        Literal["macro_f1", "accuracy", "loss"],
+        Setting(
+            "Validation metric that decides which epoch is kept; the earlier one if equal.",
+            panel=TRAINING,
+        ),
+    ] = "macro_f1"
+    patience: Annotated[
+        int | None,
+        Setting(
+            "End a stage after this many epochs without improvement; never if not given.",
+            panel=TRAINING,
+            ge=1,
+        ),
+    ] = None
+    augment: Annotated[
+        Literal["none", "flips", "dihedral", "crops"],
+        Setting(
+            "Random views of training images: flips, the square's symmetries (dihedral), or "
+            "crops with flips.",
+            panel=IMAGES,
+        ),
+    ] = "none"
+    views: Annotated[
+        int,
+        Setting(
+            "Cached views of each training image, the plain one first.",
+            panel=IMAGES,
+            ge=1,
+            limit=1_000_000,
+        ),
+    ] = 1
+    cache: Annotated[
+        bool,
+        Setting("Compute the frozen backbone's features once, and keep them on disk.", IMAGES),
+    ] = True
+    feature_dtype: Annotated[
+        Literal["auto", "fp16", "fp32"],
+        Setting(
+            "Type of the cached features; auto: fp16 unless a value exceeds its range.",
+            panel=IMAGES,
+        ),
+    ] = "auto"
+    val_fraction: Annotated[
+        float,
+        Setting(
+            "Share of each class's training images to validate on, where DATA has no val split.",
+            panel=IMAGES,
+            ge=0,
+            le=1,
+            expected="more than 0, less than 1",
+        ),
+    ] = 0.2
+    seed: Annotated[
+        int, Setting("Seed of everything that is random.", panel=TRAINING, ge=0, limit=2**63 - 1)
+    ] = 0
 
-    def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
-                )
-        if self.stages not in (1, 2):
-            raise InputError(f"stages is {self.stages}; expected 1 or 2")
-        for name in ("epochs", "epochs2", "batch_size", "batch_size2", "patience", "views"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("lr", "lr2", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} is {value}; expected more than 0")
-        for name in ("weight_decay", "warmup_epochs", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(
-                f"label_smoothing is {self.label_smoothing}; expected 0 or more, less than 1"
-            )
+    def check_together(self) -> None:
+        """Refuse views that would all be the same."""
         if self.views > 1 and self.augment == "none":
             raise InputError(
                 f"views is {self.views}, but augment is 'none', so all views would be the same: "
@@ -105,7 +175,94 @@ class TrainConfig:
             )
 
     def of_stage(self, stage: int) -> tuple[int, float, int]:
-        """(epochs, peak learning rate, batch size) of a stage."""
+        """Return epochs, peak learning rate and batch size of a stage."""
         if stage == 1:
             return self.epochs, self.lr, self.batch_size
         return self.epochs2, self.lr2, self.batch_size2 or self.batch_size
+
+
+@dataclass(frozen=True)
+class BackboneSource(Settings):
+    """Where the backbone and its weights come from."""
+
+    backbone: Annotated[
+        str | None, Setting("timm's name of the backbone.", panel=MODEL, metavar="NAME")
+    ] = None
+    weights: Annotated[
+        Path | None,
+        Setting("Local file of the backbone's weights, instead of timm's.", panel=MODEL),
+    ] = None
+    pretrained: Annotated[
+        bool, Setting("Start from timm's weights, or from random ones.", panel=MODEL)
+    ] = True
+
+
+@dataclass(frozen=True)
+class ImageSettings(Settings):
+    """How images are resized and cropped where that is not as the backbone was trained."""
+
+    image_size: Annotated[
+        int | None,
+        Setting(
+            "Height and width of the images, in pixels; the backbone's if not given.",
+            panel=IMAGES,
+            ge=1,
+            limit=65_536,
+        ),
+    ] = None
+    crop_pct: Annotated[
+        float | None,
+        Setting(
+            "Share of the resized image that the crop keeps; the backbone's if not given.",
+            panel=IMAGES,
+            gt=0,
+            le=1,
+        ),
+    ] = None
+    crop_mode: Annotated[
+        Literal["center", "squash", "border"] | None,
+        Setting(
+            "Crop the centre, squash the image into the size, or add a border; the backbone's way "
+            "if not given.",
+            panel=IMAGES,
+        ),
+    ] = None
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic", "lanczos"] | None,
+        Setting("Filter for resizing; the backbone's if not given.", panel=IMAGES),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """What a run reads and writes, and on which device; the trained weights do not depend on it."""
+
+    data: Annotated[Path, Setting(DATA_HELP, panel=RUN, metavar="DATA", argument=True)]
+    out: Annotated[Path, Setting("The run folder; new or empty.", panel=RUN)]
+    device: Annotated[str, Setting("Device to train on: auto, cpu, cuda or cuda:1.", panel=RUN)] = (
+        "auto"
+    )
+    workers: Annotated[
+        int | None,
+        Setting(
+            "Threads that read images; one per core, at most 8, if not given.",
+            panel=RUN,
+            ge=0,
+            limit=4_096,
+        ),
+    ] = None
+    skip_unreadable: Annotated[
+        bool,
+        Setting("Leave damaged images out instead of refusing the data set.", panel=IMAGES),
+    ] = False
+    resume: Annotated[
+        bool, Setting("Continue the run in --out after its last completed epoch.", panel=RUN)
+    ] = False
+    overwrite: Annotated[
+        bool,
+        Setting(
+            "Replace the run in --out; its files stay until the new run has its first ones.",
+            panel=RUN,
+        ),
+    ] = False
+    quiet: Annotated[bool, Setting("Print errors only.", panel=RUN)] = False

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import trained_state
 from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data.dataset import Dataset

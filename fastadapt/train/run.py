@@ -14,8 +14,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from fastadapt.adapt import AdaptConfig, adapt
+from fastadapt.adapted_model import adapt
 from fastadapt.checkpoint import backbone_fingerprint, save_adapter
+from fastadapt.config import AdaptConfig
 from fastadapt.data.augment import check_augment
 from fastadapt.data.dataset import Dataset, read_dataset
 from fastadapt.data.preprocess import Preprocess

@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from fastadapt.adapt import AdaptedModel
+from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.data.augment import read_view
 from fastadapt.data.dataset import Sample

@@ -3,7 +3,8 @@ import timm
 import torch
 from torch import nn
 
-from fastadapt.adapt import AdaptConfig, adapt
+from fastadapt.adapted_model import adapt
+from fastadapt.config import AdaptConfig
 from fastadapt.fusion.batch_norm import TOLERANCE, fuse_batch_norms
 
 

@@ -367,7 +367,7 @@ class TestBadInput:
             ({"depth": 4}, "depth is 4; the shallower branch .* has 3"),
             ({"rank_depth": 0}, "rank_depth is 0"),
             ({"n_ctx": 0}, "n_ctx is 0"),
-            ({"rank": -1}, "rank -1"),
+            ({"rank": -1}, "rank is -1"),
             ({"noise": "eval"}, "noise is 'eval'"),
             ({"template": "a photo"}, "template is 'a photo'"),
             ({"class_chunk": 0}, "class_chunk is 0"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import fastadapt as fa
 from fastadapt import cli
 from fastadapt.data.dataset import read_dataset
+from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.train import loop as trainer
 from fastadapt.train.metrics import classification_metrics
@@ -124,7 +125,7 @@ def test_run_learns_and_leaves_a_whole_folder(tmp_path):
 
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     model = fa.load_adapter(tmp_path / "run")
-    preprocess = fa.preprocess.Preprocess.from_dict(config["preprocess"])
+    preprocess = Preprocess.from_dict(config["preprocess"])
     samples = read_dataset(tmp_path / "data").split("test")
     images = torch.stack([preprocess.read(sample.path) for sample in samples])
     with torch.no_grad():

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.adapt import AdaptConfig
+from fastadapt.config import AdaptConfig
 
 SMALL = {"rank": 8, "num_centers": 3, "mlp_ratio": 0.5}
 

@@ -3,80 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt import backbones
-from fastadapt.backbones import FeatureFn, FeatureSpec, Layout
+from fastadapt.backbones import FeatureFn, FeatureSpec
+from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.fusion.frozen_blocks import fewer_passes, forget
 from fastadapt.layers import CLAdapter
 from fastadapt.layers.plain import has_global_hooks, is_plain
-from fastadapt.lora import LoRAConfig, apply_lora, lora_layers
+from fastadapt.lora import apply_lora, lora_layers
 
-
-@dataclass(frozen=True)
-class AdaptConfig:
-    """What is added to a backbone, and what the backbone does not say of itself.
-
-    Attributes:
-        adapter: ``"cladapter"``, or ``"none"`` for the head alone (a linear probe).
-        depth, num_centers, rank, mlp_ratio, mode, proj_drop: as for :class:`fastadapt.CLAdapter`.
-        lora: low-rank adapters inside the backbone, too.
-        features: a method's name, or a function of (backbone, images) that gives features before
-            pooling; found by itself for timm models and open_clip towers.
-        layout: ``"tokens"``, ``"channels_first"`` or ``"channels_last"``; found by itself where
-            the features' shape tells it.
-        num_prefix_tokens: tokens to drop in front; found by itself for timm and open_clip.
-        input_size: [C, H, W] or [C, D, H, W] of the images, in pixels; the backbone's own if
-            ``None``.
-    """
-
-    adapter: Literal["cladapter", "none"] = "cladapter"
-    depth: int = 1
-    num_centers: int = 20
-    rank: int = 256
-    mlp_ratio: float = 4.0
-    mode: Literal["channel", "token"] = "channel"
-    proj_drop: float = 0.0
-    lora: LoRAConfig | None = None
-    features: str | FeatureFn | None = None
-    layout: Layout | None = None
-    num_prefix_tokens: int | None = None
-    input_size: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        if self.adapter not in ("cladapter", "none"):
-            raise InputError(f"adapter is {self.adapter!r}; expected 'cladapter' or 'none'")
-        if self.input_size is not None and len(self.input_size) not in (3, 4):
-            raise InputError(f"input_size is {self.input_size}; expected (C, H, W) or (C, D, H, W)")
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; a ``features`` function is left out and must be given again on loading."""
-        lora = None if self.lora is None else asdict(self.lora)
-        features = self.features if isinstance(self.features, str) else None
-        plain = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return {**plain, "lora": lora, "features": features}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AdaptConfig:
-        """Raises InputError for a key that this version does not know."""
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise InputError(
-                f"the adapter's configuration has {sorted(unknown)[0]!r}, which this version of "
-                "fastadapt does not know: update fastadapt"
-            )
-        values = dict(values)
-        if values.get("lora") is not None:
-            values["lora"] = LoRAConfig(**values["lora"])
-        if values.get("input_size") is not None:
-            values["input_size"] = tuple(values["input_size"])
-        return cls(**values)
+__all__ = ["AdaptConfig", "AdaptedModel", "adapt"]
 
 
 class AdaptedModel(nn.Module):

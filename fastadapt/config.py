@@ -1,0 +1,210 @@
+"""The settings of what is added to a backbone: adapter, and low-rank adapters inside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, Self
+
+from fastadapt.errors import InputError
+from fastadapt.settings import Setting, Settings
+
+Layout = Literal["tokens", "channels_first", "channels_last"]
+MODEL = "Model"
+# Names of attention projections across timm, open_clip and transformers, and what they compute.
+PROJECTIONS = {
+    "q": ("q", "q_proj", "query", "to_q", "wq"),
+    "k": ("k", "k_proj", "key", "to_k", "wk"),
+    "v": ("v", "v_proj", "value", "to_v", "wv"),
+}
+ATTENTION = ("qkv", "kv", *PROJECTIONS["q"], *PROJECTIONS["k"], *PROJECTIONS["v"])
+LONGEST_PATTERN = 500
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Settings):
+    """Which layers get a low-rank adapter, and of which rank.
+
+    Source: LoRA (Hu et al. 2021); names as in PEFT's ``LoraConfig``; rsLoRA (Kalajdzievski 2023).
+    """
+
+    r: Annotated[
+        int,
+        Setting(
+            "Rank of the low-rank adapters (LoRA) inside the backbone.",
+            panel=MODEL,
+            option="lora_rank",
+            ge=1,
+            limit=65_536,
+        ),
+    ] = 8
+    alpha: Annotated[
+        float,
+        Setting(
+            "Scale the low-rank update by alpha / rank.",
+            panel=MODEL,
+            option="lora_alpha",
+            limit=1e9,
+        ),
+    ] = 16.0
+    dropout: Annotated[float, Setting("Dropout on the input of the low-rank path.", ge=0, lt=1)] = (
+        0.0
+    )
+    targets: Annotated[
+        tuple[str, ...] | str,
+        Setting(
+            'Last parts of module names ("qkv", "attn.proj", "mlp.fc1"), or "all-linear"; by '
+            "default the attention's q, k and v projections, fused or not."
+        ),
+    ] = ATTENTION
+    parts: Annotated[
+        str,
+        Setting(
+            "Which of the attention's q, k and v projections get a low-rank adapter, whether they "
+            "are fused or separate.",
+            panel=MODEL,
+            option="lora_parts",
+            expected="some of the letters q, k, v",
+        ),
+    ] = "qkv"
+    rank_pattern: Annotated[
+        dict[str, int],
+        Setting(
+            "Other ranks for some layers, by regular expression on the end of the name.",
+            expected="regular expressions with a rank each",
+        ),
+    ] = field(default_factory=dict)
+    alpha_pattern: Annotated[
+        dict[str, float],
+        Setting(
+            "Other values of alpha for some layers, by regular expression on the end of the name.",
+            expected="regular expressions with a number each",
+        ),
+    ] = field(default_factory=dict)
+    use_rslora: Annotated[bool, Setting("Scale by alpha / sqrt(rank) (rsLoRA).")] = False
+
+    def check_together(self) -> None:
+        """Refuse letters and patterns that mean nothing."""
+        if not self.parts or set(self.parts) - set("qkv"):
+            raise InputError(f"LoRA parts is {self.parts!r}; expected some of the letters q, k, v")
+        for rank in self.rank_pattern.values():
+            if not 1 <= rank <= 65_536:
+                raise InputError(f"rank_pattern gives rank {rank}; expected at least 1")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"{pattern[:80]!r} is no regular expression ({error}); expected the end of a "
+                    "module's name"
+                ) from None
+            if len(pattern) > LONGEST_PATTERN:
+                raise InputError(
+                    f"the pattern {pattern[:40]!r}… has {len(pattern)} characters; expected at "
+                    f"most {LONGEST_PATTERN}"
+                )
+
+
+@dataclass(frozen=True)
+class AdaptConfig(Settings):
+    """What is added to a backbone, and what the backbone does not say of itself."""
+
+    adapter: Annotated[
+        Literal["cladapter", "none"],
+        Setting(
+            "Put the cluster-attention adapter after the backbone, or none: the head alone, a "
+            "linear probe.",
+            panel=MODEL,
+            expected="'cladapter' or 'none'",
+        ),
+    ] = "cladapter"
+    depth: Annotated[int, Setting("Blocks of the adapter.", panel=MODEL, ge=1, limit=1_000)] = 1
+    num_centers: Annotated[
+        int,
+        Setting(
+            "Cluster centers of every block.", panel=MODEL, option="centers", ge=1, limit=65_536
+        ),
+    ] = 20
+    rank: Annotated[
+        int,
+        Setting(
+            "Width of the clusters' transforms, in channels (in tokens, with mode token).",
+            panel=MODEL,
+            ge=1,
+            limit=65_536,
+        ),
+    ] = 256
+    mlp_ratio: Annotated[
+        float,
+        Setting(
+            "Hidden width of the adapter's MLP, as a multiple of the channels.",
+            panel=MODEL,
+            gt=0,
+            limit=1_000,
+        ),
+    ] = 4.0
+    mode: Annotated[
+        Literal["channel", "token"],
+        Setting("Let the transforms mix channels, as in the paper, or tokens.", panel=MODEL),
+    ] = "channel"
+    proj_drop: Annotated[
+        float, Setting("Dropout on the output of the cluster attention.", ge=0, lt=1)
+    ] = 0.0
+    lora: Annotated[
+        LoRAConfig | None, Setting("Low-rank adapters inside the backbone, too; none if None.")
+    ] = None
+    features: Annotated[
+        str | Callable[..., Any] | None,
+        Setting(
+            "A method's name, or a function of (backbone, images) that gives features before "
+            "pooling; found by itself for timm models and open_clip towers.",
+            expected="a method's name or a function",
+        ),
+    ] = None
+    layout: Annotated[
+        Layout | None,
+        Setting("Layout of the features; found by itself where their shape tells it."),
+    ] = None
+    num_prefix_tokens: Annotated[
+        int | None,
+        Setting(
+            "Class and register tokens to drop before the patches; found by itself for timm and "
+            "open_clip.",
+            ge=0,
+            limit=65_536,
+        ),
+    ] = None
+    input_size: Annotated[
+        tuple[int, ...] | None,
+        Setting(
+            "[C, H, W] or [C, D, H, W] of the images, in pixels; the backbone's own if None.",
+            expected="(C, H, W) or (C, D, H, W)",
+        ),
+    ] = None
+
+    def check_together(self) -> None:
+        """Refuse sizes that no image has."""
+        size = self.input_size
+        if size is not None and not (
+            len(size) in (3, 4) and all(1 <= length <= 65_536 for length in size)
+        ):
+            raise InputError(f"input_size is {size}; expected (C, H, W) or (C, D, H, W)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings for JSON.
+
+        A ``features`` function is left out and must be given again on loading.
+        """
+        lora = None if self.lora is None else asdict(self.lora)
+        features = self.features if isinstance(self.features, str) else None
+        plain = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return {**plain, "lora": lora, "features": features}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "the adapter's configuration") -> Self:
+        """Make the settings from what a file holds; see :meth:`Settings.from_dict`."""
+        if isinstance(values, dict) and values.get("lora") is not None:
+            lora = LoRAConfig.from_dict(values["lora"], f"{where}, lora")
+            values = {**values, "lora": lora}
+        return super().from_dict(values, where)
