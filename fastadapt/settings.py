@@ -143,11 +143,12 @@ class Settings:
         """
         import pydantic
 
-        values = {field.name: _plain(getattr(self, field.name)) for field in declared(type(self))}
+        group: type = type(self)
+        values = {field.name: _plain(getattr(self, field.name)) for field in declared(group)}
         try:
-            valid = _validator(type(self)).model_validate(values)
+            valid = _validator(group).model_validate(values)
         except pydantic.ValidationError as error:
-            raise _input_error(type(self), error, values) from None
+            raise _input_error(group, error, values) from None
         for name in values:
             object.__setattr__(self, name, getattr(valid, name))
         self.check_together()
@@ -174,7 +175,8 @@ class Settings:
         where = where or f"the {cls.__name__}"
         if not isinstance(values, Mapping):
             raise InputError(f"{where} is {_shown(values)}; expected a JSON object")
-        fields = {field.name: field for field in declared(cls)}
+        group: type = cls
+        fields = {field.name: field for field in declared(group)}
         for key in values:
             if key not in fields:
                 raise InputError(
