@@ -298,7 +298,7 @@ def _drop_unused(folded: nn.Module) -> list[str]:
         if not isinstance(module, AdaptedModel) or not hasattr(module.backbone, "get_classifier"):
             continue
         # Any other feature function may call the classifier.
-        if module._feature_fn is not backbones._forward_features:
+        if module.feature_fn is not backbones.forward_features:
             continue
         before = _with_weights(module.backbone)
         module.backbone.reset_classifier(0)

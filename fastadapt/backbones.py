@@ -1,7 +1,8 @@
-"""Backbones: made by name, or taken as they are, and asked what features they give."""
+"""Make backbones by name or take modules as they are, and find out what features they return."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ LAYOUTS = ("tokens", "channels_first", "channels_last")
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a backbone's feature function gives.
+    """Describe the output of a backbone's feature function.
 
     Attributes:
         dim: channels C.
         layout: ``tokens`` [B, N, C], ``channels_first`` [B, C, (D,) H, W] or ``channels_last``.
-        num_prefix_tokens: class and register tokens in front of the patches.
+        num_prefix_tokens: class and register tokens before the patches.
         num_tokens: patches at ``input_size``, prefix tokens not counted.
         input_size: [C, H, W] or [C, D, H, W] of the probe.
     """
@@ -37,6 +38,38 @@ class FeatureSpec:
     input_size: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Tower:
+    """Hold the module that computes image features, and its input's configuration.
+
+    Attributes:
+        module: a timm model, an open_clip tower or any module.
+        input_config: as timm's ``pretrained_cfg``: ``input_size``, ``mean``, ``std``, …
+    """
+
+    module: nn.Module
+    input_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Hold a backbone and all that was found out about it.
+
+    Attributes:
+        module: as in :class:`Tower`.
+        input_config: as in :class:`Tower`.
+        feature_fn: returns features of (module, images).
+        spec: of those features.
+        source: how the module was made, for checkpoints.
+    """
+
+    module: nn.Module
+    input_config: dict[str, Any]
+    feature_fn: FeatureFn
+    spec: FeatureSpec
+    source: dict[str, Any]
+
+
 def create_backbone(
     name: str,
     *,
@@ -46,7 +79,7 @@ def create_backbone(
     num_classes: int | None = 0,
     weights_option: str = "--weights",
 ) -> nn.Module:
-    """Makes a timm model, without its classifier unless ``num_classes`` says otherwise.
+    """Make a timm model, without its classifier unless ``num_classes`` says otherwise.
 
     Args:
         name: timm's name, with or without a tag (``vit_base_patch16_224.augreg_in21k``).
@@ -57,7 +90,7 @@ def create_backbone(
         weights_option: what error messages call ``weights``.
 
     Raises:
-        InputError: unknown name, weights that cannot be had, or that do not fit.
+        InputError: the name is unknown, or weights are unavailable or do not fit.
     """
     import timm
 
@@ -96,7 +129,7 @@ def create_backbone(
 
 
 def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads weights into a backbone; a classifier's, which it does not have, are left out.
+    """Load weights into a backbone and ignore those of a classifier that it does not have.
 
     Raises:
         InputError: a tensor is missing, has another shape, or is not finite.
@@ -120,33 +153,39 @@ def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], source: st
     model.load_state_dict(state)
 
 
-def unwrap(backbone: nn.Module) -> nn.Module:
-    """The part of a model that makes image features: open_clip towers hide timm models."""
-    if hasattr(backbone, "visual") and hasattr(backbone, "encode_image"):
-        backbone = backbone.visual  # a whole CLIP model
-    if hasattr(backbone, "trunk") and hasattr(backbone.trunk, "forward_features"):
-        config = pretrained_cfg(backbone)
-        backbone = backbone.trunk
-        if config.get("mean"):
-            # CLIP's normalisation belongs to the tower, not to the trunk's timm configuration.
-            backbone.pretrained_cfg = {**dict(pretrained_cfg(backbone)), **config}
-    return backbone
+def image_tower(model: nn.Module) -> Tower:
+    """Return the part of a model that computes image features, a timm model inside a tower, say."""
+    visual: Any = model
+    if hasattr(visual, "visual") and hasattr(visual, "encode_image"):
+        visual = visual.visual  # a whole CLIP model
+    config = pretrained_cfg(visual)
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None or not hasattr(trunk, "forward_features"):
+        return Tower(visual, config)
+    # CLIP's normalisation belongs to the tower, not to the trunk's timm configuration.
+    return Tower(trunk, {**pretrained_cfg(trunk), **(config if config.get("mean") else {})})
 
 
-def _clip_vit_features(visual: nn.Module, x: Tensor) -> Tensor:
-    x = visual.transformer(visual._embeds(x))
+def embed_clip_patches(visual: Any, images: Tensor) -> Tensor:
+    """Embed images [B, 3, H, W] as the first layer's input [B, 1 + N, D] of an open_clip ViT."""
+    return visual._embeds(images)  # open_clip has no public function for this
+
+
+def _clip_vit_features(visual: Any, x: Tensor) -> Tensor:
+    x = visual.transformer(embed_clip_patches(visual, x))
     pooled_first = visual.final_ln_after_pool or visual.attn_pool is not None
     return x if pooled_first else visual.ln_post(x)
 
 
-def _clip_resnet_features(visual: nn.Module, x: Tensor) -> Tensor:
+def _clip_resnet_features(visual: Any, x: Tensor) -> Tensor:
     x = visual.stem(x)
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = stage(x)
     return x
 
 
-def _forward_features(backbone: nn.Module, x: Tensor) -> Tensor:
+def forward_features(backbone: Any, x: Tensor) -> Tensor:
+    """Call ``backbone.forward_features``; the feature function of timm models."""
     return backbone.forward_features(x)
 
 
@@ -155,7 +194,7 @@ def _forward(backbone: nn.Module, x: Tensor) -> Tensor:
 
 
 def feature_function(backbone: nn.Module, features: str | FeatureFn | None) -> FeatureFn:
-    """The function that makes features of images with this backbone.
+    """Return the function that computes this backbone's features of images.
 
     ``features`` may be a function of (backbone, images), the name of a method, or ``None``: then
     it is ``forward_features`` (timm, and any module that has it), the tokens of an open_clip
@@ -171,7 +210,7 @@ def feature_function(backbone: nn.Module, features: str | FeatureFn | None) -> F
             )
         return lambda module, x: getattr(module, features)(x)
     if hasattr(backbone, "forward_features"):
-        return _forward_features
+        return forward_features
     if all(hasattr(backbone, part) for part in ("_embeds", "transformer", "ln_post")):
         return _clip_vit_features
     if all(hasattr(backbone, part) for part in ("stem", "layer4", "attnpool")):
@@ -180,33 +219,37 @@ def feature_function(backbone: nn.Module, features: str | FeatureFn | None) -> F
 
 
 def pretrained_cfg(backbone: nn.Module) -> dict[str, Any]:
-    """timm's configuration of a backbone's input, or an equal one for an open_clip tower."""
-    config = getattr(backbone, "pretrained_cfg", None)
+    """Return timm's configuration of a backbone's input, or the same for an open_clip tower."""
+    config: Any = getattr(backbone, "pretrained_cfg", None)
     if config is not None:
         config = config if isinstance(config, dict) else config.to_dict()
         return dict(config)
-    size = getattr(backbone, "image_size", None)
+    size: Any = getattr(backbone, "image_size", None)
     if size is None:
         return {}
     height, width = (size, size) if isinstance(size, int) else size
-    result = {"input_size": (3, height, width), "interpolation": "bicubic", "crop_pct": 1.0}
-    if getattr(backbone, "image_mean", None) is not None:
-        result |= {"mean": tuple(backbone.image_mean), "std": tuple(backbone.image_std)}
+    result: dict[str, Any] = {
+        "input_size": (3, height, width),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
+    tower: Any = backbone
+    if getattr(tower, "image_mean", None) is not None:
+        result |= {"mean": tuple(tower.image_mean), "std": tuple(tower.image_std)}
     return result
 
 
-def default_input_size(backbone: nn.Module) -> tuple[int, ...] | None:
-    """The input [C, H, W] that a backbone was built for, as far as it says."""
-    config = pretrained_cfg(backbone)
-    size = config.get("input_size")
-    built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+def default_input_size(tower: Tower) -> tuple[int, ...] | None:
+    """Return the input size [C, H, W] that a backbone was built for, if it is known."""
+    size = tower.input_config.get("input_size")
+    built_for: Any = getattr(getattr(tower.module, "patch_embed", None), "img_size", None)
     if built_for is not None and size is not None:
         return (size[0], *built_for)
     return None if size is None else tuple(size)
 
 
 def probe(
-    backbone: nn.Module,
+    tower: Tower,
     feature_fn: FeatureFn,
     *,
     input_size: tuple[int, ...] | None = None,
@@ -214,10 +257,15 @@ def probe(
     num_prefix_tokens: int | None = None,
     settings: str = "AdaptConfig",
 ) -> FeatureSpec:
-    """Runs the backbone once, on one image of zeros, and reads off what it gives.
+    """Run the backbone once, on one image of zeros, and describe its features.
 
     Args:
-        settings: what takes these arguments from a user, for error messages.
+        tower: the backbone.
+        feature_fn: computes its features.
+        input_size: [C, H, W] or [C, D, H, W]; the backbone's own if ``None``.
+        layout: of the features; found from their shape if ``None``.
+        num_prefix_tokens: of the features; the backbone's own if ``None``.
+        settings: the class through which a user gives these arguments, for error messages.
 
     Raises:
         InputError: no input size is known, the features are no tokens, map or volume, or their
@@ -225,7 +273,8 @@ def probe(
     """
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    input_size = input_size or default_input_size(backbone)
+    backbone = tower.module
+    input_size = input_size or default_input_size(tower)
     name = type(backbone).__name__
     if input_size is None:
         raise InputError(
@@ -233,7 +282,9 @@ def probe(
             "or, for volumes, (C, D, H, W)"
         )
     parameter = next((p for p in backbone.parameters() if p.is_floating_point()), None)
-    like = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    like: dict[str, Any] = (
+        {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    )
     was_training = backbone.training
     backbone.eval()
     try:
@@ -260,7 +311,7 @@ def probe(
     elif (layout == "tokens") != (len(shape) == 3):
         raise InputError(f"layout={layout!r} does not fit features of shape {shape}")
     if layout == "tokens":
-        prefix = num_prefix_tokens
+        prefix: Any = num_prefix_tokens
         if prefix is None:
             prefix = 1 if feature_fn is _clip_vit_features else 0
             prefix = getattr(backbone, "num_prefix_tokens", prefix)
@@ -270,7 +321,7 @@ def probe(
     dim, *spatial = (
         (shape[1], *shape[2:]) if layout == "channels_first" else (shape[-1], *shape[1:-1])
     )
-    return FeatureSpec(dim, layout, 0, int(torch.tensor(spatial).prod()), input_size)
+    return FeatureSpec(dim, layout, 0, math.prod(spatial), input_size)
 
 
 def _layout(backbone: nn.Module, shape: tuple[int, ...], settings: str) -> Layout:
@@ -279,7 +330,7 @@ def _layout(backbone: nn.Module, shape: tuple[int, ...], settings: str) -> Layou
     stated = str(getattr(backbone, "output_fmt", "")).upper()
     if stated in ("NHWC", "NCHW"):
         return "channels_last" if stated == "NHWC" else "channels_first"
-    # Images are rarely square in channels: the two equal sizes are height and width.
+    # The number of channels rarely equals the width: the two equal sizes are height and width.
     first, last = shape[-2] == shape[-1], shape[-3] == shape[-2]
     if first == last:
         width = getattr(backbone, "num_features", None)

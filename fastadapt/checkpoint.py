@@ -1,4 +1,4 @@
-"""Saving and loading adapters; reading upstream's checkpoints."""
+"""Save and load adapters, and convert upstream's checkpoints."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ FORMAT, FORMAT_VERSION = "fastadapt-adapter", 1
 
 
 def trained_state(model: AdaptedModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint must hold beside the pretrained backbone.
+    """Return the tensors that a checkpoint must hold beside the pretrained backbone.
 
     Adapter, head and low-rank adapters; what a PEFT folder replaced; the whole backbone once it
     was unfrozen.
     """
-    changed = {f"backbone.{name}" for name in getattr(model.backbone, "fastadapt_changed", ())}
+    changed = {f"backbone.{name}" for name in model.replaced_parameters()}
 
     def kept(name: str) -> bool:
         if model.backbone_trained or not name.startswith("backbone."):
@@ -45,8 +45,8 @@ def trained_state(model: AdaptedModel) -> dict[str, Tensor]:
 
 
 def backbone_fingerprint(model: AdaptedModel) -> str:
-    """A hash of the pretrained weights that the adapter stands on."""
-    left_out = {f"backbone.{name}" for name in getattr(model.backbone, "fastadapt_changed", ())}
+    """Hash the pretrained weights that the adapter depends on."""
+    left_out = {f"backbone.{name}" for name in model.replaced_parameters()}
     tensors = {
         _plain(name): tensor
         for name, tensor in model.state_dict().items()
@@ -56,7 +56,7 @@ def backbone_fingerprint(model: AdaptedModel) -> str:
 
 
 def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
-    """Writes ``config.json`` and ``adapter.safetensors``; each is whole or not there.
+    """Write ``config.json`` and ``adapter.safetensors``; each is written whole or not at all.
 
     Args:
         model: an adapted model. While its backbone is frozen, only what was added is written.
@@ -82,7 +82,7 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
             name: {"dropout": layer.dropout.p, "slices": [vars(s) for s in layer.slices]}
             for name, layer in lora_layers(model.backbone).items()
         },
-        "changed": sorted(getattr(model.backbone, "fastadapt_changed", ())),
+        "changed": sorted(model.replaced_parameters()),
         "num_classes": model.num_classes,
         **extra,
     }
@@ -98,7 +98,7 @@ def load_adapter(
     features: Any = None,
     device: torch.device | str | None = None,
 ) -> AdaptedModel:
-    """Rebuilds an adapted model from what :func:`save_adapter` wrote, in evaluation mode.
+    """Rebuild an adapted model from what :func:`save_adapter` wrote, in evaluation mode.
 
     Args:
         folder: holds ``config.json`` and ``adapter.safetensors``.
@@ -142,7 +142,7 @@ def load_adapter(
         model = adapt(source["name"], settings, num_classes, pretrained=pretrained, weights=file)
     model.source = {k: v for k, v in source.items() if k not in ("trained", "fingerprint")}
     model.backbone_trained = trained
-    model.backbone.fastadapt_changed = config["changed"]
+    model.replaced = frozenset(config["changed"])
     for name, layer in low_rank.items():
         wrap(model.backbone, name, [LoRASlice(**s) for s in layer["slices"]], layer["dropout"])
     if not trained and backbone_fingerprint(model) != source["fingerprint"]:
@@ -160,7 +160,7 @@ def load_adapter(
 def read_checkpoint(
     folder: Path, kind: str, what: str, version: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``config.json`` and ``adapter.safetensors`` of a folder.
+    """Read ``config.json`` and ``adapter.safetensors`` of a folder.
 
     Args:
         folder: holds both.
@@ -185,7 +185,7 @@ def read_checkpoint(
 
 
 def load_trained_state(model: AdaptedModel, state: dict[str, Tensor], source: str) -> None:
-    """Loads what :func:`trained_state` gave; nothing is changed unless all of it fits."""
+    """Load what :func:`trained_state` returned; nothing is changed unless all of it fits."""
     own = model.state_dict()
     for name, tensor in state.items():
         if name not in own:
@@ -201,7 +201,7 @@ def load_trained_state(model: AdaptedModel, state: dict[str, Tensor], source: st
     model.load_state_dict(state, strict=False)
 
 
-# Upstream's names inside the adapter, and ours.
+# Upstream's names inside the adapter, and the names here.
 _RENAMED = (
     (r"^(?:CLAdapter_layers\.)?da_resblocks\.(\d+)\.", r"blocks.\1."),
     (r"\.attn\.tran_ms$", ".attn.transforms"),
@@ -219,7 +219,7 @@ _ADAPTER_KEY = re.compile(
 def convert_cladapter_state_dict(
     upstream: dict[str, Tensor], part: Literal["backbone", "adapter", "head"] | None = None
 ) -> dict[str, Tensor]:
-    """Renames a checkpoint of the paper's code (qklee-lz/CLAdapter) to this library's keys.
+    """Rename a checkpoint of the paper's code (qklee-lz/CLAdapter) to this library's keys.
 
     Args:
         upstream: the whole state dict (``backbone.*``, ``post.*``, ``head.*``), or its adapter
@@ -272,5 +272,5 @@ def convert_cladapter_state_dict(
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without the wrapper of low-rank adapters."""
+    """Return a parameter's name without the wrapper of low-rank adapters."""
     return name.replace(".base.weight", ".weight").replace(".base.bias", ".bias")

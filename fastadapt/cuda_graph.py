@@ -1,4 +1,7 @@
-"""Training steps and inference as CUDA graphs: no launch of their operators waits for the host."""
+"""Capture training steps and inference in CUDA graphs and replay them.
+
+A replay launches all kernels of a step at once, so that no launch waits for Python.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,28 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Outputs = Tensor | tuple[Tensor, ...]
+Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
-WARMUP = 3  # calls before the capture: libraries load, kernels compile, optimizers make their state
-LEAST_STEPS = 20  # steps that make up for a capture, which costs about as much as a few of them
+# Warm-up calls before the capture: libraries load, kernels compile, optimizers create their state.
+WARMUP = 3
+# The fewest steps that are worth a capture, which costs as much as a few of them.
+LEAST_STEPS = 20
 
 
 class GraphedStep:
-    """Calls a training step a few times, then captures it in a CUDA graph, and replays that.
+    """Run a training step eagerly a few times, then capture it in a CUDA graph and replay that.
 
-    All calls train: those before the capture run operator by operator, the capture itself computes
-    nothing, and replays read what is passed to them from a copy. Whatever cannot be captured keeps
-    running operator by operator, with the same result: inputs of other shapes (a last batch that
-    is smaller), CPU tensors, a step that waits for the GPU (``.item()``), one whose graph does not
-    fit into the memory. A replay calls no Python, so the step must do the same work every time:
+    All calls train: the warm-up calls run operator by operator, the capture itself computes
+    nothing, and replays read copies of their inputs. What cannot be captured keeps running
+    operator by operator, with the same result: inputs of other shapes (a smaller last batch),
+    CPU tensors, a step that waits for the GPU (``.item()``), a graph that does not fit into
+    memory. A replay calls no Python, so the step must do the same work every time:
 
     - it begins with ``optimizer.zero_grad(set_to_none=True)``, and has all of the forward and
       backward pass and the optimizer in it, with ``torch.autocast`` inside, not around it;
@@ -33,16 +40,16 @@ class GraphedStep:
       rate is a tensor on the GPU that is filled between calls: a float would stay as it was
       (PyTorch warns that such an optimizer runs uncaptured, as it does in the first calls);
     - model and optimizer keep their tensors (``load_state_dict`` does), and hold no counters or
-      switches in Python (:func:`before_replays` is for what does). Random numbers of PyTorch's
+      switches in Python (:func:`before_replays` serves what does). Random numbers of PyTorch's
       default generator differ from call to call.
 
     Args:
-        step: a function of tensors without gradients, which gives a tensor or a tuple of them.
-        say: called with the reason, once, if the step stays uncaptured on a GPU.
+        step: a function of tensors without gradients that returns a tensor or a tuple of tensors.
+        say: called once with the reason if the step stays uncaptured on a GPU.
         what: the subject of that line.
 
     Returns:
-        What the step returns, detached; later calls leave it as it is.
+        What the step returns, detached; later calls do not overwrite it.
 
     Source: PyTorch's documentation, CUDA semantics, "Whole-network capture".
     """
@@ -57,17 +64,17 @@ class GraphedStep:
         self._step = step
         self._say = say
         self._what = what
-        self._gpu: _Gpu | None = None
-        self._calls: Counter[tuple] = Counter()  # by the inputs' shapes
-        self._decided = False  # whether there is a graph, or will be none
+        self._gpu: GraphCapture | None = None
+        self._calls: Counter[Shapes] = Counter()
+        self._decided = False  # a capture succeeded, or was ruled out
         self._replay: Callable[[], Outputs] | None = None
-        self._shapes: tuple | None = None  # of the graph
-        self._inputs: tuple[Tensor, ...] = ()  # what the graph reads
-        self._before: list[Callable[[], object]] = []  # replays
+        self._shapes: Shapes | None = None  # of the captured inputs
+        self._inputs: tuple[Tensor, ...] = ()  # the memory that the graph reads
+        self._before: list[Callable[[], object]] = []  # called before every replay
 
     @property
     def captured(self) -> bool:
-        """Whether there is a graph."""
+        """Whether the step was captured."""
         return self._replay is not None
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -77,44 +84,47 @@ class GraphedStep:
                 static.copy_(x)
             for function in self._before:
                 function()
-            return _each(self._replay(), Tensor.clone)
-        self._gpu = self._gpu or _gpu(inputs[0].device)
+            assert self._replay is not None
+            return map_outputs(self._replay(), Tensor.clone)
+        self._gpu = self._gpu or graph_capture(inputs[0].device)
         if self._gpu is None:
-            return _each(self._step(*inputs), Tensor.detach)
+            return map_outputs(self._step(*inputs), Tensor.detach)
         if not self._decided:
             self._calls[shapes] += 1
             if self._calls[shapes] == WARMUP:
                 self._decided = True
-                return self._call_and_capture(shapes, inputs)
+                return self._call_and_capture(self._gpu, shapes, inputs)
         return self._gpu.run(lambda: self._step(*inputs))
 
-    def _call_and_capture(self, shapes: tuple, inputs: tuple[Tensor, ...]) -> Outputs:
-        outputs, why_not = self._gpu.watch(lambda: self._step(*inputs))
+    def _call_and_capture(
+        self, gpu: GraphCapture, shapes: Shapes, inputs: tuple[Tensor, ...]
+    ) -> Outputs:
+        outputs, why_not = gpu.watch(lambda: self._step(*inputs))
         if why_not is None:
-            # Of the inputs' layout, channels last for one.
+            # In the inputs' memory format (channels last, say).
             static = tuple(torch.empty_like(x).copy_(x) for x in inputs)
             try:
-                with _collecting(self._before):
-                    self._replay = self._gpu.capture(lambda: self._step(*static))
+                with collect_before_replays(self._before):
+                    self._replay = gpu.capture(lambda: self._step(*static))
                 self._shapes, self._inputs = shapes, static
-            except Exception as error:  # whatever it is, the calls before this one went well
+            except Exception as error:  # of any kind: the warm-up calls have trained correctly
                 why_not = next(iter(str(error).splitlines()), type(error).__name__)
         if why_not is not None and self._say is not None:
             self._say(f"{self._what} runs operator by operator, without a CUDA graph: {why_not}")
         return outputs
 
 
-_collected = threading.local()  # .functions: of the graph that this thread captures
+_collected = threading.local()  # .functions: of the graph that this thread is capturing
 
 
 def before_replays(function: Callable[[], object]) -> bool:
-    """Has a function called before every replay of the graph that is being captured.
+    """Register a function to be called before every replay of the graph being captured.
 
-    For what is made of a model's tensors outside the graph, and must follow them. It lives as long
-    as the graph.
+    For values that are computed from a model's tensors outside the graph and must follow them. The
+    graph keeps the function alive.
 
     Returns:
-        Whether a :class:`GraphedStep` captures in this thread; else nothing happens.
+        Whether a :class:`GraphedStep` is capturing in this thread; otherwise nothing happens.
     """
     functions = getattr(_collected, "functions", None)
     if functions is None:
@@ -124,7 +134,8 @@ def before_replays(function: Callable[[], object]) -> bool:
 
 
 @contextlib.contextmanager
-def _collecting(functions: list[Callable[[], object]]) -> Iterator[None]:
+def collect_before_replays(functions: list[Callable[[], object]]) -> Iterator[None]:
+    """Append to a list what :func:`before_replays` registers inside the context."""
     _collected.functions = functions
     try:
         yield
@@ -133,23 +144,23 @@ def _collecting(functions: list[Callable[[], object]]) -> Iterator[None]:
 
 
 class GraphedCall:
-    """A function for inference, replayed as CUDA graphs: one for each shape of its inputs.
+    """Run a function for inference as CUDA graphs, one for each shape of its inputs.
 
-    A new shape is captured when it first comes, after a few calls on the same inputs. Whatever
-    cannot be captured runs operator by operator, with the same result: CPU tensors, what waits for
-    the GPU, a graph that does not fit into the memory, shapes beyond the first ``most``. A replay
-    calls no Python, so the function must do the same work every time, ``torch.autocast`` inside,
-    not around it. A model keeps its tensors (``load_state_dict`` does): after ``model.to`` or
-    :meth:`fastadapt.gdpl.GDPLModel.set_class_names` it needs another ``GraphedCall``.
+    A new shape is captured at its first call, after warm-up calls on the same inputs. What cannot
+    be captured runs operator by operator, with the same result: CPU tensors, a function that waits
+    for the GPU, a graph that does not fit into memory, shapes beyond the first ``most``. A replay
+    calls no Python, so the function must do the same work every time, with ``torch.autocast``
+    inside, not around it. A model must keep its tensors (``load_state_dict`` does): after
+    ``model.to`` or :meth:`fastadapt.gdpl.GDPLModel.set_class_names` it needs a new ``GraphedCall``.
 
     Args:
-        function: of tensors, gives a tensor or a tuple of them; a folded model, for one. Called
-            without gradients. It must not write to its inputs.
-        most: graphs; each keeps memory of its own, and a copy of its inputs.
+        function: takes tensors and returns a tensor or a tuple of tensors (a folded model, say).
+            It is called without gradients and must not write to its inputs.
+        most: the number of graphs; each holds its own memory and a copy of its inputs.
         say: called with the reason, once for each shape that stays uncaptured on a GPU.
 
     Returns:
-        What the function returns; later calls leave it as it is.
+        What the function returns; later calls do not overwrite it.
 
     Source: as :class:`GraphedStep`.
     """
@@ -164,19 +175,19 @@ class GraphedCall:
         self._function = function
         self._most = most
         self._say = say
-        self._graphs: dict[tuple, GraphedStep] = {}
+        self._graphs: dict[Shapes, GraphedStep] = {}
 
     @property
     def captured(self) -> int:
-        """How many graphs there are."""
+        """The number of graphs."""
         return sum(graph.captured for graph in self._graphs.values())
 
     def __call__(self, *inputs: Tensor) -> Outputs:
-        # Not in inference mode: a graph's inputs would be tensors that nothing outside may fill.
+        # Not in inference mode: tensors made there could not be filled outside it.
         with torch.inference_mode(False), torch.no_grad():
             shapes = _shapes(inputs)
             if shapes not in self._graphs:
-                if len(self._graphs) == self._most or _gpu(inputs[0].device) is None:
+                if len(self._graphs) == self._most or graph_capture(inputs[0].device) is None:
                     return self._function(*inputs)
                 graph = GraphedStep(self._function, say=self._say, what="inference")
                 for _ in range(WARMUP):
@@ -185,56 +196,59 @@ class GraphedCall:
             return self._graphs[shapes](*inputs)
 
 
-def _shapes(inputs: tuple[Tensor, ...]) -> tuple:
+def _shapes(inputs: tuple[Tensor, ...]) -> Shapes:
     return tuple((x.shape, x.dtype, x.device) for x in inputs)
 
 
-def _each(outputs: Outputs, function: Callable[[Tensor], Tensor]) -> Outputs:
+def map_outputs(outputs: Outputs, function: Callable[[Tensor], Tensor]) -> Outputs:
+    """Apply a function to a tensor, or to every tensor of a tuple."""
     if isinstance(outputs, Tensor):
         return function(outputs)
     return tuple(function(output) for output in outputs)
 
 
-def _gpu(device: torch.device) -> _Gpu | None:
-    return _Gpu(device) if device.type == "cuda" else None
+def graph_capture(device: torch.device) -> GraphCapture | None:
+    """Return the means to capture graphs on a device; ``None`` if it is not a GPU."""
+    return GraphCapture(device) if device.type == "cuda" else None
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where steps run before they are captured, and are captured: autograd remembers streams.
+    """Return the stream for warm-up and capture, the same one since autograd remembers streams.
 
-    One for all, since cuBLAS keeps a workspace for every stream that it ever ran on.
+    All steps of a device share it: cuBLAS keeps a workspace for every stream that it ever ran on.
     """
     return torch.cuda.Stream(device)
 
 
-_failed: list[torch.cuda.CUDAGraph] = []  # kept: PyTorch's allocators may ask them later
+# Graphs whose capture failed. They are kept since PyTorch's allocators may still ask them.
+_failed: list[torch.cuda.CUDAGraph] = []
 
 
-class _Gpu:
-    """What graphs need of CUDA."""
+class GraphCapture:
+    """Run and capture steps on one CUDA device."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = _stream(device)
 
     def run(self, call: Callable[[], Outputs]) -> Outputs:
-        """Calls, after what the current stream has to do, and before what it gets to do next."""
+        """Call on the capture stream, ordered after and before the work of the current stream."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            outputs = _each(call(), Tensor.detach)
+            outputs = map_outputs(call(), Tensor.detach)
         current.wait_stream(self._stream)
         return outputs
 
     def watch(self, call: Callable[[], Outputs]) -> tuple[Outputs, str | None]:
-        """The same; and a reason against a capture, if there is one."""
-        torch.cuda.reset_peak_memory_stats(self._device)  # other work before may have needed more
-        with _waits() as waits:
+        """Call as :meth:`run`; return the outputs and a reason against a capture, or ``None``."""
+        torch.cuda.reset_peak_memory_stats(self._device)  # earlier work may have needed more
+        with _record_syncs() as syncs:
             outputs = self.run(call)
-        if waits:
+        if syncs:
             return outputs, "the step waits for the GPU"
-        # A graph keeps its memory, beside which other batches and evaluation need theirs.
+        # A graph keeps its memory, and other batches and evaluation need theirs as well.
         held = torch.cuda.memory_allocated(self._device)
         needed = 2 * (torch.cuda.max_memory_allocated(self._device) - held)
         unused = torch.cuda.memory_reserved(self._device) - held
@@ -244,16 +258,16 @@ class _Gpu:
         return outputs, None
 
     def capture(self, step: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        """A function that runs the step as a graph, and gives its outputs' memory.
+        """Capture a step; return a function that replays it and returns its output tensors.
 
         Raises:
-            Exception: whatever the step, or CUDA, has against it. Then all is as it was before.
+            Exception: whatever the step or CUDA raises; the state is then as it was before.
         """
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         random = torch.cuda.get_rng_state(self._device)
         try:
-            # The outer context restores the stream, which the inner one may not when it fails.
-            # Other threads may go on using CUDA.
+            # The outer context restores the stream, which the inner one may not do when it fails.
+            # thread_local: other threads may go on using CUDA.
             with (
                 _own_workspace(),
                 torch.cuda.stream(self._stream),
@@ -261,7 +275,7 @@ class _Gpu:
                     graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
                 ),
             ):
-                outputs = _each(step(), Tensor.detach)
+                outputs = map_outputs(step(), Tensor.detach)
         except Exception:
             self._clean_up(graph, pool, random)
             raise
@@ -272,19 +286,19 @@ class _Gpu:
 
         return replay
 
-    def _clean_up(self, graph: torch.cuda.CUDAGraph, pool: tuple, random: Tensor) -> None:
-        """What PyTorch leaves open when CUDA ends a capture: its pool and the generator."""
+    def _clean_up(self, graph: torch.cuda.CUDAGraph, pool: Any, random: Tensor) -> None:
+        """Close what PyTorch leaves open after a failed capture: its pool and the generator."""
         _failed.append(graph)
         try:
             graph.pool()
-        except RuntimeError:  # it was not told that the capture is over
+        except RuntimeError:  # the allocator does not know that the capture has ended
             with contextlib.suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._device.index, pool)
                 torch._C._cuda_releasePool(self._device.index, pool)
         graph.reset()
         try:
             torch.rand(1, device=self._device)
-        except RuntimeError:  # "outside graph capture": it takes itself to be captured still
+        except RuntimeError:  # "outside graph capture": the generator believes it is still captured
             generator = torch.cuda.default_generators[self._device.index]
             generator.graphsafe_set_state(torch.Generator(self._device))
         torch.cuda.set_rng_state(random, self._device)
@@ -292,10 +306,10 @@ class _Gpu:
 
 @contextlib.contextmanager
 def _own_workspace() -> Iterator[None]:
-    """Has cuBLAS get a new workspace within, from the memory of the graph that is captured.
+    """Make cuBLAS allocate a new workspace inside the context, from the graph's memory pool.
 
-    The old one is freed whenever torch.compile captures graphs of its own, and a graph would go on
-    using it.
+    The previous workspace is freed whenever torch.compile captures graphs of its own, and a graph
+    that captured it would read freed memory.
     """
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
     clear()
@@ -306,10 +320,10 @@ def _own_workspace() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _waits() -> Iterator[list[str]]:
-    """Collects what waits for the GPU; a capture that meets such a call could not go on.
+def _record_syncs() -> Iterator[list[str]]:
+    """Collect the calls that wait for the GPU, none of which can be captured.
 
-    PyTorch does not know of all; the capture fails at the others.
+    PyTorch does not report all of them; the capture fails at the others.
     """
     found: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()

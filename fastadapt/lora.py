@@ -1,4 +1,4 @@
-"""LoRA on chosen linear layers of a backbone, made new or loaded from a PEFT folder."""
+"""Add LoRA to chosen linear layers of a backbone, new or loaded from a PEFT folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FUSED = {"qkv": "qkv", "kv": "kv", "in_proj": "qkv"}
 
 
 def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Wraps the chosen linear layers of ``model`` in place; returns their names.
+    """Wrap the chosen linear layers of ``model`` in place and return their names.
 
     Raises:
         InputError: no layer matches, or a matching one cannot take an adapter.
@@ -50,7 +50,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def wrap(model: nn.Module, name: str, slices: list[LoRASlice], dropout: float = 0.0) -> LoRALinear:
-    """Replaces the linear layer ``name`` of ``model`` by one with low-rank adapters."""
+    """Replace the linear layer ``name`` of ``model`` by one with low-rank adapters."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     layer = getattr(parent, leaf)
@@ -66,12 +66,20 @@ def wrap(model: nn.Module, name: str, slices: list[LoRASlice], dropout: float = 
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers of ``model`` that have low-rank adapters, by name."""
+    """Return the layers of ``model`` that have low-rank adapters, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
+def replaced_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters of ``model`` that :func:`load_peft` replaced.
+
+    They are no longer the pretrained ones, so that an adapter's checkpoint must contain them.
+    """
+    return frozenset().union(*(layer.replaced for layer in lora_layers(model).values()))
+
+
 def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
-    """Puts a LoRA that PEFT saved onto a timm model (or any module), in place.
+    """Add a LoRA that PEFT saved to a timm model (or any module), in place.
 
     Reads ``adapter_config.json`` (r, lora_alpha, rank_pattern, alpha_pattern, use_rslora, bias,
     modules_to_save) and ``adapter_model.safetensors``. ``fan_in_fan_out`` is for layers that
@@ -86,7 +94,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
 
     Raises:
         InputError: the folder is no LoRA of a supported kind (the variant is named), a tensor
-            does not fit, or the layer that it belongs to is not there. The model is unchanged then.
+            does not fit, or its layer does not exist. The model is then unchanged.
     """
     folder = Path(folder)
     config = read_json(folder / "adapter_config.json")
@@ -112,6 +120,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
         else:
             plain[re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", name)] = tensor
 
+    if not pairs:
+        raise InputError(f"{folder} holds no low-rank weights (lora_A, lora_B)")
     modules = dict(model.named_modules())
     own = model.state_dict()
     slices = {}
@@ -171,13 +181,12 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
             layer = wrap(model, name, chosen, config.get("lora_dropout", 0.0))
             layer.lora_A["all"].copy_(pairs[name]["A"])
             layer.lora_B["all"].copy_(pairs[name]["B"])
-    # Weights that are no longer the pretrained ones: an adapter's checkpoint must carry them.
-    model.fastadapt_changed = sorted({*getattr(model, "fastadapt_changed", ()), *plain})
+            layer.replaced = frozenset(plain)
     return list(slices)
 
 
 def _peft_targets(modules: dict[str, nn.Module], config: dict[str, Any]) -> set[str]:
-    """The linear layers that PEFT would adapt here, where its configuration lists them plainly."""
+    """Return the layers that PEFT would adapt, where its configuration lists plain names."""
     targets = config.get("target_modules")
     narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
     if not isinstance(targets, list) or any(config.get(key) for key in narrowed):
@@ -231,7 +240,7 @@ def _is_target(name: str, targets: tuple[str, ...] | str) -> bool:
 
 
 def _chosen_rows(name: str, layer: nn.Linear, parts: str) -> list[tuple[str, int, int]]:
-    """(pair name, first row, end) of each low-rank pair that a linear layer gets."""
+    """Return (pair name, first row, end row) of each low-rank pair that a linear layer gets."""
     leaf = name.rpartition(".")[2]
     fused = FUSED.get(leaf)
     if fused and parts != "qkv":
@@ -249,7 +258,7 @@ def _chosen_rows(name: str, layer: nn.Linear, parts: str) -> list[tuple[str, int
 
 
 def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name, on a module boundary."""
+    """Return the value of the first pattern that matches the end of the name, as PEFT does."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value

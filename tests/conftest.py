@@ -37,6 +37,22 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """CUDA graphs that call the step again, so that a CPU shows the logic around them."""
+    from tests.helpers.cuda_graphs import StandIn
+
+    return StandIn().install(monkeypatch)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """No TF32 and deterministic convolutions, so that results can be compared bit for bit."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -1,10 +1,7 @@
-"""Steps and inference as CUDA graphs: the logic with a stand-in for CUDA, the rest on a GPU."""
+"""Tests of steps and inference as CUDA graphs: the logic with a stand-in, the rest on a GPU."""
 
-import json
-import math
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,104 +11,8 @@ from torch import nn
 import fastadapt as fa
 from fastadapt import cuda_graph
 from fastadapt.cuda_graph import WARMUP, GraphedCall, GraphedStep
-from fastadapt.data.dataset import read_dataset
-from fastadapt.data.preprocess import Preprocess
-from fastadapt.files import read_tensors
-from fastadapt.gdpl import GDPLConfig, GDPLTrainConfig, evaluate, train_gdpl
-from fastadapt.gdpl.few_shot import of_classes
-from fastadapt.progress import progress_bars
-from fastadapt.train import loop as trainer
-from fastadapt.train.run import TrainConfig, train
-from fastadapt.train.step import Losses, training_step
-from tests.helpers.gdpl_models import make_colours, save_source
-from tests.helpers.imagesets import make_folders
-
-PLACES = ("annual_crop", "forest", "harbour", "industrial_area", "river")
-
-
-class StandIn:
-    """For CUDA: a graph that calls the step again, on the inputs that it was captured with."""
-
-    def __init__(self, why_not=None, error=None):
-        self.why_not, self.error = why_not, error
-        self.eager = self.replays = self.captures = 0
-
-    def install(self, monkeypatch):
-        monkeypatch.setattr(cuda_graph, "_gpu", lambda device: self)
-        return self
-
-    def run(self, call):
-        self.eager += 1
-        return cuda_graph._each(call(), torch.Tensor.detach)
-
-    def watch(self, call):
-        return self.run(call), self.why_not
-
-    def capture(self, step):
-        self.captures += 1
-        if self.error is not None:
-            raise self.error
-        outputs = None
-
-        def replay():
-            nonlocal outputs
-            self.replays += 1
-            made = cuda_graph._each(step(), torch.Tensor.detach)
-            if outputs is None:
-                outputs = made
-            for old, new in zip(outputs, made, strict=True):  # the same memory every time
-                old.copy_(new)
-            return outputs
-
-        return replay
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    return StandIn().install(monkeypatch)
-
-
-def network(device="cpu", dropout=0.0):
-    torch.manual_seed(0)
-    layers = nn.Linear(12, 32), nn.LayerNorm(32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 5)
-    return nn.Sequential(*layers).to(device)
-
-
-def optimizers(kind, parameters, device):
-    fused = True if device != "cpu" else None
-    if kind == "sgd":
-        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=1e-3, fused=fused)
-    made = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
-    return made(parameters, lr=1.0, weight_decay=1e-2, fused=fused)
-
-
-def batches(count, device="cpu", sizes=(8,)):
-    generator = torch.Generator().manual_seed(1)
-    for index in range(count):
-        size = sizes[index % len(sizes)]
-        x = torch.randn(size, 12, generator=generator).to(device)
-        yield x, torch.randint(5, (size,), generator=generator).to(device)
-
-
-def trained(kind="adamw", *, graph, device="cpu", dropout=0.0, steps=12, sizes=(8,), **settings):
-    """Weights, losses and right predictions after some steps with a learning rate that moves."""
-    model = network(device, dropout)
-    optimizer = optimizers(kind, model.parameters(), device)
-    step = training_step(model, optimizer, graph=graph, **settings)
-    torch.manual_seed(2)
-    found = [
-        step(0.1 / (1 + index), labels, x)
-        for index, (x, labels) in enumerate(batches(steps, device, sizes))
-    ]
-    losses, right = zip(*found, strict=True)
-    return [p.detach() for p in model.parameters()], torch.stack(losses), torch.stack(right)
-
-
-def same(one, other):
-    for a, b in zip(one[0], other[0], strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(one[1:], other[1:], strict=True):
-        assert torch.equal(a, b)
+from fastadapt.train.step import training_step
+from tests.helpers.cuda_graphs import StandIn, batches, bf16, network, optimizers, same, trained
 
 
 class TestLogic:
@@ -253,166 +154,6 @@ class TestCalls:
         assert len(calls) == 1 and not call.captured
 
 
-class TestLosses:
-    def test_losses_are_summed_over_images_and_checked(self):
-        seen = []
-        losses = Losses(lambda loss, step: seen.append((loss, step)))
-        for index in range(3):
-            losses.add(torch.tensor(float(index)), 10)
-        assert losses.total() == 30.0 and losses.note == "loss 2.000"
-        assert seen == [(0.0, 1), (1.0, 2), (2.0, 3)]
-
-    def test_those_of_a_gpu_are_read_every_few_steps(self):
-        class OnGPU(torch.Tensor):
-            is_cuda = True
-
-        def check(loss, step):
-            assert math.isfinite(loss), step
-
-        losses = Losses(check)
-        for index in range(Losses.EVERY - 1):
-            losses.add(torch.tensor(math.nan if index == 4 else 1.0).as_subclass(OnGPU), 2)
-        assert losses.note == ""
-        with pytest.raises(AssertionError, match="5"):
-            losses.total()
-
-
-ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48), proj_drop=0.2)
-# 18 training images: two batches of eight and an odd one.
-CONFIG = TrainConfig(
-    stages=2, epochs=12, epochs2=10, lr=3e-3, batch_size=8, val_fraction=0.25, clip_grad=1.0
-)
-
-
-def run(data, out, config=CONFIG, backbone="test_vit", **options):
-    train(data, out, backbone, config, ADAPT, pretrained=False, workers=1, **options)
-    return read_tensors(out / "adapter.safetensors")[0], rows_of(out)
-
-
-def rows_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("images") / "data", 8)
-
-
-def measured(places, monkeypatch, *, graph, device="cpu", amp=nullcontext, least=3):
-    """Metrics of two tasks with other classes, of CLIP alone and of GDPL."""
-    source, data = places
-    monkeypatch.setattr(evaluate, "LEAST_STEPS", least)
-    torch.manual_seed(0)
-    model = source.create(PLACES, GDPLConfig(depth=2, rank=2, rank_depth=2)).to(device)
-    images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
-    samples = read_dataset(data, 0.2).samples
-    with progress_bars(quiet=True) as progress:
-        evaluator = evaluate.Evaluator(
-            images, torch.device(device), 1, amp, progress, batch_size=4, graph=graph
-        )
-        found = []
-        for name, classes in (("base", range(2)), ("novel", range(2, 5))):
-            chosen = tuple(of_classes(samples, classes))
-            task = evaluate.Task(name, chosen, PLACES[classes.start : classes.stop])
-            found += [evaluator.measure(model, task, zero_shot) for zero_shot in (True, False)]
-    return found
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gdpl")
-    return save_source(folder / "clip"), make_colours(folder / "data", PLACES)
-
-
-def interrupt_after(monkeypatch, epoch):
-    save = trainer.save_state
-
-    def saved(state, *args):
-        save(state, *args)
-        if (state.stage, state.epoch) == (1, epoch):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "save_state", saved)
-
-
-class TestLoops:
-    """Both training loops with the stand-in, against themselves without."""
-
-    @pytest.mark.parametrize("cache", [True, False])
-    def test_stages_of_an_adapter(self, images, tmp_path, monkeypatch, cache):
-        config = replace(CONFIG, cache=cache, class_weights="balanced", label_smoothing=0.1)
-        weights, rows = run(images, tmp_path / "eager", replace(config, cuda_graph="off"))
-        gpu = StandIn().install(monkeypatch)
-        graphed, graphed_rows = run(images, tmp_path / "graphed", config)
-        assert gpu.captures == 2, "one for each stage"
-        assert gpu.replays == 2 * (12 + 10) - 2 * WARMUP
-        assert rows == graphed_rows
-        for name, tensor in weights.items():
-            assert torch.equal(tensor, graphed[name]), name
-
-    def test_an_interrupted_run(self, images, tmp_path, stand_in):
-        config = replace(CONFIG, stages=1, epochs=16)
-        whole, rows = run(images, tmp_path / "whole", config)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_after(patch, 5)
-            run(images, tmp_path / "run", config)
-        # With the other setting, too: it does not belong to the run.
-        resumed, found = run(
-            images, tmp_path / "run", replace(config, cuda_graph="off"), resume=True
-        )
-        assert rows == found
-        for name, tensor in whole.items():
-            assert torch.equal(tensor, resumed[name]), name
-
-    def test_few_steps_are_not_worth_it(self, images, tmp_path, stand_in):
-        run(images, tmp_path / "run", replace(CONFIG, stages=1, epochs=9))
-        assert stand_in.captures == stand_in.eager == 0
-
-    @pytest.mark.parametrize("augment", ["none", "crops"])
-    def test_gdpl(self, places, tmp_path, monkeypatch, augment):
-        source, data = places
-        config = GDPLTrainConfig(shots=3, epochs=12, lr=5e-3, val_fraction=0.4, augment=augment)
-        gdpl = GDPLConfig(depth=2, rank=2, rank_depth=2)
-        train_gdpl(data, tmp_path / "eager", source, replace(config, cuda_graph="off"), gdpl)
-        gpu = StandIn().install(monkeypatch)
-        train_gdpl(data, tmp_path / "graphed", source, config, gdpl)
-        # 9 images: two batches of four and one image.
-        assert (gpu.captures, gpu.replays) == (1, 24 - WARMUP)
-        first, second = (
-            read_tensors(tmp_path / name / "adapter.safetensors")[0]
-            for name in ("eager", "graphed")
-        )
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), name
-        assert rows_of(tmp_path / "eager") == rows_of(tmp_path / "graphed")
-
-    def test_gdpl_s_evaluation(self, places, monkeypatch):
-        want = measured(places, monkeypatch, graph=False)
-        gpu = StandIn().install(monkeypatch)
-        assert measured(places, monkeypatch, graph=True) == want
-        # Two classes are three batches of four, three are four batches and two images; with CLIP
-        # alone and without.
-        assert (gpu.captures, gpu.replays) == (4, 2 * (3 + 4))
-
-    def test_few_batches_are_not_worth_it(self, places, monkeypatch, stand_in):
-        measured(places, monkeypatch, graph=True, least=5)
-        assert stand_in.captures == 0
-
-    def test_the_setting(self):
-        for kind in (TrainConfig, GDPLTrainConfig):
-            with pytest.raises(fa.InputError, match="cuda_graph is 'on'; expected one of auto, of"):
-                kind(cuda_graph="on")
-
-
-# On a GPU rounding may differ; small steps keep it small.
-SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
-
-
-def bf16():
-    return torch.autocast("cuda", torch.bfloat16)
-
-
 class Waits(nn.Module):
     """Asks for a number on the host: no graph can."""
 
@@ -442,13 +183,6 @@ class FailsInACapture(Waits):
         return y
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("exact")
 class TestOnAGPU:
@@ -465,9 +199,9 @@ class TestOnAGPU:
 
     def test_the_graph_is_used(self, monkeypatch):
         captured = []
-        real = cuda_graph._Gpu.capture
+        real = cuda_graph.GraphCapture.capture
         monkeypatch.setattr(
-            cuda_graph._Gpu, "capture", lambda *a: captured.append(real(*a)) or captured[-1]
+            cuda_graph.GraphCapture, "capture", lambda *a: captured.append(real(*a)) or captured[-1]
         )
         trained(graph=True, device="cuda")
         assert len(captured) == 1
@@ -583,47 +317,6 @@ class TestOnAGPU:
         torch.testing.assert_close(losses, eager_losses, rtol=loose, atol=loose)
         assert (weights - eager).norm() <= loose * eager.norm()
 
-    @pytest.mark.parametrize(
-        ("backbone", "cache", "amp"),
-        [
-            ("test_vit", True, "off"),
-            ("test_vit", False, "bf16"),
-            ("test_efficientnet", True, "bf16"),
-            ("test_efficientnet", False, "off"),
-        ],
-    )
-    def test_stages_of_an_adapter(self, images, tmp_path, monkeypatch, backbone, cache, amp):
-        replays = count_replays(monkeypatch)
-        config = replace(SLOW, amp=amp, cache=cache)
-        off = replace(config, cuda_graph="off")
-        eager, rows = run(images, tmp_path / "eager", off, backbone, device="cuda")
-        assert not replays
-        graphed, graphed_rows = run(images, tmp_path / "graphed", config, backbone, device="cuda")
-        assert len(replays) == 2 * (12 + 10) - 2 * WARMUP
-        near(rows, graphed_rows, 1e-3 if amp == "off" else 5e-2)
-        assert eager.keys() == graphed.keys()
-
-    def test_an_interrupted_run(self, images, tmp_path):
-        config = replace(SLOW, stages=1, epochs=16, amp="off")
-        _, rows = run(images, tmp_path / "whole", config, device="cuda")
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_after(patch, 5)
-            run(images, tmp_path / "run", config, device="cuda")
-        _, resumed = run(images, tmp_path / "run", config, device="cuda", resume=True)
-        near(rows, resumed, 1e-3)
-
-    def test_fp16_stays_eager(self, images, tmp_path, monkeypatch):
-        replays = count_replays(monkeypatch)
-        run(images, tmp_path / "run", replace(CONFIG, stages=1, amp="fp16"), device="cuda")
-        assert not replays
-
-    @pytest.mark.parametrize("amp", [nullcontext, bf16])
-    def test_gdpl_s_evaluation(self, places, monkeypatch, amp):
-        want = measured(places, monkeypatch, graph=False, device="cuda", amp=amp)
-        replays = count_replays(monkeypatch)
-        assert measured(places, monkeypatch, graph=True, device="cuda", amp=amp) == want
-        assert len(replays) == 2 * (3 + 4)
-
     def test_inference(self):
         """Of a folded adapter, one graph for each batch size, also of a model that moves on."""
         torch.manual_seed(0)
@@ -662,37 +355,3 @@ class TestOnAGPU:
         del call
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() <= before + 2**22
-
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    @pytest.mark.parametrize("amp", ["off", "bf16"])
-    def test_gdpl(self, places, tmp_path, monkeypatch, amp, optimizer):
-        source, data = places
-        replays = count_replays(monkeypatch)
-        config = GDPLTrainConfig(
-            shots=3, epochs=12, lr=1e-3, val_fraction=0.4, amp=amp, optimizer=optimizer
-        )
-        gdpl = GDPLConfig(depth=2, rank=2, rank_depth=2)
-        off = replace(config, cuda_graph="off")
-        train_gdpl(data, tmp_path / "eager", source, off, gdpl, device="cuda")
-        assert not replays
-        train_gdpl(data, tmp_path / "graphed", source, config, gdpl, device="cuda")
-        assert len(replays) == 24 - WARMUP
-        loose = 1e-3 if amp == "off" else 5e-2
-        near(rows_of(tmp_path / "eager"), rows_of(tmp_path / "graphed"), loose)
-
-
-def count_replays(monkeypatch):
-    replays = []
-    real = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(
-        torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or real(graph)
-    )
-    return replays
-
-
-def near(rows, others, loose):
-    """Equal losses of every epoch, but for rounding."""
-    assert len(rows) == len(others)
-    for one, other in zip(rows, others, strict=True):
-        assert one["lr"] == other["lr"]
-        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=loose, abs=loose)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadapt.backbones import embed_clip_patches
 from fastadapt.cuda_graph import GraphedCall
 from fastadapt.export.fold import fold
 from fastadapt.gdpl import GDPLConfig, GDPLModel, GDPLTrainConfig
@@ -76,7 +77,7 @@ class UpstreamLoop(nn.Module):
         model, visual = self.model, self.model.clip.visual
         first, prompt, deep = upstream_prompts(model.prompt_learner, features)
         vision, text = model.low_rank()
-        x = visual._embeds(images)
+        x = embed_clip_patches(visual, images)
         x = torch.cat([x, visual.ln_pre(prompt.expand(len(x), -1, -1))], dim=1)
         n = prompt.shape[0]
         for index, block in enumerate(visual.transformer.resblocks):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastadapt as fa
 from fastadapt.adapted_model import AdaptedModel
-from fastadapt.fusion.frozen_blocks import forget
+from fastadapt.fusion.frozen_blocks import release_fused_blocks
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import make_optimizer
 from fastadapt.train.sources import as_tokens, logits_of_cached
@@ -55,7 +55,7 @@ class Upstream(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         model, adapter = self.model, self.model.adapter
-        x = model._feature_fn(model.backbone, images)[:, model.spec.num_prefix_tokens :]
+        x = model.feature_fn(model.backbone, images)[:, model.spec.num_prefix_tokens :]
         x = adapter.norm1(as_tokens(model, x))
         for block in adapter.blocks:
             x = formulation(block, upstream_formulation)(x)
@@ -90,7 +90,7 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
     result["errors"], wrong = _check(model, images, labels)
     if wrong:
         return result | {"wrong": wrong}
-    forget(backbone)  # what is kept of it is ours alone, and only where it is called
+    release_fused_blocks(backbone)  # what is kept of it is ours alone, and only where it is called
 
     def ours(logits: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Any]:
         found = {"ours": steps.measure(_step(model, logits, labels, inputs, True), graph=True)}
@@ -115,7 +115,7 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
         return logits_of_cached(model, x)
 
     parts = {"stage 1": {"upstream": theirs, **ours(model, last)}}
-    forget(backbone)
+    release_fused_blocks(backbone)
     parts["cached"] = {"upstream": theirs, **ours(from_cache, features)}
     model.unfreeze()
     parts["stage 2"] = {

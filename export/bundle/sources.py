@@ -28,7 +28,7 @@ from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
 from fastadapt.gdpl.checkpoint import load_gdpl
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.lora import load_peft
+from fastadapt.lora import load_peft, replaced_parameters
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _put_peft(model: nn.Module, folder: Path) -> None:
     load_peft(model, folder)
     if replaced:
         own = {f"{classifier}.{k}" for k, _ in model.get_submodule(classifier).named_parameters()}
-        missing = sorted(own - set(model.fastadapt_changed))
+        missing = sorted(own - replaced_parameters(model))
         if missing:
             raise InputError(f"{folder}: its classifier of {rows} classes lacks {missing[0]!r}")
 

@@ -1,4 +1,7 @@
-"""Batch norms merged into the convolutions in front of them, where only inference matters."""
+"""Merge batch norms into the convolutions before them, for inference.
+
+w' = w · γ / sqrt(σ² + ε),   b' = (b − μ) · γ / sqrt(σ² + ε) + β
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fastadapt.adapted_model import AdaptedModel
 
-TOLERANCE = 1e-3  # of the features' largest value, about what fp16 keeps of them
+TOLERANCE = 1e-3  # relative to the largest feature; about the precision of fp16
 
 
 @torch.inference_mode()
 def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
-    """A copy of a model whose frozen backbone does without its batch norms.
+    """Return a copy of a model whose frozen backbone has no batch norms after convolutions.
 
-    On a CPU each is a pass over memory of its own. Which batch norm reads which convolution's
-    output is observed while the example passes. Where the features do not stay the same (a
-    convolution whose output is read by more than its batch norm), or nothing is to be merged, the
-    model itself is returned.
+    On a CPU each batch norm is another pass over memory. Which batch norm reads which convolution's
+    output is observed during one forward pass. If the features change (a convolution whose output
+    is read by more than its batch norm), or there is nothing to merge, the model itself is
+    returned.
 
     Args:
         model: its backbone in evaluation mode.
@@ -43,7 +46,7 @@ def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
     for parent in list(fused.backbone.modules()):
         for name, child in list(parent.named_children()):
             if child in pairs:
-                # timm's batch norms carry the activation that follows them.
+                # timm's batch norms contain the activation that follows them.
                 setattr(parent, name, getattr(child, "act", nn.Identity()))
     want, got = model.backbone_features(example), fused.backbone_features(example)
     close = (got - want).abs().max() <= TOLERANCE * want.abs().max()
@@ -51,10 +54,12 @@ def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
 
 
 def _pairs(model: AdaptedModel, example: Tensor) -> dict[nn.Module, nn.Module]:
-    """Batch norms to the convolutions that feed them, each called once."""
+    """Map batch norms to the convolutions that feed them; each is called exactly once."""
     from timm.layers import BatchNormAct2d
 
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # with the tensor, so that its id stays taken
+    made: dict[
+        int, tuple[nn.Module, Tensor]
+    ] = {}  # the tensor is held, so that its id is not reused
     calls: list[nn.Module] = []
     pairs: dict[nn.Module, nn.Module] = {}
 

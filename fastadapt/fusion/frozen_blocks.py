@@ -1,13 +1,20 @@
-"""The blocks of a frozen backbone in half precision, with fewer passes over memory.
+"""Run the blocks of a frozen backbone as fused operations in half precision.
 
-Under autocast PyTorch takes a block apart: LayerNorm writes fp32, which the product behind it
-rounds; GELU, layer scale and residual sums are passes of their own; and weights that need no
-gradient are rounded in every call. Without gradients a residual sum and the LayerNorm behind it can
-be one pass, GELU part of the product in front of it (on Hopper), a layer scale part of weights, and
-rounded weights can be kept. The residual stream has the dtype that it has otherwise, mostly fp32.
+Under autocast PyTorch executes a block operator by operator: LayerNorm writes fp32, which the
+following product rounds; GELU, layer scale and residual additions are kernels of their own; and
+weights that need no gradient are rounded in every call. Without gradients a block is computed as
 
-This covers timm's vision transformers (with layer scale, too: DINOv2) and ConvNeXt. Any other
-block, one that was changed inside, or one with hooks runs as ever.
+    (1) h = x + b,  n = LayerNorm(h)      [B, N, C]     one kernel; b: the previous block's branch
+    (2) a = attention(n)                  [B, N, C]     its layer scale inside attn.proj
+    (3) h = h + a,  n = LayerNorm(h)      [B, N, C]     one kernel
+    (4) u = gelu(n · W1ᵀ + b1)            [B, N, 4·C]   GELU as the product's epilogue (Hopper)
+    (5) b = u · (g ⊙ W2)ᵀ + g ⊙ b2        [B, N, C]     layer scale g [C] inside the weights
+
+with weights that are rounded once and kept. The residual stream h keeps the dtype that it has
+without fusion, mostly fp32.
+
+Covered are timm's vision transformers (with layer scale, too: DINOv2) and ConvNeXt. Any other
+block, one that was changed inside, or one with hooks runs unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from fastadapt.cuda_graph import before_replays
 from fastadapt.kernels.common.dispatch import compute_dtype, why_not_device
 from fastadapt.kernels.layer_norm.op import add_layer_norm, layer_norm
 from fastadapt.kernels.residual_mlp.op import linear_gelu
-from fastadapt.layers.plain import has_global_hooks, is_plain
+from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -43,25 +50,35 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer's parameters in half precision, a layer scale behind it multiplied in."""
+    """A linear layer's parameters in half precision, multiplied by the layer scale after it."""
 
     weight: Tensor
     bias: Tensor
 
 
+class TransformerBlock(NamedTuple):
+    """The parts of one transformer block, in the order of the computation."""
+
+    norm1: Norm
+    attention: nn.Module
+    norm2: Norm
+    fc1: Linear
+    fc2: Linear
+
+
 class TransformerBlocks:
-    """timm's blocks of a vision transformer, one behind the other, without gradients.
+    """Run all blocks of one of timm's vision transformers in sequence, without gradients.
 
     Args:
-        blocks: an nn.Sequential of them.
-        dtype: of the products, bf16 or fp16. Weights in another one are copied.
+        blocks: an nn.Sequential of timm's ``Block``.
+        dtype: of the products, bf16 or fp16; weights of another dtype are copied.
     """
 
     def __init__(self, blocks: nn.Sequential, dtype: torch.dtype):
         self.dtype = dtype
         self.scale = getattr(blocks[0].ls1, "gamma", None)
-        self.parts = [
-            (
+        self.blocks = [
+            TransformerBlock(
                 _norm(block.norm1),
                 _attention(block, dtype),
                 _norm(block.norm2),
@@ -72,20 +89,25 @@ class TransformerBlocks:
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, C]."""
-        x, branch = _stream(x, self.scale), None
-        for norm1, attn, norm2, fc1, fc2 in self.parts:
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        x, branch = _residual_stream(x, self.scale), None
+        for block in self.blocks:
             if branch is None:
-                normal = layer_norm(x, *norm1, dtype=self.dtype)
+                normal = layer_norm(x, *block.norm1, dtype=self.dtype)
             else:
-                x, normal = add_layer_norm(x, branch, *norm1, self.dtype)
-            x, normal = add_layer_norm(x, attn(normal), *norm2, self.dtype)
-            branch = F.linear(linear_gelu(normal, *fc1), *fc2)
+                x, normal = add_layer_norm(x, branch, *block.norm1, self.dtype)
+            x, normal = add_layer_norm(x, block.attention(normal), *block.norm2, self.dtype)
+            branch = F.linear(linear_gelu(normal, *block.fc1), *block.fc2)
         return x + branch
 
 
 class ConvNeXtBlock:
-    """One of timm's ConvNeXt blocks, without gradients; arguments as above."""
+    """Run one of timm's ConvNeXt blocks without gradients.
+
+    Args:
+        block: timm's ``ConvNeXtBlock``.
+        dtype: of the products, bf16 or fp16; weights of another dtype are copied.
+    """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype):
         self.dtype = dtype
@@ -96,15 +118,14 @@ class ConvNeXtBlock:
         self.fc2 = _linear(block.mlp.fc2, dtype, block.gamma)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A map [B, C, H, W]."""
+        """Map [B, C, H, W] to [B, C, H, W]."""
         normal = layer_norm(self.conv(x).permute(0, 2, 3, 1), *self.norm, dtype=self.dtype)
-        return _stream(x, self.scale) + F.linear(linear_gelu(normal, *self.fc1), *self.fc2).permute(
-            0, 3, 1, 2
-        )
+        branch = F.linear(linear_gelu(normal, *self.fc1), *self.fc2).permute(0, 3, 1, 2)
+        return _residual_stream(x, self.scale) + branch
 
 
-def _stream(x: Tensor, scale: Tensor | None) -> Tensor:
-    """x in the dtype that it has once a layer scale's result is added."""
+def _residual_stream(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Cast x to the dtype that it has once a layer scale's result is added."""
     return x if scale is None else x.to(torch.promote_types(x.dtype, scale.dtype))
 
 
@@ -121,7 +142,10 @@ def _linear(linear: nn.Linear, dtype: torch.dtype, scale: Tensor | None = None) 
 
 
 def _attention(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The block's attention with its layer scale; itself if it has none, and that dtype."""
+    """Return the block's attention with the layer scale inside its output projection.
+
+    That is the attention itself if there is no layer scale and its weights have the dtype.
+    """
     attn, scale = block.attn, getattr(block.ls1, "gamma", None)
     if scale is None and attn.qkv.weight.dtype == dtype:
         return attn
@@ -130,8 +154,8 @@ def _attention(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     return attn.to(dtype)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why nothing can stand for blocks of a known kind; ``None`` if something can."""
+def why_not_fused(module: nn.Module) -> str | None:
+    """Say why a block of a known kind cannot be fused; ``None`` if it can."""
     if has_global_hooks():
         return "there are hooks on all modules"
     expected, idle = _parts(), {nn.Identity, nn.Dropout}
@@ -140,7 +164,7 @@ def why_not(module: nn.Module) -> str | None:
         for child_name, child in part.named_children():
             if type(child) not in kinds.get(child_name, kinds.get("*", idle)):
                 return f"{f'{name}.' if name else ''}{child_name} is a {type(child).__name__}"
-        if not is_plain(part):
+        if not is_unmodified(part):
             return f"{name or 'it'} has hooks, another forward or no bias"
         if part.training:
             return f"{name or 'it'} is in training mode"
@@ -154,7 +178,10 @@ def why_not(module: nn.Module) -> str | None:
 
 @functools.cache
 def _parts() -> dict[type, dict[str, set[type]]]:
-    """By class, what its parts may be for ours to compute the same; others must be idle."""
+    """Return, by class, the children for which the fused computation is the same.
+
+    Children that are not listed must be identities or dropouts.
+    """
     from timm import layers
     from timm.models import convnext
     from timm.models import vision_transformer as vit
@@ -187,15 +214,15 @@ def _parts() -> dict[type, dict[str, set[type]]]:
     }
 
 
-def _candidates(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
-    """Modules of the known kinds, with what may stand for them."""
+def find_blocks(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
+    """List the modules of the known kinds with the class that runs them fused."""
     from timm.models import convnext
     from timm.models import vision_transformer as vit
 
     found: list[tuple[nn.Module, type]] = []
     for name, module in backbone.named_modules():
         if not name:
-            continue  # the backbone itself, which is not to be kept
+            continue  # the backbone itself: a reference from the registry would keep it alive
         if type(module) is convnext.ConvNeXtBlock:
             found.append((module, ConvNeXtBlock))
         elif type(module) is nn.Sequential and {type(block) for block in module} == {vit.Block}:
@@ -203,8 +230,8 @@ def _candidates(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
     return found
 
 
-class _Made:
-    """What stands for a module, and the parameters that it was made of."""
+class FusedBlock:
+    """The fused call of a module, and the parameters that it was made from."""
 
     def __init__(self, module: nn.Module, kind: type, dtype: torch.dtype):
         self.module, self.kind, self.dtype = module, kind, dtype
@@ -214,18 +241,22 @@ class _Made:
         self.call = self._make()
 
     def is_of(self, dtype: torch.dtype) -> bool:
-        """Whether it was made for a dtype, of the parameters that the module has."""
+        """Tell whether it was made for this dtype from the parameters that the module has now."""
         return dtype == self.dtype and self.addresses == _addresses(self.module.parameters())
 
     def refresh(self) -> None:
-        """Takes over values that have changed; what a CUDA graph reads stays where it is."""
+        """Copy changed values in place, so that CUDA graphs read them at the same addresses."""
         versions = self._versions()
         if versions == self.versions or self.addresses != _addresses(self.parameters):
             return
-        for old, new in zip(_tensors(vars(self.call)), _tensors(vars(self._make())), strict=True):
+        for old, new in zip(self.tensors(), _tensors(vars(self._make())), strict=True):
             if old.data_ptr() != new.data_ptr():
                 old.copy_(new)
         self.versions = versions
+
+    def tensors(self) -> list[Tensor]:
+        """List the tensors that the fused call reads, always in the same order."""
+        return _tensors(vars(self.call))
 
     def _versions(self) -> list[int]:
         return [p._version for p in self.parameters]
@@ -241,7 +272,7 @@ def _addresses(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _tensors(value: object) -> list[Tensor]:
-    """All tensors within, always in the same order."""
+    """List all tensors inside a value, always in the same order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, nn.Module):
@@ -251,78 +282,86 @@ def _tensors(value: object) -> list[Tensor]:
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
 
 
-class _Kept:
-    """What is known of a backbone: its candidates, and what stands for them."""
+class BlockCache:
+    """The fused calls of one backbone's blocks."""
 
     def __init__(self, backbone: nn.Module):
-        self.candidates = _candidates(backbone)
-        self.made: dict[nn.Module, _Made] = {}
+        self.candidates = find_blocks(backbone)
+        self.made: dict[nn.Module, FusedBlock] = {}
 
-    def stand_ins(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
-        """By module; made once, and again where it has other parameters."""
+    def calls(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
+        """Return fused calls by module, made once and again where parameters were exchanged."""
         found = {}
         for module, kind in self.candidates:
             made = self.made.get(module)
-            if why_not(module) is not None:
+            if why_not_fused(module) is not None:
                 self.made.pop(module, None)
                 continue
             if made is None or not made.is_of(dtype):
                 made = None
                 self.made.pop(module, None)  # before the next takes memory
-                made = self.made[module] = _Made(module, kind, dtype)
+                made = self.made[module] = FusedBlock(module, kind, dtype)
             made.refresh()
             found[module] = made.call
         return found
 
-    def captured(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
-        """The same for a CUDA graph: what was made before it, refreshed before each replay."""
+    def calls_in_graph(self, dtype: torch.dtype) -> dict[nn.Module, Call]:
+        """Return fused calls that exist already; they are refreshed before each graph replay."""
         made = self.made.values()
-        usable = [m for m in made if m.is_of(dtype) and why_not(m.module) is None]
+        usable = [m for m in made if m.is_of(dtype) and why_not_fused(m.module) is None]
 
         def refresh() -> None:
             for m in usable:
                 m.refresh()
 
-        # In a graph that is captured by others, blocks run as ever: copies could grow old.
+        # In a graph captured by other code blocks run unfused: nothing would refresh the copies.
         return {m.module: m.call for m in usable} if before_replays(refresh) else {}
 
 
-_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+caches: WeakKeyDictionary[nn.Module, BlockCache] = WeakKeyDictionary()
 
 
-def forget(backbone: nn.Module) -> None:
-    """Frees what was kept for a backbone that trains, or is not called, from now on."""
-    _kept.pop(backbone, None)
+def release_fused_blocks(backbone: nn.Module) -> None:
+    """Free the copies kept for a backbone that trains, or is not called, from now on."""
+    caches.pop(backbone, None)
 
 
-def _covered(images: Tensor) -> bool:
+def is_covered(images: Tensor) -> bool:
+    """Tell whether the fused operations run on the device of the images, eagerly."""
     return why_not_device(images) is None and not torch.compiler.is_compiling()
 
 
-def _capturing(images: Tensor) -> bool:
+def is_capturing(images: Tensor) -> bool:
+    """Tell whether the current CUDA stream is capturing a graph."""
     return images.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
-def fewer_passes(backbone: nn.Module, images: Tensor) -> Iterator[None]:
-    """Within it, without gradients, blocks that are known here run with fewer passes.
+def fused_blocks(backbone: nn.Module, images: Tensor) -> Iterator[None]:
+    """Run the known blocks of a backbone fused, inside the context and without gradients.
 
     Nothing changes on a CPU, in full precision, while PyTorch compiles or exports, and while a CUDA
-    graph is captured by others than :class:`fastadapt.GraphedStep` and ``GraphedCall``.
+    graph is captured by other code than :class:`fastadapt.GraphedStep` and ``GraphedCall``.
+
+    Args:
+        backbone: a timm model, or any module that contains timm's blocks.
+        images: the input, whose device decides.
     """
-    stand_ins: dict[nn.Module, Call] = {}
-    if not torch.is_grad_enabled() and _covered(images):
-        if backbone not in _kept:
-            _kept[backbone] = _Kept(backbone)
-        kept = _kept[backbone]
-        if kept.candidates:
-            dtype = compute_dtype(next(kept.candidates[0][0].parameters()))
+    calls: dict[nn.Module, Call] = {}
+    if not torch.is_grad_enabled() and is_covered(images):
+        if backbone not in caches:
+            caches[backbone] = BlockCache(backbone)
+        cache = caches[backbone]
+        if cache.candidates:
+            dtype = compute_dtype(next(cache.candidates[0][0].parameters()))
             if dtype in HALF:
-                stand_ins = (kept.captured if _capturing(images) else kept.stand_ins)(dtype)
-    for module, call in stand_ins.items():
-        module.forward = call
+                calls = (cache.calls_in_graph if is_capturing(images) else cache.calls)(dtype)
+    # An instance's own forward, for this call alone: the modules, their names and their state
+    # dict, timm's interface, stay as they are.
+    for module, call in calls.items():
+        module.forward = call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in stand_ins:
+        for module in calls:
             module.__dict__.pop("forward", None)

@@ -1,4 +1,4 @@
-"""GDPL: quaternion domain prompts and coupled low-rank adaptation for CLIP models.
+"""Adapt CLIP models by quaternion domain prompts and coupled low-rank updates (GDPL).
 
 import fastadapt as fa
 import open_clip

@@ -1,4 +1,4 @@
-"""GDPL models by name, and their checkpoints: what was trained, and what it stands on."""
+"""Make GDPL models by name, save what was trained, and load it onto the same frozen weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FORMAT_VERSION = 1
 
 
 class GDPLSource(FrozenParts):
-    """Where the frozen parts of a model come from, and the model made of them."""
+    """Name the frozen parts of a model, and make the model."""
 
     def create(self, class_names: Sequence[str], config: GDPLConfig | None = None) -> GDPLModel:
-        """A new model. Raises InputError for a name or weights that cannot be had."""
+        """Make a new model. Raises InputError for an unknown name or unavailable weights."""
         clip, tokenizer = create_clip(self.clip, self.clip_weights)
         encoder = self.domain_encoder
         if isinstance(encoder, str):
@@ -46,7 +46,7 @@ class GDPLSource(FrozenParts):
 
 
 def create_clip(name: str, weights: str | None = None) -> tuple[nn.Module, Tokenizer]:
-    """An open_clip model and its tokenizer.
+    """Make an open_clip model and its tokenizer.
 
     Raises:
         InputError: open_clip is not installed, does not know the name or the weights, or cannot
@@ -86,13 +86,13 @@ def create_clip(name: str, weights: str | None = None) -> tuple[nn.Module, Token
 
 
 def trained_state(model: GDPLModel) -> dict[str, Tensor]:
-    """The tensors that a checkpoint holds: prompts, quaternion networks, low-rank weights."""
+    """Return the tensors of a checkpoint: prompts, quaternion networks, low-rank weights."""
     parts = ("prompt_learner.", "low_rank.")
     return {k: tensor for k, tensor in model.state_dict().items() if k.startswith(parts)}
 
 
 def fingerprints(model: GDPLModel) -> dict[str, str | None]:
-    """Hashes of the frozen weights that a checkpoint stands on."""
+    """Hash the frozen weights that a checkpoint depends on."""
     encoder = model.domain_encoder
     return {
         "clip": sha256_tensors(model.clip.state_dict()),
@@ -108,7 +108,7 @@ def save_gdpl(
     frozen: dict[str, str | None] | None = None,
     **extra: Any,
 ) -> None:
-    """Writes ``config.json`` and ``adapter.safetensors``; each is whole or not there.
+    """Write ``config.json`` and ``adapter.safetensors``; each is written whole or not at all.
 
     Args:
         model: with its low-rank updates not merged.
@@ -148,7 +148,7 @@ def load_gdpl(
     clip_weights: str | None = None,
     domain_weights: str | None = None,
 ) -> GDPLModel:
-    """Rebuilds a model from what :func:`save_gdpl` wrote, in evaluation mode.
+    """Rebuild a model from what :func:`save_gdpl` wrote, in evaluation mode.
 
     Args:
         folder: holds ``config.json`` and ``adapter.safetensors``.
@@ -196,7 +196,7 @@ def load_gdpl(
 
 
 def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Tensor]) -> GDPLModel:
-    """Puts a checkpoint of the paper's code into a model, in place.
+    """Load a checkpoint of the paper's code into a model, in place.
 
     Args:
         model: made with the checkpoint's settings, around the CLIP model and the domain encoder
@@ -217,7 +217,7 @@ def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Tensor]) 
 
 
 def _load_trained(model: GDPLModel, state: dict[str, Tensor], where: str) -> None:
-    """Loads exactly what trains. Raises InputError naming the first tensor that does not fit."""
+    """Load exactly the trained tensors. Raises InputError naming the first that does not fit."""
     own = trained_state(model)
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state:

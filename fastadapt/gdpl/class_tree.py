@@ -1,4 +1,14 @@
-"""Class names as one tree of tokens, so that what they share is computed once."""
+"""Merge the texts of all classes into one tree of tokens, so that shared tokens run once.
+
+Text attention is causal: the value of a token depends on the tokens before it alone. With C texts
+t_c = (t_c1 … t_cL), the nodes are the distinct prefixes (t_c1 … t_cl), N of them, and
+
+    (1) X        = [embedding of every node; prompt]        [N, D]     one row per prefix
+    (2) mask[i, j] = 0 if node j is a prefix of node i, else −inf      [N, N]
+    (3) features = encoder(X, mask)[end node of each text]  [C, D]
+
+which equals encoding the C texts one by one.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +27,16 @@ Tokenizer = Callable[..., Tensor]  # (texts, context_length=77) to token ids [te
 
 
 class ClassTree(nn.Module):
-    """Some classes' texts, merged into a tree of tokens.
+    """Hold the tree of tokens of some classes' texts.
 
-    Text attention is causal, so a token's value depends on the tokens before it alone. Texts that
-    begin alike therefore share their first nodes: the start token, the prompt and the template's
-    words are there once and not once per class, nothing stands behind an end token, and no text is
+    Texts that begin alike share their first nodes: the start token, the prompt and the template's
+    words are there once and not once per class, nothing follows an end token, and no text is
     padded to the length of another. A node attends to itself and to the nodes above it.
+
+    Args:
+        text: the text branch.
+        rows: the tokens of every text, from the start token to the end token.
+        n_ctx: prompt tokens, which follow the start token.
 
     Attributes:
         embeddings: [N, D], tokens and positions of all nodes but the prompt's.
@@ -53,27 +67,30 @@ class ClassTree(nn.Module):
         self.register_buffer("ends", ends.to(device), persistent=False)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """[N + n_ctx, N + n_ctx], to add to attention's scores: 0 where a node (row) sees another,
-        else -inf; the prompt stands last."""
+        """Return the mask [N + n_ctx, N + n_ctx] to add to attention's scores, the prompt last.
+
+        It is 0 where a node (row) sees another, else −inf.
+        """
         return self._mask.to(dtype)[:, : len(self._mask)]
 
     def extra_repr(self) -> str:
+        """Describe the sizes for ``repr``."""
         return f"classes={len(self.ends)}, nodes={len(self._mask)}"
 
 
 class ClassPrompts(nn.Module):
-    """The texts of all classes, tokenised once, and the text branch that runs on them.
+    """Tokenize the texts of all classes once, and run the text branch on them.
 
     Args:
         clip: an open_clip model; its text branch is used, not held.
         class_names: one per class; underscores become spaces, as upstream does.
         template: a text with ``{}`` for the name. The ``n_ctx`` tokens behind the start token are
-            replaced by the prompt; a template with fewer words in front of the name gets
+            replaced by the prompt; a template with fewer words before the name gets
             placeholders there instead of its words.
         n_ctx: prompt tokens.
         tokenizer: open_clip's for this model.
         chunk: classes per tree. More make larger attention masks, fewer repeat the shared nodes;
-            trees run one after the other, which also bounds memory in evaluation.
+            trees run in sequence, which also bounds memory in evaluation.
 
     Attributes:
         context: [n_ctx, D], embeddings of the words that the prompt replaces, to start it from;
@@ -115,7 +132,7 @@ class ClassPrompts(nn.Module):
         updates: Sequence[LowRankUpdate],
         grad_checkpointing: bool = False,
     ) -> Tensor:
-        """Text features [B, classes, embed_dim] for B images, not normalised.
+        """Return text features [B, classes, embed_dim] for B images, not normalised.
 
         Args:
             clip: the model that this was made with.
@@ -137,7 +154,7 @@ class ClassPrompts(nn.Module):
 
 @torch.no_grad()
 def embed_tokens(text: nn.Module, tokens: Sequence[int]) -> Tensor:
-    """[tokens, D], on the text branch's device, wherever the embedding lies."""
+    """Return embeddings [tokens, D] on the text branch's device, wherever the table is."""
     table = text.token_embedding.weight
     return table[torch.tensor(tokens, device=table.device)].to(text.positional_embedding.device)
 
@@ -145,10 +162,10 @@ def embed_tokens(text: nn.Module, tokens: Sequence[int]) -> Tensor:
 def tokenize_classes(
     clip: nn.Module, class_names: Sequence[str], template: str, n_ctx: int, tokenizer: Tokenizer
 ) -> tuple[list[list[int]], bool]:
-    """The tokens of the classes' texts, each up to its end token.
+    """Tokenize the classes' texts, each up to its end token.
 
     Returns:
-        One row of tokens per class, and whether real words stand where the prompt will.
+        One row of tokens per class, and whether the template has words where the prompt goes.
 
     Raises:
         InputError: as :class:`ClassPrompts`.
@@ -165,7 +182,7 @@ def tokenize_classes(
     length = len(text.positional_embedding)
 
     def tokenize(texts: list[str]) -> list[list[int]]:
-        # One position more than there is: tokenizers cut what is too long without a word.
+        # One position more than the model has: tokenizers truncate longer texts silently.
         tokens = tokenizer(texts, context_length=length + 1)
         if pool_type(clip) == "eos":
             eos = getattr(clip, "text_eos_id", None) or text.eos_id

@@ -1,7 +1,13 @@
-"""The two branches of an open_clip model, run with prompts and low-rank updates.
+"""Run the two branches of an open_clip model with prompts and low-rank updates.
 
-The blocks' modules are used as they are; only the loop around them and the attention's
-projections are ours, always batch first, whatever the model was made with.
+The blocks' modules are used as they are; the loop around them and the attention's projections are
+reimplemented, always batch first. Layer l, on x [B, N, D] and n prompt tokens p_l [B, n, D]:
+
+    (1) x[:, −n:] = p_l                              [B, n, D]   for 1 ≤ l < depth
+    (2) q, k, v   = x · (W_in + b_in · a_in)ᵀ + bias [B, N, D]   each
+    (3) y         = softmax(q · kᵀ / sqrt(d) + mask) · v
+    (4) x         = x + y · (W_out + b_out · a_out)ᵀ + bias
+    (5) x         = x + mlp(LayerNorm(x))
 """
 
 from __future__ import annotations
@@ -13,30 +19,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastadapt.backbones import embed_clip_patches
 from fastadapt.errors import InputError
 from fastadapt.gdpl.low_rank import LowRankUpdate
 
 
 def text_tower(clip: nn.Module) -> nn.Module:
-    """What holds the text branch: open_clip has it inside the model, or as its ``text``."""
+    """Return the module that holds the text branch: the model itself, or its ``text``."""
     return getattr(clip, "text", clip)
 
 
 def vision_width(clip: nn.Module) -> int:
+    """Return the width of the vision branch."""
     return clip.visual.class_embedding.shape[-1]
 
 
 def text_width(clip: nn.Module) -> int:
+    """Return the width of the text branch."""
     return text_tower(clip).positional_embedding.shape[-1]
 
 
 def num_layers(clip: nn.Module) -> int:
-    """Layers of the shallower branch."""
+    """Return the number of layers of the shallower branch."""
     return min(len(t.transformer.resblocks) for t in (clip.visual, text_tower(clip)))
 
 
 def check_clip(clip: nn.Module) -> None:
-    """Raises InputError for a model that is no open_clip model with two plain transformers."""
+    """Check that a model is an open_clip model with two plain transformers.
+
+    Raises:
+        InputError: it is not; the part that differs is named.
+    """
     name = type(clip).__name__
     remedy = "expected an open_clip ViT, as open_clip.create_model('ViT-B-16') makes one"
     if not hasattr(clip, "visual") or not hasattr(clip, "logit_scale"):
@@ -67,7 +80,7 @@ def check_clip(clip: nn.Module) -> None:
 
 
 def pool_type(clip: nn.Module) -> str:
-    """How the text branch finds its feature: ``argmax`` (the highest token) or ``eos``."""
+    """Return how the text branch finds its feature: ``argmax`` (the highest token) or ``eos``."""
     return getattr(clip, "text_pool_type", None) or getattr(clip.text, "pool_type", "")
 
 
@@ -79,24 +92,25 @@ def encode_image(
     updates: Sequence[LowRankUpdate],
     grad_checkpointing: bool = False,
 ) -> Tensor:
-    """Images [B, 3, H, W] to features [B, embed_dim], not normalised.
+    """Encode images [B, 3, H, W] as features [B, embed_dim], not normalised.
 
     Args:
         visual: open_clip's ``VisionTransformer``.
-        prompt: [1, n, D], behind the image's tokens in the first layer.
-        deep_prompts: [depth − 1, B, n, D], in their place in the layers after it.
+        prompt: [1, n, D], after the image's tokens in the first layer.
+        deep_prompts: [depth − 1, B, n, D], which replace it in the following layers.
         updates: of the first layers' attention.
     """
-    x = visual._embeds(images.to(visual.conv1.weight.dtype))
+    x = embed_clip_patches(visual, images.to(visual.conv1.weight.dtype))
     prompt = visual.ln_pre(prompt.to(x.dtype)).expand(x.shape[0], -1, -1)
     x = torch.cat([x, prompt], dim=1)
     x = run_blocks(visual.transformer.resblocks, x, deep_prompts, updates, None, grad_checkpointing)
+    # open_clip has no public function for the pooling that the tower is configured with.
     pooled, _ = visual._pool(x[:, : -prompt.shape[1]])
     return pooled if visual.proj is None else pooled @ visual.proj
 
 
 def project_text(text: nn.Module, x: Tensor) -> Tensor:
-    """Text tokens [..., D] to features [..., embed_dim]."""
+    """Project text tokens [..., D] to features [..., embed_dim]."""
     x = text.ln_final(x)
     projection = text.text_projection
     if projection is None:
@@ -112,7 +126,7 @@ def run_blocks(
     mask: Tensor | None,
     grad_checkpointing: bool = False,
 ) -> Tensor:
-    """Transformer layers with prompts that are replaced layer by layer.
+    """Run transformer layers with prompts that are replaced layer by layer.
 
     Args:
         blocks: open_clip's ``ResidualAttentionBlock``, one per layer.
@@ -123,8 +137,8 @@ def run_blocks(
         grad_checkpointing: keep the layers' inputs alone and compute them again in the backward
             pass.
     """
-    # All layers' at once, and so their gradients. x.shape[0], not len(x): that would fix the batch
-    # size in an exported graph.
+    # Cast for all layers at once, and so are their gradients. x.shape[0] and not len(x), which
+    # would fix the batch size in an exported graph.
     prompts = deep_prompts.to(x.dtype).expand(-1, x.shape[0], -1, -1).unbind(0)
     for index, block in enumerate(blocks):
         if 1 <= index <= len(prompts):
@@ -132,7 +146,7 @@ def run_blocks(
             x = torch.cat([x[:, : -prompt.shape[1]], prompt], dim=1)
         update = updates[index] if index < len(updates) else None
         if grad_checkpointing and torch.is_grad_enabled():
-            # The frozen layers draw no random numbers, whose state no CUDA graph could save.
+            # The frozen layers draw no random numbers, and a CUDA graph could not save their state.
             x = checkpoint(
                 run_block, block, x, update, mask, use_reentrant=False, preserve_rng_state=False
             )
@@ -144,7 +158,7 @@ def run_blocks(
 def run_block(
     block: nn.Module, x: Tensor, update: LowRankUpdate | None, mask: Tensor | None
 ) -> Tensor:
-    """One layer, [B, N, D] to the same."""
+    """Run one layer, [B, N, D] to [B, N, D]."""
     x = x + block.ls_1(attention(block.attn, block.ln_1(x), update, mask))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
@@ -152,10 +166,10 @@ def run_block(
 def attention(
     attn: nn.MultiheadAttention, x: Tensor, update: LowRankUpdate | None, mask: Tensor | None
 ) -> Tensor:
-    """Self-attention with updated projections, [B, N, D] to the same."""
+    """Apply self-attention with updated projections, [B, N, D] to [B, N, D]."""
     in_a, in_b, out_a, out_b = update or (None,) * 4
     qkv = low_rank_linear(x, attn.in_proj_weight, attn.in_proj_bias, in_a, in_b)
-    # Split where their gradients are put side by side again, without another copy.
+    # Split like this, the gradients are concatenated again without another copy.
     parts = (part.unflatten(-1, (attn.num_heads, -1)) for part in qkv.chunk(3, dim=-1))
     q, k, v = (part.transpose(1, 2) for part in parts)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -166,7 +180,7 @@ def attention(
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> Tensor:
-    """``x (W + b a)ᵀ + bias`` for x [..., in]; a and b in the dtype that is computed in.
+    """Return ``x (W + b a)ᵀ + bias`` for x [..., in]; a and b have the dtype of the computation.
 
     The update is not added to the weight: then no gradient of the weight's size is computed.
     """
@@ -174,6 +188,6 @@ def low_rank_linear(
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2)
     y = F.linear(rows, weight, bias)
-    # The sum is part of the product, in place: no kernel and no tensor of its own.
+    # addmm_ accumulates in place: the sum needs no kernel and no tensor of its own.
     y = y.addmm_(F.linear(rows, a), b.t())
     return y.unflatten(0, x.shape[:-1])

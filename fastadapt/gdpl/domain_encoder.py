@@ -1,4 +1,4 @@
-"""The frozen encoder that knows the domain, asked for one feature vector per image."""
+"""Compute one domain feature vector per image with a frozen encoder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastadapt.errors import InputError
 
 
 class DomainEncoder(nn.Module):
-    """Mean over the tokens or the map of a frozen encoder, prefix tokens left out.
+    """Average a frozen encoder's tokens or map over positions, without prefix tokens.
 
     Args:
         encoder: a timm name, or any module that gives tokens [B, N, C] (MAE), maps [B, C, H, W]
             (SAM) or vectors [B, C].
         features: a method's name or a function of (encoder, images), if the encoder's own
-            ``forward_features`` or ``forward`` is not what is wanted.
+            ``forward_features`` or ``forward`` is not the right one.
         layout, num_prefix_tokens, input_size: as in :class:`fastadapt.AdaptConfig`.
         normalization: ``"clip"``: the encoder sees images as CLIP's normalisation leaves them, as
             upstream does; ``"own"``: normalised as the encoder was trained.
@@ -63,7 +63,8 @@ class DomainEncoder(nn.Module):
                 image_size=size,
                 weights_option="--domain-weights",
             )
-        self.encoder = backbones.unwrap(encoder).requires_grad_(False).eval()
+        tower = backbones.image_tower(encoder)
+        self.encoder = tower.module.requires_grad_(False).eval()
         given = backbones.feature_function(self.encoder, features)
 
         def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class DomainEncoder(nn.Module):
 
         self._features = as_tokens
         self.spec = backbones.probe(
-            self.encoder,
+            tower,
             as_tokens,
             input_size=input_size,
             layout=layout,
@@ -81,7 +82,7 @@ class DomainEncoder(nn.Module):
         )
         self.dim = self.spec.dim
         self.normalization = normalization
-        config = backbones.pretrained_cfg(self.encoder)
+        config = tower.input_config
         if normalization == "own" and not config.get("mean"):
             raise InputError(
                 f"{type(self.encoder).__name__} does not say how its images are normalised: "
@@ -93,11 +94,12 @@ class DomainEncoder(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True) -> DomainEncoder:
-        """Always in evaluation mode: the encoder is frozen."""
+        """Stay in evaluation mode: the encoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, clip_mean: Tensor, clip_std: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] that CLIP's mean and std normalised as features [B, dim]."""
         if self.normalization == "own":
             images = (images * clip_std + clip_mean - self.mean) / self.std
         size = tuple(self.spec.input_size[1:])

@@ -1,4 +1,4 @@
-"""Domain features that were computed before, by image file."""
+"""Read domain features that were computed beforehand, one vector per image file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastadapt.files import check_finite, read_tensors, sha256_tensors
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """One feature vector per image file.
+    """Hold one feature vector per image file.
 
     Attributes:
-        file: where it was read.
+        file: that was read.
         tensors: [D_f] each. A key is the end of an image's path, with ``/`` between its parts:
             ``forest/17.png`` is the feature of ``/data/train/forest/17.png``.
     """
@@ -28,7 +28,7 @@ class FeatureTable:
 
     @classmethod
     def read(cls, file: str | Path, width: int | None = None) -> FeatureTable:
-        """Reads a safetensors file of such vectors.
+        """Read a safetensors file of such vectors.
 
         Args:
             file: of the vectors.
@@ -56,14 +56,15 @@ class FeatureTable:
 
     @property
     def width(self) -> int:
-        """D_f."""
+        """Return the width D_f of the features."""
         return len(next(iter(self.tensors.values())))
 
     def fingerprint(self) -> str:
+        """Return a hash of all features."""
         return sha256_tensors(self.tensors)
 
     def of(self, paths: Sequence[Path]) -> Tensor:
-        """Features [len(paths), D_f]; the longest key that fits counts.
+        """Look up the features [len(paths), D_f] of images; the longest key that fits counts.
 
         Raises:
             InputError: an image has none, or two share one.

@@ -1,4 +1,4 @@
-"""Measuring a GDPL model: base and novel classes, other data sets, CLIP alone beside it."""
+"""Evaluate GDPL models: base and novel classes, other data sets, and CLIP alone beside them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from fastadapt.train.sources import ImageSource
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured: some images, and the classes to tell apart.
+    """Name some images to evaluate and the classes to tell apart.
 
     Attributes:
-        name: of the row of results, ``"base"``, ``"novel"``, ``"all"`` or a data set's.
+        name: of the column of results, ``"base"``, ``"novel"``, ``"all"`` or a data set's.
         samples: labelled by index into ``classes``.
         classes: the names in the texts.
     """
@@ -41,10 +41,10 @@ class Task:
 
 @dataclass
 class Evaluator:
-    """Runs models on tasks; keeps the domain features of what it has measured.
+    """Run models on tasks and keep the domain features of evaluated images.
 
-    Features are computed in the order and in the batches of the samples that they belong to, so
-    that they do not depend on what was measured before.
+    Features are computed in the order and in the batches of their samples, so that they do not
+    depend on earlier evaluations.
 
     Attributes:
         preprocess: of the CLIP model.
@@ -52,9 +52,9 @@ class Evaluator:
         workers: threads that read images.
         autocast: makes the context that models run in.
         progress: bars and lines.
-        table: domain features that were computed before; ``None`` if the model computes them.
+        table: domain features computed beforehand; ``None`` if the model computes them.
         batch_size: in images.
-        graph: on a GPU, replay a CUDA graph where a task has batches enough.
+        graph: on a GPU, replay a CUDA graph where a task has enough batches.
     """
 
     preprocess: Preprocess
@@ -68,7 +68,7 @@ class Evaluator:
     _features: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def domain_features(self, model: GDPLModel, samples: Sequence[Sample]) -> Tensor:
-        """Features [len(samples), D_f] of plain images, on the device."""
+        """Return features [len(samples), D_f] of images without augmentation, on the device."""
         if self.table is not None:
             return self.table.of([sample.path for sample in samples]).to(self.device)
         source = ImageSource(samples, self.preprocess, self.device, self.workers)
@@ -81,12 +81,15 @@ class Evaluator:
             return model.domain_features(images).float()
 
     def measure(self, model: GDPLModel, task: Task, zero_shot: bool = False) -> dict[str, Any]:
-        """Metrics of a model on a task; its class names are those of the task afterwards.
+        """Evaluate a model on a task; it has the task's class names afterwards.
 
         Args:
             model: on the device.
-            task: what to measure.
-            zero_shot: measure the CLIP model alone instead.
+            task: the images and classes.
+            zero_shot: evaluate the CLIP model alone instead.
+
+        Returns:
+            The metrics of :func:`fastadapt.train.metrics.classification_metrics`.
         """
         if model.class_names != task.classes:
             model.set_class_names(task.classes)
@@ -112,7 +115,7 @@ class Evaluator:
         return classification_metrics(source.labels, np.array(predictions), task.classes)
 
     def _prediction(self, logits: Callable[..., Tensor], images: int) -> Callable[..., Tensor]:
-        """The most likely classes [B]. Its graph is of full batches, and of the classes now."""
+        """Return a function to the most likely classes [B]; a graph holds full batches only."""
 
         def predict(*inputs: Tensor) -> Tensor:
             with self.autocast():
@@ -124,7 +127,7 @@ class Evaluator:
 
 
 def accuracies(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Accuracy per task; behind base and novel, their harmonic mean."""
+    """Return the accuracy per task, with the harmonic mean after base and novel."""
     found = {name: values["accuracy"] for name, values in metrics.items()}
     if "novel" not in found:
         return found
@@ -134,10 +137,10 @@ def accuracies(metrics: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def result_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """The table's rows: what was measured, and the accuracies in percent.
+    """Return the rows of the results table: a title, and the accuracies in percent.
 
     Args:
-        results: of :func:`fastadapt.gdpl.train_gdpl`, the content of ``results.json``.
+        results: what :func:`fastadapt.gdpl.train_gdpl` returned, the content of ``results.json``.
     """
     rows = []
     if results["zero_shot"] is not None:
@@ -145,7 +148,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     seeds = [(seed, accuracies(run["metrics"])) for seed, run in results["seeds"].items()]
     rows += [(f"GDPL, seed {seed}", _percent(values)) for seed, values in seeds]
     if len(seeds) > 1:
-        # The mean of the harmonic means, like that of every other column.
+        # As for every other column: the mean of the seeds' harmonic means.
         columns = {name: [values[name] for _, values in seeds] for name in seeds[0][1]}
         text = {
             name: f"{100 * np.mean(v):.2f} ± {100 * np.std(v, ddof=1):.2f}"
@@ -156,7 +159,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
 
 
 def result_table(results: dict[str, Any]) -> Table:
-    """Accuracies in percent, for the terminal."""
+    """Render the accuracies in percent for the terminal."""
     rows = result_rows(results)
     table = Table(title="accuracy in %", title_justify="left")
     table.add_column("", no_wrap=True)
@@ -168,7 +171,7 @@ def result_table(results: dict[str, Any]) -> Table:
 
 
 def result_markdown(results: dict[str, Any]) -> str:
-    """The same table in Markdown."""
+    """Render the accuracies in percent as a Markdown table."""
     rows = result_rows(results)
     columns = list(rows[0][1])
     lines = [

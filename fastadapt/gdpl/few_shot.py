@@ -1,4 +1,4 @@
-"""Few-shot data: which images train, and which classes are known or novel."""
+"""Choose few-shot data: the images that train, and the base and novel classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastadapt.files import read_json
 
 
 def sample_shots(samples: Sequence[Sample], shots: int, seed: int) -> list[Sample]:
-    """``shots`` images of every class, drawn without replacement; all of a class that has fewer.
+    """Draw ``shots`` images of every class without replacement; all of a class that has fewer.
 
     Args:
         samples: of the training split.
@@ -35,10 +35,10 @@ def sample_shots(samples: Sequence[Sample], shots: int, seed: int) -> list[Sampl
 
 
 def split_classes(count: int) -> tuple[range, range]:
-    """Base and novel classes: the first half, rounded up, and the rest, as the paper does.
+    """Split classes into base (the first half, rounded up) and novel, as the paper does.
 
     Raises:
-        InputError: fewer than 4 classes, so that a half would have no choice to make.
+        InputError: fewer than 4 classes, so that a half would have only one class.
     """
     if count < 4:
         raise InputError(
@@ -50,17 +50,17 @@ def split_classes(count: int) -> tuple[range, range]:
 
 
 def of_classes(samples: Sequence[Sample], classes: range) -> list[Sample]:
-    """The samples of these classes, labelled from 0 again."""
+    """Return the samples of these classes, labelled from 0 again."""
     return [replace(s, label=s.label - classes.start) for s in samples if s.label in classes]
 
 
 def evaluation_samples(dataset: Dataset) -> list[Sample]:
-    """The test split if there is one, else the validation split."""
+    """Return the test split if there is one, else the validation split."""
     return dataset.split("test") or dataset.split("val")
 
 
 def read_names(path: str | Path | None, datasets: Sequence[Dataset]) -> dict[str, str]:
-    """What classes are called in the texts, where it is not their folder's name.
+    """Read the names of classes in the texts, where they differ from their folders' names.
 
     Args:
         path: a JSON object from folder names to names, for some or all of them; none if ``None``.
@@ -83,5 +83,5 @@ def read_names(path: str | Path | None, datasets: Sequence[Dataset]) -> dict[str
 
 
 def harmonic_mean(a: float, b: float) -> float:
-    """Of two accuracies; 0 if both are."""
+    """Return the harmonic mean of two accuracies; 0 if both are 0."""
     return 2 * a * b / (a + b) if a + b else 0.0

@@ -1,4 +1,4 @@
-"""What folding makes of GDPL's parts; the rest of it is in ``fastadapt.export.fold``."""
+"""Fold the parts of GDPL for inference; :mod:`fastadapt.export.fold` folds whole models."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastadapt.gdpl.prompts import DomainPromptLearner, Prompts
 
 
 class FoldedPromptLearner(nn.Module):
-    """Prompts for inference: two linear layers.
+    """Compute the prompts for inference by two linear layers.
 
-    Behind the ReLU everything is affine: the second layer of ``meta_net``, the context that is
-    added, and the quaternion networks of all layers are one linear layer here. What does not
-    depend on the image is constant.
+    After the ReLU everything is affine: the second layer of ``meta_net``, the added context and
+    the quaternion networks of all layers are one linear layer here. Prompts that do not depend on
+    the image are constants.
 
     Shape:
         Features [B, D_f] to :class:`Prompts`.
 
     Raises:
-        InputError: the learner disturbs its prompts at inference.
+        InputError: the learner adds noise to its prompts at inference.
     """
 
     def __init__(self, learner: DomainPromptLearner):
@@ -39,7 +39,7 @@ class FoldedPromptLearner(nn.Module):
             )
         wide = copy.deepcopy(learner).double()
         hidden = wide.meta_net.linear2.in_features
-        # The map's value at zero, then at every unit vector.
+        # An affine map is determined by its values at zero and at every unit vector.
         points = torch.cat([torch.zeros(1, hidden), torch.eye(hidden)]).to(wide.ctx)
         prompts = wide.condition(wide.meta_net.linear2(points))
         values = torch.cat(
@@ -55,6 +55,7 @@ class FoldedPromptLearner(nn.Module):
         self.feature_dim = learner.feature_dim
 
     def forward(self, features: Tensor) -> Prompts:
+        """Compute the prompts of features [B, D_f]."""
         y = self.linear2(F.relu(self.linear1(features.to(self.vision.dtype))))
         layers, _, n_ctx, text_width = self.deep_text.shape
         text, deep_vision = y.tensor_split((n_ctx * text_width,), dim=1)
@@ -66,11 +67,12 @@ class FoldedPromptLearner(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Describe the sizes for ``repr``."""
         return f"layers={len(self.deep_text) + 1}, n_ctx={self.vision.shape[1]}"
 
 
 class CoupledLinear(nn.Module):
-    """A projection of the attention beside its low-rank update, as the unfolded model has it."""
+    """Apply an attention projection and its low-rank update separately, as the unfolded model."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor):
         super().__init__()
@@ -79,11 +81,12 @@ class CoupledLinear(nn.Module):
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
         return low_rank_linear(x, self.weight, self.bias, self.a, self.b)
 
 
 class MergedProjection(NamedTuple):
-    """One projection before and after merging.
+    """Describe one projection before and after merging.
 
     Attributes:
         name: of the attention layer and its projection in the model.
@@ -98,7 +101,7 @@ class MergedProjection(NamedTuple):
 
 
 def merge_low_rank(model: GDPLModel) -> list[MergedProjection]:
-    """Adds the low-rank updates to the weights of both branches, in fp64, and drops them.
+    """Add the low-rank updates to the weights of both branches in fp64, and drop them.
 
     The CLIP model inside ``model`` is changed.
     """

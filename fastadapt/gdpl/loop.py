@@ -1,4 +1,4 @@
-"""The training loop of GDPL."""
+"""Train GDPL: the loop over epochs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def train_epochs(
     state: State,
     save: Callable[[State], None],
 ) -> None:
-    """Trains a model on some images from ``state`` on.
+    """Train a model on some images, continuing from ``state``.
 
-    Every random stream of an epoch follows from the seed and the epoch, and domain features that
-    are kept from the samples alone: a run that continues gives what it would have given.
+    All random numbers of an epoch follow from the seed and the epoch, and cached domain features
+    from the samples alone: a resumed run gives what the uninterrupted one would have given.
 
     Args:
         model: on the device.
@@ -43,7 +43,7 @@ def train_epochs(
         config: how to train.
         evaluator: knows how images are read, and where to compute.
         seed: of everything random.
-        state: where training stands; kept up to date.
+        state: epochs, weights and optimizer so far; updated in place.
         save: called after every epoch.
 
     Raises:
@@ -53,7 +53,7 @@ def train_epochs(
     source = ImageSource(
         samples, evaluator.preprocess, device, evaluator.workers, config.augment, seed
     )
-    # Features of plain images are those of every epoch; random views get their own.
+    # Images without augmentation have the same features in every epoch; random views do not.
     plain = config.augment == "none" or evaluator.table is not None
     features = evaluator.domain_features(model, samples) if plain else None
     optimizer = make_optimizer(model, config)
@@ -135,7 +135,7 @@ def train_epochs(
 
 
 def make_optimizer(model: GDPLModel, config: GDPLTrainConfig) -> torch.optim.Optimizer:
-    """Over everything that requires gradients; on a GPU in one kernel."""
+    """Make the optimizer of all parameters that require gradients, fused on a GPU."""
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     settings["fused"] = True if trained[0].is_cuda else None

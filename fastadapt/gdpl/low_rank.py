@@ -1,4 +1,11 @@
-"""Low-rank updates of the attention of both branches, coupled through their singular values."""
+"""Update the attention weights of both branches by coupled low-rank matrices.
+
+For layer l, with A [r, d], B [3·d, r] or [d, r], and S [r] per branch:
+
+    (1) [S'_vision, S'_text] = [S_vision, S_text] + [S_vision, S_text] · M      [r, 2], M [2, 2]
+    (2) W'_in  = W_in  + (alpha / r) / 4 · B_in · diag(S') · A_in               [3·d, d]
+    (3) W'_out = W_out + (alpha / r) · B_out · A_out                            [d, d]
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ IN_PROJ_DIVISOR = 4
 
 
 class LowRankUpdate(NamedTuple):
-    """Updates of one attention layer: ``W + b @ a``, the scales already in b.
+    """Hold the updates of one attention layer, ``W + b @ a``; b contains the scales.
 
     Attributes:
         in_a: [r, d].
@@ -31,7 +38,7 @@ class LowRankUpdate(NamedTuple):
 
 
 class LowRankBranch(nn.Module):
-    """The low-rank weights of one branch, all layers side by side.
+    """Hold the low-rank weights of one branch, stacked over its layers.
 
     Attributes:
         in_proj_A: [L, r, d]; in_proj_B: [L, 3·d, r]; in_proj_S: [L, r].
@@ -48,7 +55,7 @@ class LowRankBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As upstream: Xavier for both sides of in_proj; out_proj starts as no update."""
+        """Draw weights as upstream does: Xavier for in_proj; out_proj's update starts at zero."""
         with torch.no_grad():
             for weight in (self.in_proj_A, self.in_proj_B):
                 bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
@@ -61,31 +68,25 @@ class LowRankBranch(nn.Module):
     def updates(
         self, scales: Tensor, scaling: float, dtype: torch.dtype | None
     ) -> list[LowRankUpdate]:
-        """One update per layer; ``scales`` is S' [L, r], ``scaling`` alpha / r."""
+        """Return one update per layer; ``scales`` is S' [L, r], ``scaling`` alpha / r."""
         in_b = self.in_proj_B * (scales * (scaling / IN_PROJ_DIVISOR))[:, None]
         stacks = (self.in_proj_A, in_b, self.out_proj_A, self.out_proj_B * scaling)
-        # All layers are cast at once, and their gradients stacked at once.
+        # Cast for all layers at once, so that their gradients are stacked at once.
         layers = zip(*(stack.to(dtype).unbind(0) for stack in stacks), strict=True)
         return [LowRankUpdate(*layer) for layer in layers]
 
 
 class CoupledLowRank(nn.Module):
-    """Low-rank updates of the first attention layers of both branches.
+    """Compute the low-rank updates of the first attention layers of both branches.
 
-    in_proj:  ``W + (alpha / r) / 4 · B diag(S') A``
-    out_proj: ``W + (alpha / r) · B A``
-
-    where the branches share what they learn through a 2×2 relation M, zero at first:
-    ``[S'_vision, S'_text] = [S_vision, S_text] + [S_vision, S_text] · M``.
+    The branches share what they learn through the 2×2 relation M, which starts at zero; see the
+    module's equations.
 
     Args:
         vision_width, text_width: of the branches.
         layers: how many layers of each branch get an update, from the first on.
         rank: r.
         alpha: scale of the updates.
-
-    Calling it, perhaps with the dtype that the branches compute in, gives two lists of
-    :class:`LowRankUpdate`, vision and text, one per layer.
 
     Raises:
         InputError: fewer than one layer, or a rank below 1.
@@ -114,11 +115,13 @@ class CoupledLowRank(nn.Module):
 
     @property
     def layers(self) -> int:
+        """Return the number of layers with an update."""
         return len(self.vision.in_proj_S)
 
     def forward(
         self, dtype: torch.dtype | None = None
     ) -> tuple[list[LowRankUpdate], list[LowRankUpdate]]:
+        """Return the updates of vision and text, one per layer, cast to ``dtype``."""
         scales = torch.stack([self.vision.in_proj_S, self.text.in_proj_S], dim=-1)
         vision, text = (scales + scales @ self.relation).unbind(-1)
         scaling = self.alpha / self.rank
@@ -128,4 +131,5 @@ class CoupledLowRank(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Describe the sizes for ``repr``."""
         return f"layers={self.layers}, rank={self.rank}, alpha={self.alpha:g}"

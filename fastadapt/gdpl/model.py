@@ -1,4 +1,4 @@
-"""GDPL around a frozen CLIP model."""
+"""Compute GDPL's logits around a frozen CLIP model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class GDPLModel(nn.Module):
-    """A frozen CLIP model with domain prompts and coupled low-rank updates.
+    """Adapt a frozen CLIP model by domain prompts and coupled low-rank updates.
 
-    Images and classes are encoded as one batch: every image has a prompt, hence text features, of
-    its own. The class names' tokens form a tree that every image goes through once
-    (:class:`fastadapt.gdpl.class_tree.ClassTree`), which gives exactly what encoding every pair of
-    image and class would.
+    Every image has its own prompt, hence its own text features. The class names' tokens form a tree
+    that is encoded once per image (:class:`fastadapt.gdpl.class_tree.ClassTree`), with the result
+    that encoding every pair of image and class would give.
 
     Args:
-        clip: an open_clip model with two plain transformers (any ViT). Used as it is, not copied;
-            its parameters stop requiring gradients. Everything goes to its device.
+        clip: an open_clip model with two plain transformers (any ViT). It is used as it is, not
+            copied; its parameters stop requiring gradients. All parts are moved to its device.
         domain_encoder: a timm name, a module (:class:`DomainEncoder` is made around it, or is
             given), or the width D_f of features that every call passes.
         class_names: one per output.
@@ -48,7 +47,7 @@ class GDPLModel(nn.Module):
         clip, domain_encoder: the frozen parts.
         prompt_learner: the :class:`DomainPromptLearner`.
         low_rank: the :class:`CoupledLowRank`; ``None`` with rank 0 and once it was merged.
-        class_names: now; :meth:`set_class_names` changes them, no training needed.
+        class_names: the current ones; :meth:`set_class_names` changes them without training.
 
     Raises:
         InputError: a model of another kind, more layers than there are, names that are empty,
@@ -123,15 +122,16 @@ class GDPLModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """Return the number of classes."""
         return len(self.class_names)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's configuration of the images, that of the CLIP model."""
+        """Return timm's configuration of the input images, that of the CLIP model."""
         return backbones.pretrained_cfg(self.clip.visual)
 
     def set_class_names(self, class_names: Sequence[str]) -> GDPLModel:
-        """Other classes from now on; what was trained stays. Raises InputError as the class."""
+        """Change the classes and keep what was trained. Raises InputError as the class does."""
         config = self.config
         self.classes = ClassPrompts(
             self.clip,
@@ -145,22 +145,22 @@ class GDPLModel(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> GDPLModel:
-        """The frozen parts stay in evaluation mode."""
+        """Switch the trained parts to a mode; the frozen parts stay in evaluation mode."""
         super().train(mode)
         self.clip.eval()
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the branches' layers in the backward pass."""
+        """Recompute the branches' layers in the backward pass to save memory."""
         self.grad_checkpointing = enable
 
     def set_frozen_dtype(self, dtype: torch.dtype) -> GDPLModel:
-        """Keeps the frozen weights in half precision, for training under autocast in it.
+        """Cast the frozen weights to half precision, for training under autocast.
 
-        They are cast once, not in every step, and take half the memory. The CLIP model is cast
-        whole, but for the logits' scale and bias. Of the domain encoder only what autocast would
-        cast is, the weights of its products, so that it needs autocast from now on. What trains
-        stays as it is.
+        They are cast once, not in every step, and take half the memory. The whole CLIP model is
+        cast but for the logits' scale and bias. Of the domain encoder only the weights that
+        autocast would cast are, those of matrix products and convolutions; it needs autocast from
+        now on. Trained parameters are not cast.
 
         Args:
             dtype: torch.bfloat16 or torch.float16.
@@ -176,19 +176,19 @@ class GDPLModel(nn.Module):
         return self.set_class_names(self.class_names)
 
     def offload_token_embedding(self) -> GDPLModel:
-        """Moves the CLIP model's token embedding to the CPU, a sixth of ViT-B/16's weights.
+        """Move the CLIP model's token embedding, a sixth of ViT-B/16's weights, to the CPU.
 
-        It is read when class names change, and never else. ``to`` moves it along again. The CLIP
-        model's own ``encode_text`` needs it where the other weights are.
+        It is read only when class names change. ``to`` moves it back with the other weights, where
+        the CLIP model's own ``encode_text`` needs it.
         """
         towers.text_tower(self.clip).token_embedding.to("cpu")
         return self
 
     def domain_features(self, images: Tensor) -> Tensor:
-        """Features [B, D_f] of images [B, 3, H, W], to be kept if the images come again.
+        """Compute features [B, D_f] of images [B, 3, H, W]; cache them if the images come again.
 
         Raises:
-            InputError: the model was made with a width, without an encoder.
+            InputError: the model was made with a feature width and has no encoder.
         """
         if self.domain_encoder is None:
             raise InputError(
@@ -198,10 +198,10 @@ class GDPLModel(nn.Module):
         return self.domain_encoder(images, self.clip_mean, self.clip_std)
 
     def encode(self, images: Tensor, domain_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised features of images [B, D] and, for each image, of classes [B, classes, D].
+        """Return normalised features of images [B, D] and, per image, of classes [B, classes, D].
 
-        A CLIP model in half precision runs in it throughout, under autocast, too: its layer norms
-        are computed in fp32 inside their kernels, and need no casts around them.
+        A CLIP model in half precision runs in it throughout, also under autocast: its layer norms
+        compute in fp32 inside their kernels and need no casts around them.
         """
         prompts = self.prompt_learner(domain_features)
         weight = self.clip.visual.class_embedding
@@ -224,7 +224,7 @@ class GDPLModel(nn.Module):
 
     @torch.no_grad()
     def zero_shot(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of the CLIP model alone, with the same template.
+        """Return logits [B, classes] of the CLIP model alone, with the same template.
 
         Raises:
             InputError: the template has fewer words than the prompt has tokens.
@@ -232,8 +232,8 @@ class GDPLModel(nn.Module):
         words = self.classes.context
         if words is None:
             raise InputError(
-                f"the template {self.config.template!r} has no {self.config.n_ctx} words in front "
-                "of the class name, which CLIP alone would read there"
+                f"the template {self.config.template!r} has no {self.config.n_ctx} words "
+                "before the class name, which CLIP alone would read in place of the prompt"
             )
         half = words.dtype in HALF_DTYPES
         with without_autocast(images) if half else nullcontext():
@@ -243,12 +243,13 @@ class GDPLModel(nn.Module):
         return self._logits(_normalize(image_features), _normalize(text_features))
 
     def forward(self, images: Tensor, domain_features: Tensor | None = None) -> Tensor:
+        """Map images [B, 3, H, W] to logits [B, classes]; features are computed if not given."""
         if domain_features is None:
             domain_features = self.domain_features(images)
         return self._logits(*self.encode(images, domain_features))
 
     def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        # Scaled by 100, half precision would tell no logits apart that differ by a quarter.
+        # After scaling by 100, half precision could not tell apart logits that differ by 0.25.
         with without_autocast(image_features):
             logits = (text_features @ image_features[:, :, None]).squeeze(-1)
             logits = self.clip.logit_scale.to(logits.dtype).exp() * logits
@@ -257,5 +258,5 @@ class GDPLModel(nn.Module):
 
 
 def _normalize(features: Tensor) -> Tensor:
-    """To length 1, in fp32 at least."""
+    """Normalize to length 1, in fp32 at least."""
     return F.normalize(features.to(accumulate_dtype(features.dtype)), dim=-1)

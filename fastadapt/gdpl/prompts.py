@@ -1,4 +1,14 @@
-"""Prompts of both branches, conditioned on the domain by quaternion networks."""
+"""Compute the prompts of both branches from domain features by quaternion networks.
+
+With features f [B, D_f], context ctx [n, 512], deep contexts p_l [n, 512], quaternion networks Q,
+and noise ε ~ N(0, 1) [B, 512]:
+
+    (1) b            = linear2(relu(linear1(f)))                      [B, 512]
+    (2) text         = Q_text([0 | ctx + b + ε · mean(f)])            [B, n, 512]
+    (3) vision       = proj(ctx)                                      [1, n, 768]
+    (4) deep_vision_l = Q_l([0 | p_l + b])                            [B, n, 768]
+    (5) deep_text_l  = p_l                                            [1, n, 512]
+"""
 
 from __future__ import annotations
 
@@ -15,7 +25,7 @@ NOISES = ("train", "always", "off")
 
 
 class Prompts(NamedTuple):
-    """What :class:`DomainPromptLearner` gives.
+    """Hold the prompts that :class:`DomainPromptLearner` computes.
 
     Attributes:
         text: [B, n_ctx, text_width], in the first text layer; conditioned on the domain.
@@ -31,7 +41,7 @@ class Prompts(NamedTuple):
 
 
 class DomainPromptLearner(nn.Module):
-    """Turns domain features into prompts for every layer of both branches.
+    """Turn domain features into prompts for every layer of both branches.
 
     Args:
         feature_dim: width D_f of the domain features.
@@ -40,15 +50,15 @@ class DomainPromptLearner(nn.Module):
         n_ctx: prompt tokens in each layer.
         depth: layers that get prompts of their own, the first one included.
         hidden: width between the two linear layers of ``meta_net``; D_f / 16 if ``None``.
-        noise: whether the language prompt is disturbed by normal noise, times the mean of the
-            features: ``"train"`` (in training only), ``"always"`` (upstream's behaviour, which
-            makes predictions random) or ``"off"``.
+        noise: when normal noise times the mean of the features is added to the language prompt:
+            ``"train"`` (in training only), ``"always"`` (upstream's behaviour, which makes
+            predictions random) or ``"off"``.
 
     Shape:
         Features [B, D_f] to :class:`Prompts`.
 
     Raises:
-        InputError: a setting that cannot be; features of another width.
+        InputError: a setting is invalid; features have another width.
 
     Source: GDPL, domain-aware language and hierarchical vision prompts; upstream
     ``MultiModalPromptLearner``.
@@ -100,13 +110,16 @@ class DomainPromptLearner(nn.Module):
 
     @property
     def n_ctx(self) -> int:
+        """Return the number of prompt tokens per layer."""
         return self.ctx.shape[0]
 
     @property
     def depth(self) -> int:
+        """Return the number of layers with prompts of their own."""
         return len(self.deep_ctx) + 1
 
     def forward(self, features: Tensor) -> Prompts:
+        """Compute the prompts of features [B, D_f]."""
         if features.dim() != 2 or features.shape[1] != self.feature_dim:
             raise InputError(
                 f"domain features have shape {tuple(features.shape)}; expected "
@@ -121,9 +134,10 @@ class DomainPromptLearner(nn.Module):
         return self.condition(bias, noise)
 
     def condition(self, bias: Tensor, noise: Tensor | None = None) -> Prompts:
-        """The prompts for what ``meta_net`` made of the features, [B, text_width]; affine in it.
+        """Compute the prompts from the output of ``meta_net``; they are affine in it.
 
         Args:
+            bias: b of equation (1), [B, text_width].
             noise: [B, text_width], added to the language prompt's.
         """
         shifted = self.ctx + (bias if noise is None else bias + noise)[:, None]
@@ -136,4 +150,5 @@ class DomainPromptLearner(nn.Module):
         return Prompts(self.language_net(shifted), vision, deep_text, deep_vision)
 
     def extra_repr(self) -> str:
+        """Describe the sizes for ``repr``."""
         return f"n_ctx={self.n_ctx}, depth={self.depth}, noise={self.noise!r}"

@@ -1,4 +1,4 @@
-"""Few-shot training of GDPL: some images of the base classes, then every evaluation."""
+"""Run few-shot training of GDPL: a few images of the base classes, then all evaluations."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def train_gdpl(
     overwrite: bool = False,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Trains GDPL once per seed and evaluates it.
+    """Train GDPL once per seed and evaluate it.
 
     A seed decides the drawn images, the initial prompts and the order of training; the split into
     training and evaluation is the same for all. With one seed ``out`` is the run folder, with more
@@ -123,7 +123,7 @@ def train_gdpl(
         train_range, tasks = _tasks(dataset, names, config)
         tasks += _other_tasks(eval_data, read[1:], names, {task.name for task in tasks})
         train_samples = of_classes(dataset.split("train"), train_range)
-        if table is not None:  # an image without features is told now
+        if table is not None:  # an image without features is refused before any training
             table.of([s.path for s in (*train_samples, *(s for t in tasks for s in t.samples))])
 
         runs: dict[str, Any] = {}
@@ -131,7 +131,7 @@ def train_gdpl(
         for seed in seeds:
             torch.manual_seed(seed)
             model = source.create(tasks[0].classes, gdpl_config)
-            for task in tasks:  # names that do not fit are refused before any training
+            for task in tasks:  # invalid names are refused before any training
                 model.set_class_names(task.classes)
             model.set_class_names(tasks[0].classes).to(target).offload_token_embedding()
             model.set_grad_checkpointing(config.grad_checkpointing)
@@ -214,11 +214,11 @@ def train_gdpl(
 
 
 def _check_folders(out: Path, folders: Collection[Path], resume: bool, overwrite: bool) -> None:
-    """Refuses folders that must not be written to, before any work.
+    """Refuse folders that must not be written to, before any work.
 
     Raises:
-        InputError: as :func:`fastadapt.train.run_folder.check_folder`; ``out`` holds a run of one seed,
-            and several are asked for.
+        InputError: as :func:`fastadapt.train.run_folder.check_folder`; ``out`` holds a run of one
+            seed, and several are asked for.
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other: give one of them")
@@ -235,7 +235,11 @@ def _check_folders(out: Path, folders: Collection[Path], resume: bool, overwrite
 
 
 def _check_source(source: GDPLSource, table: FeatureTable | None) -> None:
-    """Raises InputError unless features come either from an encoder or from a table of them."""
+    """Check that features come either from an encoder or from a table of features.
+
+    Raises:
+        InputError: both are given, or none, or the widths differ.
+    """
     encoder = source.domain_encoder
     if isinstance(encoder, str) and table is not None:
         raise InputError("give a domain encoder or domain features, not both")
@@ -245,7 +249,7 @@ def _check_source(source: GDPLSource, table: FeatureTable | None) -> None:
 
 
 def _discard_results(out: Path, folders: Iterable[Path], now: Path) -> None:
-    """What earlier runs left for ``--resume``, once the one that replaces them has a state."""
+    """Delete earlier runs' results and states once the run that replaces them has a state."""
     for folder in {out, *folders}:
         (folder / RESULTS).unlink(missing_ok=True)
         if folder != now:
@@ -259,7 +263,7 @@ def _class_names(dataset: Dataset, names: dict[str, str]) -> tuple[str, ...]:
 def _tasks(
     dataset: Dataset, names: dict[str, str], config: GDPLTrainConfig
 ) -> tuple[range, list[Task]]:
-    """The classes that train, and what is measured on the data set, those classes first."""
+    """Return the classes that train, and the tasks of the data set, those classes first."""
     samples, called = evaluation_samples(dataset), _class_names(dataset, names)
     parts = {"all": range(len(called))}
     if config.train_classes == "base":
@@ -279,7 +283,7 @@ def _other_tasks(
     names: dict[str, str],
     taken: set[str],
 ) -> list[Task]:
-    """One task per data set that was not trained on."""
+    """Return one task per data set that was not trained on."""
     tasks = []
     for path, dataset in zip(paths, datasets, strict=True):
         name = Path(path).absolute().stem
@@ -299,7 +303,7 @@ def _write_run(
     dataset: Dataset,
     evaluator: Evaluator,
 ) -> None:
-    """The run folder of one seed; results mark it as finished, then its state goes."""
+    """Write the run folder of one seed; results.json marks it as finished, then its state goes."""
     save_gdpl(
         model,
         folder,

@@ -1,4 +1,4 @@
-"""Reading the checkpoints of the paper's code."""
+"""Convert checkpoints of the paper's code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastadapt.errors import InputError
 
-# What upstream saves and this does not need: frozen weights, the texts' embeddings, and a network
-# that upstream trains on nothing.
+# Saved by upstream and not needed here: frozen weights, the texts' embeddings, and a network that
+# upstream never uses.
 _FROZEN = re.compile(
     r"image_encoder\.|text_encoder\.|remote_model\.|medical_model\.|visual_net\.|logit_scale$"
     r"|prompt_learner\.token_(prefix|suffix)$"
@@ -36,7 +36,7 @@ _ATTENTION = {
 
 
 def convert_gdpl_state_dict(upstream: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What was trained, from upstream's keys to those of :class:`GDPLModel`.
+    """Rename the trained tensors from upstream's keys to those of :class:`GDPLModel`.
 
     Args:
         upstream: the state dict of upstream's ``CustomCLIP``, with or without ``module.``. Frozen

@@ -1,4 +1,7 @@
-"""The layers that a user drops into a model."""
+"""Layers to be used in any PyTorch model: cluster attention, CLAdapter, quaternion, LoRA.
+
+Each is an nn.Module around an operation of :mod:`fastadapt.kernels` or around PyTorch's own.
+"""
 
 from fastadapt.layers.cladapter import CLAdapter
 from fastadapt.layers.cluster_attention import ClusterAttention

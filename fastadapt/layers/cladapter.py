@@ -1,8 +1,19 @@
-"""CLAdapter: cluster-attention blocks between a frozen backbone and its head."""
+"""Adapt the features of a frozen backbone by blocks of cluster attention (CLAdapter).
+
+With x [B, N, C] and D blocks:
+
+    (1) x = LayerNorm(x)                                        [B, N, C]   norm1
+    (2) x = cluster_attention(LayerNorm(x))                     [B, N, C]   no residual
+    (3) x = x + W2 · gelu(W1 · LayerNorm(x) + b1) + b2          [B, N, C]   hidden mlp_ratio·C
+    (4) y = LayerNorm(x)                                        [B, N, C]   norm2
+
+where (2) and (3) run D times. On a GPU norm1 and the first LayerNorm of (2), all of (3), and norm2
+with the mean over tokens are one operation each.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +22,11 @@ from torch import Tensor, nn
 from fastadapt.kernels import layer_norm, layer_norm_mean, layer_norm_twice, residual_mlp
 from fastadapt.kernels.common.dispatch import compute_dtype, is_exporting, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
-from fastadapt.layers.plain import has_global_hooks, is_plain
+from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between; [..., C] to [..., C]."""
+    """Apply two linear layers with exact GELU in between, [..., C] to [..., C]."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -23,43 +34,50 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., C] to [..., C]."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 def _can_fuse(x: Tensor, *parts: tuple[nn.Module, type[nn.Module]]) -> bool:
-    """Whether an operation of ours may stand for modules: nothing then passes by unseen.
+    """Tell whether a fused operation may replace the calls of some modules.
 
-    Not where one was replaced (quantised, adapted, parametrised, folded), has hooks or another
-    ``forward``, or lacks a parameter; nor in an exported program, which holds PyTorch's operators.
+    It may not where one was replaced (quantised, adapted, parametrised, folded), has hooks or
+    another ``forward``, or lacks a parameter; nor in an exported program, which holds PyTorch's
+    operators.
     """
     if is_exporting() or why_not_device(x) is not None:
         return False
     if has_global_hooks():
         return False
-    return all(type(part) is kind and is_plain(part) for part, kind in parts)
+    return all(type(part) is kind and is_unmodified(part) for part, kind in parts)
 
 
 def _can_fuse_norms(x: Tensor, *norms: nn.LayerNorm) -> bool:
-    # A compiler makes them part of what stands around them.
+    # A compiler fuses norms with the operations around them.
     return not torch.compiler.is_compiling() and _can_fuse(x, *((n, nn.LayerNorm) for n in norms))
 
 
 def _normalise(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``norm(x)``, in ``dtype`` if the fused operation can stand for the module."""
+    """Return ``norm(x)``, in ``dtype`` where the fused operation replaces the module."""
     if _can_fuse_norms(x, norm):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
     return norm(x)
 
 
 class CLAdapterBlock(nn.Module):
-    """One block: cluster attention, then a residual MLP; [B, N, C] to [B, N, C].
+    """Apply cluster attention, then a residual MLP: equations (2) and (3), [B, N, C] to [B, N, C].
 
     There is no residual around the attention: upstream has none, and its checkpoints depend on it.
-    On GPUs one operation each stands for ``ln_1`` and for ``ln_2``, ``mlp`` and the sum, as long as
-    these modules are what they were made as, without hooks.
+    On GPUs ``ln_1`` is one operation, and ``ln_2``, ``mlp`` and the residual sum are another, as
+    long as these modules are unmodified and have no hooks.
+
+    Args:
+        dim: channels C.
+        mlp_ratio: hidden width of the MLP over ``dim``.
+        **attention: for :class:`ClusterAttention`.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, **attention):
+    def __init__(self, dim: int, mlp_ratio: float, **attention: Any):
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
         self.attn = ClusterAttention(dim, **attention)
@@ -67,23 +85,25 @@ class CLAdapterBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._behind_ln_1(_normalise(self.ln_1, x, self._ln_1_dtype(x)))
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        return self._after_ln_1(_normalise(self.ln_1, x, self._ln_1_dtype(x)))
 
-    def forward_behind(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        """``self(norm(x))``; on GPUs that norm and ``ln_1`` are one operation, too."""
+    def forward_normed(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """Return ``self(norm(x))``; on GPUs ``norm`` and ``ln_1`` are one operation."""
         ln_1 = self.ln_1
-        if not (type(self) is CLAdapterBlock and is_plain(self) and _can_fuse_norms(x, norm, ln_1)):
+        plain = type(self) is CLAdapterBlock and is_unmodified(self)
+        if not (plain and _can_fuse_norms(x, norm, ln_1)):
             return self(_normalise(norm, x))
         parameters = (norm.weight, norm.bias, ln_1.weight, ln_1.bias)
         dtype = self._ln_1_dtype(x)
-        return self._behind_ln_1(layer_norm_twice(x, *parameters, norm.eps, ln_1.eps, dtype=dtype))
+        return self._after_ln_1(layer_norm_twice(x, *parameters, norm.eps, ln_1.eps, dtype=dtype))
 
     def _ln_1_dtype(self, x: Tensor) -> torch.dtype | None:
-        # Cluster attention rounds to autocast's dtype itself; so the norm need not write fp32.
-        rounds = type(self.attn) is ClusterAttention and is_plain(self.attn)
+        # Cluster attention rounds its input to autocast's dtype, so the norm need not write fp32.
+        rounds = type(self.attn) is ClusterAttention and is_unmodified(self.attn)
         return compute_dtype(x) if rounds else None
 
-    def _behind_ln_1(self, x: Tensor) -> Tensor:
+    def _after_ln_1(self, x: Tensor) -> Tensor:
         x = self.attn(x)
         norm, mlp = self.ln_2, self.mlp
         if type(mlp) is not Mlp or not _can_fuse(
@@ -104,7 +124,7 @@ class CLAdapterBlock(nn.Module):
 
 
 class CLAdapter(nn.Module):
-    """The whole adapter: LayerNorm, ``depth`` blocks, LayerNorm (upstream's ``post``).
+    """Adapt features by LayerNorm, ``depth`` blocks and LayerNorm (upstream's ``post``).
 
     Args:
         dim: channels C.
@@ -159,12 +179,13 @@ class CLAdapter(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def reset_parameters(self) -> None:
-        """Draws every parameter anew, as at construction."""
+        """Draw every parameter anew, as at construction."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Adapt tokens, a map or a volume; the output has the input's layout."""
         y = _normalise(self.norm2, self._through_blocks(self._tokens(x)))
         if x.dim() == 3:
             return y
@@ -173,7 +194,7 @@ class CLAdapter(nn.Module):
         return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def forward_pooled(self, x: Tensor) -> Tensor:
-        """The mean over all positions of ``self(x)``, [B, dim].
+        """Return the mean over all positions of ``self(x)``, [B, dim].
 
         On GPUs the last norm and the mean are one operation.
         """
@@ -184,13 +205,13 @@ class CLAdapter(nn.Module):
 
     def _through_blocks(self, x: Tensor) -> Tensor:
         first, *others = self.blocks
-        x = first.forward_behind(self.norm1, x)
+        x = first.forward_normed(self.norm1, x)
         for block in others:
             x = block(x)
         return x
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """The input as [B, N, C]."""
+        """Return the input as tokens [B, N, C]."""
         if x.dim() not in (3, 4, 5):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected tokens [B, N, C], a map [B, C, H, W] "
@@ -207,4 +228,5 @@ class CLAdapter(nn.Module):
         return x.flatten(1, -2) if self.channels_last else x.flatten(2).transpose(1, 2)
 
     def extra_repr(self) -> str:
+        """Describe the sizes for ``repr``."""
         return f"dim={self.dim}, channels_last={self.channels_last}"

@@ -1,4 +1,13 @@
-"""Cluster attention as a module."""
+"""Mix learned transforms per sample and apply them to its tokens, as a module.
+
+With x [B, N, C], centers [C, K], transforms T [K, R, R] (channel mode) or [K, N, N] (token mode):
+
+    (1) q   = mean over tokens of x                                      [B, C]
+    (2) a   = softmax over K of normalize(q) · normalize(centers)        [B, K]
+    (3) T_b = sum over k of a[b, k] · T[k]                               [B, R, R] or [B, N, N]
+    (4) y_b = ((x_b · W_downᵀ + b_down) · T_b) · W_upᵀ + b_up            [N, C]   channel mode
+        y_b = T_b · x_b                                                  [N, C]   token mode
+"""
 
 from __future__ import annotations
 
@@ -13,7 +22,7 @@ MODES = ("channel", "token")
 
 
 class ClusterAttention(nn.Module):
-    """Sends every sample's tokens through its own mixture of learned transforms.
+    """Apply to every sample's tokens its own mixture of learned transforms.
 
     The mean token is compared with ``num_centers`` cluster centers; the softmax of the cosines
     mixes as many transforms, which act on the channels (between a projection down to ``rank``
@@ -70,15 +79,16 @@ class ClusterAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Centers and transforms standard normal, projections PyTorch's default (upstream's)."""
+        """Draw centers and transforms standard normal, projections as PyTorch (upstream) does."""
         nn.init.normal_(self.centers)
         nn.init.normal_(self.transforms)
-        if self.mode == "channel":
+        if self.down is not None and self.up is not None:
             self.down.reset_parameters()
             self.up.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "token":
+        """Map tokens [B, N, C] to tokens [B, N, C]."""
+        if self.down is None or self.up is None:  # token mode
             if x.dim() == 3 and x.shape[1] != self.num_tokens:
                 raise ValueError(
                     f"x has {x.shape[1]} tokens; this token-mode layer was made for "
@@ -97,5 +107,6 @@ class ClusterAttention(nn.Module):
         return self.proj_drop(y)
 
     def extra_repr(self) -> str:
+        """Describe the sizes for ``repr``."""
         size = f"rank={self.rank}" if self.mode == "channel" else f"num_tokens={self.num_tokens}"
         return f"dim={self.dim}, num_centers={self.num_centers}, {size}, mode={self.mode}"

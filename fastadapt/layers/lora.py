@@ -1,4 +1,10 @@
-"""Low-rank adapters on linear layers, fused ones included."""
+"""Add low-rank updates to linear layers, fused ones included (LoRA).
+
+With W [O, I] and pairs s of A_s [r_s, I], B_s [O_s, r_s] on rows start_s … stop_s of W:
+
+    (1) y      = W · x + b                                [..., O]
+    (2) y[s]   = y[s] + scaling_s · B_s · (A_s · x)       [..., O_s]    for every pair
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LoRASlice:
-    """The rows of a linear layer that one low-rank pair acts on.
+    """Name the rows of a linear layer that one low-rank pair acts on.
 
     Attributes:
         name: key of the pair in the layer's state dict (``"q"``, ``"v"``, ``"all"``).
@@ -29,7 +35,7 @@ class LoRASlice:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus low-rank updates: ``W + scaling · B @ A`` on chosen rows.
+    """Add low-rank updates to a frozen linear layer: ``W + scaling · B @ A`` on chosen rows.
 
     ``weight`` is the effective weight, so code that reads the weight of the layer it wraps
     (timm's fused qkv with separate biases, nn.MultiheadAttention's output projection) sees the
@@ -39,6 +45,10 @@ class LoRALinear(nn.Module):
         base: the layer; its parameters are frozen here.
         slices: the pairs, on disjoint or overlapping rows.
         dropout: on the input of the low-rank path, in training.
+
+    Attributes:
+        replaced: names of other parameters of the model that were loaded with this adapter and
+            replaced the pretrained ones (:func:`fastadapt.load_peft`).
 
     Shape:
         [..., in_features] to [..., out_features].
@@ -50,6 +60,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.slices = tuple(slices)
+        self.replaced: frozenset[str] = frozenset()
         self.dropout = nn.Dropout(dropout)
         where = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.ParameterDict(
@@ -61,7 +72,7 @@ class LoRALinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero: the layer starts as its base."""
+        """Draw A Kaiming-uniform and set B to zero: the layer starts as its base."""
         for a in self.lora_A.values():
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         for b in self.lora_B.values():
@@ -69,18 +80,21 @@ class LoRALinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """Return the base layer's input width."""
         return self.base.in_features
 
     @property
     def out_features(self) -> int:
+        """Return the base layer's output width."""
         return self.base.out_features
 
     @property
     def bias(self) -> Tensor | None:
+        """Return the base layer's bias."""
         return self.base.bias
 
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The update of the whole weight [out_features, in_features], computed in ``dtype``."""
+        """Return the update of the whole weight [out_features, in_features], in ``dtype``."""
         dtype = dtype or self.base.weight.dtype
         update = torch.zeros_like(self.base.weight, dtype=dtype)
         for s in self.slices:
@@ -90,9 +104,11 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """Return the effective weight [out_features, in_features]."""
         return self.base.weight + self.delta()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
         y = self.base(x)
         dropped = self.dropout(x)
         for s in self.slices:
@@ -104,5 +120,6 @@ class LoRALinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
+        """Describe the sizes and the pairs for ``repr``."""
         pairs = ", ".join(f"{s.name}: r={s.r}, scaling={s.scaling:g}" for s in self.slices)
         return f"in_features={self.in_features}, out_features={self.out_features}, {pairs}"

@@ -1,4 +1,15 @@
-"""Quaternion linear layers as a module."""
+"""Multiply features by learned quaternions: a linear layer with a quarter of the weights.
+
+With x = [x_r | x_i | x_j | x_k] [..., 4·I], weights W_r … W_k [I, O] and a bias [4·O]:
+
+    (1) y_r = x_r·W_r − x_i·W_i − x_j·W_j − x_k·W_k + b_r        [..., O]
+    (2) y_i = x_r·W_i + x_i·W_r − x_j·W_k + x_k·W_j + b_i        [..., O]
+    (3) y_j = x_r·W_j + x_i·W_k + x_j·W_r − x_k·W_i + b_j        [..., O]
+    (4) y_k = x_r·W_k − x_i·W_j + x_j·W_i + x_k·W_r + b_k        [..., O]
+
+The rotation form, the zero half and the groups are defined with the operation,
+:func:`fastadapt.kernels.quaternion_linear`.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +25,20 @@ COMPONENTS = ("r", "i", "j", "k")
 
 
 class QuaternionLinear(nn.Module):
-    """A linear layer over quaternions: the outputs of nn.Linear, a quarter of the weights.
+    """Apply a linear layer over quaternions: nn.Linear's shapes with a quarter of its weights.
 
     Args:
         in_features: 4·I, components r, i, j, k side by side.
         out_features: 4·O.
         bias: adds a bias [4·O].
-        rotation: rotates by the normalised weights instead of multiplying with them; the real
+        rotation: rotate by the normalised weights instead of multiplying with them; the real
             quarter of the output is then the bias alone.
         scale: a learned factor [I, O] on the rotation's entries; needs ``rotation``.
         init: scale of the weights, ``"he"`` or ``"glorot"``.
         generator: source of the initial weights, the default generator if ``None``.
         zero_half: the input is the components j and k alone, half of ``in_features``; r and i are
             zero. Weights and state dicts are the same as without.
-        groups: so many independent layers in one call; every weight gets a first dimension.
+        groups: this many independent layers in one call; every weight gets a first dimension.
 
     Shape:
         [..., 4·I] to [..., 4·O]; [..., 2·I] with ``zero_half``; [G, ..., 4·I] with ``groups``.
@@ -82,7 +93,7 @@ class QuaternionLinear(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Random quaternions: modulus chi(4) scaled by s, a random unit axis, a uniform phase.
+        """Draw random quaternions: modulus chi(4) scaled by s, a random unit axis, a uniform phase.
 
         s is 1/sqrt(2·I) for ``"he"`` and 1/sqrt(2·(I + O)) for ``"glorot"``; the bias is zero.
         """
@@ -108,14 +119,14 @@ class QuaternionLinear(nn.Module):
             if self.bias is not None:
                 self.bias.zero_()
             if self.scale_param is not None:
-                # xavier_uniform_'s bound, which it cannot tell of a tensor with groups.
+                # xavier_uniform_'s bound, which it would compute wrongly from a tensor with groups.
                 bound = math.sqrt(6 / (rows + cols))
                 self.scale_param.uniform_(-bound, bound, generator=generator)
 
     def dense_matrix(self) -> Tensor:
-        """The matrix that the layer multiplies its input with, from the right.
+        """Return the matrix that the layer multiplies its input with, from the right.
 
-        [4·I, 4·O]; [2·I, 4·O] with ``zero_half``; with ``groups`` in front.
+        Its shape is [4·I, 4·O]; [2·I, 4·O] with ``zero_half``; [G, …] with ``groups``.
         """
         return quaternion_matrix(
             self.r_weight,
@@ -128,6 +139,7 @@ class QuaternionLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., 4·I] to [..., 4·O]; see the class for ``zero_half`` and ``groups``."""
         return quaternion_linear(
             x,
             self.r_weight,
@@ -146,6 +158,7 @@ class QuaternionLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Describe the sizes and the form for ``repr``."""
         form = "rotation" if self.rotation else "hamilton"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

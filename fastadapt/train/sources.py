@@ -24,7 +24,7 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path
 from fastadapt.fusion.batch_norm import fuse_batch_norms
-from fastadapt.fusion.frozen_blocks import forget
+from fastadapt.fusion.frozen_blocks import release_fused_blocks
 from fastadapt.progress import prefetch
 
 FORMAT_VERSION = 1  # of the cache: raised when what is stored changes
@@ -212,7 +212,7 @@ def cached_source(
                 )
             _write_features(frozen, images, path, full, False, progress, autocast, name)
         features = np.load(path, mmap_mode="r")
-    forget(model.backbone)
+    release_fused_blocks(model.backbone)
     return FeatureSource(
         features, images.labels, images.device, spatial, model.spec.layout == "channels_last"
     )
@@ -220,7 +220,7 @@ def cached_source(
 
 def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings) -> str:
     """A hash of everything that cached features depend on."""
-    function = model._feature_fn
+    function = model.feature_fn
     ingredients = {
         "version": FORMAT_VERSION,
         "torch": torch.__version__.split(".")[:2],

@@ -45,7 +45,7 @@ MODELS = {
 @pytest.fixture
 def covered(monkeypatch):
     """A CPU counts as a GPU: the operations' references run."""
-    monkeypatch.setattr(frozen, "_covered", lambda images: True)
+    monkeypatch.setattr(frozen, "is_covered", lambda images: True)
 
 
 def assert_as_exact(model, images, dtype, limit=1.3):
@@ -53,9 +53,9 @@ def assert_as_exact(model, images, dtype, limit=1.3):
     exact = copy.deepcopy(model).double().forward_features(images.double())
     with torch.no_grad(), torch.autocast(images.device.type, dtype):
         theirs = model.forward_features(images)
-        with frozen.fewer_passes(model, images):
+        with frozen.fused_blocks(model, images):
             ours = model.forward_features(images)
-    assert frozen._kept[model].made
+    assert frozen.caches[model].made
     assert ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
     assert relative_error(ours, exact) <= limit * relative_error(theirs, exact)
 
@@ -71,13 +71,13 @@ def test_a_model_in_half_precision_keeps_no_copy(covered):
     exact = copy.deepcopy(model).double().forward_features(images.double())
     with torch.no_grad():
         theirs = model.forward_features(images)
-        with frozen.fewer_passes(model, images):
+        with frozen.fused_blocks(model, images):
             ours = model.forward_features(images)
     assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
-    (made,) = frozen._kept[model].made.values()
-    _, attn, _, fc1, _ = made.call.parts[0]
-    assert attn is model.blocks[0].attn
-    assert fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
+    (made,) = frozen.caches[model].made.values()
+    block = made.call.blocks[0]
+    assert block.attention is model.blocks[0].attn
+    assert block.fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
 
 
 class Other(nn.Linear):
@@ -102,28 +102,28 @@ def test_changed_blocks_run_as_ever(covered, change, reason):
     model = make_vit()
     change(model.blocks[0])
     model.eval()
-    assert reason in frozen.why_not(model.blocks)
+    assert reason in frozen.why_not_fused(model.blocks)
     autocast = torch.autocast("cpu", torch.bfloat16)
-    with torch.no_grad(), autocast, frozen.fewer_passes(model, torch.empty(0)):
+    with torch.no_grad(), autocast, frozen.fused_blocks(model, torch.empty(0)):
         assert "forward" not in model.blocks.__dict__
-    assert not frozen._kept[model].made
+    assert not frozen.caches[model].made
 
 
 def test_hooks_on_all_modules_and_training_are_seen():
     block = make_convnext().stages[0].blocks[0]
-    assert type(block) is ConvNeXtBlock and frozen.why_not(block) is None
+    assert type(block) is ConvNeXtBlock and frozen.why_not_fused(block) is None
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert frozen.why_not(block) == "there are hooks on all modules"
+    assert frozen.why_not_fused(block) == "there are hooks on all modules"
     hook.remove()
-    assert frozen.why_not(block.train()) == "it is in training mode"
+    assert frozen.why_not_fused(block.train()) == "it is in training mode"
     block = make_convnext(conv_mlp=True).stages[0].blocks[0]
-    assert "norm is a LayerNorm2d" in frozen.why_not(block)
+    assert "norm is a LayerNorm2d" in frozen.why_not_fused(block)
 
 
 def test_other_backbones_have_no_candidates():
     for name in ("test_efficientnet", "test_resnet", "test_vit3"):
         model = timm.create_model(name)
-        for module, kind in frozen._candidates(model):
+        for module, kind in frozen.find_blocks(model):
             assert kind is frozen.TransformerBlocks and module is model.blocks
 
 
@@ -137,35 +137,35 @@ def test_a_frozen_backbone_uses_them(covered, make):
     model, images = adapted(make()), torch.randn(2, 3, 32, 32)
     backbone = model.backbone
     plain = model.backbone_features(images)  # in full precision: as ever
-    assert not frozen._kept[backbone].made
+    assert not frozen.caches[backbone].made
     with torch.autocast("cpu", torch.bfloat16):
         ours = model.backbone_features(images)
         assert relative_error(ours, plain.double()) < 0.03
-        made = dict(frozen._kept[backbone].made)
+        made = dict(frozen.caches[backbone].made)
         assert made and not any("forward" in module.__dict__ for module in made)
         assert torch.equal(model.backbone_features(images), ours)
-        assert frozen._kept[backbone].made == made
+        assert frozen.caches[backbone].made == made
         mlp = next(m for m in backbone.modules() if hasattr(m, "fc1"))
         mlp.fc1.weight.mul_(0)
         changed = model.backbone_features(images)
         assert not torch.equal(changed, ours)
-        assert frozen._kept[backbone].made == made  # with other values
+        assert frozen.caches[backbone].made == made  # with other values
         mlp.fc1.weight = nn.Parameter(torch.ones_like(mlp.fc1.weight), requires_grad=False)
         assert not torch.equal(model.backbone_features(images), changed)
-        assert frozen._kept[backbone].made != made
+        assert frozen.caches[backbone].made != made
         with pytest.raises(RuntimeError):  # nothing is left behind
             model.backbone_features(images[:, :2])
         assert not any("forward" in module.__dict__ for module in backbone.modules())
         model.unfreeze()
-        assert backbone not in frozen._kept
+        assert backbone not in frozen.caches
         model.backbone_features(images).sum().backward()
-        assert backbone not in frozen._kept
+        assert backbone not in frozen.caches
 
 
 def features(model, images):
     """Under autocast, and whether anything stood for blocks."""
     autocast = torch.autocast("cpu", torch.bfloat16)
-    with torch.no_grad(), autocast, frozen.fewer_passes(model, images):
+    with torch.no_grad(), autocast, frozen.fused_blocks(model, images):
         used = any("forward" in module.__dict__ for module in model.modules())
         return model.forward_features(images), used
 
@@ -175,30 +175,30 @@ def test_changed_values_go_where_the_old_ones_are(covered, name):
     model, images = MODELS[name](), torch.randn(2, 3, 32, 32)
 
     features(model, images)
-    made = list(frozen._kept[model].made.values())
-    addresses = [t.data_ptr() for m in made for t in frozen._tensors(vars(m.call))]
+    made = list(frozen.caches[model].made.values())
+    addresses = [t.data_ptr() for m in made for t in m.tensors()]
     shaken(model)
     again, _ = features(model, images)
-    assert [t.data_ptr() for m in made for t in frozen._tensors(vars(m.call))] == addresses
-    frozen.forget(model)
+    assert [t.data_ptr() for m in made for t in m.tensors()] == addresses
+    frozen.release_fused_blocks(model)
     assert torch.equal(features(model, images)[0], again)
 
 
 class TestInAGraph:
     @pytest.fixture(autouse=True)
     def capturing(self, covered, monkeypatch):
-        monkeypatch.setattr(frozen, "_capturing", lambda images: self.captures)
+        monkeypatch.setattr(frozen, "is_capturing", lambda images: self.captures)
         self.captures = False
 
     def test_copies_are_refreshed_before_replays(self):
         model, images = make_vit(), torch.randn(2, 3, 32, 32)
         features(model, images)
         self.captures, before = True, []
-        with cuda_graph._collecting(before):
+        with cuda_graph.collect_before_replays(before):
             assert features(model, images)[1]
-        (made,) = frozen._kept[model].made.values()
-        fc1 = made.call.parts[0][3].weight
-        frozen.forget(model)  # the graph's own remain
+        (made,) = frozen.caches[model].made.values()
+        fc1 = made.call.blocks[0].fc1.weight
+        frozen.release_fused_blocks(model)  # the graph's own remain
         model.blocks[0].mlp.fc1.weight.fill_(2)
         (refresh,) = before
         refresh()
@@ -213,9 +213,9 @@ class TestInAGraph:
     def test_nothing_is_made_in_a_capture(self):
         model, images = make_vit(), torch.randn(2, 3, 32, 32)
         self.captures = True
-        with cuda_graph._collecting([]):
+        with cuda_graph.collect_before_replays([]):
             assert not features(model, images)[1]
-        assert not frozen._kept[model].made
+        assert not frozen.caches[model].made
 
 
 def test_what_was_kept_goes_with_the_model(covered):
@@ -223,10 +223,10 @@ def test_what_was_kept_goes_with_the_model(covered):
     with torch.autocast("cpu", torch.bfloat16):
         model.backbone_features(torch.randn(2, 3, 32, 32))
     gc.collect()
-    count = len(frozen._kept)
+    count = len(frozen.caches)
     del model
     gc.collect()
-    assert len(frozen._kept) == count - 1
+    assert len(frozen.caches) == count - 1
 
 
 @gpu
@@ -258,7 +258,7 @@ def test_gpu_a_frozen_backbone_in_a_cuda_graph(name):
     expected = features()
     graphed, x = fa.GraphedCall(run), torch.zeros(1, device="cuda")
     torch.testing.assert_close(graphed(x), expected)
-    assert graphed.captured and frozen._kept[model.backbone].made
+    assert graphed.captured and frozen.caches[model.backbone].made
     state = {key: 1.1 * value for key, value in model.backbone.state_dict().items()}
     model.backbone.load_state_dict(state)
     changed = graphed(x)

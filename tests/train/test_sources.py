@@ -72,19 +72,19 @@ def test_cached_features_equal_recomputed_ones(tmp_path, images, name, adapter):
 
 
 def test_nothing_is_kept_of_a_backbone_that_is_not_called_again(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(frozen, "_covered", lambda images: True)
+    monkeypatch.setattr(frozen, "is_covered", lambda images: True)
     model, called = make_model("test_vit"), []
-    kept = frozen._Kept.stand_ins
+    kept = frozen.BlockCache.calls
 
-    def stand_ins(self, dtype):
+    def counted(self, dtype):
         called.append(kept(self, dtype))
         return called[-1]
 
-    monkeypatch.setattr(frozen._Kept, "stand_ins", stand_ins)
+    monkeypatch.setattr(frozen.BlockCache, "calls", counted)
     with progress_bars(quiet=True) as progress:
         autocast = partial(torch.autocast, "cpu", torch.bfloat16)
         cached_source(model, images, tmp_path / "cache", SETTINGS, progress, autocast)
-    assert called[0] and model.backbone not in frozen._kept
+    assert called[0] and model.backbone not in frozen.caches
 
 
 def test_cache_is_used_and_safe_to_delete(tmp_path, images, monkeypatch):
