@@ -98,7 +98,7 @@ class TransformerBlocks:
                 x, normal = add_layer_norm(x, branch, *block.norm1, self.dtype)
             x, normal = add_layer_norm(x, block.attention(normal), *block.norm2, self.dtype)
             branch = F.linear(linear_gelu(normal, *block.fc1), *block.fc2)
-        return x + branch
+        return x if branch is None else x + branch
 
 
 class ConvNeXtBlock:
@@ -158,7 +158,8 @@ def why_not_fused(module: nn.Module) -> str | None:
     """Say why a block of a known kind cannot be fused; ``None`` if it can."""
     if has_global_hooks():
         return "there are hooks on all modules"
-    expected, idle = _parts(), {nn.Identity, nn.Dropout}
+    idle: set[type] = {nn.Identity, nn.Dropout}
+    expected = _parts()
     for name, part in module.named_modules():
         kinds = expected.get(type(part), {})
         for child_name, child in part.named_children():
@@ -186,10 +187,12 @@ def _parts() -> dict[type, dict[str, set[type]]]:
     from timm.models import convnext
     from timm.models import vision_transformer as vit
 
-    norm = {nn.LayerNorm, layers.LayerNorm}
-    mlp, gelu, linear = {layers.Mlp}, {nn.GELU, layers.GELU}, {nn.Linear}
-    drop_path = {nn.Identity, layers.DropPath}
-    scale = {nn.Identity, vit.LayerScale}
+    norm: set[type] = {nn.LayerNorm, layers.LayerNorm}
+    mlp: set[type] = {layers.Mlp}
+    gelu: set[type] = {nn.GELU, layers.GELU}
+    linear: set[type] = {nn.Linear}
+    drop_path: set[type] = {nn.Identity, layers.DropPath}
+    scale: set[type] = {nn.Identity, vit.LayerScale}
     return {
         nn.Sequential: {"*": {vit.Block}},
         vit.Block: {

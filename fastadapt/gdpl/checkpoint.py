@@ -34,7 +34,7 @@ class GDPLSource(FrozenParts):
     def create(self, class_names: Sequence[str], config: GDPLConfig | None = None) -> GDPLModel:
         """Make a new model. Raises InputError for an unknown name or unavailable weights."""
         clip, tokenizer = create_clip(self.clip, self.clip_weights)
-        encoder = self.domain_encoder
+        encoder: str | int | DomainEncoder = self.domain_encoder
         if isinstance(encoder, str):
             encoder = DomainEncoder(
                 encoder,

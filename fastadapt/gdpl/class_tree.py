@@ -46,8 +46,8 @@ class ClassTree(nn.Module):
     def __init__(self, text: nn.Module, rows: Sequence[Sequence[int]], n_ctx: int):
         super().__init__()
         prompt = {tuple(rows[0][:end]) for end in range(2, 2 + n_ctx)}
-        nodes = {tuple(row[:end]): None for row in rows for end in range(1, len(row) + 1)}
-        nodes = sorted(nodes, key=lambda node: node in prompt)
+        prefixes = {tuple(row[:end]): None for row in rows for end in range(1, len(row) + 1)}
+        nodes = sorted(prefixes, key=lambda node: node in prompt)
         index = {node: i for i, node in enumerate(nodes)}
         # Attention on GPUs copies masks whose rows do not start at multiples of 8 values.
         mask = torch.full((len(nodes), ceil_div(len(nodes), 8) * 8), float("-inf"))

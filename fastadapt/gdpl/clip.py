@@ -81,7 +81,7 @@ def check_clip(clip: nn.Module) -> None:
 
 def pool_type(clip: nn.Module) -> str:
     """Return how the text branch finds its feature: ``argmax`` (the highest token) or ``eos``."""
-    return getattr(clip, "text_pool_type", None) or getattr(clip.text, "pool_type", "")
+    return str(getattr(clip, "text_pool_type", None) or getattr(clip.text, "pool_type", ""))
 
 
 def encode_image(
@@ -184,7 +184,7 @@ def low_rank_linear(
 
     The update is not added to the weight: then no gradient of the weight's size is computed.
     """
-    if a is None:
+    if a is None or b is None:
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2)
     y = F.linear(rows, weight, bias)

@@ -114,7 +114,7 @@ class Evaluator:
         self.progress.remove_task(bar)
         return classification_metrics(source.labels, np.array(predictions), task.classes)
 
-    def _prediction(self, logits: Callable[..., Tensor], images: int) -> Callable[..., Tensor]:
+    def _prediction(self, logits: Callable[..., Tensor], images: int) -> Callable[..., Any]:
         """Return a function to the most likely classes [B]; a graph holds full batches only."""
 
         def predict(*inputs: Tensor) -> Tensor:

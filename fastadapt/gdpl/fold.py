@@ -129,7 +129,8 @@ def _merge(name: str, attn: nn.MultiheadAttention, update: LowRankUpdate) -> lis
     ):
         weight = getattr(owner, key).detach()
         delta = b @ a
-        after = nn.Linear(*weight.shape[::-1], device="meta")
+        rows, columns = weight.shape
+        after = nn.Linear(columns, rows, device="meta")
         new = nn.Parameter((weight.double() + delta).to(weight.dtype), requires_grad=False)
         after.weight, after.bias = new, bias
         setattr(owner, key, new)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def train_epochs(
         say=partial(progress.console.print, markup=False),
     )
 
-    def check_finite(loss: float, epoch: int, step: int) -> None:
+    def check_finite(epoch: int, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss is {loss} in epoch {epoch}, step {step} of {steps}: start anew with a "
@@ -100,7 +101,7 @@ def train_epochs(
         order = rng.permutation(len(samples))
         views = np.full(len(samples), 0 if config.augment == "none" else epoch)
         rows = torch.from_numpy(order).to(device)
-        losses = Losses(lambda loss, step, e=epoch: check_finite(loss, e, step))
+        losses = Losses(partial(check_finite, epoch))
         hits = torch.zeros((), dtype=torch.long, device=device)
         model.train()
         batches = source.batches(order, views, size)
@@ -137,7 +138,7 @@ def train_epochs(
 def make_optimizer(model: GDPLModel, config: GDPLTrainConfig) -> torch.optim.Optimizer:
     """Make the optimizer of all parameters that require gradients, fused on a GPU."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    settings: Any = {"lr": config.lr, "weight_decay": config.weight_decay}
     settings["fused"] = True if trained[0].is_cuda else None
     if config.optimizer == "sgd":
         return torch.optim.SGD(trained, momentum=0.9, **settings)

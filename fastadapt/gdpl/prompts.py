@@ -13,7 +13,7 @@ and noise ε ~ N(0, 1) [B, 512]:
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class DomainPromptLearner(nn.Module):
         nn.init.normal_(self.deep_ctx, std=0.02)
         self.proj = nn.Linear(text_width, vision_width)
         # The context fills the components j and k; r and i are zero.
-        quaternion = {"in_features": 2 * text_width, "init": "glorot", "zero_half": True}
+        quaternion: Any = {"in_features": 2 * text_width, "init": "glorot", "zero_half": True}
         self.language_net = QuaternionLinear(out_features=text_width, **quaternion)
         self.vision_nets = None
         if depth > 1:

@@ -70,7 +70,7 @@ class ClusterAttention(nn.Module):
         self.rank = rank if mode == "channel" else None
         self.num_tokens = num_tokens if mode == "token" else None
 
-        width = rank if mode == "channel" else num_tokens
+        width = rank if num_tokens is None or mode == "channel" else num_tokens
         self.centers = nn.Parameter(torch.empty(dim, num_centers))
         self.transforms = nn.Parameter(torch.empty(num_centers, width, width))
         self.down = nn.Linear(dim, rank) if mode == "channel" else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class LoRALinear(nn.Module):
         self.slices = tuple(slices)
         self.replaced: frozenset[str] = frozenset()
         self.dropout = nn.Dropout(dropout)
-        where = {"device": base.weight.device, "dtype": base.weight.dtype}
+        where: Any = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.ParameterDict(
             {s.name: torch.empty(s.r, base.in_features, **where) for s in slices}
         )
