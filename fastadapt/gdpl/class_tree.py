@@ -84,7 +84,7 @@ class ClassPrompts(nn.Module):
     Args:
         clip: an open_clip model; its text branch is used, not held.
         class_names: one per class; underscores become spaces, as upstream does.
-        template: a text with ``{}`` for the name. The ``n_ctx`` tokens behind the start token are
+        template: a text with ``{}`` for the name. The ``n_ctx`` tokens after the start token are
             replaced by the prompt; a template with fewer words before the name gets
             placeholders there instead of its words.
         n_ctx: prompt tokens.

@@ -306,7 +306,7 @@ class TestDomainEncoder:
         assert self.features(encoder, torch.randn(2, 3, 32, 32)).shape == (2, 768)
 
     def test_sam_encoders(self):
-        """Maps [B, C, H/16, W/16] behind a neck."""
+        """Maps [B, C, H/16, W/16] after a neck."""
         sam = timm.create_model(
             "samvit_base_patch16_224", depth=1, embed_dim=32, num_heads=2, neck_chans=24
         )
