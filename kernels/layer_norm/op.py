@@ -1,24 +1,33 @@
-"""LayerNorm over the last dimension (Ba et al. 2016), each number read and written once."""
+"""LayerNorm over the last dimension (Ba et al. 2016), each number read and written once.
+
+For rows x [M, C], weight w [C] and bias b [C], statistics in fp32:
+
+    (1)  mean[m]    = 1/C · sum over c of x[m, c]
+    (2)  rstd[m]    = (1/C · sum over c of (x[m, c] − mean[m])² + eps)^(−1/2)
+    (3)  n[m, c]    = (x[m, c] − mean[m]) · rstd[m]
+    (4)  y[m, c]    = n[m, c] · w[c] + b[c]
+
+and for a gradient g [M, C] of y:
+
+    (5)  h[m, c]    = g[m, c] · w[c]
+    (6)  dx[m, c]   = rstd[m] · (h[m, c] − mean over c of h[m, c] − n[m, c] · mean over c of h · n)
+    (7)  dw[c]      = sum over m of g[m, c] · n[m, c],   db[c] = sum over m of g[m, c]
+
+The forward saves mean and rstd, [2, M] fp32, beside x and w. The backward is one kernel for (5) to
+(7), whose programs leave partials of the sums, and one that adds the partials in a fixed order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.dispatch import choose_backend, on_device, why_not_device, without_autocast
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PLAIN = (Tensor, torch.nn.Parameter)
-MIN_WIDTH, MAX_WIDTH = 8, 8192  # a program holds whole rows
-
-
-def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, dtype: torch.dtype | None = None
-) -> Tensor:
-    """LayerNorm in plain PyTorch; arguments as :func:`layer_norm`."""
-    y = F.layer_norm(x, weight.shape, weight, bias, eps)
-    return y if dtype is None else y.to(dtype)
+from ..common.dispatch import choose_backend, on_device, without_autocast
+from .checks import check_vectors, common_dtype, default_dtype, why_not_triton
+from .reference import add_layer_norm_reference, layer_norm_reference
 
 
 def layer_norm(
@@ -30,7 +39,7 @@ def layer_norm(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``(x − mean) / sqrt(variance + eps) · weight + bias``, statistics in fp32.
+    """Normalize rows: ``(x − mean) / sqrt(variance + eps) · weight + bias``, statistics in fp32.
 
     The Triton backend saves for the backward, beside x and weight, two fp32 numbers per row. The
     backward is one pass and a small sum over its programs, in a fixed order. Only gradients that
@@ -45,8 +54,8 @@ def layer_norm(
         weight, bias: [C].
         eps: added to the variance.
         dtype: of the output. Without it, x's; under autocast fp32, as is PyTorch's policy. Asking
-            for autocast's own, where the next operation rounds to it anyway, saves the numbers in
-            fp32.
+            for autocast's own, where the next operation rounds to it anyway, saves writing and
+            reading fp32.
         backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
             (an error that names the reason where it can't) or ``"reference"``.
 
@@ -57,7 +66,7 @@ def layer_norm(
         ValueError: a shape does not fit; the message names the argument and both shapes.
         BackendError: ``backend="triton"`` and the kernels do not cover the call.
     """
-    check(x, weight, bias)
+    check_vectors(x, weight, bias)
     if torch.compiler.is_compiling():
         return layer_norm_reference(x, weight, bias, eps, dtype=dtype)
     why_not = why_not_triton(x, weight, bias, dtype=dtype)
@@ -65,19 +74,9 @@ def layer_norm(
         return layer_norm_reference(x, weight, bias, eps, dtype=dtype)
     dtype = dtype or default_dtype(x)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _Function.apply(x, weight, bias, eps, dtype)
+        return _LayerNorm.apply(x, weight, bias, eps, dtype)
     with on_device(x):
-        return _launch().forward(x, weight, bias, eps, dtype)[0]
-
-
-def add_layer_norm_reference(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Sum and LayerNorm in plain PyTorch; arguments as :func:`add_layer_norm`."""
-    total = (x.float() + branch.float()).to(x.dtype)
-    # PyTorch's takes all in one dtype on a GPU.
-    normal = layer_norm_reference(total.float(), weight.float(), bias.float(), eps, dtype=dtype)
-    return total, normal
+        return _launches().forward(x, weight, bias, eps, dtype).out
 
 
 def add_layer_norm(
@@ -90,7 +89,7 @@ def add_layer_norm(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """``x + branch`` and the LayerNorm of that, for inference: it has no gradient.
+    """Compute ``x + branch`` and its LayerNorm, for inference: there is no gradient.
 
     Args:
         x: [..., C], the residual stream; fp32, bf16 or fp16. Any strides.
@@ -101,12 +100,13 @@ def add_layer_norm(
         backend: as for :func:`layer_norm`.
 
     Returns:
-        The sum in x's dtype, rounded once, and the norm of what was not yet rounded.
+        The sum in x's dtype, rounded once, and the norm of the sum before it was rounded.
 
     Raises:
-        ValueError, BackendError: as :func:`layer_norm`.
+        ValueError: a shape does not fit; the message names the argument and both shapes.
+        BackendError: ``backend="triton"`` and the kernels do not cover the call.
     """
-    check(x, weight, bias)
+    check_vectors(x, weight, bias)
     if branch.shape != x.shape:
         raise ValueError(f"branch has shape {tuple(branch.shape)}; expected {tuple(x.shape)}")
     why_not = why_not_triton(x, weight, bias, branch, dtype=dtype)
@@ -115,25 +115,25 @@ def add_layer_norm(
     if choose_backend(backend, why_not) == "reference":
         return add_layer_norm_reference(x, branch, weight, bias, eps, dtype)
     with on_device(x):
-        normal, _, total = _launch().forward(x, weight, bias, eps, dtype, branch=branch)
-    return total, normal
+        normal = _launches().forward(x, weight, bias, eps, dtype, branch=branch)
+    return normal.total, normal.out
 
 
-def _launch():
-    """The kernels: Triton is imported with the first call."""
-    from . import triton_kernels as layer_norm_triton
+def _launches() -> ModuleType:
+    """Import the launches, and Triton with them, on the first call."""
+    from . import launches
 
-    return layer_norm_triton
+    return launches
 
 
-class _Function(torch.autograd.Function):
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
         with on_device(x):
-            y, stats, _ = _launch().forward(x, weight, bias, eps, dtype, save=True)
-        ctx.save_for_backward(x, weight, stats)
+            normal = _launches().forward(x, weight, bias, eps, dtype, save=True)
+        ctx.save_for_backward(x, weight, normal.stats)
         ctx.sums_dtype = common_dtype(weight, bias)
-        return y
+        return normal.out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -143,69 +143,28 @@ class _Function(torch.autograd.Function):
 
 
 def gradients(
-    g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs, sums_dtype: torch.dtype
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    needs: Sequence[bool],
+    sums_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """Those of x, weight and bias, ``None`` where ``needs`` has none.
+    """Compute the gradients of x, weight and bias, ``None`` for those that are not needed.
 
     Args:
-        g: of the output.
-        stats: what the forward saved of rows.
-        needs: three booleans.
+        g: gradient of the output, [..., C].
+        stats: mean and rstd of each row, [2, M] fp32, as the forward saved them.
+        needs: whether x, weight and bias need theirs.
         sums_dtype: of the gradients of weight and bias.
     """
     need_x, need_weight, need_bias = needs
-    dweight = dbias = parts = None
-    launch = _launch()
+    dweight = dbias = partials = None
+    launches = _launches()
     with on_device(g), without_autocast(g):
         if need_weight or need_bias:
-            parts = launch.new_parts(x, 2 * weight.numel())
-        dx = launch.backward(g, x, weight, stats, need_x=need_x, parts=parts)
-        if parts is not None:
-            dweight, dbias = launch.reduce(parts, sums_dtype).chunk(2)
+            partials = launches.new_partials(x, 2 * weight.numel())
+        dx = launches.backward(g, x, weight, stats, need_x=need_x, partials=partials)
+        if partials is not None:
+            dweight, dbias = launches.sum_partials(partials, sums_dtype).chunk(2)
     return dx, dweight if need_weight else None, dbias if need_bias else None
-
-
-def default_dtype(x: Tensor) -> torch.dtype:
-    """Of a norm's output where nobody asks for another: PyTorch's policy."""
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-
-
-def common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of all, else fp32: gradients leave in it, and autograd casts where they differ."""
-    first = tensors[0].dtype
-    return first if all(t.dtype == first for t in tensors) else torch.float32
-
-
-def why_not_triton(x: Tensor, *parameters: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """Why the kernels cannot take x [..., C] and parameters, or write ``dtype``; ``None`` if they
-    can."""
-    reason = why_not_device(x)
-    if reason is not None:
-        return reason
-    where = x.get_device()  # a number: devices themselves take longer to compare
-    for t in (x, *parameters):
-        if t.dtype not in DTYPES:
-            return f"dtype {t.dtype}; the kernels take float32, bfloat16 and float16"
-        if t.get_device() != where:
-            return f"tensors on {x.device} and {t.device}"
-        if type(t) not in PLAIN:
-            return f"a {type(t).__name__}; the kernels take plain tensors"
-    if x.numel() == 0:
-        return f"x is empty: {tuple(x.shape)}"
-    if not MIN_WIDTH <= x.shape[-1] <= MAX_WIDTH:
-        return f"{x.shape[-1]} channels; the kernels take {MIN_WIDTH} to {MAX_WIDTH}"
-    if x.numel() // x.shape[-1] >= 2**31 - 2**20:
-        return f"{x.numel() // x.shape[-1]} rows; the kernels take fewer than 2³¹"
-    return None if dtype in (None, *DTYPES) else f"output in {dtype}"
-
-
-def check(
-    x: Tensor, weight: Tensor, bias: Tensor, names: tuple[str, str] = ("weight", "bias")
-) -> None:
-    """Raises ValueError for shapes that do not fit."""
-    width = x.shape[-1] if x.dim() else None
-    for name, t in zip(names, (weight, bias), strict=True):
-        if tuple(t.shape) != (width,):
-            raise ValueError(
-                f"{name} has shape {tuple(t.shape)}; expected [C={width}] for x {tuple(x.shape)}"
-            )

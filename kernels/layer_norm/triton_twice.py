@@ -1,32 +1,15 @@
-"""Triton kernels of two LayerNorms in one pass; imported on first use only.
+"""Triton kernels of two LayerNorms in a row, equations (1) to (5) of :mod:`.op_twice`.
 
-Rows are split among programs as in :mod:`fastadapt.kernels.layer_norm.triton_kernels`.
+Imported on first use only. Rows are split among programs as in :mod:`.triton_kernels`.
 """
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.arithmetic import ceil_div
-from ..common.launcher import Device, Launch, block, device_of
-from .triton_kernels import (
-    Rows,
-    Tile,
-    forward_tile,
-    gradient_behind,
-    normalised,
-    parts_for,
-    reduce,
-    row_offsets,
-    rows_of,
-    stages_for,
-)
+from .triton_kernels import normalize_rows, normalize_rows_backward, row_offsets
 
 
 @triton.jit
@@ -37,7 +20,7 @@ def layer_norm_twice_kernel(
     second_weight_ptr,  # [WIDTH]
     second_bias_ptr,
     out_ptr,  # [rows, WIDTH]
-    stats_ptr,  # [4, rows] fp32, mean and 1 / deviation of either norm, or None
+    stats_ptr,  # [4, rows] fp32, mean and rstd of both norms, or None
     rows,
     inner,
     outer_stride,
@@ -49,6 +32,7 @@ def layer_norm_twice_kernel(
     BC: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Normalize rows twice: equations (1) and (2)."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -59,9 +43,9 @@ def layer_norm_twice_kernel(
     mask = m_r[:, None] & m_c[None, :]
     p_x = x_ptr + row_offsets(o_r, inner, outer_stride, STRIDE)[:, None] + o_c[None, :]
     x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
-    normal, mean, rstd = normalised(x, mask, WIDTH, EPS)
+    normal, mean, rstd = normalize_rows(x, mask, WIDTH, EPS)
     y = normal * _vector(weight_ptr, o_c, WIDTH) + _vector(bias_ptr, o_c, WIDTH)
-    normal, second_mean, second_rstd = normalised(y, mask, WIDTH, SECOND_EPS)
+    normal, second_mean, second_rstd = normalize_rows(y, mask, WIDTH, SECOND_EPS)
     y = normal * _vector(second_weight_ptr, o_c, WIDTH) + _vector(second_bias_ptr, o_c, WIDTH)
     offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -87,7 +71,7 @@ def layer_norm_twice_backward_kernel(
     second_weight_ptr,  # [WIDTH]
     stats_ptr,  # [4, rows]
     dx_ptr,  # [rows, WIDTH] or None
-    sums_ptr,  # [programs, 4 * WIDTH] fp32: shares of the gradients of all four vectors; or None
+    sums_ptr,  # [programs, 4 * WIDTH] fp32: partials of the gradients of all four vectors; or None
     rows,
     g_inner,
     g_outer_stride,
@@ -101,6 +85,7 @@ def layer_norm_twice_backward_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Compute dx and partials of the sums: equations (3) to (5)."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -129,9 +114,10 @@ def layer_norm_twice_backward_kernel(
         normal = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
         y = normal * weight + bias
         second = tl.where(mask, (y - second_mean[:, None]) * second_rstd[:, None], 0.0)
-        dy = tl.where(mask, gradient_behind(g * second_weight, second, second_rstd, WIDTH), 0.0)
+        dy = normalize_rows_backward(g * second_weight, second, second_rstd, WIDTH)
+        dy = tl.where(mask, dy, 0.0)
         if dx_ptr is not None:
-            dx = gradient_behind(dy * weight, normal, rstd, WIDTH)
+            dx = normalize_rows_backward(dy * weight, normal, rstd, WIDTH)
             offsets = o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
             tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if sums_ptr is not None:
@@ -145,104 +131,3 @@ def layer_norm_twice_backward_kernel(
         tl.store(p_sums + WIDTH, dbias, mask=m_c)
         tl.store(p_sums + 2 * WIDTH, dsecond_weight, mask=m_c)
         tl.store(p_sums + 3 * WIDTH, dsecond_bias, mask=m_c)
-
-
-def backward_tile(width: int) -> tuple[Tile, int]:
-    """The rule, and how many programs a multiprocessor has registers for: no more are launched.
-
-    8 numbers of each row per thread, and four sums of as many beside them: two rows at a time of up
-    to 1024 channels, one of more.
-    """
-    warps = min(16, block(width) // 256 or 1)
-    return (Tile(2, warps), 12 // warps) if warps <= 4 else (Tile(1, warps), 16 // warps)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    second_weight: Tensor,
-    second_bias: Tensor,
-    eps: float,
-    second_eps: float,
-    dtype: torch.dtype,
-    *,
-    save: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The second norm [..., C] in ``dtype``; with ``save`` what the backward needs of rows."""
-    x, rows = rows_of(x)
-    vectors = [t.contiguous() for t in (weight, bias, second_weight, second_bias)]
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stats = None
-    if save:
-        stats = torch.empty((4, rows.count), dtype=torch.float32, device=x.device)
-    run = _forward_launch(rows, x.shape[-1], eps, second_eps, device_of(x.device.index))
-    run(x, *vectors, out, stats)
-    return out, stats
-
-
-def backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    second_weight: Tensor,
-    second_bias: Tensor,
-    stats: Tensor,
-    *,
-    need_x: bool,
-    sums_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx [..., C] in x's dtype, and the gradients of all four vectors side by side.
-
-    Args:
-        g: gradient of the output.
-        stats: of :func:`forward`.
-        need_x: whether dx is asked for; else it is ``None``.
-        sums_dtype: of the vectors' gradients; ``None`` where they are not asked for.
-    """
-    g, g_rows = rows_of(g)
-    x, x_rows = rows_of(x)
-    width = x.shape[-1]
-    device = device_of(x.device.index)
-    vectors = [t.contiguous() for t in (weight, bias, second_weight)]
-    count = parts_for(x_rows.count, device, backward_tile(width)[1], least=12)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    parts = None
-    if sums_dtype is not None:
-        parts = torch.empty((count, 4 * width), dtype=torch.float32, device=x.device)
-    loaded = g.element_size() + x.element_size()
-    run = _backward_launch(g_rows, x_rows, width, loaded, count, device)
-    run(g, x, *vectors, stats, dx, parts)
-    return dx, None if parts is None else reduce(parts, sums_dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _forward_launch(
-    rows: Rows, width: int, eps: float, second_eps: float, device: Device
-) -> Launch:
-    tile = forward_tile(width)
-    return Launch(
-        layer_norm_twice_kernel,
-        (ceil_div(rows.count, tile.rows),),
-        device,
-        rows[:3],
-        (rows.row_stride, width, eps, second_eps, tile.rows, block(width)),
-        warps=tile.warps,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _backward_launch(
-    g_rows: Rows, x_rows: Rows, width: int, loaded: int, parts: int, device: Device
-) -> Launch:
-    tile, _ = backward_tile(width)
-    stages = stages_for(tile, width, loaded, device)
-    return Launch(
-        layer_norm_twice_backward_kernel,
-        (parts,),
-        device,
-        (*g_rows[:3], *x_rows[1:3]),
-        (g_rows.row_stride, x_rows.row_stride, width, tile.rows, block(width), stages),
-        warps=tile.warps,
-    )
