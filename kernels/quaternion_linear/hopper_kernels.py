@@ -1,18 +1,27 @@
-"""The Hamilton products of large quaternion layers for Hopper, with warps that specialise.
+"""Hopper's kernel of quaternion layers: large Hamilton products with specialized warps.
 
 A component of the result is a sum over four (with a zero half, two) products of one component of
-the left factor with one of the right, whose number is the other two's exclusive or:
+the left factor with one of the right, whose number is the exclusive or of the other two:
 
-    out[c] = sum over a of sign(a, c) · left[a] @ right[a ^ c]
+    (1)  out[c] = sum over a of sign(a, c) · left[a] @ right[a ^ c]
 
 so that a layer is a dense product that picks its tiles: no larger matrix is ever built. Products
-with a negative sign come first, and then the accumulator's sign is turned once.
+with a negative sign come first, after which the accumulator's sign is turned once
+(:mod:`.hamilton_terms`). Kinds of products:
 
-One warp copies tiles into a ring, two groups of four warps multiply, each 64 of 128 rows. The
-plain kernels compute the same for every other case.
+    "output"    left x [M, 4·I],    right the weights [I, O] each,   out y [M, 4·O]
+    "input"     left g [M, 4·O],    right the weights, transposed,   out dx [M, 4·I]
+    "weights"   left xᵀ [4·I, M],   right g [M, 4·O],                out 4 · [I, O]
+
+The kernel is persistent: a program computes one tile of 128 rows after the other. One producer warp
+copies tiles into a ring buffer, two consumer groups of four warps multiply, each 64 rows. The plain
+kernels compute the same for every other case.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,10 +37,98 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..common.gluon_hopper import accumulator_layout, load, ring_barriers, store
 
 
+@dataclass(frozen=True)
+class HamiltonProduct:
+    """A variant of :func:`hamilton_product_kernel`."""
+
+    kind: str  # "output", "input" or "weights"
+    terms: int  # products of a component: 2 with a zero half, else 4
+    bias: bool
+    sums: bool  # "input": also the column sums of g
+    stages: int  # of the ring buffer
+    cols: int  # of a tile
+
+    @property
+    def of_input(self) -> bool:
+        """Whether the product is the gradient of x."""
+        return self.kind == "input"
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether the product is the weights' gradients."""
+        return self.kind == "weights"
+
+    @property
+    def skipped(self) -> int:
+        """Count the components that the left factor lacks: 2 for a zero half."""
+        return 2 if self.terms == 2 else 0
+
+
+class Operands(NamedTuple):
+    """The factors, as bulk copies read them."""
+
+    left: object
+    right0: object
+    right1: object
+    right2: object
+    right3: object
+
+
+class Ring(NamedTuple):
+    """The ring buffer of the factors' tiles."""
+
+    left_smem: object  # [2 · stages, 64, 64]: two halves for each slot
+    right_smem: object  # [stages, 64, cols]; "input": [stages, cols, 64]
+    full_bars: object  # a slot's copies have arrived
+    empty_bars: object  # both consumer groups are done with a slot
+
+
+class Schedule(NamedTuple):
+    """Which products make which tiles; see the kernel's arguments."""
+
+    order: object
+    negative: object
+    first: object
+    components: object
+    depth: object
+    height: object
+    width: object
+    steps: object
+    chunk: object
+    tiles: object
+    tiles_m: object
+    tiles_n: object
+
+
+class Output(NamedTuple):
+    """What the consumer groups read and write beside the ring buffer."""
+
+    out_desc: object
+    out_ptr: object
+    bias_ptr: object
+    sums_ptr: object
+    out_smem: object  # [2, 64, cols]
+    ones_smem: object  # [2, 8, 64]: ones, for the sums
+
+
+class Sums(NamedTuple):
+    """Where a group leaves the column sums of its rows of the left factor."""
+
+    ones: object  # [8, 64]
+    ptr: object  # [4 · depth]
+    order: object  # of the component's terms
+    steps: object
+    depth: object
+
+
 @gluon.jit
-def _locate(tile, tiles_n, first, count, SUMMED: gl.constexpr):
-    """Component, row block, column block of a tile; SUMMED: row block of all splits."""
-    if SUMMED:
+def _locate(tile, schedule, v: gl.constexpr):
+    """Compute component, row block and column block of a tile.
+
+    For the weights' gradients the row blocks of all splits are counted.
+    """
+    first, count, tiles_n = schedule.first, schedule.components, schedule.tiles_n
+    if v.of_weights:
         c = tile % count
         rest = tile // count
         return first + c, rest // tiles_n, rest % tiles_n
@@ -41,52 +138,46 @@ def _locate(tile, tiles_n, first, count, SUMMED: gl.constexpr):
 
 
 @gluon.jit
-def _copy(
-    args,
-    TERMS: gl.constexpr,
-    SKIPPED: gl.constexpr,
-    KIND: gl.constexpr,
-    STAGES: gl.constexpr,
-    BN: gl.constexpr,
-):
-    """The copying warp."""
-    left_desc, right0_desc, right1_desc, right2_desc = args[0], args[1], args[2], args[3]
-    right3_desc, left_ring, right_ring, full_bars = args[4], args[5], args[6], args[7]
-    empty_bars, order, first, count, depth = args[8], args[9], args[10], args[11], args[12]
-    height, width, steps, chunk, tiles = args[13], args[14], args[15], args[16], args[17]
-    tiles_m, tiles_n = args[18], args[19]
+def _produce(operands, ring, schedule, v: gl.constexpr):
+    """Copy tiles into the ring buffer: the producer warp."""
+    left_desc, right0_desc, right1_desc = operands.left, operands.right0, operands.right1
+    right2_desc, right3_desc = operands.right2, operands.right3
+    left_smem, right_smem = ring.left_smem, ring.right_smem
+    full_bars, empty_bars = ring.full_bars, ring.empty_bars
+    order, depth, height, width = schedule.order, schedule.depth, schedule.height, schedule.width
+    steps, chunk, tiles_m = schedule.steps, schedule.chunk, schedule.tiles_m
     slot = 0
     phase = 1  # of a fresh barrier: nothing to wait for
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        c, m, n = _locate(tile, tiles_n, first, count, KIND == "weights")
+    for tile in range(gl.program_id(0), schedule.tiles, gl.num_programs(0)):
+        c, m, n = _locate(tile, schedule, v)
         start = 0
-        if KIND == "weights":
+        if v.of_weights:
             start = (m // tiles_m) * steps * 64
             m = m % tiles_m
         m = m * 128
-        n = n * BN
-        for turn in range(gl.cdiv(steps, chunk) * TERMS):
-            a = (order >> (8 * c + 2 * (turn % TERMS))) & 3
+        n = n * v.cols
+        for turn in range(gl.cdiv(steps, chunk) * v.terms):
+            a = (order >> (8 * c + 2 * (turn % v.terms))) & 3
             b = a ^ c
-            done = turn // TERMS * chunk
+            done = turn // v.terms * chunk
             for step in range(done, gl.minimum(done + chunk, steps)):
                 k = start + step * 64
                 full = full_bars.index(slot)
                 mbarrier.wait(empty_bars.index(slot), phase)
-                mbarrier.expect(full, (128 + BN) * 64 * 2)
-                right = right_ring.index(slot)
-                if KIND == "weights":
-                    col = (a - SKIPPED) * height + m
-                    load(left_desc, [k, col], full, left_ring.index(2 * slot))
-                    load(left_desc, [k, col + 64], full, left_ring.index(2 * slot + 1))
+                mbarrier.expect(full, (128 + v.cols) * 64 * 2)
+                right = right_smem.index(slot)
+                if v.of_weights:
+                    col = (a - v.skipped) * height + m
+                    load(left_desc, [k, col], full, left_smem.index(2 * slot))
+                    load(left_desc, [k, col + 64], full, left_smem.index(2 * slot + 1))
                     load(right0_desc, [k, b * width + n], full, right)
                 else:
-                    col = (a - SKIPPED) * depth + k
-                    load(left_desc, [m, col], full, left_ring.index(2 * slot))
-                    load(left_desc, [m + 64, col], full, left_ring.index(2 * slot + 1))
+                    col = (a - v.skipped) * depth + k
+                    load(left_desc, [m, col], full, left_smem.index(2 * slot))
+                    load(left_desc, [m + 64, col], full, left_smem.index(2 * slot + 1))
                     row = k
                     col = n
-                    if KIND == "input":
+                    if v.of_input:
                         row = n
                         col = k
                     if b == 0:
@@ -98,7 +189,7 @@ def _copy(
                     else:
                         load(right3_desc, [row, col], full, right)
                 slot += 1
-                if slot == STAGES:
+                if slot == v.stages:
                     slot = 0
                     phase ^= 1
 
@@ -112,30 +203,32 @@ def _accumulate(
     ring,
     slot,
     phase,
-    sums,  # with SUMS: ones, and what _put_sums takes
-    KIND: gl.constexpr,
-    STAGES: gl.constexpr,
+    sums,  # Sums; read with SUMS
+    v: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """acc + the products of the next ``steps`` pairs of tiles in the ring; the left tiles' column
-    sums on the side."""
-    left_ring, right_ring, full_bars, empty_bars = ring[0], ring[1], ring[2], ring[3]
+    """Accumulate the products of the next ``steps`` pairs of tiles in the ring buffer.
+
+    With SUMS store the left tiles' column sums as well.
+    """
+    left_smem, right_smem = ring.left_smem, ring.right_smem
+    full_bars, empty_bars = ring.full_bars, ring.empty_bars
     before = 0
     for step in range(steps):
         mbarrier.wait(full_bars.index(slot), phase)
-        left = left_ring.index(2 * slot + group)
-        right = right_ring.index(slot)
-        if KIND == "weights":
+        left = left_smem.index(2 * slot + group)
+        right = right_smem.index(slot)
+        if v.of_weights:
             left = left.permute((1, 0))
-        if KIND == "input":
+        if v.of_input:
             right = right.permute((1, 0))
         if SUMS:
-            # Summing rows is a product with ones.
+            # The sum over rows is a product with ones.
             zeros = gl.zeros([64, 8], gl.float32, accumulator_layout(8))
-            ones = sums[0].permute((1, 0))
+            ones = sums.ones.permute((1, 0))
             columns = warpgroup_mma(left.permute((1, 0)), ones, zeros, use_acc=False, is_async=True)
         acc = warpgroup_mma(left, right, acc, is_async=True)
-        # The product before this one is done, and so are the sums.
+        # Wait for the product before this one, and for the sums.
         if SUMS:
             acc, columns = warpgroup_mma_wait(1, [acc, columns])
             _put_sums(columns, sums, done + step)
@@ -145,7 +238,7 @@ def _accumulate(
             mbarrier.arrive(empty_bars.index(before), count=1)
         before = slot
         slot += 1
-        if slot == STAGES:
+        if slot == v.stages:
             slot = 0
             phase ^= 1
     acc = warpgroup_mma_wait(0, [acc])
@@ -164,93 +257,83 @@ def _accumulate_signs(
     slot,
     phase,
     sums,
-    KIND: gl.constexpr,
-    STAGES: gl.constexpr,
+    v: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """acc − the products of the next ``minus`` steps + those of the next ``plus``."""
-    acc, slot, phase = _accumulate(
-        group, -acc, minus, 0, ring, slot, phase, sums, KIND, STAGES, SUMS
-    )
-    return _accumulate(group, -acc, plus, minus, ring, slot, phase, sums, KIND, STAGES, SUMS)
+    """Subtract the products of the next ``minus`` steps and add those of the next ``plus``."""
+    acc, slot, phase = _accumulate(group, -acc, minus, 0, ring, slot, phase, sums, v, SUMS)
+    return _accumulate(group, -acc, plus, minus, ring, slot, phase, sums, v, SUMS)
 
 
 @gluon.jit
 def _put_sums(columns, sums, step):
-    """Stores the sums over a tile's rows, of 64 columns of the component whose turn it is."""
-    sums_ptr, order, steps, depth = sums[1], sums[2], sums[3], sums[4]
-    a = (order >> (2 * (step // steps))) & 3
+    """Store the sums over a tile's rows, of 64 columns of the component whose turn it is."""
+    a = (sums.order >> (2 * (step // sums.steps))) & 3
     layout: gl.constexpr = columns.type.layout
     o_k = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     first = gl.arange(0, 8, layout=gl.SliceLayout(0, layout)) == 0  # all eight are the same
-    p_sums = sums_ptr + a * depth + step % steps * 64 + o_k
+    p_sums = sums.ptr + a * sums.depth + step % sums.steps * 64 + o_k
     gl.store(p_sums[:, None] + 0 * first.to(gl.int32)[None, :], columns, mask=first[None, :])
 
 
 @gluon.jit
-def _multiply(
-    group: gl.constexpr,
-    args,
-    TERMS: gl.constexpr,
-    KIND: gl.constexpr,
-    BIAS: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BN: gl.constexpr,
-):
-    """One group of four warps."""
-    out_desc, out_ptr, bias_ptr, left_ring = args[0], args[1], args[2], args[3]
-    right_ring, out_smem, full_bars, empty_bars = args[4], args[5], args[6], args[7]
-    negative, first, count, height, width = args[8], args[9], args[10], args[11], args[12]
-    steps, chunk, tiles, tiles_m, tiles_n = args[13], args[14], args[15], args[16], args[17]
-    sums_ptr, ones_smem, order, depth = args[18], args[19], args[20], args[21]
-    layout: gl.constexpr = accumulator_layout(BN)
+def _multiply(group: gl.constexpr, ring, output, schedule, v: gl.constexpr):
+    """Multiply 64 rows of each tile, and write them: one consumer group."""
+    out_desc, out_ptr, bias_ptr = output.out_desc, output.out_ptr, output.bias_ptr
+    out_smem, ones_smem = output.out_smem, output.ones_smem
+    first, count, height, width = (
+        schedule.first,
+        schedule.components,
+        schedule.height,
+        schedule.width,
+    )
+    steps, chunk, tiles_m, depth = schedule.steps, schedule.chunk, schedule.tiles_m, schedule.depth
+    layout: gl.constexpr = accumulator_layout(v.cols)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    o_n = gl.arange(0, v.cols, layout=gl.SliceLayout(0, layout))
     slot = 0
     phase = 0
-    if SUMS:
+    if v.sums:
         ones_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         ones_smem.index(group).store(
-            gl.full([8, 64], 1.0, gl.float32, ones_layout).to(left_ring.dtype)
+            gl.full([8, 64], 1.0, gl.float32, ones_layout).to(ring.left_smem.dtype)
         )
         fence_async_shared()
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        c, m, n = _locate(tile, tiles_n, first, count, KIND == "weights")
-        if SUMS:
+    for tile in range(gl.program_id(0), schedule.tiles, gl.num_programs(0)):
+        c, m, n = _locate(tile, schedule, v)
+        if v.sums:
             unit = gl.cast(2 * m + group, gl.int64)
-            sums = (
+            sums = Sums(
                 ones_smem.index(group),
-                sums_ptr + unit * (4 * depth),
-                order >> (8 * c),
+                output.sums_ptr + unit * (4 * depth),
+                schedule.order >> (8 * c),
                 steps,
                 depth,
             )
-        n = n * BN
-        if BIAS:  # on its way while the products run
+        n = n * v.cols
+        if v.bias:  # loaded while the products run
             bias = gl.load(bias_ptr + c * width + n + o_n)
-        minus = (negative >> (4 * c)) & 7
-        acc = gl.zeros([64, BN], gl.float32, layout)
-        ring = (left_ring, right_ring, full_bars, empty_bars)
+        minus = (schedule.negative >> (4 * c)) & 7
+        acc = gl.zeros([64, v.cols], gl.float32, layout)
         for done in range(0, steps, chunk):
             size = gl.minimum(chunk, steps - done)
-            plus = (TERMS - minus) * size
+            plus = (v.terms - minus) * size
             minus_size = minus * size
-            if SUMS:
+            if v.sums:
                 # A tile of the first component and columns sees all components of the left factor.
                 if (c == first) & (n == 0):
                     acc, slot, phase = _accumulate_signs(
-                        group, acc, minus_size, plus, ring, slot, phase, sums, KIND, STAGES, True
+                        group, acc, minus_size, plus, ring, slot, phase, sums, v, True
                     )
                 else:
                     acc, slot, phase = _accumulate_signs(
-                        group, acc, minus_size, plus, ring, slot, phase, sums, KIND, STAGES, False
+                        group, acc, minus_size, plus, ring, slot, phase, sums, v, False
                     )
             else:
                 acc, slot, phase = _accumulate_signs(
-                    group, acc, minus_size, plus, ring, slot, phase, ring, KIND, STAGES, False
+                    group, acc, minus_size, plus, ring, slot, phase, ring, v, False
                 )
-        if KIND == "weights":
+        if v.of_weights:
             # [splits, 4, height, width]
             row = (m % tiles_m) * 128 + group * 64 + o_m
             page = gl.cast((m // tiles_m) * count + c, gl.int64) * height
@@ -258,26 +341,26 @@ def _multiply(
             gl.store(p_out, acc.to(out_ptr.dtype.element_ty), mask=(row < height)[:, None])
         else:
             col = (c - first) * width + n
-            if BIAS:
+            if v.bias:
                 acc += bias.to(gl.float32)[None, :]
             tma.store_wait(0)
             out_smem.index(group).store(acc.to(out_desc.dtype))
             fence_async_shared()
             store(out_desc, [m * 128 + group * 64, col], out_smem.index(group))
-    if KIND != "weights":
+    if not v.of_weights:
         tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=["order", "negative", "depth", "height", "steps", "chunk", "tiles", "tiles_m"]
 )
-def product_kernel(
+def hamilton_product_kernel(
     left_desc,  # output: x [M, 4·I]; input: g [M, 4·O]; weights: x; blocks of [64, 64]
-    right0_desc,  # the weights [I, O], blocks of [64, BN], for "input" of [BN, 64]
+    right0_desc,  # the weights [I, O], blocks of [64, cols], for "input" of [cols, 64]
     right1_desc,
     right2_desc,
-    right3_desc,  # weights: only the first, g [M, 4·O], blocks of [64, BN]
-    out_desc,  # output: y [M, 4·O]; input: dx; blocks of [64, BN]; weights: None
+    right3_desc,  # weights: only the first, g [M, 4·O], blocks of [64, cols]
+    out_desc,  # output: y [M, 4·O]; input: dx; blocks of [64, cols]; weights: None
     out_ptr,  # weights: [splits, 4, I, O]
     bias_ptr,  # [4·O] or None
     sums_ptr,  # input: [row blocks of 64, 4·O] fp32, column sums of g; or None
@@ -293,50 +376,39 @@ def product_kernel(
     tiles,
     tiles_m,  # weights: along I
     tiles_n,
-    TERMS: gl.constexpr,
-    SKIPPED: gl.constexpr,  # components that the left factor lacks: 2 for a zero half
-    KIND: gl.constexpr,  # "output", "input" or "weights"
-    BIAS: gl.constexpr,
-    SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BN: gl.constexpr,
+    v: gl.constexpr,  # HamiltonProduct
     PDL: gl.constexpr,
 ):
+    """Multiply components of the left factor with those of the right one."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     dtype: gl.constexpr = left_desc.dtype
-    left_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], left_desc.layout)
-    right_ring = gl.allocate_shared_memory(
+    left_smem = gl.allocate_shared_memory(dtype, [2 * v.stages, 64, 64], left_desc.layout)
+    right_smem = gl.allocate_shared_memory(
         dtype,
-        [STAGES] + right0_desc.block_type.shape,  # noqa: RUF005
+        [v.stages] + right0_desc.block_type.shape,  # noqa: RUF005
         right0_desc.layout,
     )
-    out_smem = left_ring
-    if KIND != "weights":
-        out_smem = gl.allocate_shared_memory(dtype, [2, 64, BN], out_desc.layout)
-    ones_smem = left_ring
-    if SUMS:
+    out_smem = left_smem
+    if not v.of_weights:
+        out_smem = gl.allocate_shared_memory(dtype, [2, 64, v.cols], out_desc.layout)
+    ones_smem = left_smem
+    if v.sums:
         ones_smem = gl.allocate_shared_memory(dtype, [2, 8, 64], left_desc.layout)
-    full_bars, empty_bars = ring_barriers(STAGES, 2)
+    full_bars, empty_bars = ring_barriers(v.stages, 2)
     fence_async_shared()
-    # fmt: off
-    copy = (
-        left_desc, right0_desc, right1_desc, right2_desc, right3_desc, left_ring, right_ring,
-        full_bars, empty_bars, order, first, count, depth, height, width, steps, chunk, tiles,
-        tiles_m, tiles_n,
+    operands = Operands(left_desc, right0_desc, right1_desc, right2_desc, right3_desc)
+    ring = Ring(left_smem, right_smem, full_bars, empty_bars)
+    output = Output(out_desc, out_ptr, bias_ptr, sums_ptr, out_smem, ones_smem)
+    schedule = Schedule(
+        order, negative, first, count, depth, height, width, steps, chunk, tiles, tiles_m, tiles_n
     )
-    multiply = (
-        out_desc, out_ptr, bias_ptr, left_ring, right_ring, out_smem, full_bars, empty_bars,
-        negative, first, count, height, width, steps, chunk, tiles, tiles_m, tiles_n, sums_ptr,
-        ones_smem, order, depth,
-    )
-    # fmt: on
     gl.warp_specialize(
         [
-            (_multiply, (0, multiply, TERMS, KIND, BIAS, SUMS, STAGES, BN)),
-            (_multiply, (1, multiply, TERMS, KIND, BIAS, SUMS, STAGES, BN)),
-            (_copy, (copy, TERMS, SKIPPED, KIND, STAGES, BN)),
+            (_multiply, (0, ring, output, schedule, v)),
+            (_multiply, (1, ring, output, schedule, v)),
+            (_produce, (operands, ring, schedule, v)),
         ],
         [4, 1],
         [232, 40],

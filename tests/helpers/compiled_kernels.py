@@ -378,6 +378,7 @@ _MORE = [
     (quaternion_linear, (4096, 256, 128, BF16), {"needs": _only(0, of=6)}),
     (quaternion_linear, (4096, 256, 128, BF16), {"needs": _only(1, 2, 3, 4, of=6)}),
     (quaternion_linear, (4096, 256, 128, BF16), {"needs": _only(5, of=6)}),
+    (quaternion_linear, (4096, 256, 128, BF16), {"needs": _only(1, 5, of=6)}),
     (quaternion_linear, (700, 320, 256, FP16), {"zero_half": True}),
     (layer_norm, (128, 197, 768, BF16, FP32), {"dtype": FP32}),
     (layer_norm, (8, 197, 1024, FP16), {"sliced": True}),
