@@ -1,4 +1,4 @@
-"""What is here: versions, devices, backends, runtimes."""
+"""Say what is here: versions, devices, backends, runtimes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import platform
 import shutil
 import subprocess
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PACKAGES = (
     "torch",
@@ -29,7 +30,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Installed packages that matter here, by name."""
+    """Return the versions of the installed packages that matter here, by name."""
     found = {"python": platform.python_version()}
     for name in ("fastadapt", *PACKAGES):
         try:
@@ -40,7 +41,9 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """The CPU and every GPU, in words."""
+    """Describe the CPU and every GPU."""
+    import torch
+
     found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -52,7 +55,7 @@ def devices() -> list[str]:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name, driver version and compute capability of every NVIDIA GPU, as nvidia-smi says."""
+    """Return name, driver version and compute capability of every NVIDIA GPU, by nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -73,7 +76,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def providers() -> list[str]:
-    """ONNX Runtime's execution providers that this installation was built with."""
+    """Return the execution providers that the installed ONNX Runtime was built with."""
     try:
         import onnxruntime
     except ImportError:
@@ -81,18 +84,39 @@ def providers() -> list[str]:
     return onnxruntime.get_available_providers()
 
 
-def environment_table() -> Table:
-    """All of it, for the terminal."""
+def backend() -> str:
+    """Say which backend the operations take: FASTADAPT_BACKEND's, or automatically."""
+    chosen = os.environ.get("FASTADAPT_BACKEND", "auto")
+    if chosen == "auto":
+        return "auto: Triton for CUDA tensors that it supports, the reference for all others"
+    if chosen in ("triton", "reference"):
+        return f"{chosen}: as FASTADAPT_BACKEND says"
+    return f"FASTADAPT_BACKEND is {chosen!r}; expected auto, triton or reference"
+
+
+def environment() -> dict[str, Any]:
+    """Return all of it."""
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "backend": backend(),
+        "onnxruntime_providers": providers(),
+    }
+
+
+def environment_table(found: dict[str, Any]) -> Table:
+    """Lay out what :func:`environment` found, for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    for name, version in versions().items():
+    for name, version in found["versions"].items():
         table.add_row(name, version)
     table.add_row("", "")
-    for line in devices():
-        table.add_row("device", line)
-    backend = os.environ.get("FASTADAPT_BACKEND", "auto")
-    meaning = "the reference" if backend == "auto" else "as FASTADAPT_BACKEND says"
-    table.add_row("backend", f"{backend}: {meaning}")
-    table.add_row("ONNX Runtime", ", ".join(providers()) or "not installed")
+    for line in found["devices"]:
+        table.add_row("device", escape(line))
+    table.add_row("backend", escape(found["backend"]))
+    table.add_row("ONNX Runtime", ", ".join(found["onnxruntime_providers"]) or "not installed")
     return table

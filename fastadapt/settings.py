@@ -257,7 +257,13 @@ def _input_error(cls: type, error: Any, values: dict[str, Any]) -> InputError:
     name, kind = first["loc"][0], first["type"]
     field = next(field for field in declared(cls) if field.name == name)
     expected, number = field.expected, values[name]
-    if field.setting.range and isinstance(number, int | float) and not isinstance(number, bool):
+    in_words = field.setting.expected is not None
+    if (
+        field.setting.range
+        and not in_words
+        and isinstance(number, int | float)
+        and not isinstance(number, bool)
+    ):
         if kind in _TOO_LITTLE or not math.isfinite(number):
             expected = field.setting.range
         elif kind in _TOO_MUCH:

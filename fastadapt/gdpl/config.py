@@ -258,12 +258,13 @@ class GDPLRunSettings(Settings):
         tuple[Path, ...],
         Setting("Evaluate on this data set, too; may be repeated.", panel=IMAGES),
     ] = ()
-    class_names: Annotated[
+    names_file: Annotated[
         Path | None,
         Setting(
             "JSON file from folder names to class names in the texts; the folders' names if not "
             "given.",
             panel=PROMPTS,
+            option="class_names",
         ),
     ] = None
     domain_features: Annotated[

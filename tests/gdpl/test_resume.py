@@ -168,7 +168,7 @@ def test_overwriting_leaves_nothing_to_resume_of_the_old_run(source, data, tmp_p
 
 def test_ctrl_c_says_how_to_continue(source, data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    args = ["fastadapt", "train", data, "--out", out, "--method", "gdpl", "--clip", source.clip]
+    args = ["fastadapt", "gdpl", data, "--out", out, "--clip", source.clip]
     args += ["--domain-encoder", source.domain_encoder, "--domain-size", 32, "--shots", 3]
     args += ["--domain-weights", source.domain_weights, "--prompt-depth", 2, "--epochs", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, args)))

@@ -1,7 +1,6 @@
 import csv
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 import fastadapt as fa
-from fastadapt import cli
 from fastadapt.data.dataset import Sample
 from fastadapt.files import read_tensors
 from fastadapt.gdpl import (
@@ -197,58 +195,6 @@ class TestTraining:
             train_gdpl(data, tmp_path / "run", source, config, GDPL, names_file=names)
         with pytest.raises(fa.InputError, match="different numbers"):
             train_gdpl(data, tmp_path / "run", source, QUICK, GDPL, seeds=(1, 1))
-
-
-class TestCommand:
-    @pytest.fixture
-    def command(self, monkeypatch, capsys):
-        def call(*args):
-            monkeypatch.setattr(sys, "argv", ["fastadapt", "train", *map(str, args)])
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-            return end.value.code or 0, capsys.readouterr()
-
-        return call
-
-    def options(self, source, data, out):
-        return (
-            *(data, "--out", out, "--method", "gdpl", "--clip", source.clip),
-            *("--domain-encoder", source.domain_encoder, "--domain-size", 32),
-            *("--domain-weights", source.domain_weights, "--prompt-depth", 2, "--low-rank", 2),
-            *("--shots", 2, "--epochs", 1),
-        )
-
-    def test_trains_and_prints_the_table(self, command, source, data, other_data, tmp_path):
-        options = self.options(source, data, tmp_path / "run")
-        options += ("--grad-checkpointing",)
-        code, said = command(*options, "--seeds", "1,2", "--eval-data", other_data)
-        assert code == 0, said.err
-        assert "harmonic" in said.out and "mean of 2" in said.out
-        settings = json.loads((tmp_path / "run" / "results.json").read_text())["settings"]
-        # The paper's, not the adapter's.
-        assert (settings["lr"], settings["optimizer"], settings["batch_size"]) == (0.0035, "sgd", 4)
-        assert (settings["shots"], settings["epochs"], settings["rank_depth"]) == (2, 1, 2)
-
-    @pytest.mark.parametrize(
-        ("more", "says"),
-        [
-            (("--rank", 8), "--rank does not belong to --method gdpl"),
-            (("--seeds", "1;2"), "--seeds is '1;2'"),
-            (("--optimizer", "adam"), "optimizer is 'adam'"),
-            (("--domain-features", "f.safetensors"), "leave out --domain-encoder"),
-        ],
-    )
-    def test_options_that_do_not_fit(self, command, source, data, tmp_path, more, says):
-        code, said = command(*self.options(source, data, tmp_path / "run"), *more)
-        assert code == 1 and says in said.err
-        assert not (tmp_path / "run").exists()
-
-    def test_each_method_needs_its_model(self, command, data, tmp_path):
-        out = ("--out", tmp_path / "run")
-        assert "needs --backbone NAME" in command(data, *out)[1].err
-        assert "needs --clip NAME" in command(data, *out, "--method", "gdpl")[1].err
-        code, said = command(data, *out, "--backbone", "test_vit", "--shots", 3)
-        assert code == 1 and "--shots does not belong to --method adapter" in said.err
 
 
 class TestCheckpoint:

@@ -1,0 +1,37 @@
+"""What a run says when Ctrl-C stops it: the command that goes on from there."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from fastadapt.interrupt import EXIT_CODE, came, working
+
+
+@contextmanager
+def how_to_continue(out: Path, overwrite: bool) -> Iterator[None]:
+    """Turn Ctrl-C into one line with the command that goes on, and exit code 130."""
+    try:
+        with working():
+            yield
+    except BaseException as error:
+        if not (isinstance(error, KeyboardInterrupt) or came()):
+            raise
+        again = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        # GDPL has a folder per seed.
+        if any(out.glob("state.safetensors")) or any(out.glob("seed*/state.safetensors")):
+            said = "the epochs before this one are kept. Continue"
+            again.append("--resume")
+        elif any(out.glob("seed*/results.json")) and not overwrite:
+            said = "the seeds before this one are kept. Continue"
+            again.append("--resume")
+        else:
+            said = "no epoch was completed. Start again"
+            again += ["--overwrite"] if overwrite else []
+        print(f"\nfastadapt: interrupted; {said}: fastadapt {shlex.join(again)}", file=sys.stderr)
+        raise typer.Exit(EXIT_CODE) from None
