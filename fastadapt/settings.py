@@ -175,8 +175,7 @@ class Settings:
         where = where or f"the {cls.__name__}"
         if not isinstance(values, Mapping):
             raise InputError(f"{where} is {_shown(values)}; expected a JSON object")
-        group: type = cls
-        fields = {field.name: field for field in declared(group)}
+        fields = {field.name: field for field in declared(cls)}
         for key in values:
             if key not in fields:
                 raise InputError(
@@ -192,9 +191,13 @@ class Settings:
             raise InputError(f"{where}: {error}") from None
 
 
-@functools.cache
 def declared(cls: type) -> tuple[Field, ...]:
     """Return the fields of a group of settings, in order."""
+    return _declared(cls)
+
+
+@functools.cache
+def _declared(cls: type) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     found = []
     for field in dataclasses.fields(cls):
