@@ -1,4 +1,4 @@
-"""How every benchmark times, weighs and records."""
+"""Measure times, peak memory and errors the same way for every benchmark."""
 
 from __future__ import annotations
 
@@ -17,44 +17,42 @@ import torch
 from fastadapt.info import versions
 from fastadapt.kernels.common.arithmetic import ceil_div
 
+from .protocol import Environment, Spread
+
 Call = Callable[[], object]
 
 
 def device() -> torch.device:
-    """Where benchmarks run: the GPU if there is one."""
+    """Return the device that benchmarks run on: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dtype() -> torch.dtype:
-    """What operations are timed in: bf16 on a GPU; fp32 on a CPU, few of which have bf16 units."""
+    """Return the dtype of timed operations: bf16 on a GPU; fp32 on a CPU (few have bf16 units)."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, first and last decile of samples, which ``--compare`` takes as their noise."""
+def spread(times: Sequence[float]) -> Spread:
+    """Return median, first and last decile of samples; ``--compare`` takes them as noise."""
     if len(times) < 2:
-        return dict.fromkeys(("median", "low", "high"), times[0])
+        return Spread(times[0], times[0], times[0])
     deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return {"median": statistics.median(times), "low": deciles[0], "high": deciles[-1]}
+    return Spread(statistics.median(times), deciles[0], deciles[-1])
 
 
-def difference(whole: dict[str, float], part: dict[str, float]) -> dict[str, float]:
-    """The spread of ``whole − part``, as wide as both together."""
-    return {
-        "median": whole["median"] - part["median"],
-        "low": whole["low"] - part["high"],
-        "high": whole["high"] - part["low"],
-    }
+def difference(whole: Spread, part: Spread) -> Spread:
+    """Return the spread of ``whole − part``, as wide as both together."""
+    return Spread(whole.median - part.median, whole.low - part.high, whole.high - part.low)
 
 
-def graph_times(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> dict[str, float]:
-    """GPU time per call in µs, over replays of a CUDA graph of all ``calls`` in turn.
+def graph_times(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> Spread:
+    """Measure the GPU time per call in µs, over replays of a CUDA graph of all ``calls`` in turn.
 
     Give one call per set of inputs, and more bytes than the L2 cache holds over all of them
     (:func:`input_sets`): a single buffer would measure the cache.
 
     Returns:
-        See :func:`spread`; each replay is one sample.
+        Their spread; each replay is one sample.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -83,21 +81,21 @@ def graph_times(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> d
 
 
 def graph_time(calls: Sequence[Call], repeats: int = 4, replays: int = 15) -> float:
-    """The median of :func:`graph_times`."""
-    return graph_times(calls, repeats, replays)["median"]
+    """Return the median of :func:`graph_times`."""
+    return graph_times(calls, repeats, replays).median
 
 
-def wall_times(
-    call: Call, repeats: int = 50, seconds: float = 1.0, least: int = 5
-) -> dict[str, float]:
-    """Wall time of one call in µs, launch to completion.
+def wall_times(call: Call, repeats: int = 50, seconds: float = 1.0, least: int = 5) -> Spread:
+    """Measure the wall time of one call in µs, launch to completion.
 
     Args:
-        repeats: samples at most.
+        call: what is timed.
+        repeats: the largest number of samples.
         seconds: begin no further sample after this time, once there are ``least``.
+        least: the smallest number of samples.
 
     Returns:
-        See :func:`spread`.
+        Their spread.
     """
     for _ in range(3):
         call()
@@ -113,17 +111,18 @@ def wall_times(
 
 
 def wall_time(call: Call, repeats: int = 50) -> float:
-    """The median of :func:`wall_times`."""
-    return wall_times(call, repeats)["median"]
+    """Return the median of :func:`wall_times`."""
+    return wall_times(call, repeats).median
 
 
 def synchronize() -> None:
+    """Wait until the GPU has done what was launched; nothing to wait for on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def release() -> None:
-    """Gives back what earlier benchmarks held, so that it counts nowhere."""
+    """Give back the memory that earlier benchmarks held, so that it counts nowhere."""
     gc.collect()
     if torch.cuda.is_available():
         torch._C._cuda_clearCublasWorkspaces()
@@ -133,9 +132,10 @@ def release() -> None:
 def peak_memory(
     call: Call, *, total: bool = False, calls: int = 1, warm: bool = True
 ) -> float | None:
-    """MiB on the GPU that one call needs at most; ``None`` without a GPU.
+    """Measure the MiB that one call needs on the GPU at most; ``None`` without a GPU.
 
     Args:
+        call: what is measured.
         total: count what was there before (weights, inputs), too.
         calls: this many instead of one. What a graph needs shows while it is captured: replays
             take nothing new.
@@ -155,12 +155,12 @@ def peak_memory(
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """‖value − truth‖ / ‖truth‖."""
+    """Return ‖value − truth‖ / ‖truth‖."""
     return float((value.to(truth.dtype) - truth).norm() / truth.norm().clamp_min(1e-300))
 
 
 def input_sets(bytes_per_set: int, most: int = 8) -> int:
-    """How many sets of inputs are four times the L2 cache, 2 to ``most``; 2 without a GPU."""
+    """Return how many sets of inputs fill four L2 caches, 2 to ``most``; 2 without a GPU."""
     if not torch.cuda.is_available():
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -169,7 +169,7 @@ def input_sets(bytes_per_set: int, most: int = 8) -> int:
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What this machine reaches, measured once: ``flops`` and ``bytes`` per second.
+    """Measure, once, what this machine reaches: ``flops`` and ``bytes`` per second.
 
     Bytes count reading and writing of a large copy; the matrix product is square and in
     :func:`dtype`, the better of two sizes.
@@ -182,49 +182,48 @@ def ceilings() -> dict[str, float]:
     rates = []
     for n in (4096, 8192) if large else (512, 1024):
         a, b = (torch.randn(n, n, device=where).to(dtype()) for _ in range(2))
-        rates.append(2 * n**3 / _device_time(lambda a=a, b=b: a @ b))
+        rates.append(2 * n**3 / _device_time(functools.partial(torch.matmul, a, b)))
     return {"flops": max(rates) * 1e6, "bytes": 8 * count / copied * 1e6}
 
 
 def _device_time(call: Call) -> float:
-    """Median in µs, on a GPU without the launch."""
+    """Return the median in µs, on a GPU without the launch."""
     times = graph_times([call]) if torch.cuda.is_available() else wall_times(call, 20)
-    return times["median"]
+    return times.median
 
 
 def floor(flops: float, moved: float) -> float:
-    """The larger of the times for the operations and for the bytes at :func:`ceilings`, in µs."""
+    """Return the larger of the times for FLOPs and for bytes at :func:`ceilings`, in µs."""
     limit = ceilings()
     return max(flops / limit["flops"], moved / limit["bytes"]) * 1e6
 
 
-def environment(command: str) -> dict:
-    """Commit, machine, versions: what a result is worth nothing without.
+def environment(command: str) -> Environment:
+    """Return commit, machine and versions, without which a result means nothing.
 
-    Measures :func:`ceilings` first, so that the clocks are those of a busy GPU.
+    :func:`ceilings` are measured first, so that the clocks are those of a busy GPU.
     """
     limit = ceilings()
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": _commit(),
-        "gpu": None,
-        "copy, TB/s": round(limit["bytes"] / 1e12, 3),
-        "matrix product, TFLOP/s": round(limit["flops"] / 1e12, 1),
-        "dtype": str(dtype()).removeprefix("torch."),
-        "versions": versions(),
-    }
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
-        result["cuda"] = torch.version.cuda
-        result |= _gpu_state()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        machine: dict[str, object] = {"cuda": torch.version.cuda, **_gpu_state()}
     else:
-        result["threads"] = torch.get_num_threads()
-    return result
+        machine = {"threads": torch.get_num_threads()}
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        commit=_commit(),
+        gpu=torch.cuda.get_device_name() if cuda else None,
+        dtype=str(dtype()).removeprefix("torch."),
+        copy_rate=round(limit["bytes"] / 1e12, 3),
+        product_rate=round(limit["flops"] / 1e12, 1),
+        versions=versions(),
+        machine=machine,
+    )
 
 
 def _gpu_state() -> dict[str, str]:
-    """Driver and clocks as the driver's own tool tells them; nothing where it is missing."""
+    """Return driver and clocks as the driver's own tool tells them; nothing where it is missing."""
     keys = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", "--id=0"]
     values = _output(command)
@@ -239,7 +238,7 @@ def _commit() -> str | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints; ``None`` if it cannot run or fails."""
+    """Return what a command prints; ``None`` if it cannot run or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -1,10 +1,10 @@
-"""Whole steps of a network: checked against fp32, timed as calls, weighed."""
+"""Check whole steps of a network against higher precision; measure their time and memory."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,22 @@ from fastadapt.cuda_graph import WARMUP
 
 from . import harness
 from .operation import ERROR_BUDGET
+from .protocol import Errors, Part, Spread
+
+
+@dataclass
+class Step:
+    """What a step took: wall time and, on a GPU, peak memory; or why there is neither."""
+
+    wall_us: Spread | None = None
+    peak_mib: float | None = None
+    failed: str | None = None
 
 
 def outputs(
     logits: Callable[[], Tensor], labels: Tensor, trained: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    """The logits, and the loss's gradient of all trained weights as one vector; fp32 or fp64."""
+    """Return the logits, and the gradient of all trained weights as one vector; fp32 or fp64."""
     y = logits().float() if harness.dtype() != torch.float32 else logits()
     gradients = torch.autograd.grad(F.cross_entropy(y, labels), list(trained))
     flat = torch.cat([g.flatten().to(y.dtype) for g in gradients])
@@ -28,13 +38,13 @@ def outputs(
 
 def check(
     ours: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Errors of :func:`outputs` against the truth.
+) -> tuple[Errors, Errors]:
+    """Compare :func:`outputs` of both sides with the truth.
 
     Args:
-        ours: in reduced precision.
-        plain: upstream's formulation in that precision.
-        truth: upstream's formulation in a higher precision.
+        ours: what ours gives in reduced precision.
+        plain: what upstream's formulation gives in that precision.
+        truth: what upstream's formulation gives in a higher precision.
 
     Returns:
         Errors by name and provider, and those of them that are too large.
@@ -57,39 +67,39 @@ def check(
 
 
 def say(line: str) -> None:
-    """Why a step was not captured, for one: then its figures are not what they are taken for."""
+    """Print to stderr, for example why a step was not captured, which its figures depend on."""
     print(line, file=sys.stderr, flush=True)
 
 
-def measure(
-    call: Callable[[], object], seconds: float = 1.0, graph: bool = False
-) -> dict[str, Any]:
-    """Wall time and peak memory of a step, weights and inputs included.
+def measure(call: Callable[[], object], seconds: float = 1.0, graph: bool = False) -> Step:
+    """Measure wall time and peak memory of a step, weights and inputs included.
 
     Args:
         call: takes the step, or infers. With ``graph``, it was not called before.
-        seconds: as for :func:`fastadapt.bench.harness.wall_times`.
+        seconds: see :func:`fastadapt.bench.harness.wall_times`.
         graph: whether its first calls capture a CUDA graph
             (:class:`fastadapt.GraphedStep`, :class:`fastadapt.GraphedCall`); replays are timed.
-
-    Returns:
-        ``wall_us`` and ``peak_mib`` (with a GPU); or ``failed``, why there is neither.
     """
+    step = Step()
     try:
         # Of a graph: the calls that lead to its capture, and a replay.
         calls = WARMUP + 1 if graph else 1
         memory = harness.peak_memory(call, total=True, calls=calls, warm=not graph)
-        found = {"wall_us": harness.wall_times(call, 20, seconds)}
+        step = Step(harness.wall_times(call, 20, seconds), memory)
     except torch.OutOfMemoryError:
-        found, memory = {"failed": "out of memory"}, None
+        step = Step(failed="out of memory")
     harness.release()
-    return found if memory is None else found | {"peak_mib": memory}
+    return step
 
 
-def part(found: dict[str, dict[str, Any]], **targets: Sequence) -> dict[str, Any]:
-    """A part of a record from what :func:`measure` gave for each provider."""
-    result: dict[str, Any] = dict(targets)
-    for name, metrics in found.items():
-        for metric, value in metrics.items():
-            result.setdefault(metric, {})[name] = value
+def part(found: dict[str, Step]) -> Part:
+    """Return a part of a record from the steps of each provider."""
+    result = Part()
+    for name, step in found.items():
+        if step.wall_us is not None:
+            result.wall_us[name] = step.wall_us
+        if step.peak_mib is not None:
+            result.peak_mib[name] = step.peak_mib
+        if step.failed is not None:
+            result.failed[name] = step.failed
     return result

@@ -1,16 +1,18 @@
-"""One operation at one shape: checked, then timed in every formulation."""
+"""Check one operation at one shape, then time it in every formulation."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import harness
+from .protocol import Errors, Part, Record, Spread
 
 ERROR_BUDGET = 2  # ours may be off by so many times PyTorch's own error in the same dtype
 SLACK = 1e-7  # beside that, for values that PyTorch happens to hit exactly
@@ -22,10 +24,10 @@ class Provider:
     """One formulation of an operation.
 
     Attributes:
-        call: a case's inputs to one tensor or several.
-        weights: of a module; their gradients are wanted beside those of the inputs.
-        inputs: of a seed, where they are not the case's: of a dense layer beside a quaternion
-            layer, say, which computes something else and is not checked.
+        call: maps a case's inputs to one tensor or several.
+        weights: the weights of a module; their gradients are wanted beside those of the inputs.
+        inputs: makes inputs from a seed, where they are not the case's: those of a dense layer
+            beside a quaternion layer, say, which computes something else and is not checked.
     """
 
     call: Callable[..., Tensor | Sequence[Tensor]]
@@ -38,16 +40,16 @@ class Case:
     """One shape of an operation.
 
     Attributes:
-        shape: in words, for tables.
+        shape: the shape, as tables show it.
         dimensions: what the numbers in ``shape`` are.
         size: their product, for plots.
-        inputs: of a seed; those that require gradients get some.
+        inputs: makes inputs from a seed; those that require gradients get some.
         providers: by name; ``ours`` and ``eager`` (the best formulation in PyTorch) among them.
         exact: the operation in fp64, on inputs in fp64.
-        work: FLOPs and bytes at least, by part (``forward``, ``backward``).
-        names: of the outputs, then of the gradients, for messages.
-        targets: in µs on an H100, by part; the first to be met, the second the ambition.
-        speedups: asked for, by part: a factor, and over which provider.
+        work: the least FLOPs and bytes, by part (``forward``, ``backward``).
+        names: names of the outputs, then of the gradients, for messages.
+        targets: by part, in µs on an H100; the first must be met, the second is the ambition.
+        speedups: by part, the factor that is asked for, and over which provider.
     """
 
     shape: str
@@ -58,14 +60,14 @@ class Case:
     exact: Provider
     work: dict[str, tuple[float, float]]
     names: Sequence[str]
-    targets: dict[str, Sequence[float]] = field(default_factory=dict)
+    targets: Mapping[str, Sequence[float]] = field(default_factory=dict)
     speedups: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
-def with_backend(name: str, call: Callable) -> Callable:
-    """``call`` under ``FASTADAPT_BACKEND=name``."""
+def with_backend(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``call`` run under ``FASTADAPT_BACKEND=name``."""
 
-    def chosen(*args):
+    def chosen(*args: Any) -> Any:
         before = os.environ.get("FASTADAPT_BACKEND")
         os.environ["FASTADAPT_BACKEND"] = name
         try:
@@ -79,15 +81,14 @@ def with_backend(name: str, call: Callable) -> Callable:
     return chosen
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Checks a case and times its providers.
+def measure(case: Case) -> Record:
+    """Check a case and time its providers.
 
     Returns:
-        A record for the results: ``shape``, ``dimensions``, ``size``, ``errors``, and ``parts``; or
-        ``wrong`` instead, where our result is off by more than ``ERROR_BUDGET`` allows. By part,
-        metric and provider, ``parts`` holds ``gpu_us`` (CUDA graphs, rotated inputs; the backward
-        is the difference between both and forward), ``wall_us`` (eager calls) and ``peak_mib``
-        (beyond inputs and weights), beside ``flops``, ``bytes`` and ``floor_us``. A provider other
+        The case's record: with figures by part; or with ``wrong`` instead, where our result is off
+        by more than ``ERROR_BUDGET`` allows. GPU times are those of CUDA graphs over rotated
+        inputs, the backward's the difference between both directions and the forward; wall times
+        those of eager calls; peak memory is counted beyond inputs and weights. A provider other
         than ours that fails is named in ``failed``, with its error.
     """
     try:
@@ -96,33 +97,17 @@ def measure(case: Case) -> dict[str, Any]:
         torch.compiler.reset()  # the next shape starts without a history of recompilations
 
 
-def _measure(case: Case) -> dict[str, Any]:
+def _measure(case: Case) -> Record:
     errors, failed = _errors(case)
-    record: dict[str, Any] = {
-        "shape": case.shape,
-        "dimensions": case.dimensions,
-        "size": case.size,
-        "errors": errors,
-        "failed": failed,
-    }
-    wrong = {
+    record = Record(case.shape, case.dimensions, case.size, errors, failed)
+    record.wrong = {
         name: values
         for name, values in errors.items()
         if not values["ours"] <= ERROR_BUDGET * values["eager"] + SLACK
     }
-    if wrong:
-        return record | {"wrong": wrong}
-    parts: dict[str, dict[str, Any]] = {name: {} for name in ("forward", "backward", BOTH)}
-    work = dict(case.work)
-    work[BOTH] = tuple(sum(values) for values in zip(*work.values(), strict=True))
-    for part, (flops, moved) in work.items():
-        floor = {"flops": flops, "bytes": moved, "floor_us": harness.floor(flops, moved)}
-        parts[part] |= floor
-    if torch.cuda.is_available():
-        for part, target in case.targets.items():
-            parts[part]["target_us"] = list(target)
-        for part, target in case.speedups.items():
-            parts[part]["target_speedup"] = list(target)
+    if record.wrong:
+        return record
+    record.parts = _empty_parts(case)
 
     first = case.inputs(0)
     size = sum(t.numel() * t.element_size() for t in first)
@@ -136,52 +121,87 @@ def _measure(case: Case) -> dict[str, Any]:
         try:
             make = provider.inputs
             own = inputs if make is None else [make(seed) for seed in range(sets)]
-            found = _times(provider, own, gradients)
+            times = _times(provider, own, gradients)
         except Exception as error:
             if name == "ours":
                 raise
             failed[name] = _reason(error)
             continue
-        for part, metrics in found.items():
-            for metric, value in metrics.items():
-                parts[part].setdefault(metric, {})[name] = value
-    return record | {"parts": parts}
+        for part_name, found in times.items():
+            part = record.parts[part_name]
+            if found.wall is not None:
+                part.wall_us[name] = found.wall
+            if found.gpu is not None:
+                part.gpu_us[name] = found.gpu
+            if found.memory is not None:
+                part.peak_mib[name] = found.memory
+    return record
 
 
-def _times(provider, inputs, gradients) -> dict[str, dict[str, Any]]:
-    def forward(args):
-        with torch.no_grad():
-            return provider.call(*args)
-
-    def both(args):
-        return _results(provider, args, gradients)
-
+def _empty_parts(case: Case) -> dict[str, Part]:
+    """Return forward, backward and both with their least work, floors and targets."""
+    work = dict(case.work)
+    flops, moved = zip(*case.work.values(), strict=True)
+    work[BOTH] = sum(flops), sum(moved)
     parts = {}
-    for part, call, repeats in (("forward", forward, 4), (BOTH, both, 2)):
-        parts[part] = {"wall_us": harness.wall_times(lambda call=call: call(inputs[0]), 20, 0.5)}
-        memory = harness.peak_memory(lambda call=call: call(inputs[0]))
-        if memory is None:
-            continue
-        parts[part]["peak_mib"] = memory
-        # Enough calls for a graph of a useful length, no more: many sets are many already.
-        repeats = max(1, repeats * 4 // len(inputs))
-        calls = [lambda call=call, args=args: call(args) for args in inputs]
-        parts[part]["gpu_us"] = harness.graph_times(calls, repeats)
-    if "gpu_us" in parts[BOTH]:
-        whole, part = parts[BOTH]["gpu_us"], parts["forward"]["gpu_us"]
-        parts["backward"] = {"gpu_us": harness.difference(whole, part)}
+    for name in ("forward", "backward", BOTH):
+        if name in work:
+            parts[name] = Part(*work[name], floor_us=harness.floor(*work[name]))
+        else:
+            parts[name] = Part()
+        if torch.cuda.is_available():
+            parts[name].target_us = tuple(case.targets.get(name, ()))
+            parts[name].target_speedup = case.speedups.get(name)
     return parts
 
 
-def _errors(case: Case) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Errors against fp64 by name and provider, and why a baseline has none."""
+@dataclass
+class _Figures:
+    """What one provider took for one part."""
+
+    gpu: Spread | None = None
+    wall: Spread | None = None
+    memory: float | None = None
+
+
+def _times(
+    provider: Provider, inputs: list[list[Tensor]], gradients: list[Tensor]
+) -> dict[str, _Figures]:
+    def forward(args: list[Tensor]) -> object:
+        with torch.no_grad():
+            return provider.call(*args)
+
+    def both(args: list[Tensor]) -> object:
+        return _results(provider, args, gradients)
+
+    found = {"forward": _part_times(forward, inputs, 4), BOTH: _part_times(both, inputs, 2)}
+    whole, part = found[BOTH].gpu, found["forward"].gpu
+    if whole is not None and part is not None:
+        found["backward"] = _Figures(gpu=harness.difference(whole, part))
+    return found
+
+
+def _part_times(
+    call: Callable[[list[Tensor]], object], inputs: list[list[Tensor]], repeats: int
+) -> _Figures:
+    figures = _Figures(wall=harness.wall_times(lambda: call(inputs[0]), 20, 0.5))
+    figures.memory = harness.peak_memory(lambda: call(inputs[0]))
+    if figures.memory is not None:
+        # Enough calls for a graph of a useful length, no more: many sets are many already.
+        repeats = max(1, repeats * 4 // len(inputs))
+        figures.gpu = harness.graph_times([partial(call, args) for args in inputs], repeats)
+    return figures
+
+
+def _errors(case: Case) -> tuple[Errors, dict[str, str]]:
+    """Return errors against fp64 by name and provider, and why a baseline has none."""
     inputs = case.inputs(0)
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     outputs = _outputs(case.exact.call(*wide))
     gradients = _gradients([y.to(inputs[0].dtype) for y in outputs])
     truth = _results(case.exact, wide, [g.double() for g in gradients])
-    errors: dict[str, dict[str, float]] = {name: {} for name in case.names}
-    failed = {}
+    errors: Errors = {name: {} for name in case.names}
+    failed: dict[str, str] = {}
     for name, provider in case.providers.items():
         if provider.inputs is not None:
             continue
@@ -197,8 +217,10 @@ def _errors(case: Case) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     return errors, failed
 
 
-def _results(provider: Provider, inputs, gradients) -> list[Tensor]:
-    """Outputs, then gradients of inputs and weights."""
+def _results(
+    provider: Provider, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return outputs, then gradients of inputs and weights."""
     outputs = _outputs(provider.call(*inputs))
     leaves = [*(t for t in inputs if t.requires_grad), *provider.weights]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, gradients)]
@@ -209,7 +231,7 @@ def _outputs(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _gradients(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Incoming gradients, the same for all providers."""
+    """Return incoming gradients, the same for all providers."""
     torch.manual_seed(1)
     return [torch.randn_like(y) for y in _outputs(value)]
 

@@ -1,14 +1,17 @@
-"""``fastadapt bench --tune``: launch configurations of cluster attention, measured and kept.
+"""Measure launch configurations of cluster attention and keep the best: ``bench --tune``.
 
-Only the user asks for it: a training loop never stalls in tuning (see fastadapt.kernels.common.tuning).
+Tuning runs on request alone, so that no training loop stalls in it (see
+``fastadapt.kernels.common.tuning``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastadapt.errors import InputError
 from fastadapt.files import write_json
@@ -20,10 +23,10 @@ from .suites.cluster_attention import RANK, SHAPES, make_inputs
 
 
 def parse_size(text: str) -> tuple[int, int, int]:
-    """``"64x196x768"``: batch, tokens, channels.
+    """Return batch, tokens and channels of a size such as "64x196x768".
 
     Raises:
-        InputError: it is something else.
+        InputError: the text is something else.
     """
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -33,10 +36,10 @@ def parse_size(text: str) -> tuple[int, int, int]:
 
 
 def run(sizes: Sequence[tuple[int, int, int]] = ()) -> dict[str, dict[str, int]]:
-    """Tunes each size (those of the benchmark, if none is given) and writes the choices.
+    """Tune each size (those of the benchmark, if none is given) and write the choices.
 
     Returns:
-        What was written: configurations by GPU, operation and size.
+        The configurations that were written, by GPU, operation and size.
 
     Raises:
         InputError: there is no CUDA GPU.
@@ -49,16 +52,16 @@ def run(sizes: Sequence[tuple[int, int, int]] = ()) -> dict[str, dict[str, int]]
     for batch, tokens, width in sizes or tuple(SHAPES):
         sets = harness.input_sets(2 * batch * tokens * width)
         inputs = [make_inputs(batch, tokens, width, seed) for seed in range(sets)]
-        device = configs.device_of(inputs[0][0].device.index)
+        device = configs.device_of(torch.cuda.current_device())
         size = (batch * tokens, tokens, width, RANK)
-        key = tuning.key("cluster_attention", device.index, size)
-        times = {}
+        key = tuning.key("cluster_attention", torch.cuda.current_device(), size)
+        times: dict[tuple, float] = {}
         for candidate in _candidates(size, configs.candidates(size[0], tokens, RANK, device)):
             with tuning.forced({key: candidate}):
                 configs.default_config.cache_clear()
                 times[tuple(candidate.items())] = _step_time(inputs)
         configs.default_config.cache_clear()
-        best = min(times, key=times.get)
+        best = min(times, key=times.__getitem__)
         choices[key] = dict(best)
         print(f"{batch} × {tokens} × {width}: {_table(times)}", flush=True)
         write_json(tuning.path(), choices)
@@ -68,20 +71,20 @@ def run(sizes: Sequence[tuple[int, int, int]] = ()) -> dict[str, dict[str, int]]
 
 
 def _candidates(size: tuple[int, ...], choices: dict[str, Any]) -> Iterator[dict[str, int]]:
-    """Row tiles for the plain kernels, numbers of groups for Hopper's own."""
+    """Yield row tiles for the plain kernels, numbers of warp groups for Hopper's own."""
     for tall in choices["tall"]:
         yield {"tall": tall, "groups": 0}
     for groups in choices["groups"][1:]:
         yield {"tall": choices["tall"][-1], "groups": groups}
 
 
-def _step_time(inputs) -> float:
+def _step_time(inputs: list[list[Tensor]]) -> float:
     gradient = torch.randn_like(inputs[0][0])
 
-    def step(args):
+    def step(args: list[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(cluster_attention(*args, backend="triton"), args, gradient)
 
-    return harness.graph_time([lambda args=args: step(args) for args in inputs], repeats=2)
+    return harness.graph_time([partial(step, args) for args in inputs], repeats=2)
 
 
 def _table(times: dict[tuple, float]) -> str:

@@ -36,7 +36,6 @@ ALLOWED: dict[str, set[str]] = {
             "kernels/cluster_attention/launches.py",
             "kernels/cluster_attention/triton_kernels.py",
             "export/bundle/build.py",
-            "tests/bench/test_runner.py",
             "tests/export/test_pipeline.py",
             "tests/kernels/test_cluster_attention.py",
         )

@@ -1,18 +1,17 @@
-"""Two result files side by side: ``python -m fastadapt.bench.reporting.comparison OLD NEW``."""
+"""Compare two result files: ``python -m fastadapt.bench.reporting.comparison OLD NEW``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.files import read_json
 
-from . import tables as report
+from ..protocol import METRICS, Results, Spread, center
+from . import results as stored
 
 # Two runs of one program on one machine differ by this much in percent, whatever their spreads.
 DRIFT = 2.0
@@ -25,8 +24,8 @@ class Change:
     Attributes:
         name: benchmark, shape, part and metric.
         provider: whose figure it is.
-        before, after: µs or MiB.
-        noise: in percent: the larger spread of the two (first to last decile), at least ``DRIFT``.
+        before, after: in µs or MiB.
+        noise: the larger spread of the two (first to last decile) in percent, at least ``DRIFT``.
     """
 
     name: str
@@ -37,67 +36,78 @@ class Change:
 
     @property
     def percent(self) -> float:
-        """More than zero is worse: slower, or larger."""
+        """Return the change in percent: above zero is worse, slower or larger."""
         return 100 * (self.after / self.before - 1)
 
     @property
     def real(self) -> bool:
+        """Whether the change exceeds the noise."""
         return abs(self.percent) > self.noise
 
 
-def load(name: str, folder: Path = report.RESULTS) -> dict[str, Any]:
-    """Results from a file, or from the newest in ``folder`` of a commit (its first characters).
+def load(name: str, folder: Path = stored.FOLDER) -> Results:
+    """Read results to compare with.
+
+    Args:
+        name: a result file, a machine's folder under ``folder``, or the beginning of a commit:
+            then what results under ``folder`` hold of that commit.
+        folder: holds a folder of results per machine.
 
     Raises:
         InputError: there are none, or they hold no figures that can be compared.
     """
-    if Path(name).exists():
-        results = read_json(name)
+    if Path(name).is_file():
+        results = stored.read(Path(name))
+    elif (folder / name / stored.FILE).is_file():
+        results = stored.read(folder / name / stored.FILE)
     else:
-        files = newest_first(folder)
-        found = [r for _, r in files if str(r["environment"].get("commit", "")).startswith(name)]
-        if not found:
-            commits = sorted({str(r["environment"].get("commit")) for _, r in files})
-            raise InputError(
-                f"{name} is neither a file nor a commit with results under {folder}; "
-                f"there are {', '.join(commits) or 'none'}"
-            )
-        results = found[0]
+        results = _of_commit(name, stored.current(folder).values())
     if not any(True for _ in _figures(results)):
         raise InputError(f"{name} holds no figures with a spread: there is nothing to compare")
     return results
 
 
-def newest_first(folder: Path = report.RESULTS) -> list[tuple[Path, dict[str, Any]]]:
-    """All result files of ``fastadapt bench`` in a folder, by their dates."""
-    files = [(path, read_json(path)) for path in sorted(folder.glob("*.json"))]
-    files = [(p, r) for p, r in files if "benchmarks" in r and "environment" in r]
-    return sorted(files, key=lambda file: file[1]["environment"]["date"], reverse=True)
+def _of_commit(name: str, found: Iterable[Results]) -> Results:
+    """Return the benchmarks that were measured at a commit, on the machine of the newest."""
+    commits = set()
+    for results in found:
+        commits |= {str(environment.commit) for environment in results.environments}
+        chosen = {
+            key: result
+            for key, result in results.benchmarks.items()
+            if result.environment and str(result.environment.commit).startswith(name)
+        }
+        if chosen:
+            return Results(results.gpu, chosen)
+    raise InputError(
+        f"{name} is neither a file nor a machine or commit with results; "
+        f"there are {', '.join(sorted(commits)) or 'none'}"
+    )
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Every figure that both results hold."""
+def changes(before: Results, after: Results) -> list[Change]:
+    """Return the change of every figure that both results hold."""
     old = dict(_figures(before))
     return [
         Change(
             " · ".join(key[:-1]),
             key[-1],
-            report.center(old[key]),
-            report.center(value),
-            max(DRIFT, _spread(old[key]), _spread(value)),
+            center(old[key]),
+            center(value),
+            max(DRIFT, _percent(old[key]), _percent(value)),
         )
         for key, value in _figures(after)
-        if key in old and report.center(old[key]) > 0
+        if key in old and center(old[key]) > 0
     ]
 
 
 def worse(found: Sequence[Change], threshold: float) -> bool:
-    """Whether a figure of ours got worse beyond noise and by more than ``threshold`` percent."""
+    """Return whether a figure of ours got worse beyond noise and by over ``threshold`` percent."""
     return any(c.provider == "ours" and c.real and c.percent > threshold for c in found)
 
 
 def as_text(found: Sequence[Change], threshold: float) -> str:
-    """What got better or worse beyond noise, the worst first."""
+    """Return what got better or worse beyond noise as lines, the worst first."""
     real = sorted((c for c in found if c.real), key=lambda c: -c.percent)
     lines = [
         f"{c.percent:+7.1f} %  {c.provider}: {c.name}, {c.before:.4g} → {c.after:.4g} "
@@ -112,27 +122,28 @@ def as_text(found: Sequence[Change], threshold: float) -> str:
     return "\n".join(lines)
 
 
-def _figures(results: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Benchmark, shape, part, metric and provider to a figure."""
-    for name, result in results["benchmarks"].items():
-        for record in result.get("records", []):
-            for part, values in record.get("parts", {}).items():
-                for metric in report.METRICS:
-                    for provider, value in values.get(metric, {}).items():
-                        yield (name, record["shape"], part, metric, provider), value
+def _figures(results: Results) -> Iterator[tuple[tuple[str, ...], Spread | float]]:
+    """Yield benchmark, shape, part, metric and provider, and their figure."""
+    for name, result in results.benchmarks.items():
+        for record in result.records:
+            for part_name, part in record.parts.items():
+                for metric in METRICS:
+                    for provider, value in part.values(metric).items():
+                        yield (name, record.shape, part_name, metric, provider), value
 
 
-def _spread(value: Any) -> float:
-    """In percent of the median; memory has none."""
-    if not isinstance(value, dict):
+def _percent(value: Spread | float) -> float:
+    """Return a spread in percent of its median; memory has none."""
+    if not isinstance(value, Spread):
         return 0.0
-    return 100 * (value["high"] - value["low"]) / value["median"]
+    return 100 * value.width / value.median
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("old", help="a result file, or a commit")
-    parser.add_argument("new", help="a result file, or a commit")
+    """Print the comparison of two results; return 1 if ours got worse."""
+    parser = argparse.ArgumentParser(description="Compare two result files.")
+    parser.add_argument("old", help="a result file, a machine's folder, or a commit")
+    parser.add_argument("new", help="a result file, a machine's folder, or a commit")
     parser.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT")
     args = parser.parse_args(arguments)
     try:

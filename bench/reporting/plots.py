@@ -1,9 +1,10 @@
-"""Pictures of a result file: speed-ups, time over size, roofline."""
+"""Draw pictures of a result file: speed-ups, time over size, roofline, phases of whole jobs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from fastadapt.kernels.common.arithmetic import ceil_div
 from fastadapt.train.plots import save_figure
 
 from ..operation import BOTH
-from . import tables as report
+from ..protocol import METRICS, Record, Result, Results, center
+from .tables import best_baseline, ratio
 
 KINDS = {
     "speedup": "Speed-up of every benchmark over its best baseline",
@@ -34,13 +36,13 @@ COLORS = {
 MARKERS = {"forward": "o", "backward": "s"}
 
 
-def paths(results: Path) -> list[Path]:
-    """Where the pictures of a result file are."""
-    return [results.with_name(f"{results.stem}-{kind}.png") for kind in KINDS]
+def paths(results: Path) -> dict[str, Path]:
+    """Return where the pictures of a result file are, by kind."""
+    return {kind: results.with_name(f"{results.stem}-{kind}.png") for kind in KINDS}
 
 
-def write_plots(path: Path, results: dict[str, Any]) -> list[Path]:
-    """Draws what there is to draw.
+def write_plots(path: Path, results: Results) -> list[Path]:
+    """Draw what there is to draw.
 
     Args:
         path: of the result file; the pictures go beside it.
@@ -51,20 +53,20 @@ def write_plots(path: Path, results: dict[str, Any]) -> list[Path]:
     """
     written = []
     figures = (speedups(results), sizes(results), roofline(results))
-    for target, figure in zip(paths(path), figures, strict=True):
+    for target, figure in zip(paths(path).values(), figures, strict=True):
         if figure is not None:
             save_figure(figure, target)
             written.append(target)
     return written
 
 
-def speedups(results: dict[str, Any]) -> Figure | None:
-    """Bars: the best baseline's time over ours, one panel per benchmark, one bar per part."""
+def speedups(results: Results) -> Figure | None:
+    """Draw bars: the best baseline's time over ours, one panel per benchmark, one bar per part."""
     panels = {}
-    for name, result in results["benchmarks"].items():
+    for name, result in results.benchmarks.items():
         bars = list(_speedups(result))
         if bars:
-            panels[name] = bars
+            panels[_titled(name, result, results)] = bars
     if not panels:
         return None
     rows = ceil_div(len(panels), 2)
@@ -75,76 +77,76 @@ def speedups(results: dict[str, Any]) -> Figure | None:
     heights = [1.2 + 0.26 * bars for bars in tallest]
     figure = Figure(figsize=(14, sum(heights) + 0.6), dpi=120, layout="constrained")
     figure.suptitle(f"Time of the best baseline over ours, {_machine(results)}")
-    axes = figure.subplots(rows, 2, squeeze=False, height_ratios=heights)
-    axes = iter(axes.flat)
+    grid = iter(figure.subplots(rows, 2, squeeze=False, height_ratios=heights).flat)
     for name, bars in panels.items():
-        _draw_bars(next(axes), name, bars)
-    for panel in axes:
+        _draw_bars(next(grid), name, bars)
+    for panel in grid:
         panel.set_axis_off()
-    shown = dict.fromkeys(base for bars in panels.values() for *_, base in bars)
+    shown = dict.fromkeys(bar.base for bars in panels.values() for bar in bars)
     handles = [Line2D([], [], color=COLORS[b], linewidth=6, label=f"over {b}") for b in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
-def sizes(results: dict[str, Any]) -> Figure | None:
-    """Lines: time of every provider over size, a row per operation, forward and both directions."""
+def sizes(results: Results) -> Figure | None:
+    """Draw lines: time over size, a row per operation, forward and both directions."""
     chosen = {}
-    for name, result in results["benchmarks"].items():
-        records = [r for r in result.get("records", []) if "parts" in r]
-        if len({r["size"] for r in records}) > 1 and BOTH in records[0]["parts"]:
-            chosen[name] = sorted(records, key=lambda r: r["size"])
+    for name, result in results.benchmarks.items():
+        records = result.timed
+        if len({r.size for r in records}) > 1 and BOTH in records[0].parts:
+            title = _titled(name, result, results)
+            chosen[title] = sorted(records, key=lambda record: record.size)
     if not chosen:
         return None
     figure = Figure(figsize=(12, 3.8 * len(chosen) + 0.5), dpi=120, layout="constrained")
     figure.suptitle(f"Time over size, {_machine(results)}")
     grid = figure.subplots(len(chosen), 2, squeeze=False)
-    shown = {}
+    shown: dict[str, Any] = {}
     for row, (name, records) in zip(grid, chosen.items(), strict=True):
         for axes, part in zip(row, ("forward", BOTH), strict=True):
             _draw_sizes(axes, name, part, records)
             handles, labels = axes.get_legend_handles_labels()
             shown |= dict(zip(labels, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown))
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=len(shown))
     return figure
 
 
-def roofline(results: dict[str, Any]) -> Figure | None:
-    """Points: FLOP/s of ours (filled) and compiled (hollow) under what this machine reaches."""
-    environment = results["environment"]
+def roofline(results: Results) -> Figure | None:
+    """Draw points: FLOP/s of ours (filled) and compiled (hollow) below the machine's rates."""
     points = list(_points(results))
-    if not points or "copy, TB/s" not in environment:
+    if not points:
         return None
-    bandwidth, rate = environment["copy, TB/s"], environment["matrix product, TFLOP/s"]
+    environment = results.environments[0]
+    bandwidth, rate = environment.copy_rate, environment.product_rate
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(name for name, *_ in points))
+    names = list(dict.fromkeys(point.name for point in points))
     colors = {name: f"C{index}" for index, name in enumerate(names)}
-    low = min(intensity for *_, intensity, _ in points) / 2
-    high = max([*(intensity for *_, intensity, _ in points), rate / bandwidth]) * 3
+    low = min(point.intensity for point in points) / 2
+    high = max([*(point.intensity for point in points), rate / bandwidth]) * 3
     roof = [low, rate / bandwidth, high]
     axes.plot(roof, [min(i * bandwidth, rate) for i in roof], color="black", linewidth=1.5)
-    for name, part, provider, intensity, achieved in points:
-        face = colors[name] if provider == "ours" else "none"
-        axes.plot(
-            intensity, achieved, MARKERS[part], color=colors[name], markerfacecolor=face, alpha=0.8
-        )
+    for point in points:
+        color = colors[point.name]
+        face = color if point.provider == "ours" else "none"
+        style: dict[str, Any] = {"color": color, "markerfacecolor": face, "alpha": 0.8}
+        axes.plot(point.intensity, point.achieved, MARKERS[point.part], **style)
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="FLOP per byte that must be moved",
         ylabel="TFLOP/s",
         title=f"Roofline, {_machine(results)}\n"
-        f"measured: {bandwidth:.2f} TB/s copy, {rate:.0f} TFLOP/s {environment['dtype']} product",
+        f"measured: {bandwidth:.2f} TB/s copy, {rate:.0f} TFLOP/s {environment.dtype} product",
     )
     axes.grid(alpha=0.3, which="both")
 
-    def entry(label, **style):
+    def entry(label: str, **style: Any) -> Line2D:
         return Line2D([], [], linestyle="none", label=label, **style)
 
     handles = [entry(name, marker="o", color=colors[name]) for name in names]
     handles += [entry(part, marker=MARKERS[part], color="0.4") for part in MARKERS]
-    shown = dict.fromkeys(provider for _, _, provider, *_ in points)
+    shown = dict.fromkeys(point.provider for point in points)
     handles += [
         entry(
             provider,
@@ -158,76 +160,104 @@ def roofline(results: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _speedups(result: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
-    """Label, speed-up, its noise and the baseline, for every shape and part."""
-    for record in result.get("records", []):
-        for part, metrics in record.get("parts", {}).items():
-            values = metrics.get("gpu_us") or metrics.get("wall_us", {})
-            base = report.best_baseline(values)
-            if base is None or "ours" not in values:
+@dataclass(frozen=True)
+class _Bar:
+    """A speed-up with half the distance that its samples span, over the fastest baseline."""
+
+    label: str
+    ratio: float
+    noise: float
+    base: str
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A measured part on the roofline: FLOP per byte, TFLOP/s."""
+
+    name: str
+    part: str
+    provider: str
+    intensity: float
+    achieved: float
+
+
+def _speedups(result: Result) -> Iterator[_Bar]:
+    """Yield a bar for every shape and part whose times are not all noise."""
+    for record in result.timed:
+        for name, part in record.parts.items():
+            times = part.times
+            base = best_baseline(times)
+            found = ratio(times, base)
+            if base is None or found is None:
                 continue
-            ours, other = values["ours"], values[base]
-            noise = sum((v["high"] - v["low"]) / v["median"] for v in (ours, other)) / 2
-            ratio = other["median"] / ours["median"]
-            yield f"{record['shape']}, {part}", ratio, ratio * noise, base
+            noise = sum(value.width / value.median for value in (times["ours"], times[base])) / 2
+            yield _Bar(f"{record.shape}, {name}", found, found * noise, base)
 
 
-def _draw_bars(axes: Axes, name: str, bars: list[tuple[str, float, float, str]]) -> None:
-    labels, ratios, noise, bases = zip(*bars, strict=True)
-    colors = [COLORS[base] for base in bases]
+def _draw_bars(axes: Axes, name: str, bars: list[_Bar]) -> None:
+    ratios, noise = [bar.ratio for bar in bars], [bar.noise for bar in bars]
+    colors = [COLORS[bar.base] for bar in bars]
     places = range(len(bars))
     axes.barh(places, ratios, color=colors, alpha=0.85, xerr=noise, error_kw={"ecolor": "0.3"})
-    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_yticks(places, [bar.label for bar in bars], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
-    right = max(r + n for r, n in zip(ratios, noise, strict=True))
+    right = max(bar.ratio + bar.noise for bar in bars)
     axes.set_xlim(0, max(1.1, right) * 1.15)
-    for place, ratio, width in zip(places, ratios, noise, strict=True):
+    for place, bar in zip(places, bars, strict=True):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        at = (ratio + width, place)
-        style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(f"{ratio:.2f}×", at, bbox=box, **style)
+        at = (bar.ratio + bar.noise, place)
+        style: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points"}
+        axes.annotate(f"{bar.ratio:.2f}×", at, bbox=box, va="center", fontsize=8, **style)
     axes.set(title=name, xlabel="speed-up (1: as fast)")
 
 
-def _draw_sizes(axes: Axes, name: str, part: str, records: list[dict[str, Any]]) -> None:
-    metric = "gpu_us" if "gpu_us" in records[0]["parts"][part] else "wall_us"
-    providers = dict.fromkeys(p for r in records for p in r["parts"][part].get(metric, {}))
+def _draw_sizes(axes: Axes, name: str, part: str, records: list[Record]) -> None:
+    metric = "gpu_us" if records[0].parts[part].gpu_us else "wall_us"
+    measured = [(record.size, record.parts[part]) for record in records]
+    providers = dict.fromkeys(p for _, found in measured for p in found.values(metric))
     for provider in providers:
         points = [
-            (r["size"], report.center(r["parts"][part][metric][provider]))
-            for r in records
-            if provider in r["parts"][part].get(metric, {})
+            (size, center(found.values(metric)[provider]))
+            for size, found in measured
+            if provider in found.values(metric)
         ]
-        style = {"color": COLORS.get(provider), "marker": "o", "markersize": 5, "linewidth": 0.8}
-        axes.plot(*zip(*points, strict=True), label=provider, **style)
-    floors = [(r["size"], r["parts"][part]["floor_us"]) for r in records]
-    axes.plot(*zip(*floors, strict=True), color="black", linestyle=":", label="floor")
+        style: dict[str, Any] = {"color": COLORS.get(provider), "marker": "o", "markersize": 5}
+        axes.plot(*zip(*points, strict=True), label=provider, linewidth=0.8, **style)
+    floors = [(size, found.floor_us) for size, found in measured if found.floor_us is not None]
+    if floors:
+        axes.plot(*zip(*floors, strict=True), color="black", linestyle=":", label="floor")
     axes.set(
         xscale="log",
         yscale="log",
         title=f"{name}, {part}",
-        xlabel=records[0]["dimensions"],
-        ylabel=f"{report.METRICS[metric].partition(' of')[0]} in µs",
+        xlabel=records[0].dimensions,
+        ylabel=f"{METRICS[metric].partition(' of')[0]} in µs",
     )
     axes.grid(alpha=0.3, which="both")
 
 
-def _points(results: dict[str, Any]) -> Iterator[tuple[str, str, str, float, float]]:
-    """Benchmark, part, provider, FLOP per byte, TFLOP/s."""
-    for name, result in results["benchmarks"].items():
-        for record in result.get("records", []):
-            for part, metrics in record.get("parts", {}).items():
-                if part not in MARKERS or "flops" not in metrics:
+def _points(results: Results) -> Iterator[_Point]:
+    for name, result in results.benchmarks.items():
+        for record in result.timed:
+            for part_name in MARKERS:
+                part = record.parts.get(part_name)
+                if part is None or part.flops is None or not part.bytes:
                     continue
-                values = metrics.get("gpu_us") or metrics.get("wall_us", {})
                 for provider in ("ours", "compiled"):
-                    if provider in values:
-                        time = max(report.center(values[provider]), math.ulp(1.0))
-                        intensity = metrics["flops"] / metrics["bytes"]
-                        yield name, part, provider, intensity, metrics["flops"] / time / 1e6
+                    if provider in part.times:
+                        time = max(center(part.times[provider]), math.ulp(1.0))
+                        intensity = part.flops / part.bytes
+                        achieved = part.flops / time / 1e6
+                        yield _Point(name, part_name, provider, intensity, achieved)
 
 
-def _machine(results: dict[str, Any]) -> str:
-    environment = results["environment"]
-    return f"{environment['gpu'] or 'CPU'}, {environment['dtype']}, commit {environment['commit']}"
+def _titled(name: str, result: Result, results: Results) -> str:
+    """Return a benchmark's name, with its commit where that is not the newest."""
+    commit = result.environment.commit if result.environment else None
+    return name if commit == results.environments[0].commit else f"{name} ({commit})"
+
+
+def _machine(results: Results) -> str:
+    environment = results.environments[0]
+    return f"{environment.name}, {environment.dtype}, commit {environment.commit}"

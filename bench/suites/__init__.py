@@ -1,0 +1,1 @@
+"""One file per benchmark; each declares a ``BENCHMARK``, which ``runner.NAMES`` lists."""

@@ -1,4 +1,4 @@
-"""One CLAdapter block, LayerNorm to residual, against the same block compiled."""
+"""Time one CLAdapter block, LayerNorm to residual, beside the same block compiled."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastadapt.kernels import cluster_attention_reference
 from fastadapt.layers.cladapter import CLAdapterBlock
 
 from .. import harness
 from ..operation import BOTH, Case, Provider, measure, with_backend
+from ..protocol import Benchmark, Record
+from ..upstream import cladapter_block
 from . import cluster_attention as attention
 
 TITLE = "CLAdapter block: LayerNorms, cluster attention, MLP of ratio 4, residual"
@@ -26,7 +27,7 @@ MLP_RATIO = 4
 
 
 def case(batch: int, tokens: int, width: int) -> Case:
-    """One shape with all that can run it here."""
+    """Return one shape with all providers that run on this machine."""
     torch.manual_seed(0)
     block = CLAdapterBlock(
         width, mlp_ratio=MLP_RATIO, num_centers=attention.CENTERS, rank=attention.RANK
@@ -42,10 +43,10 @@ def case(batch: int, tokens: int, width: int) -> Case:
         return [x.to(harness.dtype()).requires_grad_()]
 
     main = (batch, tokens, width) == next(iter(attention.SHAPES))
-    calls = {
+    calls: dict[str, Callable[..., Any]] = {
         "ours": block,
-        "eager": formulation(block, cluster_attention_reference),
-        "upstream": formulation(block, attention.upstream_formulation),
+        "eager": cladapter_block(block, cluster_attention_reference),
+        "upstream": cladapter_block(block),
     }
     if torch.cuda.is_available():
         calls["ours"] = with_backend("triton", block)
@@ -60,27 +61,17 @@ def case(batch: int, tokens: int, width: int) -> Case:
         size=batch * tokens * width,
         inputs=inputs,
         providers={name: Provider(call, weights) for name, call in calls.items()},
-        exact=Provider(formulation(exact, cluster_attention_reference), list(exact.parameters())),
+        exact=Provider(
+            cladapter_block(exact, cluster_attention_reference), list(exact.parameters())
+        ),
         work=work(batch, tokens, width),
         names=("y", "dx", *(f"d{name}" for name, _ in block.named_parameters())),
         speedups={part: (factor, "compiled") for part, factor in speedups.items()},
     )
 
 
-def formulation(block: CLAdapterBlock, attend: Callable) -> Callable:
-    """The block in PyTorch's operations around a formulation of cluster attention."""
-    a = block.attn
-    weights = a.centers, a.transforms, a.down.weight, a.down.bias, a.up.weight, a.up.bias
-
-    def call(x):
-        x = attend(block.ln_1(x), *weights)
-        return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.ln_2(x))))
-
-    return call
-
-
 def work(batch: int, tokens: int, width: int) -> dict[str, tuple[float, float]]:
-    """FLOPs, and bytes at least: tokens in and out, the MLP's weights once."""
+    """Return FLOPs and the least bytes: tokens in and out, the MLP's weights once."""
     rows, size = batch * tokens, harness.dtype().itemsize
     part = attention.work(batch, tokens, width)
     weights = 2 * MLP_RATIO * width**2
@@ -94,7 +85,10 @@ def work(batch: int, tokens: int, width: int) -> dict[str, tuple[float, float]]:
     }
 
 
-def run(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Times every shape; see :func:`fastadapt.bench.run`."""
+def run(quick: bool = False) -> Iterator[Record]:
+    """Time every shape."""
     for shape in attention.shapes(quick):
         yield measure(case(*shape))
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run)

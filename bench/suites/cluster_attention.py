@@ -1,19 +1,18 @@
-"""Cluster attention: our kernels, the best formulation in PyTorch, and upstream's own."""
+"""Time cluster attention: our kernels, the best formulation in PyTorch, and upstream's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.kernels import cluster_attention, cluster_attention_reference
 
-from .. import harness
+from .. import harness, upstream
 from ..operation import Case, Provider, measure
+from ..protocol import Benchmark, Record
 
 TITLE = "Cluster attention, channel mode, 20 centers, rank 256"
 NOTES = (
@@ -35,14 +34,14 @@ NAMES = ("y", "dx", "dcenters", "dtransforms", "ddown", "ddown_bias", "dup", "du
 
 
 def shapes(quick: bool) -> tuple[tuple[int, int, int], ...]:
-    """Batch, tokens and channels that are timed here."""
+    """Return the batches, tokens and channels that are timed on this machine."""
     if not torch.cuda.is_available():
         return CPU[:1] if quick else CPU
     return QUICK if quick else tuple(SHAPES)
 
 
 def make_inputs(batch: int, tokens: int, width: int, seed: int = 0) -> list[Tensor]:
-    """Arguments of ``cluster_attention`` that require gradients."""
+    """Return arguments of ``cluster_attention`` that require gradients."""
     where = harness.device()
     generator = torch.Generator(where).manual_seed(seed)
 
@@ -61,19 +60,8 @@ def make_inputs(batch: int, tokens: int, width: int, seed: int = 0) -> list[Tens
     ]
 
 
-def upstream_formulation(x, centers, transforms, down_weight, down_bias, up_weight, up_bias):
-    """The operation in upstream's steps, with its [B, K, R, R]."""
-    batch = x.shape[0]
-    q = F.normalize(x.mean(dim=1), dim=-1)
-    a = (q @ F.normalize(centers, dim=0)).softmax(dim=-1)
-    spread = transforms.unsqueeze(0).expand(batch, -1, -1, -1)
-    mixed = (a[:, :, None, None] * spread).sum(dim=1)
-    h = F.linear(x, down_weight, down_bias)
-    return F.linear(h @ mixed, up_weight, up_bias)
-
-
 def work(batch: int, tokens: int, width: int) -> dict[str, tuple[float, float]]:
-    """FLOPs, and bytes at least: tokens once in and once out, everything else is small."""
+    """Return FLOPs and the least bytes: tokens in once and out once; all else is small."""
     rows = batch * tokens
     project, mix = 2 * rows * width * RANK, 2 * rows * RANK * RANK
     moved = harness.dtype().itemsize * rows * width
@@ -84,12 +72,12 @@ def work(batch: int, tokens: int, width: int) -> dict[str, tuple[float, float]]:
 
 
 def case(batch: int, tokens: int, width: int) -> Case:
-    """One shape with all that can run it here."""
+    """Return one shape with all providers that run on this machine."""
     reference = Provider(cluster_attention_reference)
     providers = {
         "ours": Provider(cluster_attention),
         "eager": reference,
-        "upstream": Provider(upstream_formulation),
+        "upstream": Provider(upstream.cluster_attention),
     }
     if torch.cuda.is_available():
         providers["ours"] = Provider(partial(cluster_attention, backend="triton"))
@@ -107,7 +95,10 @@ def case(batch: int, tokens: int, width: int) -> Case:
     )
 
 
-def run(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Times every shape; see :func:`fastadapt.bench.run`."""
+def run(quick: bool = False) -> Iterator[Record]:
+    """Time every shape."""
     for shape in shapes(quick):
         yield measure(case(*shape))
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run)

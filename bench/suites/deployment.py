@@ -1,13 +1,13 @@
-"""Whole models in every runtime: images per second, latency, and whether the outputs agree.
+"""Time whole models in every runtime: images per second, latency, agreement of the outputs.
 
-ViT-B/16 and ConvNeXt-B with a CLAdapter, random weights. Everything computes the same from the same
-uint8 images on the GPU, normalisation included; inputs and outputs stay there (no copies over
-PCIe). A runtime that does not agree with the unfolded fp32 model is not timed. FP8 has bounds and a
-target of its own; the other targets are met without it or not at all.
+The models are ViT-B/16 and ConvNeXt-B with a CLAdapter, with random weights. Every runtime computes
+the same from the same uint8 images on the GPU, normalisation included; inputs and outputs stay
+there (no copies over PCIe). A runtime that does not agree with the unfolded fp32 model is not
+timed. FP8 has bounds and a target of its own; the other targets must be met without it.
 
-The environment variable ``FASTADAPT_DEPLOYMENT`` chooses: a regular expression that is sought in
-"ViT-B/16, AOTInductor bf16" and its like, whatever the case. "convnext" is one backbone in every
-runtime, "vit.*aotinductor" one kind of runtime.
+The environment variable ``FASTADAPT_DEPLOYMENT`` chooses a part: a regular expression that is
+searched for in names such as "ViT-B/16, AOTInductor bf16", ignoring case. "convnext" is one
+backbone in every runtime, "vit.*aotinductor" one kind of runtime.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,12 +42,11 @@ from fastadapt.export.bundle.parity import Parity, Thresholds, compare
 from fastadapt.export.precision.fp8 import check_gpu, quantize_fp8
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.export.runtimes import load_runtime
-from fastadapt.layers import ClusterAttention
 
-from .. import harness
+from .. import harness, upstream
 from .. import network_step as steps
-from ..reporting import tables as report
-from .cluster_attention import upstream_formulation
+from ..protocol import Benchmark, Row, Tables
+from ..reporting.tables import one_line
 
 TITLE = "Deployment: a backbone with a CLAdapter, 224 × 224"
 NOTES = "Inputs and outputs stay on the GPU; uint8 images, normalisation in the graph."
@@ -64,19 +64,19 @@ ONNX, AOTI, FP8 = "model.fp16.onnx", "model.bf16.pt2", "model.fp8.pt2"
 BOUNDS = {**THRESHOLDS, "fp8": Thresholds(error=0.4, cosine=0.99)}
 CHOICE = "FASTADAPT_DEPLOYMENT"
 
-Call = Callable[[Tensor], Tensor]
+Call = Callable[[Tensor], Any]  # to a tensor, or to an array of a runtime
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone that is timed with an adapter behind it.
+    """A backbone that is timed with an adapter after it.
 
     Attributes:
-        title: in tables.
+        title: its name in tables.
         backbone: timm's name.
-        flops: of one image, the adapter's included, as PyTorch's FlopCounterMode counts them.
-        targets: batch size to images per second on an H100, first target and ambition, of the best
-            runtime of a bundle in 16 bit.
+        flops: FLOPs of one image, the adapter's included, as PyTorch's FlopCounterMode counts.
+        targets: batch size to images per second on an H100, first target and ambition, for the
+            best runtime of a bundle in 16 bit.
         fp8_targets: batch size to images per second in FP8.
     """
 
@@ -100,7 +100,7 @@ SUBJECTS = (
 
 
 def make_model(subject: Subject) -> fa.AdaptedModel:
-    """The same random weights in every process."""
+    """Make a model with the same random weights in every process."""
     import timm
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def make_model(subject: Subject) -> fa.AdaptedModel:
 
 
 def make_images(count: int, seed: int = 1) -> Tensor:
-    """uint8 [count, SIZE, SIZE, 3]: smooth, of different colours and contrasts."""
+    """Make uint8 images [count, SIZE, SIZE, 3], smooth, of different colours and contrasts."""
     generator = torch.Generator().manual_seed(seed)
     small = torch.rand(count, 3, 7, 7, generator=generator)
     small = small * torch.rand(count, 1, 1, 1, generator=generator)
@@ -123,24 +123,25 @@ def _graph_input() -> GraphInput:
     return GraphInput(Preprocess((3, SIZE, SIZE)))
 
 
-def _behind_input(model: nn.Module) -> nn.Module:
+def with_graph_input(model: nn.Module) -> nn.Module:
+    """Put the normalisation of uint8 images before a model."""
     return Deployed(model, _graph_input())
 
 
 def _on_device(model: nn.Module) -> nn.Module:
-    return _behind_input(model).to(harness.device())
+    return with_graph_input(model).to(harness.device())
 
 
 def prepare(subject: Subject, part: str, folder: str) -> float:
-    """Compiles one part, in a process of its own: files into ``folder``, code into the caches.
+    """Compile one part, in a process of its own: files into ``folder``, code into the caches.
 
     Args:
-        subject: whose.
-        part: ``"onnx"``, ``"aoti"``, ``"fp8"``, or a batch size: for torch.compile.
-        folder: of the subject.
+        subject: the model to compile.
+        part: ``"onnx"``, ``"aoti"``, ``"fp8"``, or a batch size for torch.compile.
+        folder: the subject's folder.
 
     Returns:
-        How many seconds it took.
+        The seconds that it took.
     """
     start = time.perf_counter()
     folded = fa.fold(make_model(subject))
@@ -149,18 +150,20 @@ def prepare(subject: Subject, part: str, folder: str) -> float:
         path = Path(folder) / ONNX
         export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=_graph_input())
     elif part in ("aoti", "fp8"):
-        model, name = _as_shipped(folded, torch.bfloat16), AOTI
+        shipped = _as_shipped(folded, torch.bfloat16)
+        model: nn.Module = shipped
+        name = AOTI
         if part == "fp8":
             check_gpu()
             images = make_images(SAMPLES, seed=2).to(harness.device())
-            model, name = quantize_fp8(model, [images], _on_device)[0], FP8
+            model, name = quantize_fp8(shipped, [images], _on_device)[0], FP8
         batch = Batches(min(BATCHES), 64, max(BATCHES))
         example = (make_images(2).to(harness.device()),)
         path = Path(folder) / name
         build_aoti(_on_device(model), example, path, batch, precision=name.split(".")[1])
     else:
-        model = _compiled(_bf16(folded))
-        model(make_images(int(part)).to(harness.device()))
+        call = _compiled(_bf16(folded))
+        call(make_images(int(part)).to(harness.device()))
     return time.perf_counter() - start
 
 
@@ -170,7 +173,7 @@ def _as_shipped(folded: nn.Module, dtype: torch.dtype) -> MixedPrecision:
 
 
 def _bf16(folded: nn.Module) -> nn.Module:
-    """What one would write: no layer casts, which costs an eager call time."""
+    """Cast once, as users would write it: no casts in each layer, which cost eager calls time."""
     return _on_device(MixedPrecision(folded, torch.bfloat16, ()))
 
 
@@ -178,31 +181,12 @@ def _compiled(model: nn.Module) -> Call:
     return torch.no_grad()(torch.compile(model, dynamic=False))
 
 
-class _UpstreamAttention(nn.Module):
-    """Cluster attention in upstream's steps."""
-
-    def __init__(self, layer: ClusterAttention):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        own = self.layer
-        return upstream_formulation(
-            x,
-            own.centers,
-            own.transforms,
-            own.down.weight,
-            own.down.bias,
-            own.up.weight,
-            own.up.bias,
-        )
-
-
 def _upstream(model: nn.Module) -> Call:
-    """The unfolded fp32 model as upstream runs it: eager, under autocast."""
+    """Return the unfolded fp32 model as upstream runs it: eager, under autocast."""
     model = copy.deepcopy(model)
-    for block in model.adapter.blocks:
-        block.attn = _UpstreamAttention(block.attn)
+    adapter: Any = model.adapter
+    for block in adapter.blocks:
+        block.attn = upstream.ClusterAttention(block.attn)
     model = _on_device(model)
 
     @torch.no_grad()
@@ -218,9 +202,9 @@ class Provider:
     """One way to run a model.
 
     Attributes:
-        precision: whose thresholds it must keep.
+        precision: the precision whose thresholds it must keep.
         part: what :func:`prepare` must have made for it; ``"compile"`` is every batch size.
-        make: gives the call, when its turn comes.
+        make: returns the call, when its turn comes.
     """
 
     precision: str
@@ -229,7 +213,7 @@ class Provider:
 
 
 def providers(subject: Subject, folder: Path) -> dict[str, Provider]:
-    """Every way to run a subject, by name."""
+    """Return every way to run a subject, by name."""
     model = functools.cache(lambda: make_model(subject))
     folded = functools.cache(lambda: fa.fold(model()))
 
@@ -265,12 +249,12 @@ class Results:
     batches: tuple[int, ...]
     speeds: dict[str, dict[int, float]] = field(default_factory=dict)
     times: dict[str, dict[str, str]] = field(default_factory=dict)  # of single images
-    parities: list[dict] = field(default_factory=list)
-    wrong: list[dict] = field(default_factory=list)
+    parities: list[Row] = field(default_factory=list)
+    wrong: list[Row] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def tables(self) -> dict[str, list[dict]]:
-        """By title, which names the backbone."""
+    def tables(self) -> dict[str, list[Row]]:
+        """Return tables by title, which names the backbone."""
         tables = {
             "WRONG RESULTS, not timed": self.wrong,
             SPEED: self._speed_rows(),
@@ -278,11 +262,11 @@ class Results:
         }
         return {f"{self.subject.title}, {title}": rows for title, rows in tables.items() if rows}
 
-    def _speed_rows(self) -> list[dict]:
-        """A row for each runtime, then what the best of a bundle comes to."""
+    def _speed_rows(self) -> list[Row]:
+        """Return a row for each runtime, then shares and targets of a bundle's best."""
         if not self.speeds:
             return []
-        rows = [
+        rows: list[Row] = [
             {"runtime": name, **{str(n): f"{v:,.0f}" for n, v in found.items()}, **self.times[name]}
             for name, found in self.speeds.items()
         ]
@@ -300,7 +284,7 @@ class Results:
         return rows
 
     def _best(self, batch: int, *, fp8: bool = False) -> float:
-        """Of what a bundle holds."""
+        """Return the images per second of the fastest runtime that a bundle holds."""
         names = (n for n in self.speeds if n.startswith(OURS) and ("fp8" in n) == fp8)
         return max((self.speeds[name][batch] for name in names), default=0.0)
 
@@ -311,8 +295,8 @@ def _met(speed: float, targets: tuple[int, ...]) -> str:
     return f"{' / '.join(f'{target:,}' for target in targets)}: {word}"
 
 
-def run(quick: bool = False) -> Iterator[dict]:
-    """Times every runtime; yields what there is after each, see :mod:`fastadapt.bench`."""
+def run(quick: bool = False) -> Iterator[Tables]:
+    """Time every runtime; yield what there is after each."""
     batches = (1, 64) if quick else BATCHES
     images = make_images(SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
@@ -328,17 +312,17 @@ def run(quick: bool = False) -> Iterator[dict]:
             notes.append(f"chosen: {CHOICE}={os.environ[CHOICE]!r}")
         left = [f"{subject.title}, {name}" for subject, chosen in todo.items() for name in chosen]
         found = [Results(subject, batches) for subject in todo]
-        yield _to_dict(found, notes, left, "; ".join(notes[1:]))
+        yield _to_tables(found, notes, left, "; ".join(notes[1:]))
         for results, chosen in zip(found, todo.values(), strict=True):
             with torch.no_grad():
-                expected = _behind_input(make_model(results.subject))(images).numpy()
+                expected = with_graph_input(make_model(results.subject))(images).numpy()
             for name, provider in chosen.items():
                 said = f"{left.pop(0)}: {_measure(name, provider, images, expected, results)}"
-                yield _to_dict(found, notes, left, said)
+                yield _to_tables(found, notes, left, said)
 
 
 def _chosen(subject: Subject, every: dict[str, Provider]) -> dict[str, Provider]:
-    """Those that the environment variable names."""
+    """Return those that the environment variable names."""
     pattern = os.environ.get(CHOICE, "")
     try:
         wanted = re.compile(pattern, re.IGNORECASE)
@@ -350,37 +334,38 @@ def _chosen(subject: Subject, every: dict[str, Provider]) -> dict[str, Provider]
 def _parts(
     todo: dict[Subject, dict[str, Provider]], batches: tuple[int, ...]
 ) -> list[tuple[Subject, str]]:
-    """What must be compiled; what takes longest comes first."""
+    """Return what must be compiled; what takes longest comes first."""
     needed = [(s, part) for s, some in todo.items() for part in {p.part for p in some.values()}]
     whole = [(s, part) for part in ("fp8", "aoti", "onnx") for s, p in needed if p == part]
     return whole + [(s, str(batch)) for s, part in needed if part == "compile" for batch in batches]
 
 
-def _to_dict(found: Sequence[Results], notes: list[str], left: list[str], progress: str) -> dict:
-    """See :mod:`fastadapt.bench`."""
+def _to_tables(
+    found: Sequence[Results], notes: list[str], left: list[str], progress: str
+) -> Tables:
     tables = {title: rows for results in found for title, rows in results.tables().items()}
-    return {
-        "title": TITLE,
-        "about": [results.subject.title for results in found],
-        "tables": tables,
-        "readme": [title for title in tables if title.endswith(SPEED)],
-        "wrong": [
+    return Tables(
+        tables,
+        about=tuple(results.subject.title for results in found),
+        summary=[title for title in tables if title.endswith(SPEED)],
+        wrong=[
             f"{results.subject.title}, {row['runtime']}, batch {row['batch']}"
             for results in found
             for row in results.wrong
         ],
-        "notes": [*notes, *(line for results in found for line in results.failed)],
-        "left_out": [f"{name}: the run ended before it" for name in left],
-        "progress": progress,
-    }
+        notes=[*notes, *(line for results in found for line in results.failed)],
+        left_out=[f"{name}: the run ended before it" for name in left],
+        progress=progress,
+    )
 
 
 def _measure(
     name: str, provider: Provider, images: Tensor, expected: np.ndarray, results: Results
 ) -> str:
-    """One runtime into ``results``; returns that in short."""
+    """Measure one runtime into ``results``; return that in short."""
     torch.compiler.reset()
     sizes = {*results.batches, ODD} if name.startswith(OURS) else {*results.batches}
+    call: Call | None = None
     try:
         call = provider.make()
         found = check(call, images, expected, provider.precision, sorted(sizes))
@@ -393,16 +378,16 @@ def _measure(
         results.speeds[name] = speeds
         return ", ".join(f"{speed:,.0f} at {batch}" for batch, speed in speeds.items())
     except Exception as error:  # one runtime that fails leaves the others' figures
-        reason = f"not measured, {report.one_line(error)}"
+        reason = f"not measured, {one_line(error)}"
         results.failed.append(f"{results.subject.title}, {name}: {reason}")
         return reason
     finally:
-        call = None
+        del call  # before its memory is given back
         harness.release()
 
 
 def _prepare_all(parts: Sequence[tuple[Subject, str]], folder: str) -> list[str]:
-    """Everything that compiles, side by side; what takes too long is given up."""
+    """Compile everything side by side; what takes too long is given up."""
     if not parts:
         return []
     context = get_context("spawn")
@@ -418,7 +403,7 @@ def _prepare_all(parts: Sequence[tuple[Subject, str]], folder: str) -> list[str]
             if not future.done():
                 notes.append(f"{part}: not ready after {PREPARE_SECONDS} s")
             elif (error := future.exception()) is not None:
-                notes.append(f"{part}: failed, {report.one_line(error)}")
+                notes.append(f"{part}: failed, {one_line(error)}")
             else:
                 notes.append(f"{part}: prepared in {future.result():.0f} s")
         if not all(future.done() for future in started.values()):
@@ -428,8 +413,10 @@ def _prepare_all(parts: Sequence[tuple[Subject, str]], folder: str) -> list[str]
 
 
 def _share_cores(parts: int) -> None:
-    """The compiler's own processes: twice as many in all as there are cores, since those of a part
-    wait while it traces."""
+    """Limit the compiler's own processes to twice as many in all as there are cores.
+
+    Those of a part wait while it traces.
+    """
     cores = os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // parts))
     torch._inductor.config.compile_threads = max(1, 2 * cores // parts)
@@ -438,7 +425,7 @@ def _share_cores(parts: int) -> None:
 def check(
     call: Call, images: Tensor, expected: np.ndarray, precision: str, batches: Sequence[int]
 ) -> list[tuple[Parity, float]]:
-    """The gate, at every batch size that is given, with the share of images of the same class."""
+    """Compare outputs at every batch size; return parities and shares of the same class."""
     found = []
     for batch in batches:
         rows = torch.arange(math.ceil(len(images) / batch) * batch) % len(images)
@@ -452,7 +439,7 @@ def check(
 
 
 def images_per_second(call: Call, batch: int, seconds: float = 0.6) -> float:
-    """Calls after one another, waited for at the end; the median of several rounds."""
+    """Measure calls one after the other, waited for at the end; the median of several rounds."""
     x = make_images(batch).to(harness.device())
     calls = 1
     while _seconds(call, x, calls) < seconds / 6:
@@ -470,7 +457,7 @@ def _seconds(call: Call, x: Tensor, calls: int) -> float:
 
 
 def latency(call: Call) -> dict[str, str]:
-    """p50 and p99 of single calls at batch 1, from the call to the result on the GPU."""
+    """Measure p50 and p99 of single calls at batch 1, from the call to the result on the GPU."""
     x = make_images(1).to(harness.device())
     for _ in range(20):
         call(x)
@@ -478,7 +465,7 @@ def latency(call: Call) -> dict[str, str]:
     return {f"p{n}, ms": f"{np.percentile(times, n):.3f}" for n in (50, 99)}
 
 
-def _parity_row(name: str, parity: Parity, same: float) -> dict:
+def _parity_row(name: str, parity: Parity, same: float) -> Row:
     error = None if parity.error is None else f"{parity.error:.1e}"
     cosine = None if parity.cosine is None else f"{parity.cosine:.6f}"
     spread = None if parity.spread is None else f"{parity.spread:.1e}"
@@ -492,3 +479,6 @@ def _parity_row(name: str, parity: Parity, same: float) -> dict:
         "spread": spread,
         "passed": "; ".join(parity.problems) or "yes",
     }
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run, needs_gpu=True, slow=True)

@@ -1,14 +1,16 @@
-"""GDPL end to end on real images, without downloads: ``python -m fastadapt.bench.suites.gdpl_transfer``.
+"""Run GDPL from images to a bundle without any download.
+
+The command is ``python -m fastadapt.bench.suites.gdpl_transfer``.
 
 No pretrained CLIP model installs as a package, so a small one is trained from scratch on half of
 scikit-learn's digits (scans of handwriting, 8×8) and the English words for them. The other half
-becomes another domain: crooked by 35°, pale, blurred and noisy. There GDPL trains on 16 images each
-of five of the digits; what it gives is measured on other images of these five and of the five that
+becomes another domain: rotated by 35°, pale, blurred and noisy. There GDPL trains on 16 images each
+of five of the digits; its accuracy is measured on other images of these five and of the five that
 it never saw in that domain, beside the CLIP model alone. The first run is then folded, exported,
 verified, and exported once more with all ten words.
 
-What this shows is that every part works together. It says nothing about the accuracy that GDPL
-reaches with a large CLIP model, and domain and learning rate were chosen on these very images.
+This shows that all parts work together. It says nothing about the accuracy that GDPL reaches with a
+large CLIP model; domain and learning rate were chosen on these very images.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +41,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 SIZE = 32
 ENCODER = "test_efficientnet"
 TEMPLATES = ("a photo of a {}.", "a scan of a {}.", "the digit {}.", "a picture of the number {}.")
-CLIP = {
+CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"layers": 4, "width": 64, "patch_size": 8, "image_size": SIZE, "head_width": 16},
     "text_cfg": {
@@ -48,17 +52,17 @@ CLIP = {
         "layers": 4,
     },
 }
-NORMALIZATION = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+MEAN = STD = (0.5, 0.5, 0.5)
 GDPL = GDPLConfig(depth=3, rank_depth=3)
 
 
 def main(out: Path, results: Path, seeds: tuple[int, ...]) -> None:
-    """Runs everything, prints what it does, and writes ``gdpl-transfer.json`` and ``.md``.
+    """Run everything, print what it does, and write ``gdpl-transfer.json`` and ``.md``.
 
     Args:
-        out: gets the data, the models, the runs and the bundles.
+        out: the folder for data, models, runs and bundles.
         results: the folder for the tables.
-        seeds: of GDPL's runs.
+        seeds: the seeds of GDPL's runs.
     """
     from sklearn.datasets import load_digits
 
@@ -137,12 +141,12 @@ def main(out: Path, results: Path, seeds: tuple[int, ...]) -> None:
 
 
 def enlarge(scan: np.ndarray) -> Image.Image:
-    """uint8 [8, 8] to RGB of ``SIZE``, bright strokes on black."""
+    """Enlarge uint8 [8, 8] to an RGB image of ``SIZE``, bright strokes on black."""
     return Image.fromarray(scan).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def write_domain(root: Path, scans: list[Image.Image], labels: np.ndarray) -> None:
-    """The other domain as class folders, half of it for training."""
+    """Write the other domain as class folders, half of it for training."""
     rng = np.random.default_rng(1)
     for index, (scan, label) in enumerate(zip(scans, labels, strict=True)):
         folder = root / ("train" if index < len(scans) // 2 else "test") / WORDS[label]
@@ -153,15 +157,15 @@ def write_domain(root: Path, scans: list[Image.Image], labels: np.ndarray) -> No
         Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / f"{index:04}.png")
 
 
-def tensors(images: list[Image.Image]) -> Tensor:
-    """Normalised [N, 3, H, W]."""
-    preprocess = Preprocess((3, SIZE, SIZE), **NORMALIZATION)
+def tensors(images: Sequence[Image.Image]) -> Tensor:
+    """Return normalised images [N, 3, H, W]."""
+    preprocess = Preprocess((3, SIZE, SIZE), mean=MEAN, std=STD)
     stacked = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))) for i in images])
     return preprocess.normalize(stacked.permute(0, 3, 1, 2))
 
 
 def jitter(images: Tensor) -> Tensor:
-    """Moved by up to 3 pixels, contrast and brightness changed: small data needs it."""
+    """Shift by up to 3 pixels, change contrast and brightness: small data needs it."""
     dx, dy = torch.randint(-3, 4, (2,)).tolist()
     contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.2)
     shift = torch.empty(len(images), 1, 1, 1).uniform_(-0.2, 0.2)
@@ -169,7 +173,7 @@ def jitter(images: Tensor) -> Tensor:
 
 
 def train_clip(scans: list[Image.Image], labels: np.ndarray, folder: Path) -> float:
-    """Trains and writes a CLIP model; its accuracy on the fifth that was held out."""
+    """Train and write a CLIP model; return its accuracy on the fifth that was held out."""
     import open_clip
 
     clip = open_clip.CLIP(**CLIP)
@@ -186,7 +190,7 @@ def train_clip(scans: list[Image.Image], labels: np.ndarray, folder: Path) -> fl
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps)
     for _ in range(epochs):
         for rows in (torch.randperm(len(x) - held) + held).split(batch):
-            text = texts[torch.randint(len(texts), ()).item()]
+            text = texts[int(torch.randint(len(texts), ()))]
             image_features = clip.encode_image(jitter(x[rows]), normalize=True)
             text_features = clip.encode_text(text, normalize=True)
             logits = clip.logit_scale.exp() * image_features @ text_features.T
@@ -200,17 +204,17 @@ def train_clip(scans: list[Image.Image], labels: np.ndarray, folder: Path) -> fl
     with torch.no_grad():
         image_features = clip.encode_image(x[:held], normalize=True)
         logits = image_features @ clip.encode_text(texts[0], normalize=True).T
-    config = {"model_cfg": CLIP, "preprocess_cfg": NORMALIZATION}
+    config = {"model_cfg": CLIP, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     return (logits.argmax(1) == y[:held]).float().mean().item()
 
 
-def train_encoder(images: list[Image.Image], file: Path) -> float:
-    """An encoder that knows the domain without its labels: it learns to tell rotations."""
+def train_encoder(images: Sequence[Image.Image], file: Path) -> float:
+    """Train an encoder on the domain without labels: it learns to tell rotations."""
     import timm
 
-    encoder = timm.create_model(ENCODER, num_classes=0)
+    encoder: Any = timm.create_model(ENCODER, num_classes=0)
     head = nn.Linear(encoder.num_features, 4)
     x = tensors(images)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=2e-3)
@@ -231,7 +235,7 @@ def train_encoder(images: list[Image.Image], file: Path) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Run GDPL from images to a bundle.")
     parser.add_argument("--out", type=Path, default=Path("gdpl-out"))
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--seeds", default="1,2,3")

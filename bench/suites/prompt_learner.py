@@ -1,19 +1,20 @@
-"""GDPL's prompt learner: the quaternion networks of all layers, from domain features to prompts."""
+"""Time GDPL's prompt learner: quaternion networks from domain features to prompts of all layers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadapt.gdpl.prompts import DomainPromptLearner
-from fastadapt.kernels import quaternion_matrix
 
 from .. import harness
+from .. import upstream as theirs
 from ..operation import Case, Provider, measure, with_backend
+from ..protocol import Benchmark, Record
 
 TITLE = "GDPL prompt learner: prompts of 2, depth 9, widths 512 and 768"
 NOTES = (
@@ -25,34 +26,8 @@ BATCHES = (4, 32)
 FEATURES, TEXT, VISION, TOKENS, DEPTH = 512, 512, 768, 2, 9
 
 
-def quaternion(layer: nn.Module, index: int | None, x: Tensor) -> Tensor:
-    """A quaternion layer as upstream computes it: zeros in front of ``x``, a matrix built first.
-
-    Args:
-        index: of the network, where the layer holds several.
-    """
-    weights = [getattr(layer, f"{name}_weight") for name in "rijk"]
-    bias = layer.bias
-    if index is not None:
-        weights, bias = [w[index] for w in weights], bias[index]
-    return torch.cat([torch.zeros_like(x), x], dim=-1) @ quaternion_matrix(*weights) + bias
-
-
-def upstream_prompts(
-    learner: DomainPromptLearner, features: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Prompts of the first text layer, the first vision layer and the deeper vision layers."""
-    bias = learner.meta_net(features)[:, None]
-    text = quaternion(learner.language_net, None, learner.ctx + bias)
-    deep = [
-        quaternion(learner.vision_nets, index, prompt + bias)
-        for index, prompt in enumerate(learner.deep_ctx)
-    ]
-    return text, learner.proj(learner.ctx), deep
-
-
 def case(batch: int) -> Case:
-    """One batch with all that can run it here."""
+    """Return one batch with all providers that run on this machine."""
     torch.manual_seed(0)
     learner = DomainPromptLearner(FEATURES, TEXT, VISION, n_ctx=TOKENS, depth=DEPTH)
     learner = learner.to(harness.device(), harness.dtype()).eval()
@@ -64,18 +39,18 @@ def case(batch: int) -> Case:
         x = torch.randn(batch, FEATURES, generator=generator, device=harness.device())
         return [x.to(harness.dtype()).requires_grad_()]
 
-    def prompts(module):
-        def call(features):
+    def prompts(module: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def call(features: Tensor) -> tuple[Tensor, ...]:
             made = module(features)
             return made.text, made.vision, made.deep_vision
 
         return call
 
-    def upstream(features):
-        text, vision, deep = upstream_prompts(learner, features)
+    def upstream(features: Tensor) -> tuple[Tensor, ...]:
+        text, vision, deep = theirs.prompts(learner, features)
         return text, vision[None], torch.stack(deep)
 
-    calls = {
+    calls: dict[str, Callable[..., Any]] = {
         "ours": prompts(learner),
         "eager": with_backend("reference", prompts(learner)),
         "upstream": upstream,
@@ -96,7 +71,7 @@ def case(batch: int) -> Case:
 
 
 def work(batch: int, weights: int) -> dict[str, tuple[float, float]]:
-    """FLOPs without the products with zeros, and bytes at least: the weights, and prompts out."""
+    """Return FLOPs without products with zeros, and the least bytes: weights, and prompts out."""
     rows, size = batch * TOKENS, harness.dtype().itemsize
     # Half of a quaternion network's input is zeros, so it does the work of a dense layer on TEXT.
     flops = 2 * rows * TEXT * (TEXT + (DEPTH - 1) * VISION)
@@ -108,7 +83,10 @@ def _names(module: nn.Module) -> list[str]:
     return [f"d{name}" for name, _ in module.named_parameters()]
 
 
-def run(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Times every batch; see :func:`fastadapt.bench.run`."""
+def run(quick: bool = False) -> Iterator[Record]:
+    """Time every batch."""
     for batch in BATCHES[:1] if quick else BATCHES:
         yield measure(case(batch))
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run)

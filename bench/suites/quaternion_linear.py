@@ -1,19 +1,19 @@
-"""Quaternion linear layers: our kernels, the matrix built first, and dense layers as wide."""
+"""Time quaternion linear layers: our kernels, the matrix built first, dense layers as wide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadapt.kernels import quaternion_linear, quaternion_linear_reference, quaternion_matrix
+from fastadapt.kernels import quaternion_linear, quaternion_linear_reference
 
-from .. import harness
+from .. import harness, upstream
 from ..operation import BOTH, Case, Provider, measure
+from ..protocol import Benchmark, Record
 
 TITLE = "Quaternion linear layer, Hamilton form, with bias"
 NOTES = (
@@ -38,7 +38,7 @@ NAMES = ("y", "dx", "dr", "di", "dj", "dk", "dbias")
 
 
 def shapes(quick: bool) -> tuple[tuple[int, int, int], ...]:
-    """Rows, inputs and outputs that are timed here."""
+    """Return the rows, inputs and outputs that are timed on this machine."""
     if not torch.cuda.is_available():
         return CPU[:1] if quick else CPU
     return QUICK if quick else tuple(SHAPES)
@@ -47,7 +47,7 @@ def shapes(quick: bool) -> tuple[tuple[int, int, int], ...]:
 def make_inputs(
     rows: int, width: int, height: int, seed: int = 0, dense: bool = False
 ) -> list[Tensor]:
-    """Arguments of ``quaternion_linear``, or of ``F.linear``, that require gradients."""
+    """Return arguments of ``quaternion_linear``, or of ``F.linear``, that require gradients."""
     where = harness.device()
     generator = torch.Generator(where).manual_seed(seed)
 
@@ -61,15 +61,8 @@ def make_inputs(
     return [x, *(normal(width // 4, height // 4, scale=scale) for _ in range(4)), bias]
 
 
-def upstream_formulation(x, weight_r, weight_i, weight_j, weight_k, bias):
-    """The layer in upstream's steps, in fp32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weights = (w.to(wide) for w in (weight_r, weight_i, weight_j, weight_k))
-    return (x.to(wide) @ quaternion_matrix(*weights) + bias.to(wide)).to(x.dtype)
-
-
 def work(rows: int, width: int, height: int) -> dict[str, tuple[float, float]]:
-    """FLOPs of the dense product, and bytes at least: in, out and a quarter of its weights."""
+    """Return the dense product's FLOPs, and the least bytes: in, out, a quarter of its weights."""
     flops, weights = 2 * rows * width * height, width * height // 4
     size = harness.dtype().itemsize
     return {
@@ -79,13 +72,13 @@ def work(rows: int, width: int, height: int) -> dict[str, tuple[float, float]]:
 
 
 def case(rows: int, width: int, height: int) -> Case:
-    """One shape with all that can run it here."""
+    """Return one shape with all providers that run on this machine."""
     shape = rows, width, height
     reference = Provider(quaternion_linear_reference)
     providers = {
         "ours": Provider(quaternion_linear),
         "eager": reference,
-        "upstream": Provider(upstream_formulation),
+        "upstream": Provider(upstream.quaternion_linear),
         "dense": Provider(F.linear, inputs=partial(make_inputs, *shape, dense=True)),
     }
     if torch.cuda.is_available():
@@ -105,7 +98,10 @@ def case(rows: int, width: int, height: int) -> Case:
     )
 
 
-def run(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Times every shape; see :func:`fastadapt.bench.run`."""
+def run(quick: bool = False) -> Iterator[Record]:
+    """Time every shape."""
     for shape in shapes(quick):
         yield measure(case(*shape))
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run)

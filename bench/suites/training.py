@@ -1,11 +1,10 @@
-"""Training steps: stage 1 on images and on cached features, and stage 2, beside upstream's."""
+"""Time training steps, stage 1 on images and on cached features, and stage 2, beside upstream's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +20,10 @@ from fastadapt.train.step import training_step
 
 from .. import harness
 from .. import network_step as steps
-from .cladapter import formulation
-from .cluster_attention import upstream_formulation
+from ..protocol import Benchmark, Errors, Record
+from ..upstream import CLAdapterModel
 
-TITLE = "Training step, CLAdapter behind a frozen backbone (stage 1) or with it (stage 2)"
+TITLE = "Training step, CLAdapter after a frozen backbone (stage 1) or with it (stage 2)"
 NOTES = (
     "Forward, loss, backward and optimizer, from a batch in the GPU's memory; wall time. Upstream "
     "is its recipe restated: eager calls, fp16 autocast with loss scaling, Adam, the backbone "
@@ -46,53 +45,39 @@ CPU = {("test_vit", 2): ((), ()), ("test_convnext", 2): ((), ())}
 CLASSES = 10
 
 
-class Upstream(nn.Module):
-    """Upstream's forward pass on the weights of an adapted model, the backbone in the graph."""
-
-    def __init__(self, model: AdaptedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        model, adapter = self.model, self.model.adapter
-        x = model.feature_fn(model.backbone, images)[:, model.spec.num_prefix_tokens :]
-        x = adapter.norm1(as_tokens(model, x))
-        for block in adapter.blocks:
-            x = formulation(block, upstream_formulation)(x)
-        return model.head(adapter.norm2(x).mean(1))
-
-
-def run(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Times every backbone and batch; see :func:`fastadapt.bench.run`."""
+def run(quick: bool = False) -> Iterator[Record]:
+    """Time every backbone and batch."""
     shapes = SHAPES if torch.cuda.is_available() else CPU
     for index, ((name, batch), targets) in enumerate(shapes.items()):
         if not quick or index == 0:
             yield record(name, batch, *targets)
 
 
-def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]:
-    """One backbone and batch: checked, then timed."""
+def record(name: str, batch: int, first: tuple[float, ...], cached: tuple[float, ...]) -> Record:
+    """Check one backbone and batch, then time it.
+
+    Args:
+        name: timm's.
+        batch: images in a step.
+        first: targets in µs of stage 1 on images.
+        cached: targets in µs of stage 1 on cached features.
+    """
     import timm
 
     torch.manual_seed(0)
     where = harness.device()
     backbone = timm.create_model(name, pretrained=False).to(where)
     model = fa.adapt(backbone, num_classes=CLASSES).train()
-    upstream = Upstream(model)
+    upstream = CLAdapterModel(model)
     images = torch.randn(batch, *model.spec.input_size, device=where)
     labels = torch.randint(CLASSES, (batch,), device=where)
-    result: dict[str, Any] = {
-        "shape": f"{name}, {batch}",
-        "dimensions": "backbone, batch",
-        "size": batch,
-    }
-
-    result["errors"], wrong = _check(model, images, labels)
-    if wrong:
-        return result | {"wrong": wrong}
+    result = Record(f"{name}, {batch}", "backbone, batch", batch)
+    result.errors, result.wrong = _check(model, images, labels)
+    if result.wrong:
+        return result
     release_fused_blocks(backbone)  # what is kept of it is ours alone, and only where it is called
 
-    def ours(logits: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, Any]:
+    def ours(logits: Callable[[Tensor], Tensor], inputs: Tensor) -> dict[str, steps.Step]:
         found = {"ours": steps.measure(_step(model, logits, labels, inputs, True), graph=True)}
         if where.type == "cuda":  # elsewhere it is the same
             found["ours, eager"] = steps.measure(_step(model, logits, labels, inputs, False))
@@ -122,16 +107,13 @@ def record(name: str, batch: int, first: tuple, cached: tuple) -> dict[str, Any]
         **ours(model, last),
         "upstream": steps.measure(_upstream_step(model, upstream, labels, images)),
     }
-    targets = {"stage 1": first, "cached": cached}
-    result["parts"] = {
-        part: steps.part(found, **({"target_us": targets[part]} if targets.get(part) else {}))
-        for part, found in parts.items()
-    }
+    result.parts = {name: steps.part(found) for name, found in parts.items()}
+    result.parts["stage 1"].target_us, result.parts["cached"].target_us = first, cached
     return result
 
 
-def _check(model: AdaptedModel, images: Tensor, labels: Tensor):
-    """Ours and upstream's form, both in our precision, against upstream's in a higher one."""
+def _check(model: AdaptedModel, images: Tensor, labels: Tensor) -> tuple[Errors, Errors]:
+    """Compare ours and upstream's form, in our precision, with upstream's in a higher one."""
 
     def found(network: nn.Module, of: nn.Module, amp: bool) -> dict[str, Tensor]:
         def logits():
@@ -145,11 +127,11 @@ def _check(model: AdaptedModel, images: Tensor, labels: Tensor):
     precise = copy.deepcopy(model)
     if not torch.cuda.is_available():
         precise.double()
-    truth = found(Upstream(precise), precise, False)
-    return steps.check(found(model, model, True), found(Upstream(model), model, True), truth)
+    truth = found(CLAdapterModel(precise), precise, False)
+    return steps.check(found(model, model, True), found(CLAdapterModel(model), model, True), truth)
 
 
-def _autocast(dtype: torch.dtype = torch.bfloat16):
+def _autocast(dtype: torch.dtype = torch.bfloat16) -> AbstractContextManager:
     if not torch.cuda.is_available():
         return nullcontext()
     return torch.autocast("cuda", dtype=dtype)
@@ -166,14 +148,14 @@ def _step(
     inputs: Tensor,
     graph: bool,
 ) -> Callable[[], object]:
-    """The trainer's step, with an optimizer of its own over what the model trains now."""
+    """Return the trainer's step, with an optimizer of its own over what the model trains now."""
     optimizer = make_optimizer(model, TrainConfig(lr=LR))
     step = training_step(logits, optimizer, _autocast, graph=graph, say=steps.say)
     return lambda: step(LR, labels, inputs)
 
 
 def _upstream_step(
-    model: AdaptedModel, upstream: Upstream, labels: Tensor, images: Tensor
+    model: AdaptedModel, upstream: CLAdapterModel, labels: Tensor, images: Tensor
 ) -> Callable[[], None]:
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=LR)
     scaler = torch.amp.GradScaler(enabled=torch.cuda.is_available())
@@ -188,3 +170,6 @@ def _upstream_step(
         scaler.update()
 
     return step
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run)

@@ -98,6 +98,7 @@ def test_bench_names_what_there_is_and_what_was_left_out():
 def test_bench_writes_its_results(tmp_path):
     done = fastadapt("bench", "prompt_learner", "--quick", "--json", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("*.json")
-    command = json.loads(file.read_text())["environment"]["command"]
+    (file,) = tmp_path.glob("*/results.json")
+    result = json.loads(file.read_text())["benchmarks"]["prompt_learner"]
+    command = result["environment"]["command"]
     assert command == f"fastadapt bench prompt_learner --quick --json {tmp_path}"

@@ -1,21 +1,22 @@
-"""The operations for pytest-benchmark: ``pytest bench --benchmark-only``.
+"""Time the operations under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-Eager calls of ours, launch to completion; in comparison with other formulations, on CUDA graphs
-and with targets, ``fastadapt bench`` times them.
+It times eager calls of ours, launch to completion; ``fastadapt bench`` compares with other
+formulations, replays CUDA graphs and knows targets.
 """
 
 import pytest
 import torch
 
-from .. import harness
-from ..operation import Case
-from . import cladapter, cluster_attention, prompt_learner, quaternion_linear
+from . import harness
+from .operation import Case
+from .suites import cladapter, cluster_attention, prompt_learner, quaternion_linear
 
 SHAPES = cluster_attention.shapes(quick=True)
 BATCHES = prompt_learner.BATCHES[:1]
 
 
 def forward(benchmark, case: Case) -> None:
+    """Time our forward pass."""
     provider, inputs = case.providers["ours"], case.inputs(0)
 
     @torch.no_grad()
@@ -27,6 +28,7 @@ def forward(benchmark, case: Case) -> None:
 
 
 def forward_backward(benchmark, case: Case) -> None:
+    """Time our forward and backward pass."""
     provider, inputs = case.providers["ours"], case.inputs(0)
     leaves = [*(t for t in inputs if t.requires_grad), *provider.weights]
 

@@ -44,23 +44,23 @@ def test_baselines_agree_and_are_timed(small, monkeypatch):
     keep(monkeypatch)
     first, *_, result = deployment.run()
     names = ["upstream, AMP bf16, eager", "bf16, eager"]
-    assert first["left_out"] == [
+    assert first.left_out == [
         f"{subject}, {name}: the run ended before it"
         for subject in ("ViT", "ConvNeXt")
         for name in names
     ]
-    assert result["left_out"] == [] and result["wrong"] == []
-    assert result["progress"].startswith("ConvNeXt, bf16, eager: ")
-    assert result["readme"] == [f"{subject}, {deployment.SPEED}" for subject in ("ViT", "ConvNeXt")]
+    assert result.left_out == [] and result.wrong == []
+    assert result.progress.startswith("ConvNeXt, bf16, eager: ")
+    assert result.summary == [f"{subject}, {deployment.SPEED}" for subject in ("ViT", "ConvNeXt")]
     for subject in ("ViT", "ConvNeXt"):
-        speeds = result["tables"][f"{subject}, {deployment.SPEED}"]
+        speeds = result.tables[f"{subject}, {deployment.SPEED}"]
         targets = [deployment.TARGET, deployment.FP8_TARGET] if subject == "ViT" else []
         assert [row["runtime"] for row in speeds] == [*names, deployment.BEST, *targets]
         for row in speeds[:2]:
             assert [*row] == ["runtime", "1", "8", "p50, ms", "p99, ms"]
         for row in speeds[3:]:
             assert [*row] == ["runtime", "8"]
-        rows = result["tables"][f"{subject}, {deployment.AGREEMENT}"]
+        rows = result.tables[f"{subject}, {deployment.AGREEMENT}"]
         assert {row["batch"] for row in rows} == {1, 8}
         assert {row["passed"] for row in rows} == {"yes"}
 
@@ -78,16 +78,16 @@ def test_what_is_wrong_or_fails_is_not_timed(small, monkeypatch):
     }
     keep(monkeypatch, **others)
     *_, result = deployment.run(quick=False)
-    assert result["wrong"] == [
+    assert result.wrong == [
         f"{subject}, AOTInductor bf16, batch {batch}"
         for subject in ("ViT", "ConvNeXt")
         for batch in (1, 5, 8)
     ]
-    speeds = result["tables"][f"ViT, {deployment.SPEED}"]
+    speeds = result.tables[f"ViT, {deployment.SPEED}"]
     found = {row["runtime"]: row for row in speeds}
     assert "AOTInductor bf16" not in found and "ONNX" not in found
     assert found[deployment.TARGET]["8"] == "7,100 / 8,000: missed"
-    assert "ViT, ONNX: not measured, RuntimeError: no such GPU at line 3" in result["notes"]
+    assert "ViT, ONNX: not measured, RuntimeError: no such GPU at line 3" in result.notes
 
 
 def test_a_choice_runs_and_prepares_that_alone(small, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_choice_runs_and_prepares_that_alone(small, monkeypatch):
     monkeypatch.setattr(deployment, "_prepare_all", lambda parts, _: prepared.extend(parts) or [])
     first = next(deployment.run())
     assert prepared == [(SUBJECTS[1], "onnx")]
-    assert [line.partition(":")[0] for line in first["left_out"]] == [
+    assert [line.partition(":")[0] for line in first.left_out] == [
         "ConvNeXt, ONNX Runtime fp16, I/O binding",
         "ConvNeXt, ONNX Runtime fp16, CUDA graph",
     ]
@@ -134,7 +134,7 @@ def test_fp8_meets_a_target_of_its_own(small, bf16, fp8, met, met_in_fp8):
 def test_fp8_has_bounds_of_its_own(small):
     images = deployment.make_images(4)
     with torch.no_grad():
-        want = deployment._behind_input(deployment.make_model(SUBJECTS[0]))(images)
+        want = deployment.with_graph_input(deployment.make_model(SUBJECTS[0]))(images)
     spread = want.var(dim=0, correction=0).mean().sqrt()
 
     def call(images):
@@ -162,7 +162,7 @@ def test_fp8_is_prepared(small, tmp_path, monkeypatch, subject):
     assert len(layers) > 10
     images = deployment.make_images(4)
     with torch.no_grad():
-        want = deployment._behind_input(deployment.make_model(subject))(images).numpy()
+        want = deployment.with_graph_input(deployment.make_model(subject))(images).numpy()
         ((parity, same),) = deployment.check(model, images, want, "fp8", [4])
     assert parity.passed and same == 1
 
@@ -172,5 +172,5 @@ def test_onnx_is_prepared(small, tmp_path):
     runtime = load_runtime(tmp_path / deployment.ONNX, device="cpu")
     images = deployment.make_images(4)
     with torch.no_grad():
-        want = deployment._behind_input(deployment.make_model(SUBJECTS[0]))(images).numpy()
+        want = deployment.with_graph_input(deployment.make_model(SUBJECTS[0]))(images).numpy()
     assert np.abs(runtime(images).numpy() - want).max() < 0.05 * want.std(axis=0).max()
