@@ -1,37 +1,39 @@
-"""From an adapted model to files that can be deployed: one step a file."""
+"""From a trained model to files that can be deployed.
+
+What imports what, lowest first:
+
+1. ``parity``, ``artefact``, ``speed``, ``graph_input``, ``runtimes``: shared by all below.
+   ``fold`` and ``folded_layers`` make a plain PyTorch model of a trained one.
+2. ``backends`` (one file format each) and ``precision`` (half, INT8, FP8).
+3. ``bundle``: the folder of files that is deployed: how it is made, checked and read.
+4. ``predictor`` and ``triton_server``: what runs a bundle.
+"""
 
 import importlib
+from typing import Any
 
-_WHERE = {
-    "fold_with_report": "fold",
+_MODULES = {
+    "EngineOptions": "bundle.engine_options",
     "FoldReport": "fold",
+    "compare": "parity",
     "export_onnx": "backends.onnx",
-    "compare": "bundle.parity",
-    "verify_bundle": "bundle.verify",
-    "EngineOptions": "bundle.build",
-    "load_runtime": "runtimes",
     "export_run": "bundle.pipeline",
     "export_timm": "bundle.pipeline",
+    "fold_with_report": "fold",
     "load": "predictor",
-    "write_repository": "backends.triton_server",
+    "load_runtime": "runtimes",
+    "verify_bundle": "bundle.verify",
+    "write_repository": "triton_server",
 }
-__all__ = [
-    "EngineOptions",
-    "FoldReport",
-    "compare",
-    "export_onnx",
-    "export_run",
-    "export_timm",
-    "fold_with_report",
-    "load",
-    "load_runtime",
-    "verify_bundle",
-    "write_repository",
-]
+__all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
-    # Each step imports what it needs: folding works without ONNX, verifying without its exporter.
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"fastadapt.export.{_WHERE[name]}"), name)
-    raise AttributeError(f"module 'fastadapt.export' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    # Each name imports what it needs: folding works without ONNX, verifying without its exporter.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,9 +7,10 @@
   bit; in rotation form they are computed in fp64 and rounded once.
 - Cluster attention becomes :class:`FoldedClusterAttention`: ordinary operators, the constants
   computed beforehand. Its mixing depends on the input, so it cannot vanish.
-- Dropouts are switched off, and a timm backbone's classifier, which the adapter replaces, goes.
+- Dropouts are switched off, and a timm backbone's classifier, which the adapter replaces, is
+  dropped.
 
-LayerNorms stay whole. The last one's weights could move into the head, exactly; but a LayerNorm is
+LayerNorms stay. The last one's weights could be merged into the head exactly; but a LayerNorm is
 one fused operator with or without weights, and ``forward_features`` would no longer be the same.
 Nor is up-projection worth merging into the transforms ([K, R, R] to [K, R, C]): it saves about 1 %
 of the adapter's work and triples the weights that every call reads.
@@ -21,8 +22,8 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -40,8 +41,8 @@ from fastadapt.layers import ClusterAttention, LoRALinear, QuaternionLinear
 from .folded_layers import FoldedClusterAttention, GroupedLinear, probe_input
 
 # Largest error of a folded layer, of the largest value of its output. Both layers are evaluated in
-# fp64, so this is the rounding of the folded weights alone: some 1e-7 in fp32. The bounds leave
-# room for cancellation, and none for a wrong factor or a transposed block.
+# fp64, so this is the rounding of the folded weights alone: some 1e-7 in fp32. The bounds allow for
+# cancellation, and not for a wrong factor or a transposed block.
 ERROR_BOUNDS = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -50,20 +51,30 @@ ERROR_BOUNDS = {
 }
 
 
+DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+
 @dataclass(frozen=True)
 class FoldedLayer:
-    """One row of the report.
+    """One folded layer in the report.
 
     Attributes:
         name: of the layer in the model.
-        kind: its class.
-        folded: what became of it.
+        kind: name of its class.
+        folded: describes what replaced it.
         weight_change: relative Frobenius norm of the merged update; ``None`` where nothing is
             added to a weight.
-        error: largest difference to the unfolded layer over the largest value of its output.
+        error: largest difference to the unfolded layer, over the largest value of its output.
         bound: the error from which folding is refused.
-        probe: what the error was measured on: ``"example"`` (the layer's activations) or
-            ``"noise"`` (no example given, or the layer's weight is used without calling it).
+        probe: the input that the error was measured on: ``"example"`` (the layer's activations)
+            or ``"noise"`` (no example given, or the layer's weight is used without calling it).
     """
 
     name: str
@@ -80,7 +91,7 @@ class FoldReport:
     """What folding did to every layer.
 
     Attributes:
-        layers: one row each, in the model's order.
+        layers: in the model's order.
         dropped: names of modules that inference does not use.
     """
 
@@ -89,11 +100,12 @@ class FoldReport:
 
     @property
     def max_error(self) -> float:
+        """The largest error of all layers; 0 if none was folded."""
         return max((layer.error for layer in self.layers), default=0.0)
 
     @property
     def summary(self) -> str:
-        """One line: how many layers of which kind, and the largest error."""
+        """One line: the number of layers of each kind, and the largest error."""
         if not self.layers:
             return "no layers to fold"
         kinds = Counter(row.kind for row in self.layers)
@@ -101,6 +113,7 @@ class FoldReport:
         return f"{counted}; largest error {self.max_error:.1e}"
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what a manifest records."""
         return {"layers": [asdict(row) for row in self.layers], "dropped": list(self.dropped)}
 
     def __rich__(self) -> Table:
@@ -118,7 +131,7 @@ class FoldReport:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A folded copy: ordinary layers only, in evaluation mode, without gradients.
+    """Fold a copy of a model: ordinary layers only, in evaluation mode, without gradients.
 
     Args:
         model: any module that holds this library's layers, usually an
@@ -139,7 +152,7 @@ def fold(model: nn.Module) -> nn.Module:
 def fold_with_report(
     model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None
 ) -> tuple[nn.Module, FoldReport]:
-    """:func:`fold`, and what it did.
+    """Fold a copy of a model as :func:`fold` does, and report on every layer.
 
     Args:
         model: as for :func:`fold`.
@@ -159,46 +172,53 @@ def fold_with_report(
     rows = [_merged_row(part) for m in folded.modules() for part in _merge_coupled(m)]
 
     # Every layer is folded and validated before the first one is swapped.
-    changes: dict[str, tuple[nn.Module, str, float | None]] = {}
+    changes: dict[str, Folding] = {}
     swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in folded.named_modules():
         rule = next((rule for kind, rule in RULES.items() if isinstance(layer, kind)), None)
         if rule is None or any(name.startswith(f"{done}.") for done in changes if done):
             continue
         _check_finite(layer, name, "its weights")
-        new, description, weight_change = rule(layer)
-        new.requires_grad_(False).eval()
-        _check_finite(new, name, f"folded to {_dtype(new)}, its weights")
-        changes[name] = (new, description, weight_change)
-        swaps[layer] = new
-    for parent in list(folded.modules()):
-        for key, child in list(parent._modules.items()):  # named_children() hides repeated ones
-            if child in swaps:
-                setattr(parent, key, swaps[child])
+        change = changes[name] = rule(layer)
+        change.layer.requires_grad_(False).eval()
+        _check_finite(change.layer, name, f"folded to {_dtype(change.layer)}, its weights")
+        swaps[layer] = change.layer
+    # Modules that occur more than once are swapped under each of their names.
+    for name, layer in list(folded.named_modules(remove_duplicate=False)):
+        if name and layer in swaps:
+            folded.set_submodule(name, swaps[layer])
     folded = swaps.get(folded, folded)
     _check_finite(folded, "", "its weights")
 
-    layers = {name: new for name, (new, _, _) in changes.items()}
+    layers = {name: change.layer for name, change in changes.items()}
     inputs = {} if example is None else _activations(folded, example, layers)
-    for name, (new, description, weight_change) in changes.items():
-        probe = "example" if inputs.get(name) else "noise"
-        activations = inputs.get(name) or [probe_input(originals[name])]
-        rows.append(
-            _row(name, originals[name], new, description, weight_change, probe, activations)
-        )
+    for name, change in changes.items():
+        reached = inputs.get(name)
+        activations = reached or [probe_input(originals[name])]
+        row = _compare_layers(name, originals[name], change, activations)
+        rows.append(replace(row, probe="example" if reached else "noise"))
     return folded, FoldReport(tuple(rows), tuple(dropped))
 
 
-def _row(
-    name: str,
-    layer: nn.Module,
-    new: nn.Module,
-    description: str,
-    weight_change: float | None,
-    probe: str,
-    inputs: list[Tensor],
+class Folding(NamedTuple):
+    """What replaces a layer.
+
+    Attributes:
+        layer: the ordinary layer.
+        description: of it, for the report.
+        weight_change: as in :class:`FoldedLayer`.
+    """
+
+    layer: nn.Module
+    description: str
+    weight_change: float | None = None
+
+
+def _compare_layers(
+    name: str, layer: nn.Module, change: Folding, inputs: list[Tensor]
 ) -> FoldedLayer:
-    """A layer's row of the report. Raises InputError if folding changed what the layer does."""
+    """Compare a layer with what replaces it; raise InputError if they differ."""
+    new, description, weight_change = change
     kind, bound = type(layer).__name__, ERROR_BOUNDS[_dtype(new)]
     errors = [layer_error(layer, new, x) for x in inputs]
     error = max(errors, key=lambda e: math.inf if math.isnan(e) else e)
@@ -208,14 +228,14 @@ def _row(
             f"{error:.1e} of its output's scale; at most {bound:.0e} is rounding. Nothing was "
             "folded: please report this layer."
         )
-    return FoldedLayer(name, kind, description, weight_change, error, bound, probe)
+    return FoldedLayer(name, kind, description, weight_change, error, bound, probe="noise")
 
 
 def layer_error(layer: nn.Module, folded: nn.Module, x: Tensor) -> float:
-    """Largest difference of two layers over the largest value of the first one's output.
+    """Return the largest difference of two layers' outputs over the first one's largest value.
 
-    Both are evaluated in fp64 on the CPU, so that what is measured is the folding: neither the
-    arithmetic of a dtype, nor TF32, nor the kernels.
+    Both are evaluated in fp64 on the CPU, so that the folding is measured: neither the arithmetic
+    of a dtype, nor TF32, nor the kernels.
     """
     x = x.detach().cpu().double()
     truth = _flat(copy.deepcopy(layer).cpu().double().eval()(x))
@@ -230,7 +250,7 @@ def _flat(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _merge_coupled(module: nn.Module) -> list[MergedProjection]:
-    """GDPL's low-rank updates belong to two branches at once, so that no layer holds them."""
+    """Merge GDPL's low-rank updates, which no layer holds: they belong to two branches at once."""
     return merge_low_rank(module) if isinstance(module, GDPLModel) else []
 
 
@@ -238,17 +258,17 @@ def _merged_row(part: MergedProjection) -> FoldedLayer:
     _check_finite(part.after, part.name, "its merged weights")
     rank = len(part.before.a)
     description = f"Linear {_size(part.after)}, rank {rank} merged"
-    noise = [probe_input(part.before)]
-    return _row(part.name, part.before, part.after, description, part.weight_change, "noise", noise)
+    change = Folding(part.after, description, part.weight_change)
+    return _compare_layers(part.name, part.before, change, [probe_input(part.before)])
 
 
-def _fold_prompt_learner(layer: DomainPromptLearner) -> tuple[nn.Module, str, None]:
+def _fold_prompt_learner(layer: DomainPromptLearner) -> Folding:
     folded = FoldedPromptLearner(layer)
     widths = (layer.feature_dim, folded.linear2.in_features, folded.linear2.out_features)
-    return folded, f"2 Linear {'→'.join(map(str, widths))}, constants", None
+    return Folding(folded, f"2 Linear {'→'.join(map(str, widths))}, constants")
 
 
-def _fold_lora(layer: LoRALinear) -> tuple[nn.Module, str, float]:
+def _fold_lora(layer: LoRALinear) -> Folding:
     weight = layer.base.weight
     delta = layer.delta(torch.float64)
     tiny = torch.finfo(torch.float64).tiny
@@ -256,30 +276,30 @@ def _fold_lora(layer: LoRALinear) -> tuple[nn.Module, str, float]:
     # The wrapped layer itself stays, so that a subclass of nn.Linear is still one.
     layer.base.weight = nn.Parameter((weight.double() + delta).to(weight.dtype))
     ranks = "+".join(str(s.r) for s in layer.slices)
-    return layer.base, f"Linear {_size(layer)}, rank {ranks} merged", change
+    return Folding(layer.base, f"Linear {_size(layer)}, rank {ranks} merged", change)
 
 
-def _fold_quaternion(layer: QuaternionLinear) -> tuple[nn.Module, str, None]:
+def _fold_quaternion(layer: QuaternionLinear) -> Folding:
     dtype = layer.r_weight.dtype
     # In Hamilton form the entries are copies, so that fp64 and back changes nothing.
     matrix = copy.deepcopy(layer).double().dense_matrix().to(dtype)
     weight = matrix.transpose(-1, -2).contiguous()
     size = f"{weight.shape[-1]}→{layer.out_features}"
     if layer.groups is not None:
-        return GroupedLinear(weight, layer.bias), f"{layer.groups} Linear {size}", None
+        return Folding(GroupedLinear(weight, layer.bias), f"{layer.groups} Linear {size}")
     linear = nn.Linear(weight.shape[1], layer.out_features, device="meta")
     linear.weight = nn.Parameter(weight)
-    linear.bias = layer.bias
-    return linear, f"Linear {size}", None
+    linear.register_parameter("bias", layer.bias)
+    return Folding(linear, f"Linear {size}")
 
 
-def _fold_cluster_attention(layer: ClusterAttention) -> tuple[nn.Module, str, None]:
+def _fold_cluster_attention(layer: ClusterAttention) -> Folding:
     k, width = layer.transforms.shape[:2]
-    return FoldedClusterAttention(layer), f"{k} transforms {width}×{width}", None
+    return Folding(FoldedClusterAttention(layer), f"{k} transforms {width}×{width}")
 
 
-# A rule takes a layer of the copy and gives what replaces it, that in words, and the weight change.
-RULES: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, str, float | None]]] = {
+# A rule takes a layer of the copy and returns what replaces it.
+RULES: dict[type[nn.Module], Callable[[Any], Folding]] = {
     LoRALinear: _fold_lora,
     QuaternionLinear: _fold_quaternion,
     ClusterAttention: _fold_cluster_attention,
@@ -288,10 +308,10 @@ RULES: dict[type[nn.Module], Callable[[Any], tuple[nn.Module, str, float | None]
 
 
 def _drop_unused(folded: nn.Module) -> list[str]:
-    """Removes what inference does not use; returns the names of the modules that went."""
+    """Remove modules that inference does not use, and return their names."""
     for module in folded.modules():
-        # Set to zero, not taken out: attention layers read the value.
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        # Set to zero, not removed: attention layers read the value.
+        if isinstance(module, DROPOUTS):
             module.p = 0.0
     dropped = []
     for name, module in list(folded.named_modules()):
@@ -300,27 +320,28 @@ def _drop_unused(folded: nn.Module) -> list[str]:
         # Any other feature function may call the classifier.
         if module.feature_fn is not backbones.forward_features:
             continue
-        before = _with_weights(module.backbone)
-        module.backbone.reset_classifier(0)
-        after = _with_weights(module.backbone)
+        backbone: Any = module.backbone
+        before = _with_weights(backbone)
+        backbone.reset_classifier(0)
+        after = _with_weights(backbone)
         prefix = f"{name}.backbone." if name else "backbone."
         dropped += [prefix + key for key in before if key not in after]
     return dropped
 
 
 def _with_weights(module: nn.Module) -> list[str]:
-    """Names of the modules that hold parameters of their own."""
+    """Return the names of the modules that hold parameters of their own."""
     return [key for key, m in module.named_modules() if any(True for _ in m.parameters(False))]
 
 
 def _activations(
     model: nn.Module, example: Tensor | tuple[Tensor, ...], layers: dict[str, nn.Module]
 ) -> dict[str, list[Tensor]]:
-    """What reaches the layers when the model runs on an example; nothing, if one is not called."""
+    """Run the model on an example and return the inputs of the layers; none of one not called."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keep(name: str):
-        # A copy: what follows may write to it.
+        # A copy, since later operators may write to it.
         def hook(_, args, kwargs):
             inputs[name].append((*args, *kwargs.values())[0].detach().cpu().clone())
 

@@ -1,4 +1,4 @@
-"""Layers that exist in folded models only, and input to try layers on."""
+"""Layers that exist in folded models only, and the input that layers are tried on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ PROBE_TOKENS = 16
 
 
 class GroupedLinear(nn.Module):
-    """Linear layers side by side, each with its own input: ``y[g] = x[g] W[g]ᵀ + b[g]``.
+    """G linear layers, each with its own input: ``y[g] = x[g] W[g]ᵀ + b[g]``.
+
+    Args:
+        weight: [G, out_features, in_features].
+        bias: [G, out_features], or ``None``.
 
     Shape:
         [G, ..., in_features] to [G, ..., out_features].
@@ -26,19 +30,20 @@ class GroupedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply every group by its own weight."""
         y = x.flatten(1, -2) @ self.weight.transpose(1, 2)
         y = y if self.bias is None else y + self.bias[:, None]
         return y.unflatten(1, x.shape[1:-1])
 
 
 class FoldedClusterAttention(nn.Module):
-    """Cluster attention for inference, of ordinary operators.
+    """Cluster attention for inference, made of ordinary operators.
 
-    The centers are normalised already, the transforms flattened to [K, R·R] (token mode: [K, N·N])
-    so that mixing them is one product. Which mixture a sample gets depends on the sample.
+    The centers are normalised beforehand, and the transforms flattened to [K, R·R] (token mode:
+    [K, N·N]), so that mixing them is one product. The weights of the mixture depend on the sample.
 
     Attributes:
-        kernels: mix the transforms by Triton's kernels instead, which AOTInductor stores; see
+        kernels: mix the transforms by Triton kernels instead, which AOTInductor stores; see
             :mod:`fastadapt.kernels.cluster_attention.aot`.
 
     Shape:
@@ -58,8 +63,11 @@ class FoldedClusterAttention(nn.Module):
         self.up = layer.up
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the transforms for every sample, and apply the mixture to its tokens."""
         mixed = self._mixed(x).unflatten(1, (self.width, self.width))
-        return mixed @ x if self.down is None else self.up(self.down(x) @ mixed)
+        if self.down is None or self.up is None:
+            return mixed @ x
+        return self.up(self.down(x) @ mixed)
 
     def _mixed(self, x: Tensor) -> Tensor:
         if self.kernels:
@@ -75,13 +83,15 @@ class FoldedClusterAttention(nn.Module):
         return a @ self.transforms
 
     def extra_repr(self) -> str:
+        """Describe the sizes."""
         dim, num_centers = self.centers.shape
         return f"dim={dim}, num_centers={num_centers}, width={self.width}"
 
 
 def probe_input(layer: nn.Module) -> Tensor:
-    """Standard normal input fp64, for a layer that no example reaches."""
+    """Make a standard normal input in fp64, for a layer that no example reaches."""
     generator = torch.Generator().manual_seed(0)
+    shape: tuple[int, ...]
     if isinstance(layer, ClusterAttention):
         shape = (2, layer.num_tokens or PROBE_TOKENS, layer.dim)
     elif isinstance(layer, DomainPromptLearner):
@@ -92,5 +102,6 @@ def probe_input(layer: nn.Module) -> Tensor:
             (PROBE_TOKENS, width) if layer.groups is None else (layer.groups, PROBE_TOKENS, width)
         )
     else:
+        assert isinstance(layer.in_features, int)
         shape = (PROBE_TOKENS, layer.in_features)
     return torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -1,4 +1,4 @@
-"""``fastadapt.export.load``: a bundle as a function of images, in the best runtime there is.
+"""``fastadapt.export.load``: a bundle as a function of images, in the fastest runtime here.
 
 >>> predict = fa.export.load("bundle")
 >>> predict(["a.png", "b.png"]).labels
@@ -21,9 +21,9 @@ from torch import Tensor
 from fastadapt.data.decode import load_image, to_rgb
 from fastadapt.errors import InputError
 
-from .bundle.artefact import VERIFIED, Artefact
-from .bundle.graph_input import GraphInput
+from .artefact import VERIFIED, Artefact
 from .bundle.manifest import check_accepted, check_files, read_manifest
+from .graph_input import GraphInput
 from .runtimes import Runtime, RuntimeUnavailable, load_runtime
 
 Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -32,7 +32,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of images.
+    """A model's outputs for some images.
 
     Attributes:
         logits: fp32 [images, classes]; features, if the model has no head.
@@ -44,14 +44,14 @@ class Prediction:
 
     @property
     def labels(self) -> list[str]:
-        """The likeliest class of every image; empty strings without a head."""
+        """The most likely class of every image; empty strings without a head."""
         if not self.classes:
             return [""] * len(self.logits)
         return [self.classes[index] for index in self.logits.argmax(axis=1)]
 
     @property
     def probabilities(self) -> np.ndarray:
-        """The logits' softmax [images, classes]."""
+        """The softmax of the logits [images, classes]."""
         powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
 
@@ -60,13 +60,13 @@ class Prediction:
 
 
 class Predictor:
-    """A bundle that is loaded; made by :func:`load`.
+    """A loaded bundle, called with images; made by :func:`load`.
 
     Attributes:
         classes: names in the outputs' order.
         artefact: the file that runs.
-        runtime: what runs it.
-        graph_input: what it takes.
+        runtime: that runs it.
+        graph_input: the input that it takes.
         others: names of its inputs beside the images.
     """
 
@@ -80,22 +80,22 @@ class Predictor:
         self._fewest, self._most = sizes["min"], sizes["max"]
 
     def __call__(self, images: Picture | Sequence[Picture], **others: np.ndarray) -> Prediction:
-        """Predicts, with the preprocessing of the training.
+        """Predict, with the preprocessing of the training.
 
         Args:
             images: one or many, of any size: paths, PIL images, uint8 RGB arrays [H, W, 3] or
                 uint8 RGB tensors [3, H, W]; or an array [B, H, W, 3] or tensor [B, 3, H, W].
-            **others: what else the model takes, by name: fp32 arrays [images, ...]
+            **others: further inputs of the model, by name: fp32 arrays [images, ...]
                 (``domain_features``, where a GDPL model's encoder was left out).
 
         Raises:
-            InputError: an image cannot be read, or is none of these; another input is missing.
+            InputError: an image cannot be read, or is of another type; an input is missing.
         """
         pixels = [self._pixels(image) for image in _listed(images)]
         if not pixels:
             raise InputError("there are no images to predict")
         self._check_others(others, len(pixels))
-        outputs: list[np.ndarray | None] = [None] * len(pixels)
+        outputs: dict[int, np.ndarray] = {}
         shapes = sorted({p.shape for p in pixels})  # one, unless the graph resizes
         for shape in shapes:
             indices = [i for i, p in enumerate(pixels) if p.shape == shape]
@@ -105,10 +105,11 @@ class Predictor:
                 rows = self._run(np.stack([pixels[i] for i in part]), further)
                 for index, row in zip(part, rows, strict=True):
                     outputs[index] = row
-        return Prediction(np.stack(outputs).astype(np.float32), self.classes)
+        logits = np.stack([outputs[i] for i in range(len(pixels))])
+        return Prediction(logits.astype(np.float32), self.classes)
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        """uint8 [3, H, W] for :meth:`GraphInput.array`."""
+        """Convert an image to uint8 [3, H, W] for :meth:`GraphInput.array`."""
         if self.graph_input.resize:
             return np.moveaxis(np.asarray(image), -1, 0)
         return self.graph_input.preprocess.transform(image).numpy()
@@ -135,7 +136,7 @@ class Predictor:
 def load(
     bundle: str | Path, file: str | None = None, *, device: str = "auto", check: bool = True
 ) -> Predictor:
-    """Loads a bundle for local use.
+    """Load a bundle for local use.
 
     Args:
         bundle: a folder that ``fastadapt export`` wrote.
@@ -167,7 +168,7 @@ def load(
     on_gpu = device != "cpu" and torch.cuda.is_available()
     reasons = []
     for artefact in sorted(artefacts, key=lambda a: -_speed(a, on_gpu)):
-        if artefact.status != VERIFIED:
+        if artefact.path is None or artefact.status != VERIFIED:
             continue
         try:
             runtime = load_runtime(bundle / artefact.path, artefact.kind, device=device)
@@ -181,7 +182,7 @@ def load(
 
 
 def _speed(artefact: Artefact, on_gpu: bool) -> float:
-    """Images per second where the bundle was made, on the kind of device that is meant."""
+    """Return images per second where the bundle was made, on a GPU or on the CPU."""
     speeds = [
         max(by_batch.values(), default=0.0)
         for runtime, by_batch in artefact.speed.items()
@@ -191,7 +192,7 @@ def _speed(artefact: Artefact, on_gpu: bool) -> float:
 
 
 def _listed(images: Picture | Sequence[Picture]) -> list[Image.Image]:
-    """RGB images."""
+    """Convert one or many pictures to RGB images."""
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
         return [_image(image) for image in images]
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):

@@ -1,4 +1,4 @@
-"""What runs a bundle's files, behind one small interface.
+"""The runtimes of a bundle's files: ONNX Runtime, AOTInductor and TensorRT, one interface.
 
 >>> runtime = load_runtime("bundle/model.onnx")
 >>> logits = runtime(images)  # numpy in, numpy out; tensor in, tensor out on its device
@@ -11,8 +11,9 @@ import ctypes
 import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 class RuntimeUnavailable(InputError):
-    """This machine cannot run the file; the message says why. Another machine may."""
+    """Report that this machine cannot run a file, and why; another machine may."""
 
 
 class Runtime:
@@ -35,16 +36,22 @@ class Runtime:
 
     Attributes:
         name: for tables, ``"ONNX Runtime, CPU"`` for one.
-        providers: what computes, the first one first.
-        device: where: ``"cpu"`` or ``"cuda"``.
+        providers: the libraries that compute, in the order in which they are preferred.
+        device: ``"cpu"`` or ``"cuda"``.
     """
 
     name: str
     providers: tuple[str, ...]
     device: str
 
-    def __call__(self, *inputs: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """Runs a batch.
+    @overload
+    def __call__(self, *inputs: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, *inputs: np.ndarray) -> np.ndarray: ...
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run a batch.
 
         Args:
             inputs: all arrays or all tensors, in the order, dtypes and layouts of the file's
@@ -63,9 +70,11 @@ class Runtime:
             ) from error
 
     def run_tensors(self, *inputs: Tensor) -> Tensor:
+        """Run contiguous tensors that are on the runtime's device."""
         return torch.from_numpy(self.run_arrays(*(x.numpy() for x in inputs)))
 
     def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
+        """Run contiguous arrays."""
         tensors = (torch.from_numpy(x).to(self.device) for x in inputs)
         return self.run_tensors(*tensors).cpu().numpy()
 
@@ -78,16 +87,17 @@ def load_runtime(
     cuda_graph: bool = False,
     threads: int | None = None,
 ) -> Runtime:
-    """Loads a file of a bundle.
+    """Load a file of a bundle.
 
     Args:
         path: ``.onnx``, ``.pt2`` or ``.engine``, with the ``.json`` beside the last two.
         kind: ``"onnx"``, ``"aotinductor"``, ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix
             and the file beside it if ``None``.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: what there is.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU if there is one.
         cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
-            where launches are what takes time. Each batch size costs a capture. AOTInductor and
-            TensorRT: of the first eight; what cannot be captured runs without, with a warning.
+            where launching kernels takes most of the time. Each batch size costs a capture.
+            AOTInductor and TensorRT capture the first eight sizes; a model that cannot be captured
+            runs without, with a warning.
         threads: on a CPU; the cores that this process may use if ``None``.
 
     Raises:
@@ -155,7 +165,7 @@ class OnnxRuntime(Runtime):
         self.inputs, self.output = session.get_inputs(), session.get_outputs()[0]
 
     def _session(self, batch: int | None) -> Any:
-        """A session, for any batch size or (CUDA graphs) for one."""
+        """Return a session for any batch size, or for one (with CUDA graphs)."""
         if batch in self._sessions:
             return self._sessions[batch]
         import onnxruntime
@@ -183,12 +193,14 @@ class OnnxRuntime(Runtime):
         return self._sessions.setdefault(batch, session)
 
     def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
+        """Run arrays; ONNX Runtime copies them to the GPU and back."""
         if self.cuda_graph:
             return super().run_arrays(*inputs)
         named = {value.name: x for value, x in zip(self.inputs, inputs, strict=True)}
         return self._session(None).run([self.output.name], named)[0]
 
     def run_tensors(self, *inputs: Tensor) -> Tensor:
+        """Run tensors where they are, without copies."""
         if self.device == "cpu":
             return super().run_tensors(*inputs)
         if self.cuda_graph:
@@ -198,7 +210,7 @@ class OnnxRuntime(Runtime):
         return output
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """A graph reads and writes where it did when it was captured."""
+        """Copy inputs to the addresses that the graph was captured with, and replay it."""
         batch = len(inputs[0])
         if batch not in self._fixed:
             self._fixed[batch] = tuple(x.clone() for x in inputs), self._empty(batch)
@@ -215,7 +227,7 @@ class OnnxRuntime(Runtime):
         for bind, value, x in pairs:
             shape, device = list(x.shape), x.device.index or 0
             bind(value.name, "cuda", device, _NUMPY[x.dtype], shape, x.data_ptr())
-        torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
+        torch.cuda.current_stream().synchronize()  # ONNX Runtime uses a CUDA stream of its own
         session.run_with_iobinding(binding)
 
     def _empty(self, batch: int) -> Tensor:
@@ -226,13 +238,13 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.
 
 
 def _preload(onnxruntime: Any) -> None:
-    """CUDA's libraries where the system has none: those that PyTorch has loaded, or packages'."""
+    """Load CUDA's libraries where the system has none: those of PyTorch or of packages."""
     with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
 
 
 def _why_no_cuda(onnxruntime: Any) -> str:
-    """The linker's words: ONNX Runtime has them in its log only."""
+    """Return the linker's reason, which ONNX Runtime writes to its log only."""
     folder = Path(onnxruntime.__file__).parent / "capi"
     try:
         for name in ("shared", "cuda"):
@@ -244,7 +256,7 @@ def _why_no_cuda(onnxruntime: Any) -> str:
 
 
 class AotiRuntime(Runtime):
-    """AOTInductor's .pt2."""
+    """AOTInductor's .pt2, which holds native code for one kind of device."""
 
     def __init__(self, path: Path, details: dict[str, Any], *, device: str, cuda_graph: bool):
         from .backends.aotinductor import no_probes, target
@@ -279,7 +291,9 @@ class AotiRuntime(Runtime):
 
     @torch.no_grad()
     def run_tensors(self, *inputs: Tensor) -> Tensor:
-        return (self._graphs or self._model)(*inputs)
+        """Run the compiled model, or replay its graph."""
+        run: Callable[..., Any] = self._graphs or self._model
+        return run(*inputs)
 
 
 class TensorRTRuntime(Runtime):
@@ -328,7 +342,9 @@ class TensorRTRuntime(Runtime):
         self._graphs = GraphedCall(self._enqueue, say=warnings.warn) if cuda_graph else None
 
     def run_tensors(self, *inputs: Tensor) -> Tensor:
-        return (self._graphs or self._enqueue)(*inputs)
+        """Enqueue the engine, or replay its graph."""
+        run: Callable[..., Any] = self._graphs or self._enqueue
+        return run(*inputs)
 
     def _enqueue(self, *inputs: Tensor) -> Tensor:
         context = self._context
@@ -344,7 +360,7 @@ class TensorRTRuntime(Runtime):
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use: a container's limit and its affinity counted.
+    """Count the physical cores that this process may use, by its affinity and container limit.
 
     Two threads on one core wait for each other in products of matrices, and more threads than
     the limit allows are all stopped at once.
@@ -365,6 +381,7 @@ def usable_cores() -> int:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

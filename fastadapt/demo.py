@@ -244,7 +244,7 @@ def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def pytorch_speed(run_folder: Path, batches: Iterable[int]) -> dict[int, float]:
     """Images per second of the trained model on this CPU, by batch size."""
-    from fastadapt.export.bundle.onnx_check import throughput
+    from fastadapt.export.speed import throughput
 
     model = load_adapter(run_folder).to(memory_format=torch.channels_last)
     speeds = {}

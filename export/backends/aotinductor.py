@@ -1,10 +1,10 @@
-"""A folded model to AOTInductor's .pt2: compiled ahead, run without Python.
+"""AOTInductor: a folded model to a .pt2, compiled ahead of time and run without Python.
 
-What is compiled is the folded model of ordinary operators: Inductor writes fused kernels for it
-(Triton's on a GPU, stored as cubins in the file; C++ on a CPU), so that loading needs neither this
-package nor Triton. On a GPU fastadapt's own kernels for the mixing of cluster attention's
-transforms are compiled into the file as well (:mod:`fastadapt.kernels.cluster_attention.aot`); where
-that fails, it holds ordinary operators alone, and its details say why.
+Inductor writes fused kernels for the folded model's ordinary operators (Triton's on a GPU, stored
+as cubins in the file; C++ on a CPU), so that loading needs neither this package nor Triton. On a
+GPU fastadapt's own kernels for the mixing of cluster attention's transforms are compiled into the
+file as well (:mod:`fastadapt.kernels.cluster_attention.aot`); where that fails, the file holds
+ordinary operators alone, and its details say why.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from fastadapt.errors import InputError
 from fastadapt.files import atomic_path, write_json
 from fastadapt.kernels.common.dispatch import why_not_device
 
-from ..bundle.artefact import DEFAULT_BATCHES, Batches
+from ..artefact import DEFAULT_BATCHES, Batches
 from ..folded_layers import FoldedClusterAttention
-from .onnx import BATCH
+from ..graph_input import BATCH
+from ..runtimes import first_line
 
 
 def check_compiler() -> None:
-    """Raises InputError if there is no C++ compiler, which AOTInductor needs on a GPU, too."""
+    """Raise InputError if there is no C++ compiler, which AOTInductor needs on a GPU, too."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -54,7 +55,7 @@ def build_aoti(
     *,
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Compiles a model for the device that it is on; writes ``path`` and ``path`` + ``.json``.
+    """Compile a model for the device that it is on; write ``path`` and ``path`` + ``.json``.
 
     ``torch._inductor.aoti_load_package(path)`` loads the file, in C++
     ``torch::inductor::AOTIModelPackageLoader``. Both need libtorch of the version that compiled it
@@ -64,13 +65,13 @@ def build_aoti(
         model: ordinary operators only; maps inputs like ``example`` to one tensor.
         example: inputs with any batch, on the model's device.
         path: ends in ``.pt2``.
-        batch: which batch sizes it will take; tuned for ``opt``.
-        precision: of the model, for the record.
+        batch: the batch sizes that the file takes; it is tuned for ``opt``.
+        precision: of the model, to be recorded.
 
     Returns:
-        What is written to the ``.json``: versions, target, batch, inputs, and
-        ``"triton_kernels"``, the names of fastadapt's own kernels in the file, or in
-        ``"no_triton_kernels"`` why there are none.
+        The content of the ``.json``: versions, target, batch, inputs, and ``"triton_kernels"``,
+        the names of fastadapt's own kernels in the file, or ``"no_triton_kernels"``, why there
+        are none.
 
     Raises:
         InputError: no compiler; the model cannot be traced or compiled, with the reason.
@@ -100,7 +101,7 @@ def build_aoti(
         "library": "AOTInductor",
         "version": torch.__version__,
         "precision": precision,
-        "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
+        "batch": batch.to_dict(),
         "targets": [target(example[0].device)],
         "inputs": [_describe(x, fixed) for x in example],
         "triton_kernels": list(own),
@@ -119,15 +120,14 @@ def _compile(model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package:
     except OSError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"AOTInductor cannot compile the model: {reason}") from error
 
 
 def _compile_with_kernels(
     model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path
 ) -> tuple[tuple[str, ...], str | None]:
-    """With fastadapt's own kernels. Returns their names; none, and why, where they cannot be."""
+    """Compile with fastadapt's own kernels; return their names, or none and the reason."""
     layers = [m for m in model.modules() if isinstance(m, FoldedClusterAttention)]
     why_not = _why_not_kernels(layers, example[0].device)
     if why_not is not None:
@@ -148,9 +148,9 @@ def _compile_with_kernels(
 
 @contextlib.contextmanager
 def no_probes(*, vectors: bool) -> Iterator[None]:
-    """Within, PyTorch compiles no programs to learn about the CPU's vector instructions.
+    """Keep PyTorch from compiling programs that try out the CPU's vector instructions.
 
-    It names them in every .pt2, also for a GPU, and compares them whenever it loads one, if only
+    It names them in every .pt2, for a GPU, too, and compares them whenever it loads one, if only
     for a warning: ten seconds of compiling, and more than a minute on some hosts.
 
     Args:
@@ -161,13 +161,13 @@ def no_probes(*, vectors: bool) -> Iterator[None]:
     try:
         with config.patch({"cpp.vec_isa_ok": vectors}):
             yield
-    finally:  # who compiles for the CPU later finds out properly
+    finally:  # a later compilation for the CPU tries them out
         for function in (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.pick_vec_isa):
             getattr(function, "cache_clear", lambda: None)()
 
 
 def _check_linked(package: Path) -> None:
-    """Raises InputError for code with a C++ library of its own inside.
+    """Raise InputError for code that contains a C++ library of its own.
 
     Two of them in one process have two sets of locales: loading such a file ends the process.
     """
@@ -198,7 +198,7 @@ def _why_not_kernels(layers: list[FoldedClusterAttention], device: torch.device)
 
 
 def target(device: torch.device | str) -> str:
-    """What compiled code is for: ``"sm_90"`` for a GPU, ``"cpu AVX512"`` for a CPU."""
+    """Name what code is compiled for: ``"sm_90"`` for a GPU, ``"cpu AVX512"`` for a CPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -206,7 +206,7 @@ def target(device: torch.device | str) -> str:
 
 
 def _dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
-    """The batch is dynamic in every one of ``count`` inputs; a ``*others`` is one argument."""
+    """Make the batch dynamic in each of ``count`` inputs; a ``*others`` is one argument."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
     rest = (batch,) * (count - named)

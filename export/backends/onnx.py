@@ -1,4 +1,4 @@
-"""A folded model to an ONNX file: dynamic batch, ordinary operators only."""
+"""ONNX: a folded model to a file of ordinary operators with a dynamic batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import nn
 
 from fastadapt.errors import InputError
 
-from ..bundle.graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
+from ..graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
 
-# 20 keeps LayerNormalization and Gelu whole; from 23 on, attention becomes one operator, which not
-# every runtime takes.
+# From opset 20 on, LayerNormalization and Gelu are one operator each; from 23 on, attention is one,
+# too, which not every runtime takes.
 OPSET = 20
-# Protocol buffers end at 2 GiB; what is larger keeps its weights in a file of its own.
+# Protocol buffers end at 2 GiB; larger models have their weights in a file of their own.
 ONE_FILE_LIMIT = 2_000_000_000
 
 
@@ -36,26 +36,28 @@ def export_onnx(
     metadata: dict[str, Any] | None = None,
     opset: int = OPSET,
 ) -> dict[str, Any]:
-    """Writes ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
+    """Write ``path`` (and ``path`` + ``.data`` if the weights need more than 2 GB).
 
-    The input is ``images``, as ``graph_input`` says, with ``other_inputs`` behind it; the output
-    ``logits`` [batch, classes], or ``features`` if the model has no head. The batch is dynamic.
+    The first input is ``images``, as ``graph_input`` says, and ``other_inputs`` follow it; the
+    output is ``logits`` [batch, classes], or ``features`` if the model has no head. The batch is
+    dynamic.
 
     Args:
         folded: what :func:`fastadapt.fold` returned, or any module of ordinary operators that
             maps images to one tensor [B, ...], both fp32. It is put into evaluation mode.
         path: of the file.
         input_size: [C, H, W] or [C, D, H, W].
-        other_inputs: what the model takes behind the images, in this order: names and shapes of
-            float32 tensors, the batch in front left out.
-        graph_input: what of the preprocessing is in the graph. ``None``: nothing; ``images`` are
-            then what the model takes, fp32 [batch, C, H, W] (volumes: [batch, C, D, H, W]).
+        other_inputs: what the model takes after the images, in this order: names and shapes of
+            float32 tensors, without the batch dimension.
+        graph_input: the part of the preprocessing that is in the graph. ``None``: nothing;
+            ``images`` are then what the model takes, fp32 [batch, C, H, W] (volumes:
+            [batch, C, D, H, W]).
         labels: class names, for the file's metadata.
-        metadata: more of it; values that are no strings are written as JSON.
+        metadata: further metadata; values that are no strings are written as JSON.
         opset: of the graph; bf16 convolutions need 22.
 
     Returns:
-        What a manifest says of the file: opset, inputs, outputs.
+        The manifest's description of the file: opset, inputs, outputs.
 
     Raises:
         InputError: the model cannot be exported, with the exporter's reason; the graph has
@@ -63,7 +65,7 @@ def export_onnx(
     """
     path = Path(path)
     others = other_inputs or {}
-    # Seen with a batch of 1, sizes of 1 would be taken for constants.
+    # With a batch of 1 the exporter would take it for a constant.
     example = [torch.rand(2, *size) for size in (input_size, *others.values())]
     if graph_input is not None and graph_input.dtype == "uint8":
         example[0] = (255 * example[0]).byte().movedim(1, -1)
@@ -74,7 +76,7 @@ def export_onnx(
     output = "logits" if classes else "features"
     with _quiet(), _plain_attention(model), torch.no_grad():
         try:
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
                 tuple(x.to(device) for x in example),
                 dynamo=True,
@@ -106,7 +108,7 @@ def export_onnx(
 
 
 def _write(program: Any, path: Path, external_data: bool) -> None:
-    """Saves and checks the files under a temporary name, then puts them in place."""
+    """Save and check the files under a temporary name, then rename them."""
     import onnx
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def _check_graph(model: Any) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Removes the exporter's traces: source lines with paths of the machine that exported."""
+    """Remove the exporter's traces: source lines with paths of the machine that exported."""
     for node in _nodes(model):
         node.metadata_props.clear()
         node.doc_string = None
@@ -166,7 +168,7 @@ def _strings(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the error that started it all."""
+    """Return the first line of the error that caused all others."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -175,9 +177,11 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """timm's attention in separate operators: some models cannot be exported with the fused one,
-    and where both can, this graph has no reshaping around it."""
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    """Make timm's attention use separate operators.
+
+    Some models cannot be exported with the fused one, and this graph has no reshaping around it.
+    """
+    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", False) is True]
     for module in fused:
         module.fused_attn = False
     try:
@@ -189,7 +193,7 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's warnings and log lines from the terminal; its errors still raise."""
+    """Hide the exporter's warnings and log lines; its errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,8 +1,8 @@
-"""An ONNX file to a TensorRT engine: one builder for TensorRT 10, TensorRT 11 and TensorRT-RTX.
+"""TensorRT: an ONNX file to an engine, by TensorRT 10, TensorRT 11 or TensorRT-RTX.
 
-Networks are strongly typed: the precision is the graph's (precision.py), never the builder's
-choice. The plan is written raw, so that every tool loads it; what is known of it lies beside it as
-``ENGINE.json``.
+Networks are strongly typed: the precision is the graph's (:mod:`fastadapt.export.precision`), never
+the builder's choice. The plan is written raw, so that every tool loads it; ``ENGINE.json`` beside
+it describes it.
 
 TensorRT-RTX builds for GPUs that are not there, and runs on desktop and workstation GPUs, not on
 data-centre ones like the H100. TensorRT builds for the GPU at hand, and times its choices on it.
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path, sha256_file, write_json
 
-from ..bundle.artefact import DEFAULT_BATCHES, Batches
+from ..artefact import DEFAULT_BATCHES, Batches
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -44,13 +44,12 @@ class EngineConfig:
 
     Attributes:
         batch: the optimisation profile.
-        targets: GPUs that TensorRT-RTX builds for, ``"sm_89"`` and the like; none: the one at
-            hand, or without one all that it knows from Ampere on.
-        workspace: most MiB of GPU memory that a layer may use to work in; TensorRT's own limit
-            if ``None``.
+        targets: GPUs that TensorRT-RTX builds for, ``"sm_89"`` for one; none: the one at hand, or
+            without a GPU all that it knows from Ampere on.
+        workspace: largest workspace of a layer in MiB; TensorRT's own limit if ``None``.
         hardware_compatible: TensorRT only: runs on all GPUs from Ampere on, at some cost of speed.
         version_compatible: TensorRT only: runs with later versions of it, too.
-        timing_cache: where TensorRT keeps what it timed; ``None`` for the user's cache folder.
+        timing_cache: file of TensorRT's timings; ``None`` for one in the user's cache folder.
     """
 
     batch: Batches = DEFAULT_BATCHES
@@ -63,7 +62,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of the libraries, as it is installed here.
+    """One of the two libraries, as it is installed here.
 
     Attributes:
         kind: ``"tensorrt"`` or ``"tensorrt_rtx"``.
@@ -75,15 +74,17 @@ class Flavour:
 
     @property
     def name(self) -> str:
+        """The library's name, as NVIDIA writes it."""
         return NAMES[self.kind]
 
     @property
     def version(self) -> str:
+        """The installed version."""
         return self.module.__version__
 
 
 def load_flavour(kind: str) -> Flavour | None:
-    """The library, or ``None`` if it is not installed or does not load."""
+    """Import the library; ``None`` if it is not installed or does not load."""
     try:
         return Flavour(kind, importlib.import_module(MODULES[kind]))
     except (ImportError, OSError):  # the bindings without their libraries
@@ -91,7 +92,7 @@ def load_flavour(kind: str) -> Flavour | None:
 
 
 def gpu() -> tuple[str, tuple[int, int]] | None:
-    """Name and compute capability of the GPU at hand."""
+    """Return name and compute capability of the GPU at hand, ``None`` without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -100,10 +101,10 @@ def gpu() -> tuple[str, tuple[int, int]] | None:
 
 
 def choose_flavour(config: EngineConfig) -> Flavour:
-    """What builds the engine here; TensorRT where there is a GPU and no target is named.
+    """Choose the library that builds here: TensorRT where there is a GPU and no target is named.
 
     Raises:
-        InputError: nothing is installed that serves the GPU or the targets; with the remedy.
+        InputError: no library is installed that serves the GPU or the targets; with the remedy.
     """
     device = gpu()
     full, rtx = load_flavour("tensorrt"), load_flavour("tensorrt_rtx")
@@ -112,6 +113,7 @@ def choose_flavour(config: EngineConfig) -> Flavour:
     if full is not None and device is not None and not config.targets:
         return full
     if rtx is None:
+        assert full is not None
         why = "--target names GPUs" if config.targets else "there is no GPU here"
         raise InputError(
             f"--trt: {why}, and TensorRT {full.version} builds only for the GPU at hand: install "
@@ -143,19 +145,19 @@ def build_engine(
     precision: str = "fp32",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Writes the engine of an ONNX file, and ``path`` + ``.json`` beside it.
+    """Write the engine of an ONNX file, and ``path`` + ``.json`` beside it.
 
     Args:
-        onnx: inputs with a dynamic batch, any precision.
+        onnx: a file with a dynamic batch, in any precision.
         path: of the raw plan.
-        config: how.
-        flavour: what builds it; :func:`choose_flavour`'s choice if ``None``.
+        config: how the engine is built.
+        flavour: the library that builds it; :func:`choose_flavour`'s choice if ``None``.
         precision: of the graph. TF32 is used for ``"bf16"`` and ``"fp16"`` graphs only.
         console: where progress is shown.
 
     Returns:
-        What the JSON file holds: library, version, profile, targets, inputs, outputs, layers and
-        their summary (:func:`summarize`).
+        The content of the JSON file: library, version, profile, targets, inputs, outputs, layers
+        and their summary (:func:`summarize`).
 
     Raises:
         InputError: no library, a target that it does not know, an operator that it does not take,
@@ -214,7 +216,7 @@ def build_engine(
         "kind": flavour.kind,
         "version": flavour.version,
         "precision": precision,
-        "batch": {"min": batch.min, "opt": batch.opt, "max": batch.max},
+        "batch": batch.to_dict(),
         "targets": targets,
         "workspace": config.workspace,
         "version_compatible": config.version_compatible,
@@ -235,13 +237,13 @@ def _sm(capability: tuple[int, int]) -> str:
 
 
 def _known(flavour: Flavour) -> dict[str, Any]:
-    """The GPUs that the library builds for, as its own values."""
+    """Return the GPUs that the library builds for, by name, as its own values."""
     members = flavour.module.ComputeCapability.__members__.items()
     return {f"sm_{name[2:]}": value for name, value in members if name.startswith("SM")}
 
 
 def _targets(flavour: Flavour, config: EngineConfig) -> list[str]:
-    """Those asked for, else the GPU at hand, else all that TensorRT-RTX knows from Ampere on."""
+    """Return the targets asked for, else the GPU at hand, else all known from Ampere on."""
     device = gpu()
     if config.targets:
         return list(config.targets)
@@ -249,7 +251,7 @@ def _targets(flavour: Flavour, config: EngineConfig) -> list[str]:
 
 
 def _capabilities(flavour: Flavour, targets: Sequence[str]) -> list[Any]:
-    """Raises InputError for a target that the library does not know."""
+    """Translate targets to the library's values; raise InputError for one it does not know."""
     known = _known(flavour)
     for target in targets:
         if target not in known:
@@ -265,8 +267,8 @@ def _tensor(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": _DTYPES[tensor.dtype.name], "shape": shape}
 
 
-# Layers: from the engine inspector where the engine loads, which needs a GPU that it is for, and
-# otherwise from the builder's log, which ends with the same list.
+# The layers are listed by the engine inspector, which needs a GPU that loads the engine, and
+# otherwise by the builder's log, which ends with the same list.
 
 _DTYPES = {
     "FLOAT": "fp32",
@@ -293,10 +295,10 @@ def _inspect(trt: ModuleType, log: Any, plan: Any) -> list[dict[str, Any]]:
 
 
 def parse_layers(text: str) -> list[dict[str, Any]]:
-    """The lines of the engine inspector's layer list, as dictionaries.
+    """Parse the lines of the engine inspector's layer list.
 
-    Each has ``name``, ``type``, ``inputs`` and ``outputs`` (dtypes) and ``onnx`` (the names of the
-    graph's nodes that it computes).
+    Each layer has ``name``, ``type``, ``inputs`` and ``outputs`` (dtypes) and ``onnx`` (the names
+    of the graph's nodes that it computes).
     """
     layers = []
     for line in text.splitlines():
@@ -324,13 +326,13 @@ def _dtypes(text: str) -> list[str]:
 
 
 def summarize(layers: Sequence[dict[str, Any]], precision: str) -> dict[str, Any]:
-    """What became of the graph: precision by kind of layer, fusions, and fp32 where none should be.
+    """Summarize an engine's layers: their precision, their fusions, and those left in fp32.
 
     Returns:
-        ``layers``: how many; ``precision``: by kind of layer and dtype of its output, how many;
-        ``fused``: layers that compute several of the graph's nodes, with these; ``fp32``: in an
-        engine of half precision, the layers with fp32 output. LayerNorm's statistics and cluster
-        attention's mixture belong there; products of matrices should not.
+        ``layers``: number of layers; ``precision``: number by kind of layer and dtype of its
+        output; ``fused``: layers that compute several of the graph's nodes, with these; ``fp32``:
+        in an engine of half precision, the layers with fp32 output. LayerNorm's statistics and
+        cluster attention's mixture belong there; products of matrices should not.
     """
     kinds: dict[str, Counter] = {}
     for layer in layers:
@@ -348,7 +350,7 @@ def summarize(layers: Sequence[dict[str, Any]], precision: str) -> dict[str, Any
     }
 
 
-# The timing cache saves time only: TensorRT-RTX has none, and a damaged one is left out.
+# The timing cache only saves time: TensorRT-RTX has none, and a damaged one is not used.
 
 
 def _timing_cache(flavour: Flavour, config: EngineConfig, settings: Any) -> Path | None:
@@ -366,24 +368,25 @@ def _timing_cache(flavour: Flavour, config: EngineConfig, settings: Any) -> Path
 
 def _keep_timing_cache(path: Path | None, settings: Any) -> None:
     cache = settings.get_timing_cache() if path is not None else None
-    if cache is None:
+    if path is None or cache is None:
         return
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(cache.serialize())
-    except OSError:  # a home that cannot be written to costs time, not the engine
+    except OSError:  # without it the next build takes longer, no more
         pass
 
 
-# TensorRT takes one logger for a process, whichever comes first.
+# TensorRT keeps the first logger of a process for all that follows.
 _loggers: dict[str, Any] = {}
 
 
-def logger(trt: ModuleType) -> Any:
+def logger(trt: Any) -> Any:
+    """Return the process's one logger for a library."""
     if trt.__name__ not in _loggers:
 
         class Logger(trt.ILogger):
-            """Keeps errors and the layer list; prints nothing."""
+            """Keep errors and the layer list; print nothing."""
 
             def __init__(self):
                 trt.ILogger.__init__(self)
@@ -396,7 +399,7 @@ def logger(trt: ModuleType) -> Any:
 
             @property
             def reason(self) -> str:
-                """The first error, in one line."""
+                """Return the first error, in one line."""
                 texts = [m for severity, m in self.messages if "LayerType: " not in m]
                 return " ".join(texts[0].split()) if texts else "it gives no reason"
 
@@ -422,9 +425,9 @@ def _progress(console: Console | None, description: str) -> Progress:
     return progress
 
 
-def _monitor(trt: ModuleType, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Phases within phases as one fraction, and a build that Ctrl-C ends."""
+        """Show nested phases as one fraction, and let Ctrl-C end the build."""
 
         def __init__(self):
             trt.IProgressMonitor.__init__(self)

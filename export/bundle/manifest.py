@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle says of itself, and whether its files are what it says."""
+"""``manifest.json``: what a bundle records of itself, and whether its files match the record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MEANT = "copy the bundle again"
 
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:
-    """A bundle's manifest, of any schema up to this version's, in the form of the newest.
+    """Read a bundle's manifest, of any schema up to this version's, in the newest one's form.
 
     Raises:
         InputError: the folder is no bundle, or one that this version cannot read.
@@ -76,14 +76,14 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
 
 
 def check_accepted(bundle: str | Path, manifest: dict[str, Any]) -> None:
-    """Raises InputError if the gate rejected the bundle."""
+    """Raise InputError if the bundle was rejected when it was made."""
     if not manifest["accepted"]:
         reason = next(iter(manifest["problems"]), "no reason is recorded")
         raise InputError(f"{bundle} was rejected when it was made: {reason}")
 
 
 def check_files(bundle: str | Path, manifest: dict[str, Any]) -> None:
-    """Raises InputError naming the first file that is missing, truncated or changed."""
+    """Raise InputError naming the first file that is missing, truncated or changed."""
     bundle = Path(bundle)
     for name, recorded in manifest["files"].items():
         file = bundle / name
@@ -109,7 +109,7 @@ def check_files(bundle: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a bundle but its manifest, by name."""
+    """Return size and SHA-256 of every file of a bundle but its manifest, by name."""
     return {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(folder.iterdir())
@@ -118,7 +118,7 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a bundle was made with, or is verified on."""
+    """Describe the machine and the versions that a bundle is made with, or verified on."""
     return {
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -128,7 +128,7 @@ def environment() -> dict[str, Any]:
 
 
 def version_changes(manifest: dict[str, Any]) -> list[str]:
-    """The packages that a bundle runs on, where this machine has others than it was made with."""
+    """List packages of other versions than the bundle was made with, among those it runs on."""
     made = manifest.get("environment", {}).get("versions", {})
     here = versions()
     return [

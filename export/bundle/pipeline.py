@@ -1,8 +1,14 @@
-"""``fastadapt export``: a trained model to a folder that can be deployed, behind a gate.
+"""``fastadapt export``: a trained model to a bundle, which is written only if outputs agree.
 
-Everything is made in a temporary folder beside the target and renamed at the end. A bundle whose
-outputs differ from the trained model's is kept as ``BUNDLE.rejected``, with the reasons in its
-manifest, and what was at ``BUNDLE`` stays as it was.
+1. Load the trained model (``trained``) and choose images (``samples``).
+2. Fold it, and export it to ONNX.
+3. Compare unfolded, folded and exported model (``gate``).
+4. Build the other files that were asked for (``build``), and compare each (``verify_artefact``).
+5. Write the manifest, the golden samples and the report.
+
+Everything is made in a temporary folder beside the target and renamed at the end (``staging``). A
+bundle whose outputs differ from the trained model's is kept as ``BUNDLE.rejected``, with the
+reasons in its manifest, and what was at ``BUNDLE`` stays as it was.
 """
 
 from __future__ import annotations
@@ -23,18 +29,14 @@ from torch import nn
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_text
 
+from ..artefact import FAILED, Artefact
 from ..fold import FoldReport, fold_with_report
-from .build import EngineOptions, artefact_problems, build_artefacts
-from .check import (
-    Material,
-    check_quantization,
-    engine_source,
-    failed_onnx,
-    gate,
-    outputs,
-    write_golden,
-)
-from .graph_input import GraphInput, check_settings
+from ..graph_input import Deployed, GraphInput, check_settings
+from ..parity import GateError, Parity, Thresholds, check_problems, parity_table
+from .build import FoldedModel, build_artefacts
+from .engine_options import EngineOptions
+from .gate import BATCHES, END_TO_END, gate, model_outputs, model_outputs_fp64
+from .golden import write_golden
 from .manifest import (
     FORMAT,
     GOLDEN,
@@ -46,8 +48,7 @@ from .manifest import (
     environment,
     list_files,
 )
-from .onnx_check import BATCHES
-from .parity import GateError, Parity, Thresholds, check_problems, parity_table
+from .material import Material, check_quantization
 from .report import render_report
 from .samples import (
     GOLDEN_SAMPLES,
@@ -58,8 +59,9 @@ from .samples import (
     run_samples,
     synthetic_samples,
 )
-from .sources import Trained, load_run, load_timm, read_run
 from .staging import check_target, place, staging
+from .trained import Trained, load_run, load_timm, read_run
+from .verify_artefact import Reference, artefact_problems
 
 DOMAIN_INPUT = "domain_features"
 FEWEST_SAMPLES = max(BATCHES)
@@ -67,7 +69,7 @@ FEWEST_SAMPLES = max(BATCHES)
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How a bundle is made, whatever it is made of.
+    """How a bundle is made, of whichever model.
 
     Attributes:
         input: ``"uint8"`` or ``"float"``; see :class:`GraphInput`.
@@ -75,7 +77,7 @@ class ExportSettings:
         resize: put resizing and cropping into the graph, too.
         overwrite: replace a bundle that is at the target.
         speed: measure images per second.
-        engines: what is built beside the fp32 ONNX file.
+        engines: the files that are built beside the fp32 ONNX file.
     """
 
     input: str = "uint8"
@@ -86,7 +88,7 @@ class ExportSettings:
     engines: EngineOptions = field(default_factory=EngineOptions)
 
     def check(self) -> None:
-        """Raises InputError, before any work, for what excludes each other or cannot be had."""
+        """Raise InputError, before any work, for settings that exclude each other or fail."""
         check_settings(self.input, self.normalize, self.resize)
         wanted = self.engines
         if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
@@ -103,7 +105,7 @@ class ExportResult:
 
     Attributes:
         bundle: the folder.
-        manifest: its ``manifest.json``.
+        manifest: content of its ``manifest.json``.
         fold_report: every folded layer.
         parities: every comparison of the gate.
     """
@@ -128,7 +130,7 @@ def export_run(
     console: Console | None = None,
     **settings: Any,
 ) -> ExportResult:
-    """Folds a run's model, exports it and writes a bundle, if the outputs agree.
+    """Fold a run's model, export it and write a bundle, if the outputs agree.
 
     Args:
         run: a training run's folder, or what :func:`fastadapt.save_adapter` or
@@ -136,17 +138,17 @@ def export_run(
         out: the bundle's folder.
         weights: a local file of the backbone's (GDPL: the CLIP model's) weights, where the
             recorded one is gone.
-        images: a folder of images for the gate and the golden samples, instead of the run's
-            validation split.
+        images: a folder of images for the parity check and the golden samples, instead of the
+            run's validation split.
         backbone: the pretrained backbone (GDPL: the CLIP model), if it was given as a module.
         class_names: GDPL only: other classes than those it was trained on.
         domain_input: GDPL only: leave the domain encoder out of the graph, which then has the
             features as its second input, ``domain_features`` [batch, D_f]. Always so for models
-            that were made for features computed before.
+            without an encoder.
         domain_features: the features of the images that are compared, for such models
             (:class:`fastadapt.gdpl.FeatureTable`).
         domain_weights: GDPL only: a local file of the domain encoder's weights, as ``weights``.
-        console: where to tell what is going on; nowhere if ``None``.
+        console: where progress is shown; nowhere if ``None``.
         **settings: of :class:`ExportSettings`.
 
     Returns:
@@ -187,15 +189,15 @@ def export_timm(
     console: Console | None = None,
     **settings: Any,
 ) -> ExportResult:
-    """:func:`export_run` for a timm model without a run: fine-tuned elsewhere, or with a LoRA.
+    """Export a timm model without a run: as it is, fine-tuned elsewhere, or with a LoRA.
 
     Args:
         name: timm's name of the model.
         out: the bundle's folder.
         checkpoint, peft, weights, image_size, class_names: as for
-            :func:`fastadapt.export.bundle.sources.load_timm`.
-        images: a folder of images for the gate and the golden samples. Without one they are
-            synthetic, and the manifest says so.
+            :func:`fastadapt.export.bundle.trained.load_timm`.
+        images: a folder of images for the parity check and the golden samples. Without one they
+            are synthetic, and the manifest says so.
         console, **settings: as for :func:`export_run`.
 
     Returns:
@@ -219,9 +221,9 @@ def export_timm(
 
 
 class _Export:
-    """One export, from a trained model to the bundle in its place.
+    """One export, from a trained model to the bundle at its target.
 
-    Refuses bad settings and targets when it is made, before any work.
+    The constructor refuses bad settings and targets, before any work.
     """
 
     def __init__(self, out: Path, settings: ExportSettings, console: Console | None):
@@ -233,7 +235,7 @@ class _Export:
         check_target(self.rejected, overwrite=True)
 
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
-        """Folds, exports, compares, writes. Raises GateError and InputError."""
+        """Fold, export, compare and write; raise GateError if the outputs differ."""
         material = self._prepare(trained, samples)
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
@@ -243,10 +245,10 @@ class _Export:
             self.console.print(parity_table(parities))
             problems = check_problems(parities)
             if problems:
-                artefacts = [failed_onnx(folder, problems)]
+                artefacts = [_failed_onnx(folder, problems)]
             else:
-                source = engine_source(folder, material, parities, self.settings.speed)
-                artefacts = build_artefacts(self.settings.engines, source, self.console)
+                folded = self._folded_model(folder, material, parities)
+                artefacts = build_artefacts(self.settings.engines, folded, self.console)
                 problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
             write_golden(folder / GOLDEN, material)
@@ -288,7 +290,7 @@ class _Export:
         return ExportResult(self.out, manifest, material.fold_report, tuple(parities))
 
     def _prepare(self, trained: Trained, samples: Samples) -> Material:
-        """Reads the images and folds the model."""
+        """Read the images and fold the model."""
         settings = self.settings
         for flag, wanted in (("--int8", settings.engines.int8), ("--fp8", settings.engines.fp8)):
             if wanted:
@@ -307,18 +309,53 @@ class _Export:
         with self.step("fold"):
             folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
             if others:
-                folded.domain_encoder = None
+                folded.register_module("domain_encoder", None)
         self.console.print(f"  {report.summary}")
-        expected = outputs(trained.model, example, batch=8)
         return Material(
-            trained, samples, chosen, graph_input, pixels, others, example, expected, folded, report
+            trained=trained,
+            samples=samples,
+            chosen=chosen,
+            graph_input=graph_input,
+            pixels=pixels,
+            others=others,
+            example=example,
+            expected=model_outputs(trained.model, example, batch=8),
+            folded=folded,
+            fold_report=report,
+        )
+
+    def _folded_model(
+        self, folder: Path, material: Material, parities: list[Parity]
+    ) -> FoldedModel:
+        return FoldedModel(
+            folder=folder,
+            onnx=folder / MODEL,
+            onnx_parity=[parity for parity in parities if parity.stage == END_TO_END],
+            module=material.folded,
+            example=tuple(x[:1] for x in material.example),
+            reference=Reference(
+                material.inputs,
+                material.expected,
+                material.classes,
+                exact=lambda: model_outputs_fp64(material.trained.model, material.example),
+            ),
+            write_onnx=material.write_onnx,
+            deployed=lambda module: Deployed(module, material.graph_input),
+            images=material.quantization_images,
+            speed=self.settings.speed,
         )
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
+        """Show on the console that a step runs, and that it is done."""
         with self.console.status(f"{what} …"):
             yield
         self.console.print(f"[green]✓[/] {what}")
+
+
+def _failed_onnx(folder: Path, problems: list[str]) -> Artefact:
+    files = tuple(sorted(file.name for file in folder.glob(f"{MODEL}*")))
+    return Artefact("onnx", MODEL, "fp32", FAILED, reason=problems[0], files=files)
 
 
 def _file_table(out: Path, manifest: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""``report.html``: a manifest for people. One file: pictures are inside, nothing is fetched."""
+"""``report.html``: the manifest for people, in one file with its pictures, nothing to fetch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .artefact import rate
-from .report_plots import parity_svg, speed_svg
+from ..speed import format_rate
+from .report_figures import parity_svg, speed_svg
 from .samples import Sample
 
 THUMBNAIL = 96
@@ -34,11 +34,11 @@ figcaption { overflow-wrap: anywhere }
 
 
 def render_report(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
-    """The report as HTML.
+    """Render the report as HTML.
 
     Args:
         manifest: of the bundle.
-        samples: the golden ones.
+        samples: the golden samples.
         expected: the trained model's outputs for them, [samples, outputs].
     """
     name = manifest["backbone"]["name"]
@@ -114,7 +114,7 @@ def _artefacts(manifest: dict[str, Any]) -> str:
 
 
 def _details(artefact: dict[str, Any]) -> str:
-    """How a file was built: what people ask first as a table, and all of it to unfold."""
+    """Describe how a file was built: a short table, and all details to unfold."""
     details, rows = artefact["details"], []
     if "version" in details:
         rows.append(("built with", f"{details.get('library', '')} {details['version']}"))
@@ -146,7 +146,11 @@ def _speed(manifest: dict[str, Any]) -> str:
     where = "; ".join(manifest["environment"]["devices"])
     note = f'<p class="note">Measured where the bundle was made: {escape(where)}</p>'
     columns = ("file", "runtime", "batch", "images/s")
-    return note + speed_svg(rows) + _table(columns, [(*row, rate(value)) for *row, value in rows])
+    return (
+        note
+        + speed_svg(rows)
+        + _table(columns, [(*row, format_rate(value)) for *row, value in rows])
+    )
 
 
 def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:

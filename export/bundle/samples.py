@@ -1,4 +1,4 @@
-"""The images that the gate compares on, some of which become the bundle's golden samples."""
+"""The images that parity is checked on; some become the bundle's golden samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastadapt.data.walker import is_image_file
 from fastadapt.errors import InputError
 from fastadapt.train.run_folder import SPLITS
 
-from .graph_input import GraphInput, resize_as_graph
+from ..graph_input import GraphInput, resize_as_graph
 
 GOLDEN_SAMPLES = 16
 LONGEST_SIDE = 1024  # of golden samples that are stored as decoded
@@ -28,12 +28,12 @@ LONGEST_SIDE = 1024  # of golden samples that are stored as decoded
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of the gate: a file, or a synthetic one.
+    """An image for the parity check: a file, or a synthetic one.
 
     Attributes:
         path: of the file; a synthetic image's name.
-        label: its class, if that is known.
-        image: a synthetic one, RGB.
+        label: name of its class, if that is known.
+        image: the synthetic image, RGB.
     """
 
     path: Path
@@ -41,17 +41,18 @@ class Sample:
     image: Image.Image | None = None
 
     def read(self) -> Image.Image:
+        """Decode the file as RGB, or return the synthetic image."""
         return load_image(self.path) if self.image is None else self.image
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images for the gate.
+    """Images for the parity check.
 
     Attributes:
-        samples: all that it may choose from.
+        samples: all that may be chosen.
         origin: where they are from, in words.
-        calibration, validation: files for INT8, which has no image in both; none if synthetic.
+        calibration, validation: files for INT8 and FP8, no image in both; none if synthetic.
     """
 
     samples: tuple[Sample, ...]
@@ -61,17 +62,17 @@ class Samples:
 
 
 def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
-    """A folder's images, or those of a run's validation split.
+    """List a folder's images, or those of a run's validation split.
 
     Raises:
-        InputError: there are fewer than ``fewest``, or they are gone.
+        InputError: there are fewer than ``fewest``, or some are missing.
     """
     remedy = "give a folder of images like the training's with --images"
     if images is not None:
         return folder_samples(images, fewest)
     if not (run / SPLITS).is_file():
         raise InputError(
-            f"{run} records no images ({SPLITS}), and the gate compares on real ones: {remedy}"
+            f"{run} records no images ({SPLITS}), and parity is checked on real ones: {remedy}"
         )
     with (run / SPLITS).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -95,7 +96,11 @@ def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
 
 
 def folder_samples(images: str | Path, fewest: int) -> Samples:
-    """A folder's images, their folders' names being their labels. Raises InputError."""
+    """List a folder's images; the names of their folders are their labels.
+
+    Raises:
+        InputError: it is no folder, or holds fewer than ``fewest`` images.
+    """
     root = Path(images)
     if not root.is_dir():
         raise InputError(f"--images {root} is no folder")
@@ -108,11 +113,11 @@ def folder_samples(images: str | Path, fewest: int) -> Samples:
 
 
 def synthetic_samples(preprocess: Preprocess, count: int = GOLDEN_SAMPLES) -> Samples:
-    """Clouds of colour, the same ones every time, where no images are at hand.
+    """Make clouds of colour, the same ones every time, where no images are at hand.
 
-    Noise at octaves from 2 × 2 patches on, each half as strong as the one before: edges and
-    surfaces at every scale, as photographs have, so that a model's outputs vary. That a model is
-    the same one they show as well as any image; what it is worth they do not.
+    They are noise at octaves from 2 × 2 patches on, each half as strong as the one before: edges
+    and surfaces at every scale, as photographs have, so that a model's outputs vary. They show
+    that two models are the same as well as any image, but not how accurate a model is.
     """
     _, height, width = preprocess.input_size
     rng = np.random.default_rng(0)
@@ -135,7 +140,7 @@ def synthetic_samples(preprocess: Preprocess, count: int = GOLDEN_SAMPLES) -> Sa
 
 
 def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """As many of every class as possible, the same ones every time."""
+    """Choose samples, as evenly over the classes as possible, the same ones every time."""
     shuffled = sorted(samples, key=lambda sample: sample.path)
     random.Random(0).shuffle(shuffled)
     seen: dict[str | None, int] = {}
@@ -151,11 +156,11 @@ class Pixels:
     """The chosen samples' pixels, uint8.
 
     Attributes:
-        given: [B, 3, H, W] for :meth:`GraphInput.array`: preprocessed, or decoded if the graph
-            resizes, of one size then.
-        model: [B, 3, h, w], what the model gets of them, not yet normalised.
+        given: [B, 3, H, W] for :meth:`GraphInput.array`: preprocessed, or, if the graph resizes,
+            decoded and of one size.
+        model: [B, 3, h, w], the model's input before normalisation.
         training: [B, 3, h, w], the same images through the training's preprocessing; differs from
-            ``model`` by what the graph's filter rounds differently.
+            ``model`` where the graph's filter rounds differently.
     """
 
     given: Tensor
@@ -164,9 +169,9 @@ class Pixels:
 
 
 def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
-    """Reads samples as a bundle's graph takes them.
+    """Read samples as a bundle's graph takes them.
 
-    Decoded images are brought to one size, the most frequent one, at most 1,024 pixels long.
+    Decoded images are resized to the most frequent size, at most 1,024 pixels long.
     """
     preprocess = graph_input.preprocess
     images = [sample.read() for sample in samples]
@@ -175,8 +180,8 @@ def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
         return Pixels(pixels, pixels, pixels)
     size = Counter(image.size for image in images).most_common(1)[0][0]
     factor = min(1.0, LONGEST_SIDE / max(size))
-    size = tuple(max(1, round(side * factor)) for side in size)
-    images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+    width, height = (max(1, round(side * factor)) for side in size)
+    images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
     decoded = np.stack([np.asarray(image) for image in images])
     return Pixels(
         torch.from_numpy(decoded).movedim(-1, 1).contiguous(),
@@ -188,5 +193,5 @@ def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
 def _check_count(samples: tuple[Sample, ...], fewest: int, where: str, remedy: str) -> None:
     if len(samples) < fewest:
         raise InputError(
-            f"{where} has {len(samples)} images; the gate needs at least {fewest}: {remedy}"
+            f"{where} has {len(samples)} images; the parity check needs at least {fewest}: {remedy}"
         )

@@ -1,4 +1,4 @@
-"""A bundle is made in a hidden folder beside its target, and renamed when it is whole."""
+"""Folders that are either whole or not there: made beside their target, renamed when complete."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .manifest import FORMAT, MANIFEST
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed export leaves is left to the user
-    fcntl = None
+except ImportError:  # Windows: the user removes what a killed export leaves
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuses before any work what must not be replaced. Raises InputError."""
+    """Refuse, before any work, a target that must not be replaced, with an InputError."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     is_bundle = (target / MANIFEST).is_file() and (
@@ -37,9 +37,9 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out``; gone afterwards unless it was renamed.
+    """Yield a temporary folder beside ``out``; it is removed afterwards unless it was renamed.
 
-    What exports of the same name left there when they were killed is removed first.
+    Folders that exports of the same name left there when they were killed are removed first.
 
     Raises:
         InputError: the disk is full.
@@ -50,7 +50,7 @@ def staging(out: Path) -> Iterator[Path]:
             _remove_leftovers(out)
             folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            # Held while this process lives: so others can tell that the folder is in use.
+            # Held while this process lives, so that others can tell that the folder is in use.
             stack.enter_context(_locked(folder))
         try:
             umask = os.umask(0)
@@ -67,7 +67,7 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def place(folder: Path, target: Path) -> None:
-    """Renames ``folder`` to ``target``; what is there goes only when its successor is in place."""
+    """Rename ``folder`` to ``target``; an old target is removed once the new one is in place."""
     with _locked(target.parent):
         if not target.exists():
             folder.rename(target)
@@ -83,7 +83,7 @@ def place(folder: Path, target: Path) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """What killed exports of the same name left; a bundle that one was just replacing returns."""
+    """Remove what killed exports of the same name left; put back a bundle they were replacing."""
     ours = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.tmp(\.old)?")
     for folder in sorted(out.parent.glob(".*.tmp*")):
         if not ours.fullmatch(folder.name) or not folder.is_dir() or _in_use(folder):
@@ -103,7 +103,7 @@ def _is_accepted(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a folder's lock, which ends with the process; nothing where there are no locks."""
+    """Hold a folder's lock, which ends with the process; do nothing where there are no locks."""
     if fcntl is None:
         yield
         return
@@ -117,7 +117,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a running export holds the folder, or that cannot be told."""
+    """Tell whether a running export holds the folder; true where that cannot be told."""
     if fcntl is None:
         return True
     handle = os.open(folder, os.O_RDONLY)

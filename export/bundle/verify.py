@@ -1,7 +1,8 @@
-"""``fastadapt verify``: a bundle's files, and the gate's comparison again, on any machine.
+"""``fastadapt verify``: a bundle's files are whole, and answer as the trained model did.
 
-Verifying a bundle needs what runs it and the golden samples beside it; neither the backbone nor
-the run that it came from.
+Every file that runs on this machine is run on the golden samples and compared with the outputs
+that the trained model gave for them. That needs neither the backbone nor the run that the bundle
+was made from.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from rich.table import Table
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, read_tensors, write_json
 
-from .artefact import FAILED, VERIFIED, Artefact, rate
-from .build import artefact_problems, rebuild_artefact, verify_artefact
-from .graph_input import GraphInput
+from ..artefact import FAILED, VERIFIED, Artefact
+from ..parity import Parity
+from ..speed import format_rate
+from .build import rebuild_artefact
+from .golden import EXPECTED, golden_inputs
 from .manifest import (
     GOLDEN,
     MANIFEST,
@@ -33,8 +36,7 @@ from .manifest import (
     read_manifest,
     version_changes,
 )
-from .onnx_check import Inputs
-from .parity import Parity
+from .verify_artefact import Reference, artefact_problems, verify_artefact
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Verification:
 
     Attributes:
         bundle: the folder.
-        manifest: the bundle's.
-        artefacts: as they did here; what cannot run here is ``"unverified"`` and says why.
+        manifest: of the bundle.
+        artefacts: with their status here; what cannot run here is ``"unverified"``, with a reason.
         notes: packages of other versions than the bundle was made with.
     """
 
@@ -55,7 +57,7 @@ class Verification:
 
     @property
     def parities(self) -> tuple[Parity, ...]:
-        """Of every file and batch size; their stage names the file."""
+        """The comparisons of every file at every batch size; their stage names the file."""
         return tuple(
             replace(parity, stage=f"golden, {artefact.path}")
             for artefact in self.artefacts
@@ -70,7 +72,7 @@ class Verification:
 
     @property
     def problems(self) -> list[str]:
-        """What failed, or that nothing ran; empty if it passed."""
+        """The reasons why it did not pass: what failed, or that nothing ran."""
         failed = artefact_problems(self.artefacts)
         if not failed and not self.passed:
             return [f"{a.path}: {a.reason}" for a in self.artefacts] or ["it holds nothing to run"]
@@ -78,11 +80,12 @@ class Verification:
 
     @property
     def images_per_second(self) -> dict[int, float]:
-        """Of ``model.onnx`` on this machine, by batch size."""
+        """The speed of ``model.onnx`` on this machine, by batch size."""
         found = next((a.speed for a in self.artefacts if a.path == MODEL), {})
         return {int(batch): value for speeds in found.values() for batch, value in speeds.items()}
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON, for ``fastadapt verify --json``."""
         return {
             "bundle": str(self.bundle),
             "passed": self.passed,
@@ -96,21 +99,21 @@ class Verification:
 def verify_bundle(
     bundle: str | Path, *, speed: bool = True, rebuild: bool = False, console: Console | None = None
 ) -> Verification:
-    """Checks a bundle's files and compares every file that runs here on its golden samples.
+    """Check a bundle's files, and compare every file that runs here on its golden samples.
 
     Args:
         bundle: a folder that ``fastadapt export`` wrote.
         speed: measure images per second, too (a few seconds per file).
         rebuild: build TensorRT engines that cannot run here anew, for this machine, and put them
             into the bundle.
-        console: where building shows its progress.
+        console: where the progress of building is shown.
 
     Returns:
-        The result; whether the outputs agree is its ``passed``.
+        The result; its ``passed`` says whether the outputs agree.
 
     Raises:
-        InputError: no bundle, a newer or rejected one, a file that is missing, truncated or
-            changed (it is named), an engine that cannot be rebuilt.
+        InputError: the folder is no bundle, or a newer or rejected one; a file is missing,
+            truncated or changed (it is named); an engine cannot be rebuilt.
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
@@ -119,26 +122,24 @@ def verify_bundle(
     tensors, _ = read_tensors(bundle / GOLDEN)
     names = [value["name"] for value in manifest["model"]["inputs"]]
     inputs = golden_inputs(tensors, names, manifest["preprocessing"])
-    expected, classes = tensors["expected"].numpy(), bool(manifest["labels"])
+    reference = Reference(inputs, tensors[EXPECTED].numpy(), classes=bool(manifest["labels"]))
     artefacts = []
     for row in manifest["artefacts"]:
         known = Artefact.from_dict(row)
         if not known.runnable:
             continue
-        found = verify_artefact(bundle, known, inputs, expected, classes=classes, speed=speed)
+        found = verify_artefact(bundle, known, reference, speed=speed)
         if rebuild and found.kind.startswith("tensorrt") and not found.parity:
             if not torch.cuda.is_available():
-                raise InputError(f"--rebuild needs the GPU that {found.path} shall run on")
-            found = rebuild_artefact(
-                bundle, found, inputs, expected, classes=classes, console=console
-            )
+                raise InputError(f"--rebuild needs the GPU that {found.path} is to run on")
+            found = rebuild_artefact(bundle, found, reference, console)
             _replace(bundle, row, found)
         artefacts.append(found)
     return Verification(bundle, manifest, tuple(artefacts), tuple(version_changes(manifest)))
 
 
 def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact) -> None:
-    """Puts a rebuilt engine into the manifest, and the hashes of its files."""
+    """Put a rebuilt engine and the hashes of its files into the manifest."""
     manifest = read_json(bundle / MANIFEST)
     manifest["artefacts"] = [
         artefact.to_dict() if other["path"] == row["path"] else other
@@ -149,27 +150,8 @@ def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact) -> None:
     write_json(bundle / MANIFEST, manifest)
 
 
-def golden_inputs(
-    tensors: dict[str, Any], names: list[str], preprocessing: dict[str, Any]
-) -> Inputs:
-    """What a bundle's model takes, ``names``, of its golden samples.
-
-    Raises:
-        InputError: an input, or the expected output, is not among them.
-    """
-    for name in (*names, "expected"):
-        if name not in tensors:
-            raise InputError(f"{GOLDEN} lacks the model's input {name!r}: export the run again")
-    images, *others = names
-    graph_input = GraphInput.from_dict(preprocessing)
-    return {
-        images: graph_input.array(tensors[images].numpy()),
-        **{name: tensors[name].numpy() for name in others},
-    }
-
-
 def artefact_table(artefacts: Iterable[Artefact]) -> Table:
-    """What runs here, and what does not, for the terminal."""
+    """Make a table of the files and their status here, for the terminal."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("file", "for", "precision", "here", "why"):
         table.add_column(column)
@@ -181,7 +163,7 @@ def artefact_table(artefacts: Iterable[Artefact]) -> Table:
 
 
 def speed_table(artefacts: Iterable[Artefact]) -> Table:
-    """Images per second, for the terminal."""
+    """Make a table of images per second, for the terminal."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("file")
     table.add_column("runtime")
@@ -190,5 +172,5 @@ def speed_table(artefacts: Iterable[Artefact]) -> Table:
     for artefact in artefacts:
         for runtime, speeds in artefact.speed.items():
             for batch, speed in speeds.items():
-                table.add_row(artefact.path, runtime, batch, rate(speed))
+                table.add_row(artefact.path, runtime, batch, format_rate(speed))
     return table

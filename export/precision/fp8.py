@@ -1,15 +1,15 @@
 """FP8 after training: products of tokens and weights in e4m3, at twice bf16's rate on the GPU.
 
-A linear layer becomes a :class:`Float8Linear`; what few numbers decide (cluster attention, the
-head) and everything else stay as they are in bf16. Scales are one number per tensor: those run
-through cuBLASLt, scales per row through slower kernels. The input's scale is fixed by the largest
-value that the user's images give. A percentile is worse: e4m3 is a floating-point format and loses
-little by a large scale, but values beyond it are cut off (relative error of a product of 768 terms
-whose inputs are normal, Student's t with 3 degrees of freedom, or normal with 4 channels 100 times
-as large: 0.037, 0.037, 0.038; with the 99.99th percentile 0.038, 0.126, 0.071).
+Linear layers of tokens become :class:`Float8Linear`; cluster attention and the head, where a few
+numbers decide, and everything else stay in bf16. There is one scale per tensor: those run through
+cuBLASLt, scales per row through slower kernels. The input's scale is set by the largest value that
+the user's images give. A percentile is worse: e4m3 is a floating-point format and loses little by
+a large scale, but values beyond it are cut off (relative error of a product of 768 terms whose
+inputs are normal, Student's t with 3 degrees of freedom, or normal with 4 channels 100 times as
+large: 0.037, 0.037, 0.038; with the 99.99th percentile 0.038, 0.126, 0.071).
 
-torchao 0.18 was looked at: its static scales for activations are a prototype, and it quantises on
-nothing but a GPU, so that neither calibration nor accuracy could be tested without one.
+torchao 0.18 is not used: its static scales for activations are a prototype, and it quantises only
+on a GPU, so that neither calibration nor accuracy could be tested without one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,26 @@ from .half import WHOLE, MixedPrecision
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 CAPABILITY = (8, 9)
-MULTIPLE = 16  # of both sizes of a weight, for the products' kernels
+MULTIPLE = 16  # both sizes of a weight are multiples of it, for the products' kernels
 _TINY = 1e-12
 
 
 class Float8Linear(nn.Module):
-    """nn.Linear with its input and weight in e4m3, sums in fp32, its output in bf16.
+    """A linear layer with input and weight in e4m3, accumulation in fp32 and output in bf16.
 
     Args:
-        layer: whose sizes are multiples of 16.
+        layer: the layer to convert; its sizes are multiples of 16.
         largest: the largest magnitude of its input; larger values are cut off.
 
     Shape:
         [..., in_features], any floating point, to [..., out_features] in bf16.
     """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_scale: Tensor
+    scale: Tensor
+    inverse_scale: Tensor
 
     def __init__(self, layer: nn.Linear, largest: float):
         super().__init__()
@@ -56,7 +62,8 @@ class Float8Linear(nn.Module):
         self.register_buffer("inverse_scale", 1 / scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Plain operators, which Inductor puts behind the LayerNorm or GELU that x comes from.
+        """Scale, cast and multiply."""
+        # Plain operators, which Inductor fuses into the LayerNorm or GELU that x comes from.
         scaled = (x.float() * self.inverse_scale).clamp(-LARGEST, LARGEST)
         y = torch._scaled_mm(
             scaled.to(E4M3).flatten(0, -2),
@@ -70,11 +77,12 @@ class Float8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
+        """Describe the sizes, as nn.Linear does."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
 
 
 def check_gpu() -> None:
-    """Raises InputError if there is no GPU with FP8 tensor cores here."""
+    """Raise InputError if there is no GPU with FP8 tensor cores here."""
     reason = "there is none here"
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
@@ -93,12 +101,12 @@ def quantize_fp8(
     batches: Iterable[Tensor],
     deployed: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> tuple[MixedPrecision, dict[str, float]]:
-    """A copy whose linear layers are in FP8: those of tokens, with sizes that are multiples of 16.
+    """Copy a module with its linear layers of tokens in FP8, if their sizes are multiples of 16.
 
     Args:
         module: in bf16; layers that it keeps in fp32 stay so.
         batches: images that give the ranges of the layers' inputs, on the module's device.
-        deployed: puts in front of a module what ``batches`` need.
+        deployed: prepends to a module the steps that ``batches`` need.
 
     Returns:
         The copy, and the name of every layer in FP8 with the largest magnitude of its input.
@@ -126,12 +134,14 @@ def quantize_fp8(
         hook.remove()
     ranges = {name: float(value) for name, value in largest.items()}
     for name, value in ranges.items():
-        model.set_submodule(name, Float8Linear(model.get_submodule(name), value))
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, Float8Linear(layer, value))
     return copied, ranges
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Linear layers that FP8's products take, in bf16, outside of cluster attention."""
+    """Return the linear layers in bf16 that FP8's products take, outside of cluster attention."""
     whole = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, WHOLE))
     return [
         name

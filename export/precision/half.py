@@ -1,10 +1,10 @@
-"""Half precision for the parts of a folded model that bear it, fp32 for those that do not.
+"""Half precision where a folded model stays accurate in it, fp32 elsewhere.
 
-The precision is in the graph that is exported, so that every engine builds the same numbers. What
-holds parameters is cast to half precision and casts what it is given; LayerNorm's statistics and
-the few numbers that decide cluster attention's mixture stay in fp32 inside (ONNX Runtime and
-TensorRT do the same). Layers that are kept in fp32 hand fp32 on: a sum with it is fp32, too, so
-that a residual stream beyond fp16's 65504 survives.
+The precision is in the graph that is exported, so that every engine builds the same numbers.
+Modules with parameters are cast to half precision and cast their inputs; LayerNorm's statistics
+and the few numbers that decide cluster attention's mixture stay in fp32 inside (ONNX Runtime and
+TensorRT do the same). Layers that are kept in fp32 return fp32: a sum with it is fp32, too, so
+that residual activations beyond fp16's 65504 survive.
 
 Half precision is judged in PyTorch, not by running the graph: on a CPU, ONNX Runtime computes fp16
 graphs in fp32, where nothing overflows.
@@ -25,20 +25,20 @@ from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 
-from ..bundle.artefact import THRESHOLDS
-from ..bundle.parity import Parity, compare
 from ..folded_layers import FoldedClusterAttention
+from ..parity import THRESHOLDS, Parity, compare
+from ..runtimes import first_line
 
-# Of the error that engines are allowed: another engine rounds elsewhere. What it turns an output by
-# goes with its square.
+# Share of the error that engines are allowed, since another engine rounds elsewhere. One minus the
+# cosine goes with the square of the error.
 MARGIN = 0.7
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Modules that use parameters of their own beside those of their parts.
+# Modules that use parameters of their own beside those of their children.
 WHOLE = (FoldedClusterAttention,)
 
 
 class MixedPrecision(nn.Module):
-    """A copy of a model in half precision, with fp32 input and output.
+    """A copy of a model in half precision, with fp32 inputs and output.
 
     Args:
         model: a folded model in fp32.
@@ -65,6 +65,7 @@ class MixedPrecision(nn.Module):
             unit.register_forward_pre_hook(_caster(target), with_kwargs=True)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Cast the inputs, run the model and cast its output to fp32."""
         return self.model(*(x.to(self.dtype) for x in inputs)).float()
 
 
@@ -80,14 +81,14 @@ def _caster(dtype: torch.dtype):
 
 @torch.no_grad()
 def precision_units(model: nn.Module, *example: Tensor) -> list[str]:
-    """Names of the modules whose precision can be chosen, in the order in which they run.
+    """Return the names of the modules whose precision can be chosen, in the order they run in.
 
-    A unit holds parameters and no other unit. Where a part is not called but read (the output
-    projection of nn.MultiheadAttention, say), the whole is the unit.
+    A unit holds parameters and no other unit. Where a child is not called but read (the output
+    projection of nn.MultiheadAttention, say), its parent is the unit.
 
     Args:
         model: folded, fp32.
-        example: its inputs.
+        example: inputs of the model.
     """
     called: list[str] = []
     hooks = [
@@ -121,14 +122,14 @@ def precision_units(model: nn.Module, *example: Tensor) -> list[str]:
 
 @dataclass(frozen=True)
 class Reduced:
-    """A model in half precision that passes the gate.
+    """A model in half precision that passes the parity check.
 
     Attributes:
         module: fp32 in, fp32 out.
         precision: ``"fp16"`` or ``"bf16"``.
         fp32_layers: names of the layers that need fp32.
-        parity: against the adapted model.
-        tried: what was refused on the way, in words.
+        parity: the comparison with the trained model.
+        tried: what was refused before, in words.
     """
 
     module: nn.Module
@@ -138,50 +139,65 @@ class Reduced:
     tried: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what a manifest records."""
         return {"fp32_layers": list(self.fp32_layers), "tried": list(self.tried)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a module in half precision is tried.
+
+    Attributes:
+        outputs: runs a module (of normalised images) on some samples: [samples, outputs].
+        expected: the trained model's outputs for the same samples.
+        example: inputs of the module, images normalised; one sample is enough.
+        classes: whether the outputs are classes.
+    """
+
+    outputs: Callable[[nn.Module], np.ndarray]
+    expected: np.ndarray
+    example: tuple[Tensor, ...]
+    classes: bool = True
+
+    def run(self, module: nn.Module, precision: str) -> Parity:
+        """Compare a module with the trained model, with a margin to the precision's limits."""
+        stage = f"{precision} in PyTorch"
+        try:
+            values = self.outputs(module)
+        except RuntimeError as error:  # dtypes that meet where no unit casts
+            return Parity(stage, 0, len(self.expected), problems=(first_line(error),))
+        allowed = THRESHOLDS[precision]
+        cosine = 1 - MARGIN**2 * (1 - allowed.cosine)
+        limits = replace(allowed, error=MARGIN * allowed.error, cosine=cosine)
+        return compare(self.expected, values, stage=stage, classes=self.classes, thresholds=limits)
 
 
 def reduce_precision(
     folded: nn.Module,
     precision: str,
-    outputs: Callable[[nn.Module], np.ndarray],
-    expected: np.ndarray,
-    example: tuple[Tensor, ...],
+    trial: Trial,
     *,
-    classes: bool = True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Reduced:
-    """The model in half precision: whole, in bf16 if fp16 is not enough, or with fp32 layers.
+    """Convert a model to half precision, to bf16 if fp16 is not enough, or with layers in fp32.
 
     Args:
         folded: in fp32.
         precision: ``"fp16"`` or ``"bf16"``.
-        outputs: runs a module (of normalised images) on the gate's images: [samples, outputs].
-        expected: the adapted model's outputs for the same images.
-        example: inputs of ``folded``, images normalised; one sample is enough.
-        classes: whether the outputs are classes.
-        tell: gets a line for every attempt.
+        trial: how the result is tried.
+        tell: receives a line for every attempt.
 
     Raises:
-        InputError: not even fp32 passes: the gate or the images are at fault, not the precision.
+        InputError: not even fp32 passes: the limits or the images are at fault, not the precision.
     """
     if isinstance(folded, AdaptedModel):
-        folded = fuse_batch_norms(folded, *example)  # their statistics do not fit fp16
-    units = precision_units(folded, *example)
+        folded = fuse_batch_norms(folded, *trial.example)  # their statistics do not fit fp16
+    units = precision_units(folded, *trial.example)
     tried: list[str] = []
 
     def attempt(name: str, keep: Sequence[str] = ()) -> tuple[nn.Module, Parity]:
         module = MixedPrecision(folded, DTYPES[name], units, keep).eval()
-        stage = f"{name} in PyTorch"
-        try:
-            values = outputs(module)
-        except RuntimeError as error:  # dtypes that meet where no unit casts
-            reason = str(error).strip().splitlines()[0]
-            return module, Parity(stage, 0, len(expected), problems=(reason,))
-        allowed = THRESHOLDS[name]
-        cosine = 1 - MARGIN**2 * (1 - allowed.cosine)
-        limits = replace(allowed, error=MARGIN * allowed.error, cosine=cosine)
-        return module, compare(expected, values, stage=stage, classes=classes, thresholds=limits)
+        return module, trial.run(module, name)
 
     for name in dict.fromkeys((precision, "bf16")):
         module, parity = attempt(name)
@@ -196,7 +212,7 @@ def reduce_precision(
     if not passes(units):
         parity = attempt(precision, units)[1]
         raise InputError(
-            f"{precision} does not pass the gate even with every layer in fp32: "
+            f"{precision} does not pass the parity check even with every layer in fp32: "
             f"{parity.problems[0]}. Export with --precision fp32."
         )
     keep = smallest_set(units, passes)
@@ -206,9 +222,10 @@ def reduce_precision(
 
 
 def smallest_set(items: Sequence[str], passes: Callable[[list[str]], bool]) -> list[str]:
-    """What of ``items`` cannot be left out: halves first, then quarters, down to single ones.
+    """Find the items that cannot be left out: try halves first, then quarters, then single ones.
 
-    ``passes(items)`` holds at the start and for the result, which no single item can leave.
+    ``passes(items)`` holds at the start and for the result; without any one item of the result
+    it does not.
     """
     kept, size = list(items), len(items)
     while size:

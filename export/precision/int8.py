@@ -1,8 +1,8 @@
-"""INT8 after training, from the user's own images: kept if it is accurate and faster, else refused.
+"""INT8 after training, from the user's own images: kept if accurate and faster, else refused.
 
 ONNX Runtime's static quantiser writes the quantisation into the graph (QDQ), where ONNX Runtime
 reads it. Convolutions, and products of tokens with weights, are quantised, with a scale per output
-channel; what few numbers decide (cluster attention's mixture, the head) stays in fp32.
+channel; cluster attention's mixture and the head, where a few numbers decide, stay in fp32.
 (NVIDIA's ModelOpt 0.47 does the same for ONNX on top of ONNX Runtime, but installs older releases
 of onnx and onnxruntime over this package's, and CuPy.)
 """
@@ -21,29 +21,28 @@ import torch
 
 from fastadapt.errors import InputError
 
-from ..bundle.artefact import rate
-from ..bundle.onnx_check import throughput
-from ..runtimes import Runtime, load_runtime
+from ..runtimes import Runtime, first_line, load_runtime
+from ..speed import format_rate, throughput
 
 CALIBRATION_IMAGES = 128
 BATCH = 8
-# Less is noise: not worth another file.
+# A smaller speed-up is noise, and not worth another file.
 LEAST_SPEEDUP = 1.05
-# What passes on to convolutions is quantised with them: otherwise every one of them would go to
-# fp32 and back.
+# Operators between convolutions are quantised with them: otherwise the activations would go to
+# fp32 and back at every one.
 OPERATORS = ("Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "Pad")
 
 
 @dataclass(frozen=True)
-class Images:
-    """What calibrates, and what judges; no image does both.
+class QuantizationImages:
+    """The images that calibrate 8-bit files, and those that judge them; no image does both.
 
     Attributes:
         calibration: files, of the training split where there is one.
         validation: files.
-        targets: class of every validation file; ``None`` if not known: then the class that the
-            fp32 model gives counts as the right one.
-        read: files to the model's input.
+        targets: class index of every validation file; ``None`` if not known: the class that the
+            fp32 model gives then counts as the right one.
+        read: reads files as the model's input.
     """
 
     calibration: Sequence[Path]
@@ -52,22 +51,24 @@ class Images:
     read: Callable[[Sequence[Path]], np.ndarray]
 
     def batches(self, files: Sequence[Path]) -> Iterator[np.ndarray]:
+        """Read files in batches."""
         for start in range(0, len(files), BATCH):
             yield self.read(files[start : start + BATCH])
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """8 bit beside what it must be as accurate as, and faster than, on the same machine.
+    """An 8-bit file beside the one it must be as accurate as, and faster than, on one machine.
 
     Attributes:
         accuracy, accuracy_fp32: on the validation images.
         budget: how much accuracy may be lost.
         speed, speed_rival: images per second at ``batch``.
-        images: how many were classified.
+        batch: batch size that speed was measured at.
+        images: number of images that were classified.
         measured: ``"accuracy"``, or ``"agreement"`` with the fp32 model if no classes are known.
-        runtime: which.
-        rival: the precision of what it must be faster than.
+        runtime: name of the runtime.
+        rival: precision of the file that it must be faster than.
         problems: why it is refused.
     """
 
@@ -84,23 +85,26 @@ class Judgement:
     problems: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Return what a manifest records."""
         return {**asdict(self), "problems": list(self.problems)}
 
     def __str__(self) -> str:
         return (
             f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
-            f"{self.images} images), {rate(self.speed)} images/s at batch {self.batch} "
-            f"({self.rival} {rate(self.speed_rival)}, {self.runtime})"
+            f"{self.images} images), {format_rate(self.speed)} images/s at batch {self.batch} "
+            f"({self.rival} {format_rate(self.speed_rival)}, {self.runtime})"
         )
 
 
-def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: str = "cpu") -> None:
-    """Writes an INT8 version of an fp32 ONNX file.
+def quantize_int8(
+    onnx: str | Path, path: str | Path, images: QuantizationImages, device: str = "cpu"
+) -> None:
+    """Write an INT8 version of an fp32 ONNX file.
 
     Args:
-        onnx: fp32.
+        onnx: the fp32 file.
         path: of the result.
-        images: whose ``calibration`` files give the ranges of the activations.
+        images: their ``calibration`` files give the ranges of the activations.
         device: where it is to run: signed and symmetric for ``"cuda"``, as GPUs need it, else
             unsigned, as x86's instructions do.
 
@@ -144,9 +148,8 @@ def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: st
     except OSError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise InputError(f"ONNX Runtime cannot quantise {Path(onnx).name}: {reason}") from error
+        name, reason = Path(onnx).name, first_line(error)
+        raise InputError(f"ONNX Runtime cannot quantise {name}: {reason}") from error
     finally:
         logging.getLogger().setLevel(level)
 
@@ -154,21 +157,21 @@ def quantize_int8(onnx: str | Path, path: str | Path, images: Images, device: st
 def judge(
     fp32: str | Path,
     quantized: str | Path,
-    images: Images,
+    images: QuantizationImages,
     *,
     budget: float,
     batch: int,
     rival: tuple[str, str | Path] | None = None,
     cuda_graph: bool = False,
 ) -> Judgement:
-    """Accuracy and speed of an 8-bit file, in the runtime that serves this machine best.
+    """Measure accuracy and speed of an 8-bit file, in the runtime that serves this machine best.
 
     Args:
         fp32: a file of the bundle that is as accurate as the model.
-        quantized: the file.
-        images: whose validation files judge.
+        quantized: the 8-bit file.
+        images: their validation files judge.
         budget: the accuracy that may be lost, 0.01 for one percentage point.
-        batch: at which they run; the files take it.
+        batch: batch size, which all files take.
         rival: precision and file that it must be faster than; ``fp32`` if ``None``.
         cuda_graph: run both as CUDA graphs, if they run on a GPU.
     """
@@ -197,26 +200,26 @@ def judge(
         )
     if speed < LEAST_SPEEDUP * speed_rival:
         problems.append(
-            f"{rate(speed)} images/s at batch {batch} where {name} has {rate(speed_rival)} "
-            f"({runtime.name}): not faster"
+            f"{format_rate(speed)} images/s at batch {batch} where {name} has "
+            f"{format_rate(speed_rival)} ({runtime.name}): not faster"
         )
     return Judgement(
-        accuracy,
-        accuracy_fp32,
-        budget,
-        speed,
-        speed_rival,
-        batch,
-        len(targets),
-        measured,
-        runtime.name,
-        name,
-        tuple(problems),
+        accuracy=accuracy,
+        accuracy_fp32=accuracy_fp32,
+        budget=budget,
+        speed=speed,
+        speed_rival=speed_rival,
+        batch=batch,
+        images=len(targets),
+        measured=measured,
+        runtime=runtime.name,
+        rival=name,
+        problems=tuple(problems),
     )
 
 
 def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
-    """In turns, so that a machine that is busy for a while is so for both; the best of each.
+    """Measure runtimes in turns, so that a busy machine is so for each; return the best of each.
 
     Inputs and outputs stay in the memory of the runtime's device.
     """
@@ -236,8 +239,11 @@ def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
 
 
 def _delicate(path: Path) -> list[str]:
-    """Names of the nodes that stay in fp32: products of two activations or of pooled features,
-    and sums of tokens, the residual streams of transformers."""
+    """Return the nodes that stay in fp32.
+
+    They are products of two activations or of pooled features, and sums of tokens: the residual
+    connections of transformers.
+    """
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph

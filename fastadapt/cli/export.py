@@ -207,9 +207,9 @@ def export(
 
     from fastadapt.errors import InputError
     from fastadapt.export import export_run, export_timm
-    from fastadapt.export.backends.triton_server import check_repository, write_repository
-    from fastadapt.export.bundle.artefact import Batches
-    from fastadapt.export.bundle.build import EngineOptions
+    from fastadapt.export.artefact import Batches
+    from fastadapt.export.bundle.engine_options import EngineOptions
+    from fastadapt.export.triton_server import check_repository, write_repository
 
     if (run is None) == (backbone is None):
         raise InputError("give a run's folder, or a model with --backbone: one of the two")
@@ -287,8 +287,8 @@ def verify(
 
     from rich.console import Console
 
-    from fastadapt.export.bundle.parity import GateError, parity_table
     from fastadapt.export.bundle.verify import artefact_table, speed_table, verify_bundle
+    from fastadapt.export.parity import GateError, parity_table
 
     console = Console(highlight=False, quiet=json)
     with console.status(f"verify {bundle} …"):

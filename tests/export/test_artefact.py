@@ -3,8 +3,8 @@ import json
 import pytest
 
 import fastadapt as fa
-from fastadapt.export.bundle.artefact import VERIFIED, Artefact, Batches
-from fastadapt.export.bundle.parity import Parity
+from fastadapt.export.artefact import VERIFIED, Artefact, Batches
+from fastadapt.export.parity import Parity
 
 
 class TestBatches:

@@ -241,10 +241,11 @@ class TestRefused:
     @pytest.mark.parametrize("example", [None, torch.zeros(2, 3, 32, 32)])
     def test_a_wrong_fold_is_caught_and_named(self, monkeypatch, example):
         def wrong(layer):
-            linear, words, change = fold_module._fold_lora(layer)
-            linear.weight.data[0, 0] += 0.01
-            return linear, words, change
+            change = fold_lora(layer)
+            change.layer.weight.data[0, 0] += 0.01
+            return change
 
+        fold_lora = fold_module.RULES[fa.LoRALinear]
         monkeypatch.setitem(fold_module.RULES, fa.LoRALinear, wrong)
         with pytest.raises(fa.InputError, match=r"backbone\.blocks\.0\.attn\.qkv \(LoRALinear\)"):
             fold_with_report(adapted(), example)

@@ -11,7 +11,7 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_onnx
-from fastadapt.export.bundle.graph_input import GraphInput, check_settings, resize_as_graph
+from fastadapt.export.graph_input import GraphInput, check_settings, resize_as_graph
 
 RNG = np.random.default_rng(0)
 SQUARE = Preprocess((3, 64, 64), "bicubic", 0.875)

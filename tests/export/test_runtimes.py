@@ -11,9 +11,9 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.export import export_onnx, runtimes
+from fastadapt.export.artefact import Batches
 from fastadapt.export.backends import tensorrt
-from fastadapt.export.bundle.artefact import Batches
-from fastadapt.export.bundle.build import compare_runtime
+from fastadapt.export.bundle.verify_artefact import Reference, compare_runtime
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.export.runtimes import (
     RuntimeUnavailable,
@@ -244,6 +244,7 @@ class TestGpu:
         x = np.random.default_rng(0).random((16, 3, 32, 32), dtype=np.float32)
         expected = model(torch.from_numpy(x)).numpy()
         batches = Batches(1, 8, 64)
-        found = compare_runtime(runtime, {"images": x}, expected, batches, precision="fp16")
+        reference = Reference({"images": x}, expected)
+        found = compare_runtime(runtime, reference, batches, precision="fp16")
         assert [parity.batch for parity in found] == [1, 5, 8, 64]
         assert [parity.problems for parity in found] == [()] * 4

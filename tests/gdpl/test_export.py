@@ -11,8 +11,8 @@ import fastadapt as fa
 from fastadapt import cli
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_run, fold_with_report, load, verify_bundle
-from fastadapt.export.bundle.onnx_check import onnx_session
-from fastadapt.export.bundle.verify import golden_inputs
+from fastadapt.export.bundle.gate import onnx_session
+from fastadapt.export.bundle.golden import golden_inputs
 from fastadapt.files import read_tensors, sha256_file, write_tensors
 from fastadapt.gdpl import (
     DomainEncoder,

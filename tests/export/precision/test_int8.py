@@ -10,9 +10,9 @@ import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.demo import BACKBONE, _packages, convert_backbone, read_labels
 from fastadapt.export import export_onnx
-from fastadapt.export.bundle.graph_input import GraphInput
+from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.precision import int8 as quantize
-from fastadapt.export.precision.int8 import Images, judge, quantize_int8
+from fastadapt.export.precision.int8 import QuantizationImages, judge, quantize_int8
 from fastadapt.export.runtimes import load_runtime
 
 pytest.importorskip("elpv_dataset")
@@ -53,7 +53,7 @@ def made(tmp_path_factory):
         model.head.bias.copy_(head[-1])
     onnx_file = folder / "model.onnx"
     export_onnx(model, onnx_file, input_size=(3, SIZE, SIZE), graph_input=GRAPH_INPUT)
-    images = Images(whole[32:48] + broken[32:48], validation, targets, read)
+    images = QuantizationImages(whole[32:48] + broken[32:48], validation, targets, read)
     quantize_int8(onnx_file, folder / "int8.onnx", images)
     return folder, images
 
@@ -112,7 +112,7 @@ def test_accuracy_beyond_the_budget_is_refused(made, tmp_path, monkeypatch):
     result = judge(folder / "model.onnx", tmp_path / "biased.onnx", images, budget=0.01, batch=4)
     assert result.accuracy == 0.5
     assert "falls from" in result.problems[0] and "budget is 1 percentage" in result.problems[0]
-    unknown = Images(images.calibration, images.validation, None, read)
+    unknown = QuantizationImages(images.calibration, images.validation, None, read)
     result = judge(folder / "model.onnx", folder / "model.onnx", unknown, budget=0.01, batch=4)
     assert (result.measured, result.accuracy) == ("agreement", 1.0)
 

@@ -14,6 +14,7 @@ import torch
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_onnx
+from fastadapt.export.artefact import Batches
 from fastadapt.export.backends import tensorrt
 from fastadapt.export.backends.tensorrt import (
     EngineConfig,
@@ -23,8 +24,7 @@ from fastadapt.export.backends.tensorrt import (
     parse_layers,
     summarize,
 )
-from fastadapt.export.bundle.artefact import Batches
-from fastadapt.export.bundle.graph_input import GraphInput
+from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.precision.half import DTYPES, MixedPrecision, precision_units
 
 trt_rtx = pytest.importorskip("tensorrt_rtx")

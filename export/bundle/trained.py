@@ -1,4 +1,4 @@
-"""What is exported: a run's model, or a timm model with a checkpoint or a PEFT folder."""
+"""The model that is exported: a run's, or a timm model with a checkpoint or a PEFT folder."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from fastadapt.lora import load_peft, replaced_parameters
 
 @dataclass(frozen=True)
 class Trained:
-    """A model to export, and what its bundle says of it.
+    """A model to export, and what its bundle records of it.
 
     Attributes:
         model: normalised fp32 images [B, 3, H, W] to [B, classes], or features without a head.
-        preprocess: from image files to its input.
+        preprocess: from image files to the model's input.
         labels: class names in the outputs' order; empty without a head.
-        backbone: its name.
-        source: where it came from, with hashes, for the manifest.
-        domain_features: GDPL, where they are an input of the graph: the features [B, D_f] of
-            samples, from their paths and normalised images.
+        backbone: name of the backbone.
+        source: the files that the model was loaded from, with hashes, for the manifest.
+        domain_features: GDPL, where they are an input of the graph: computes the features
+            [B, D_f] of samples from their paths and normalised images.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Trained:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """A run's configuration. Raises InputError if the folder is none."""
+    """Read a run's configuration; raise InputError if the folder is no run."""
     if not run.is_dir():
         raise InputError(f"{run} is no folder; expected a training run with {CONFIG} and {WEIGHTS}")
     return read_json(run / CONFIG)
@@ -77,11 +77,11 @@ def load_run(
     domain_features: str | Path | None = None,
     domain_weights: str | None = None,
 ) -> Trained:
-    """The model of a run (or of what ``save_adapter`` or ``save_gdpl`` wrote).
+    """Load the model of a run (or of what ``save_adapter`` or ``save_gdpl`` wrote).
 
     Args:
-        run: its folder.
-        config: what :func:`read_run` gave.
+        run: folder of the run.
+        config: what :func:`read_run` returned.
         backbone, weights, class_names, domain_input, domain_features, domain_weights: as for
             :func:`fastadapt.export.export_run`.
 
@@ -129,11 +129,11 @@ def load_run(
 def _domain_features(
     model: nn.Module, wanted: bool, file: str | Path | None
 ) -> Callable[[list[Path], Tensor], Tensor] | None:
-    """What gives :attr:`Trained.domain_features`; None if no input of the graph is to be theirs.
+    """Make :attr:`Trained.domain_features`; ``None`` if they are no input of the graph.
 
     Raises:
-        InputError: the model takes none; it has no encoder, and the file is not given; it has
-            one, and a file is given.
+        InputError: the model takes none; it has no encoder, and no file is given; it has one, and
+            a file is given.
     """
     if not isinstance(model, GDPLModel):
         if wanted or file is not None:
@@ -162,14 +162,14 @@ def load_timm(
     image_size: int | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Trained:
-    """A timm model as it is, fine-tuned, or with a LoRA that PEFT trained; no run needed.
+    """Load a timm model as it is, fine-tuned, or with a LoRA that PEFT trained; without a run.
 
     Args:
-        name: timm's.
+        name: timm's name of the model.
         checkpoint: a state dict of the fine-tuned model, its classifier included if it has one.
-        peft: what PEFT's ``save_pretrained`` wrote; a classifier in ``modules_to_save`` replaces
-            the model's.
-        weights: a local file of the weights that ``peft`` stands on; timm's if ``None``.
+        peft: folder that PEFT's ``save_pretrained`` wrote; a classifier in ``modules_to_save``
+            replaces the model's.
+        weights: a local file of the weights that ``peft`` was trained on; timm's if ``None``.
         image_size: for models that are built for one size.
         class_names: of the outputs; numbers if ``None``.
 
@@ -179,11 +179,11 @@ def load_timm(
     if checkpoint is not None and (peft is not None or weights is not None):
         raise InputError(
             "--checkpoint holds the whole model: leave out --peft and --weights, or give the "
-            "weights that the PEFT folder stands on with --weights"
+            "weights that the PEFT folder was trained on with --weights"
         )
     file = checkpoint or weights
     state = None if file is None else read_state_dict(file)
-    model = create_backbone(
+    model: Any = create_backbone(
         name,
         pretrained=state is None,
         image_size=image_size,
@@ -201,15 +201,15 @@ def load_timm(
         hashes = {file: sha256_file(Path(peft) / file) for file in files}
         source["peft"] = {"folder": str(peft), "sha256": hashes}
     source["fingerprint"] = sha256_tensors(model.state_dict())
-    # What the model was built for counts, whatever timm's configuration says.
+    # The size that the model was built for counts, not that of timm's configuration.
     size = None if image_size is None else (3, image_size, image_size)
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg, input_size=size)
     labels = _labels(class_names, model.num_classes, "--classes")
     return Trained(model.eval(), preprocess, labels, name, source)
 
 
-def _put_peft(model: nn.Module, folder: Path) -> None:
-    """Loads a PEFT folder; its classifier may have another number of classes than the model's."""
+def _put_peft(model: Any, folder: Path) -> None:
+    """Load a PEFT folder; its classifier may have another number of classes than the model's."""
     rows, classifier = None, _classifier(model.pretrained_cfg)
     if classifier is not None and (folder / "adapter_model.safetensors").is_file():
         saved = read_tensors(folder / "adapter_model.safetensors")[0]
@@ -219,7 +219,7 @@ def _put_peft(model: nn.Module, folder: Path) -> None:
     if replaced:
         model.reset_classifier(rows)
     load_peft(model, folder)
-    if replaced:
+    if replaced and classifier is not None:
         own = {f"{classifier}.{k}" for k, _ in model.get_submodule(classifier).named_parameters()}
         missing = sorted(own - replaced_parameters(model))
         if missing:
@@ -227,13 +227,13 @@ def _put_peft(model: nn.Module, folder: Path) -> None:
 
 
 def _classifier(config: dict[str, Any]) -> str | None:
-    """The name of a timm model's classifier, the first one where there are two."""
+    """Return the name of a timm model's classifier, the first one where there are two."""
     name = config.get("classifier")
     return name if name is None or isinstance(name, str) else name[0]
 
 
 def _classifier_rows(name: str, state: dict[str, Tensor]) -> int:
-    """Classes of a state dict's classifier; 0 if it has none."""
+    """Count the classes of a state dict's classifier; 0 if it has none."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     classifier = None if config is None else _classifier(config.to_dict())
     weight = state.get(f"{classifier}.weight", state.get(f"module.{classifier}.weight"))

@@ -7,6 +7,7 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.export.precision.half import (
     MixedPrecision,
+    Trial,
     precision_units,
     reduce_precision,
     smallest_set,
@@ -92,7 +93,7 @@ class TestMixedPrecision:
 class TestRepair:
     def repaired(self, precision="fp16", model=None, **kwargs):
         model = model or Overflow()
-        return model, reduce_precision(model, precision, run, run(model), (X[:1],), **kwargs)
+        return model, reduce_precision(model, precision, Trial(run, run(model), (X[:1],)), **kwargs)
 
     def test_fp16_that_is_good_stays(self):
         _, result = self.repaired(model=Overflow(scale=1.0))
@@ -108,7 +109,7 @@ class TestRepair:
 
     def test_layers_that_need_fp32_are_found_and_named(self, monkeypatch):
         # bf16 is good enough for this model; where it is not, bisection follows.
-        from fastadapt.export.bundle.parity import Thresholds
+        from fastadapt.export.parity import Thresholds
         from fastadapt.export.precision import half as precision
 
         limits = {**precision.THRESHOLDS, "bf16": Thresholds(error=1e-9)}
@@ -126,7 +127,7 @@ class TestRepair:
     def test_what_fp32_does_not_pass_either_is_no_matter_of_precision(self):
         model = Overflow()
         with pytest.raises(fa.InputError, match="even with every layer in fp32"):
-            reduce_precision(model, "bf16", run, run(model)[::-1].copy(), (X[:1],))
+            reduce_precision(model, "bf16", Trial(run, run(model)[::-1].copy(), (X[:1],)))
 
 
 @pytest.mark.parametrize("needed", [set(), {3}, {0, 9}, {4, 5, 6}, set(range(10))])

@@ -1,4 +1,4 @@
-"""What a bundle holds to run: one :class:`Artefact` per file, and how well it must agree."""
+"""The files of a bundle that run: one :class:`Artefact` each, with its status and its parity."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 from fastadapt.errors import InputError
 
-from .parity import Parity, Thresholds
+from .parity import Parity
 
 KINDS = ("onnx", "tensorrt", "tensorrt_rtx", "aotinductor")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 VERIFIED, UNVERIFIED, REFUSED, FAILED = "verified", "unverified", "refused", "failed"
 
 
-def rate(per_second: float) -> str:
-    """In words, to three digits: ``0.52``, ``20.5``, ``991``, ``14,700``."""
-    return f"{float(f'{per_second:.3g}'):,g}"
-
-
 @dataclass(frozen=True)
 class Batches:
-    """The batch sizes that an engine is built for, and tuned for: ``MIN:OPT:MAX``."""
+    """The batch sizes that an engine is built and tuned for: ``MIN:OPT:MAX``.
+
+    Attributes:
+        min: smallest batch that the engine takes.
+        opt: batch that it is tuned for.
+        max: largest batch that it takes.
+    """
 
     min: int = 1
     opt: int = 8
@@ -29,7 +30,11 @@ class Batches:
 
     @classmethod
     def parse(cls, text: str) -> Batches:
-        """``"1:8:32"``, or ``"8"`` for a fixed batch. Raises InputError."""
+        """Parse ``"1:8:32"``, or ``"8"`` for a fixed batch.
+
+        Raises:
+            InputError: the text is neither, or the sizes are not 1 ≤ MIN ≤ OPT ≤ MAX.
+        """
         parts = text.split(":")
         if len(parts) == 1:
             parts *= 3
@@ -42,13 +47,17 @@ class Batches:
 
     @property
     def checked(self) -> tuple[int, ...]:
-        """MIN, OPT, MAX and an odd batch between them: what the gate compares at."""
+        """Return the sizes that parity is checked at: MIN, OPT, MAX and an odd one between."""
         odd = next((n for n in (5, 3, *range(self.max, self.min, -1)) if self._is_new(n)), None)
         sizes = {self.min, self.opt, self.max} | ({odd} if odd else set())
         return tuple(sorted(sizes))
 
     def _is_new(self, n: int) -> bool:
         return n % 2 == 1 and self.min < n < self.max and n != self.opt
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the sizes by name, as a manifest records them."""
+        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.min}:{self.opt}:{self.max}"
@@ -59,22 +68,22 @@ DEFAULT_BATCHES = Batches()
 
 @dataclass(frozen=True)
 class Artefact:
-    """One file of a bundle that runs, as its manifest lists it.
+    """A file of a bundle that runs, as the manifest lists it.
 
     Attributes:
         kind: ``"onnx"`` (for ONNX Runtime), ``"tensorrt"``, ``"tensorrt_rtx"`` or
             ``"aotinductor"``.
-        path: of the file in the bundle; ``None`` if it was refused.
-        precision: one of ``PRECISIONS``, as it was built.
-        status: ``"verified"`` (ran here and agreed), ``"unverified"`` (cannot run here; ``verify``
-            on the target machine settles it), ``"refused"`` (not worth shipping, with the numbers;
-            the bundle is good without it) or ``"failed"`` (ran and disagreed: the bundle is
-            rejected).
+        path: name of the file in the bundle; ``None`` if it was refused.
+        precision: one of ``PRECISIONS``, as the file was built.
+        status: ``"verified"`` (it ran here and agreed), ``"unverified"`` (it cannot run here;
+            ``verify`` on the target machine settles it), ``"refused"`` (not worth shipping, with
+            the numbers; the bundle is good without it) or ``"failed"`` (it ran and disagreed: the
+            bundle is rejected).
         reason: why it is not verified.
-        parity: what the gate compared, reference and end to end; also for the refused.
-        speed: images per second, by provider and batch size, where it ran.
-        files: every file that belongs to it, the metadata beside it included.
-        details: of the kind: batch sizes, targets, versions, layers, what was kept in fp32.
+        parity: every comparison with the trained model; recorded for refused files, too.
+        speed: images per second where it ran, by runtime and batch size.
+        files: names of every file that belongs to it, the metadata beside it included.
+        details: what depends on the kind: batch sizes, targets, versions, layers kept in fp32.
     """
 
     kind: str
@@ -89,9 +98,11 @@ class Artefact:
 
     @property
     def runnable(self) -> bool:
+        """Whether the bundle holds the file, and it has not failed."""
         return self.path is not None and self.status in (VERIFIED, UNVERIFIED)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entry that a manifest holds."""
         return {
             **asdict(replace(self, parity=())),
             "parity": [parity.to_dict() for parity in self.parity],
@@ -100,22 +111,10 @@ class Artefact:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Artefact:
+        """Make an artefact from a manifest's entry; keys that it does not know are left out."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         parity = []
         for row in values.get("parity", ()):
             row = {key: row[key] for key in Parity.__dataclass_fields__ if key in row}
             parity.append(Parity(**{**row, "problems": tuple(row.get("problems", ()))}))
         return cls(**{**known, "parity": tuple(parity), "files": tuple(values.get("files", ()))})
-
-
-# Half precision rounds at every layer: the worst output of what is right is off by 0.5 to 2 % of
-# the spread in fp16 on the backbones that are tested, eight times that in bf16, where some need
-# fp32 layers. 8 bit is judged by its accuracy on the validation split (quantize.py); its bounds
-# only tell an engine that works from one that does not.
-THRESHOLDS = {
-    "fp32": Thresholds(),
-    "fp16": Thresholds(error=0.05, cosine=0.999, origin=0.7),
-    "bf16": Thresholds(error=0.1, cosine=0.99, origin=0.7),
-    "int8": Thresholds(error=1.0, cosine=0.5, origin=0.7),
-    "fp8": Thresholds(error=1.0, cosine=0.5, origin=0.7),
-}

@@ -1,29 +1,18 @@
 """Models without a run: fine-tuned timm models and LoRA folders that PEFT wrote."""
 
-import sys
-
 import numpy as np
 import peft
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import fastadapt as fa
-from fastadapt import cli
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_timm, load
-from fastadapt.export.bundle.build import EngineOptions
-from fastadapt.export.bundle.graph_input import GraphInput
-from fastadapt.export.bundle.samples import (
-    Sample,
-    choose,
-    folder_samples,
-    read_pixels,
-    synthetic_samples,
-)
-from fastadapt.export.bundle.sources import load_timm
+from fastadapt.export.bundle.engine_options import EngineOptions
+from fastadapt.export.bundle.trained import load_timm
 from fastadapt.files import read_json, read_tensors, sha256_file, write_tensors
+from tests.helpers.command import command
 from tests.helpers.imagesets import make_folders
 
 NAME, SIZE = "test_vit", 32
@@ -140,32 +129,6 @@ class TestLoad:
             load_timm("test_vitt", checkpoint=weights[0] / "tuned.pth")
 
 
-class TestSamples:
-    def test_synthetic_ones_vary_and_are_the_same_every_time(self):
-        pre = Preprocess((3, 48, 64))
-        samples = synthetic_samples(pre)
-        assert samples.origin.startswith("synthetic")
-        pixels = np.stack([np.asarray(sample.read()) for sample in samples.samples])
-        assert pixels.shape == (16, 48, 64, 3)
-        again = [np.asarray(sample.read()) for sample in synthetic_samples(pre).samples]
-        assert np.array_equal(pixels, again)
-        assert pixels.std(axis=0).min() > 5 and pixels.std(axis=(1, 2)).min() > 5
-        assert samples.calibration == samples.validation == ()
-
-    def test_no_image_calibrates_and_judges(self, images):
-        samples = folder_samples(images, 5)
-        assert set(samples.calibration) | set(samples.validation) == set(samples.samples)
-        assert not set(samples.calibration) & set(samples.validation)
-        assert len({sample.label for sample in choose(samples.samples, 3)}) == 3
-
-
-def command(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["fastadapt", *map(str, args)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return caught.value.code or 0
-
-
 class TestExport:
     def test_peft_on_images(self, weights, images, tmp_path, monkeypatch, capfd):
         folder, wrapped = weights
@@ -239,14 +202,3 @@ class TestExport:
         error = capfd.readouterr().err
         assert says in error and error.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
-
-
-def test_large_photos_are_stored_smaller(tmp_path):
-    """Golden samples of a graph that resizes are decoded images, of one size."""
-    samples = []
-    for index, size in enumerate([(2048, 1024), (2048, 1024), (300, 200)]):
-        Image.new("RGB", size, (index, 9, 9)).save(tmp_path / f"{index}.png")
-        samples.append(Sample(tmp_path / f"{index}.png"))
-    pixels = read_pixels(samples, GraphInput(PRE, resize=True))
-    assert pixels.given.shape == (3, 3, 512, 1024)
-    assert pixels.model.shape == pixels.training.shape == (3, 3, SIZE, SIZE)

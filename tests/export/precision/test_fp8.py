@@ -8,18 +8,18 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
+from fastadapt.export import EngineOptions
+from fastadapt.export.artefact import REFUSED, VERIFIED, Batches
 from fastadapt.export.backends.aotinductor import build_aoti, target
 from fastadapt.export.bundle import build as engines
-from fastadapt.export.bundle.artefact import REFUSED, VERIFIED, Batches
-from fastadapt.export.bundle.build import EngineOptions, build_artefacts
-from fastadapt.export.bundle.graph_input import Deployed, GraphInput
+from fastadapt.export.bundle.build import build_artefacts
+from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision import fp8
 from fastadapt.export.precision import int8 as quantize
 from fastadapt.export.precision.fp8 import E4M3, LARGEST, Float8Linear, quantize_fp8
 from fastadapt.export.precision.half import MixedPrecision, precision_units
-from fastadapt.export.precision.int8 import Images, Judgement
+from fastadapt.export.precision.int8 import Judgement, QuantizationImages
 from fastadapt.export.runtimes import load_runtime
-from tests.export.test_build import made_source  # noqa: F401
 
 SIZE = (3, 64, 64)
 OPTIONS = EngineOptions(aoti=True, fp8=True, precision="bf16", batch=Batches(2, 4, 6))
@@ -53,13 +53,13 @@ def off(got, want):
     return ((got - want[: len(got)]).square().mean() / want.var(dim=0).mean()).sqrt()
 
 
-def with_images(source, folder):
-    """A source in a folder of its own, with images for FP8: those of its gate."""
-    (folder / "model.onnx").write_bytes(source.onnx.read_bytes())
-    array = source.inputs["images"]
+def with_images(folded, folder):
+    """A folded in a folder of its own, with images for FP8: those of its gate."""
+    (folder / "model.onnx").write_bytes(folded.onnx.read_bytes())
+    array = folded.reference.inputs["images"]
     rows = list(range(len(array)))
-    images = Images(rows, rows, None, lambda files: array[list(files)])
-    return replace(source, folder=folder, onnx=folder / "model.onnx", images=lambda: images)
+    images = QuantizationImages(rows, rows, None, lambda files: array[list(files)])
+    return replace(folded, folder=folder, onnx=folder / "model.onnx", images=lambda: images)
 
 
 class TestLayer:
@@ -138,17 +138,17 @@ class TestQuantize:
 
 
 @pytest.fixture(scope="module")
-def made(made_source, tmp_path_factory):  # noqa: F811
-    """A source, and its files: fp32, bf16 and FP8; on a GPU, for it."""
+def made(folded_model, tmp_path_factory):
+    """A folded, and its files: fp32, bf16 and FP8; on a GPU, for it."""
     if torch.cuda.is_available():
         if torch.cuda.get_device_capability() < fp8.CAPABILITY:
             pytest.skip("this GPU has no FP8")
     elif torch.__version__.startswith("2.11."):
         pytest.skip("what Inductor 2.11 writes in C++ for e4m3 does not compile")
-    source = with_images(made_source, tmp_path_factory.mktemp("fp8"))
+    folded = with_images(folded_model, tmp_path_factory.mktemp("fp8"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "_speeds", lambda runtimes, example: (10.0, 20.0))
-        return source, build_artefacts(replace(OPTIONS, fp8_budget=0.3), source)
+        return folded, build_artefacts(replace(OPTIONS, fp8_budget=0.3), folded)
 
 
 class TestArtefact:
@@ -158,7 +158,9 @@ class TestArtefact:
         assert (artefact.path, artefact.status) == ("model.fp8.pt2", VERIFIED)
         assert artefact.precision == "fp8"
         assert artefact.files == ("model.fp8.pt2", "model.fp8.pt2.json")
-        assert artefact.details["targets"] == [target(engines._device())]
+        assert artefact.details["targets"] == [
+            target("cuda" if torch.cuda.is_available() else "cpu")
+        ]
         assert len(artefact.details["fp8_layers"]) == 10
         judgement = artefact.details["judgement"]
         assert (judgement["rival"], judgement["speed"]) == ("bf16", 20.0)
@@ -166,9 +168,12 @@ class TestArtefact:
         assert [parity.batch for parity in artefact.parity] == [2, 4, 5, 6]
 
     def test_runs_at_every_batch_size(self, made):
-        source, _ = made
-        runtime = load_runtime(source.folder / "model.fp8.pt2")
-        images, want = torch.from_numpy(source.inputs["images"]), torch.from_numpy(source.expected)
+        folded, _ = made
+        runtime = load_runtime(folded.folder / "model.fp8.pt2")
+        images, want = (
+            torch.from_numpy(folded.reference.inputs["images"]),
+            torch.from_numpy(folded.reference.expected),
+        )
         for batch in (2, 3, 6):
             assert off(runtime(images[:batch]).cpu(), want) < 0.1
 
@@ -177,7 +182,7 @@ class TestRefused:
     """Compiles nothing."""
 
     @pytest.fixture
-    def source(self, made_source, tmp_path, monkeypatch):  # noqa: F811
+    def folded(self, folded_model, tmp_path, monkeypatch):
         def build(model, example, path, batch, *, precision):
             path.write_bytes(b"code")
             path.with_name(f"{path.name}.json").write_text("{}")
@@ -190,26 +195,30 @@ class TestRefused:
             return Judgement(*figures, rival[0], problems=("accuracy falls",))
 
         monkeypatch.setattr(engines.aotinductor, "build_aoti", build)
-        monkeypatch.setattr(engines, "_checked", lambda found, _: replace(found, status=VERIFIED))
+        monkeypatch.setattr(
+            engines, "verify_artefact", lambda _, found, *a, **k: replace(found, status=VERIFIED)
+        )
         monkeypatch.setattr(engines, "judge", judge)
-        return with_images(made_source, tmp_path)
+        return with_images(folded_model, tmp_path)
 
-    def test_with_the_numbers(self, source):
-        artefact = build_artefacts(OPTIONS, source)[-1]
+    def test_with_the_numbers(self, folded):
+        artefact = build_artefacts(OPTIONS, folded)[-1]
         assert (artefact.path, artefact.status, artefact.files) == (None, REFUSED, ())
         assert (artefact.precision, artefact.reason) == ("fp8", "accuracy falls")
         assert artefact.details["judgement"]["accuracy_fp32"] == 0.9
-        names = {path.name for path in source.folder.iterdir()}
+        names = {path.name for path in folded.folder.iterdir()}
         assert "model.bf16.pt2" in names and not any("fp8" in name for name in names)
 
-    def test_nothing_to_quantise(self, source, monkeypatch):
+    def test_nothing_to_quantise(self, folded, monkeypatch):
         monkeypatch.setattr(fp8, "_candidates", lambda model: [])
-        artefact = build_artefacts(OPTIONS, source)[-1]
+        artefact = build_artefacts(OPTIONS, folded)[-1]
         assert artefact.status == REFUSED and "multiples of 16" in artefact.reason
 
-    def test_no_classes(self, source):
+    def test_no_classes(self, folded):
         with pytest.raises(fa.InputError, match="--fp8 is judged by its accuracy"):
-            build_artefacts(OPTIONS, replace(source, classes=False))
+            build_artefacts(
+                OPTIONS, replace(folded, reference=replace(folded.reference, classes=False))
+            )
 
 
 class TestOptions:

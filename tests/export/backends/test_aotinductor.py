@@ -13,6 +13,7 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
+from fastadapt.export.artefact import Batches
 from fastadapt.export.backends import aotinductor
 from fastadapt.export.backends.aotinductor import (
     _dynamic_shapes,
@@ -20,9 +21,8 @@ from fastadapt.export.backends.aotinductor import (
     check_compiler,
     target,
 )
-from fastadapt.export.bundle.artefact import Batches
-from fastadapt.export.bundle.graph_input import Deployed, GraphInput
 from fastadapt.export.folded_layers import FoldedClusterAttention
+from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
 

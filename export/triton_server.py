@@ -1,4 +1,4 @@
-"""A bundle as a model of NVIDIA Triton Inference Server.
+"""NVIDIA Triton Inference Server: a bundle as a model of a model repository.
 
 The layout and ``config.pbtxt`` are documented in Triton's "Model Repository" and "Model
 Configuration"; the schema is ``model_config.proto`` of triton-inference-server/common.
@@ -15,10 +15,10 @@ from typing import Any
 from fastadapt.errors import InputError
 from fastadapt.files import write_text
 
-from ..bundle.artefact import VERIFIED, Artefact
-from ..bundle.graph_input import GraphInput
-from ..bundle.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
-from ..bundle.staging import place, staging
+from .artefact import VERIFIED, Artefact
+from .bundle.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
+from .bundle.staging import place, staging
+from .graph_input import GraphInput
 
 CONFIG = "config.pbtxt"
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
@@ -27,15 +27,15 @@ BACKENDS = {
     "tensorrt": {"platform": "tensorrt_plan", "file": "model.plan"},
 }
 MAX_BATCH = 32
-# How long a request waits for others to share its batch: less than a batch takes on most GPUs.
+# Time that a request waits for others to share its batch; less than a batch takes on most GPUs.
 QUEUE_DELAY = 500  # microseconds
 
 
 def check_repository(repository: str | Path, bundle: str | Path, overwrite: bool = False) -> Path:
-    """Where a bundle's model will lie.
+    """Return the folder that a bundle's model will have in a repository.
 
     Raises:
-        InputError: it may not: the repository is a file, or holds a model of that name.
+        InputError: the repository is a file, or holds a model of that name.
     """
     repository = Path(repository)
     if repository.exists() and not repository.is_dir():
@@ -56,14 +56,14 @@ def write_repository(
     backend: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Adds a bundle's model to a model repository: ``NAME/config.pbtxt``, ``NAME/1/model.*``.
+    """Add a bundle's model to a model repository: ``NAME/config.pbtxt``, ``NAME/1/model.*``.
 
-    Requests are batched dynamically, the model is warmed up at its smallest and largest batch, and
+    Requests are batched dynamically, the warm-up runs the smallest and the largest batch, and
     class names come with Triton's classification extension.
 
     Args:
-        bundle: its folder's name becomes the model's.
-        repository: made if need be.
+        bundle: a folder, whose name becomes the model's.
+        repository: a folder, made if need be.
         backend: ``"onnxruntime"`` or ``"tensorrt"``; if ``None``, TensorRT where the bundle holds
             an engine that was verified. (TensorRT-RTX is no back end of Triton's.)
         overwrite: replace a model of that name.
@@ -85,7 +85,7 @@ def write_repository(
     with staging(target) as folder:
         version = folder / "1"
         version.mkdir()
-        for name in artefact.files or (artefact.path,):
+        for name in artefact.files or (MODEL,):
             if name == artefact.path:
                 shutil.copyfile(bundle / name, version / BACKENDS[backend]["file"])
             elif name.endswith(".data"):  # the graph refers to its weights by their name
@@ -100,7 +100,7 @@ def write_repository(
 def model_config(
     name: str, manifest: dict[str, Any], backend: str, artefact: Artefact
 ) -> dict[str, Any]:
-    """The model's configuration, as :func:`to_pbtxt` takes it."""
+    """Make the model's configuration, as :func:`to_pbtxt` takes it."""
     batch = artefact.details.get("batch") or {"min": 1, "opt": 8, "max": MAX_BATCH}
     if batch["min"] > 1:
         raise InputError(
@@ -140,15 +140,15 @@ def model_config(
 
 
 class Token(str):
-    """A name of the schema's, written without quotes."""
+    """A name of Triton's schema, written without quotes."""
 
 
 def to_pbtxt(message: dict[str, Any], indent: str = "") -> str:
-    """A message in protocol buffers' text format.
+    """Write a message in protocol buffers' text format.
 
     Args:
         message: fields by name; dictionaries are messages, lists of them repeated ones.
-        indent: in front of every line.
+        indent: at the start of every line.
     """
     lines = []
     for key, value in message.items():
@@ -185,7 +185,7 @@ def _choose(bundle: Path, manifest: dict[str, Any], backend: str | None) -> tupl
 
 
 def _tensor(value: dict[str, Any]) -> dict[str, Any]:
-    """Name, type and shape, the batch left out; sizes that are not fixed are -1."""
+    """Describe a tensor without its batch dimension; sizes that are not fixed are -1."""
     dims = [size if isinstance(size, int) else -1 for size in value["shape"][1:]]
     return {"name": value["name"], "data_type": Token(TYPES[value["dtype"]]), "dims": dims}
 

@@ -1,8 +1,8 @@
-"""What a bundle's files take: how much of the preprocessing is inside the graph.
+"""The input of a bundle's files: how much of the preprocessing is inside the graph.
 
-Whatever a graph leaves to its users, they get wrong sooner or later. Normalisation can always be
+What a graph leaves to its users, they get wrong sooner or later. Normalisation can always be
 inside: the input is then the image's own bytes, uint8 [batch, H, W, 3], or RGB in [0, 1]. Resizing
-can, for ONNX Runtime: Pillow's antialiased filters exist as ONNX's Resize since opset 18.
+can be for ONNX Runtime: Pillow's antialiased filters exist as ONNX's Resize since opset 18.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.info import versions
 
+Inputs = dict[str, np.ndarray]  # what a file takes, by name: [samples, ...], images first
+
 NAME, BATCH = "images", "batch"
 DTYPES = ("uint8", "float")
 # ONNX's names of Pillow's filters; Pillow's cubic has a = -0.5, ONNX's default is -0.75.
@@ -25,7 +27,7 @@ RESIZE_MODES = {"bilinear": 'mode = "linear"', "bicubic": 'mode = "cubic", cubic
 
 
 def check_settings(dtype: str, normalize: bool, resize: bool) -> None:
-    """Raises InputError where the settings of a :class:`GraphInput` exclude each other."""
+    """Raise InputError where settings of a :class:`GraphInput` exclude each other."""
     if dtype not in DTYPES:
         raise InputError(f"--input is {dtype!r}; expected {' or '.join(DTYPES)}")
     if dtype == "uint8" and not normalize:
@@ -39,12 +41,12 @@ class GraphInput:
     """The input of an exported graph.
 
     Attributes:
-        preprocess: what the model was trained with.
+        preprocess: the preprocessing that the model was trained with.
         dtype: ``"uint8"``: uint8 [batch, H, W, 3] as decoded (volumes: [batch, D, H, W, 3]);
             ``"float"``: fp32 [batch, 3, H, W] in [0, 1].
         normalize: the normalisation is in the graph. Always so with uint8.
-        resize: resizing and cropping are in the graph, too: images of any size, one size a batch.
-            uint8 only.
+        resize: resizing and cropping are in the graph, too: images of any size, one size per
+            batch. uint8 only.
 
     Raises:
         InputError: settings that exclude each other, or a way of resizing that ONNX lacks.
@@ -75,9 +77,11 @@ class GraphInput:
             )
 
     def array(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, 3, H, W], as :meth:`Preprocess.read` gives them, to what the graph takes.
+        """Convert images to what the graph takes.
 
-        With ``resize`` they are decoded images of any size.
+        Args:
+            images: uint8 [B, 3, H, W], as :meth:`Preprocess.read` gives them; with ``resize``
+                decoded images of any one size.
         """
         if self.dtype == "uint8":
             return np.ascontiguousarray(np.moveaxis(images, 1, -1))
@@ -89,14 +93,16 @@ class GraphInput:
         return (values - mean) / np.asarray(self.preprocess.std, np.float32).reshape(shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest: the settings, and every step from file to model in words."""
+        """Return the manifest's entry: the settings, and each step from file to model in words."""
         p = self.preprocess
+        composed: Any = p.transform
+        timm_steps = composed.transforms
         steps = [
             (
                 "decode to 8-bit RGB: orientation tag applied, transparency on black, 16 bit / 257",
                 False,
             ),
-            *((str(step), self.resize) for step in p.transform.transforms[:-1]),
+            *((str(step), self.resize) for step in timm_steps[:-1]),
             ("divide by 255", self.dtype == "uint8"),
             (f"subtract mean {list(p.mean)}, divide by std {list(p.std)}", self.normalize),
         ]
@@ -113,7 +119,11 @@ class GraphInput:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GraphInput:
-        """What :meth:`to_dict` gave, or a bundle of schema 1. Raises InputError."""
+        """Make it of what :meth:`to_dict` gave, or of a bundle of schema 1.
+
+        Raises:
+            InputError: the settings exclude each other, or a value is wrong.
+        """
         fields = Preprocess.__dataclass_fields__
         return cls(
             Preprocess.from_dict({key: values[key] for key in fields if key in values}),
@@ -124,20 +134,23 @@ class GraphInput:
 
 
 class Deployed(nn.Module):
-    """A model as a graph holds it: behind its input, called by position, in evaluation mode.
+    """A model as a graph holds it: its input's steps first, in evaluation mode.
 
     Args:
-        model: takes normalised fp32 images [B, C, H, W], and perhaps more behind them.
-        graph_input: in front of it; ``None``: nothing.
-        dims: of one sample, channels included; 4 for volumes.
+        model: takes normalised fp32 images [B, C, H, W], and perhaps further inputs.
+        graph_input: the steps that run before the model; ``None``: none.
+        dims: dimensions of one sample, channels included; 4 for volumes.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: nn.Module, graph_input: GraphInput | None = None, dims: int = 3):
         super().__init__()
         self.model = model
         self.is_uint8 = graph_input is not None and graph_input.dtype == "uint8"
         self.normalize = graph_input is not None and graph_input.normalize
-        if self.normalize:
+        if graph_input is not None and graph_input.normalize:
             device = next(model.parameters(), torch.empty(0)).device
             shape = (-1, *(1,) * (dims - 1))
             for name in ("mean", "std"):
@@ -146,6 +159,7 @@ class Deployed(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor, *others: Tensor) -> Tensor:
+        """Normalise images and run the model."""
         if self.is_uint8:
             # The conversion first: TensorRT takes uint8 at the network's input only.
             images = images.float().movedim(-1, 1) / 255
@@ -155,10 +169,10 @@ class Deployed(nn.Module):
 
 
 def insert_resize(graph: Any, preprocess: Preprocess) -> None:
-    """Puts timm's evaluation transform, resizing and cropping, in front of an onnx_ir graph.
+    """Prepend timm's evaluation transform, resizing and cropping, to an onnx_ir graph.
 
-    Its input, uint8 [batch, H, W, 3], then has any height and width. ONNX Runtime's filters are
-    within one level in 256 of Pillow's, and equal for more than 99 % of the pixels. Images more
+    The graph's input, uint8 [batch, H, W, 3], then has any height and width. ONNX Runtime's filters
+    are within one level in 256 of Pillow's, and equal for more than 99 % of the pixels. Images more
     than twice as tall as wide are further off: Pillow 13 filters their columns first, ONNX Runtime
     the rows, and each rounds and clips to [0, 255] in between.
     """
@@ -178,7 +192,7 @@ def insert_resize(graph: Any, preprocess: Preprocess) -> None:
 
 
 def resize_as_graph(images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """What :func:`insert_resize` makes of uint8 [B, H, W, 3]: uint8 [B, 3, h, w]."""
+    """Resize uint8 [B, H, W, 3] to [B, 3, h, w] as :func:`insert_resize` does in the graph."""
     import onnx.parser
     import onnxruntime
 
@@ -190,7 +204,7 @@ def resize_as_graph(images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
 
 
 def _resize_text(preprocess: Preprocess) -> str:
-    """The front graph: timm's Resize and CenterCrop, integer for integer.
+    """Write the graph that comes first: timm's Resize and CenterCrop, integer for integer.
 
     The shorter side becomes ``scale``, the longer one ``scale · longer // shorter`` ("squash": both
     sides ``scale``). The crop begins at ``round(excess / 2)``, ties to even, as in torchvision.

@@ -1,4 +1,4 @@
-"""The report's pictures: parity and speed, as SVG to put into HTML."""
+"""The report's figures: parity and speed, as SVG that goes into HTML."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .artefact import rate
+from ..speed import format_rate
 
 GOOD, BAD, LIMIT = "#2a7d2e", "#b3261e", "#444444"
-LEAST = 1e-9  # errors below it, zero too, are drawn there
+LEAST = 1e-9  # smaller errors, zero included, are drawn there
 
 
 def parity_svg(parities: Sequence[dict[str, Any]]) -> str:
-    """A row for each comparison, a dot for each batch size, and the limit of its error."""
+    """Draw a row per comparison with a dot per batch size, and the limit of the error."""
     stages = list(dict.fromkeys(p["stage"] for p in parities))
     figure, axes = _figure(len(stages))
     for p in parities:
@@ -36,13 +36,18 @@ def parity_svg(parities: Sequence[dict[str, Any]]) -> str:
 
 
 def speed_svg(rows: Sequence[tuple[str, str, int, float]]) -> str:
-    """Bars of images per second; ``rows`` are file, runtime, batch, images/s."""
+    """Draw bars of images per second; ``rows`` are file, runtime, batch, images/s."""
     figure, axes = _figure(len(rows))
     values = [row[3] for row in rows]
     axes.barh(range(len(rows)), values, color="#3b6ea5", height=0.6)
     for y, value in enumerate(values):
         axes.annotate(
-            rate(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9
+            format_rate(value),
+            (value, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
         )
     names = [f"{file}, {runtime}, batch {batch}" for file, runtime, batch, _ in rows]
     axes.set_yticks(range(len(rows)), names)
@@ -63,8 +68,12 @@ def _figure(rows: int) -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure) -> str:
-    # Text stays text: it can be selected and searched, and takes the reader's font.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "fastadapt", "font.family": "sans-serif"}
+    # Text stays text, which can be selected and searched, in the reader's font.
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fastadapt",
+        "font.family": "sans-serif",
+    }
     content = io.StringIO()
     with rc_context(settings):
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})

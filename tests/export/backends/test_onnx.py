@@ -11,8 +11,8 @@ import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_onnx
 from fastadapt.export.backends import onnx as onnx_step
-from fastadapt.export.bundle.graph_input import GraphInput
-from fastadapt.export.bundle.onnx_check import onnx_session
+from fastadapt.export.bundle.gate import onnx_session
+from fastadapt.export.graph_input import GraphInput
 from fastadapt.lora import LoRAConfig, lora_layers
 
 

@@ -1,4 +1,4 @@
-"""How well two models agree: the numbers that the gate and ``fastadapt verify`` decide on."""
+"""How well two models agree: the numbers that an export and ``fastadapt verify`` decide on."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from fastadapt.errors import InputError
 
 
 class GateError(InputError):
-    """A model whose outputs differ from the reference; the command line's exit code is not 0."""
+    """Report a model whose outputs differ from the reference; the exit code is then not 0."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What passes, for models in fp32.
+    """The limits of a parity check; the defaults are for models in fp32.
 
     Attributes:
-        error: of the spread. fp32 arithmetic in another order gives 1e-6 to 1e-4 on the backbones
-            that are tested; a wrong weight, scale or normalisation 1e-2 and more. At 1e-3 a
-            logit moves by a thousandth of how much it varies from image to image.
-        cosine: the smallest of all samples. An error within its limit implies it; it is stated
+        error: largest absolute difference, over the reference's spread. fp32 arithmetic in
+            another order gives 1e-6 to 1e-4 on the backbones that are tested; a wrong weight,
+            scale or normalisation 1e-2 and more. At 1e-3 a logit moves by a thousandth of how
+            much it varies from image to image.
+        cosine: smallest cosine of all samples. An error within its limit implies it; it is stated
             because other tools report it, so that results can be compared.
-        origin: of the spread, times the root of the number of outputs. What is nearer to the origin
-            has no direction to speak of: an error within its limit turns it by more than the
-            cosine allows. At most 1, which some sample always reaches.
-        spread: of the outputs' largest value. Below 1e-4 fp32 rounding is itself 1e-3 of the
-            spread: the model answers every image alike, and agreement says nothing.
+        origin: length below which a sample's cosine is left out, over the spread times the square
+            root of the number of outputs. Outputs nearer to the origin have no direction to speak
+            of: an error within its limit turns them by more than the cosine allows. At most 1,
+            which some sample always reaches.
+        spread: smallest spread, over the largest output. Below 1e-4 fp32 rounding is itself 1e-3
+            of the spread: the model answers every image alike, and agreement says nothing.
     """
 
     error: float = 1e-3
@@ -42,14 +44,29 @@ class Thresholds:
     spread: float = 1e-4
 
 
+# Half precision rounds at every layer: the worst output of what is right is off by 0.5 to 2 % of
+# the spread in fp16 on the backbones that are tested, eight times that in bf16, where some need
+# fp32 layers. 8 bit is judged by its accuracy on the validation split (precision/int8.py); its
+# limits only tell an engine that works from one that does not.
+THRESHOLDS = {
+    "fp32": Thresholds(),
+    "fp16": Thresholds(error=0.05, cosine=0.999, origin=0.7),
+    "bf16": Thresholds(error=0.1, cosine=0.99, origin=0.7),
+    "int8": Thresholds(error=1.0, cosine=0.5, origin=0.7),
+    "fp8": Thresholds(error=1.0, cosine=0.5, origin=0.7),
+}
+# A graph that resizes rounds some pixels to the next level: its input changes, not its model.
+RESIZED = Thresholds(error=0.05, cosine=0.999)
+
+
 @dataclass(frozen=True)
 class Parity:
     """How well two models agree on the same samples; made by :func:`compare`.
 
     Attributes:
-        stage: which two models.
+        stage: names the two models.
         batch: batch size of the candidate; 0 if unknown.
-        samples: how many.
+        samples: number of samples.
         error: largest absolute difference, over the spread of the reference.
         cosine: smallest cosine of a sample's two outputs, those near the origin left out.
         top1: share of samples with the same highest output, near ties left out; ``None`` with
@@ -73,9 +90,11 @@ class Parity:
 
     @property
     def passed(self) -> bool:
+        """Whether every limit was kept."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the entry that a manifest holds."""
         return {**asdict(self), "problems": list(self.problems), "passed": self.passed}
 
 
@@ -88,7 +107,7 @@ def compare(
     classes: bool = True,
     thresholds: Thresholds = Thresholds(),
 ) -> Parity:
-    """Compares the outputs of two models on the same samples.
+    """Compare the outputs of two models on the same samples.
 
     The scale of the error is the *spread* of the reference: the standard deviation of every output
     over the samples, root mean square over the outputs. It measures what the outputs tell the
@@ -97,12 +116,12 @@ def compare(
 
     Args:
         reference, candidate: [samples, outputs], arrays or CPU tensors.
-        stage, batch: go into the result.
+        stage, batch: recorded in the result.
         classes: whether the outputs are classes, so that the highest one means something.
-        thresholds: what passes.
+        thresholds: the limits.
 
     Returns:
-        A :class:`Parity`; NaN or infinity in either, or outputs that do not vary, never pass.
+        A :class:`Parity`. NaN or infinity in either never pass, nor do outputs that do not vary.
     """
     a = np.asarray(reference, dtype=np.float64)
     b = np.asarray(candidate, dtype=np.float64)
@@ -157,7 +176,7 @@ def compare(
 
 
 def check_problems(parities: Iterable[Parity]) -> list[str]:
-    """Every reason why the gate stays shut, with its stage."""
+    """Return every reason why comparisons failed, with stage and batch size."""
     return [
         f"{parity.stage} at batch {parity.batch}: {problem}"
         for parity in parities
@@ -166,7 +185,7 @@ def check_problems(parities: Iterable[Parity]) -> list[str]:
 
 
 def parity_table(parities: Iterable[Parity], title: str = "parity") -> Table:
-    """One row per stage and batch size, for the terminal."""
+    """Make a table for the terminal: one row per stage and batch size."""
     table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
     table.add_column("stage", no_wrap=True)
     for column in ("batch", "error", "at most", "cosine", "top-1", ""):

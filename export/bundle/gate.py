@@ -1,0 +1,129 @@
+"""The parity check that every export must pass: unfolded, folded and ``model.onnx`` agree.
+
+``model.onnx`` runs in ONNX Runtime on the CPU, which every machine has. What other files do is
+checked in :mod:`fastadapt.export.bundle.verify_artefact`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastadapt.errors import InputError
+
+from ..graph_input import Inputs
+from ..parity import RESIZED, Parity, compare
+from ..runtimes import first_line
+from .material import Material
+
+# One image, the smallest real batch, and an odd one: a batch that silently became fixed, or
+# statistics taken over it, fail at one of them.
+BATCHES = (1, 2, 5)
+END_TO_END = "end to end"
+
+
+def gate(file: Path, material: Material) -> list[Parity]:
+    """Compare unfolded with folded, folded with ONNX Runtime, and the first with the last."""
+    expected, classes, example = material.expected, material.classes, material.example
+    parities = [_check_resizing(material)] if material.graph_input.resize else []
+    for batch in BATCHES:
+        folded = model_outputs(material.folded, example, batch)
+        parities.append(compare(expected, folded, stage="folding", batch=batch, classes=classes))
+    references = {"ONNX Runtime": folded, END_TO_END: expected}
+    try:
+        session = onnx_session(file)
+    except InputError as error:
+        return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
+    return parities + compare_onnx(session, material.inputs, references, classes)
+
+
+def _check_resizing(material: Material) -> Parity:
+    """Compare the graph's way of resizing with the training's."""
+    trained, expected = material.trained, material.expected
+    normalized = trained.preprocess.normalize(material.pixels.training)
+    training = model_outputs(trained.model, (normalized, *material.example[1:]), batch=8)
+    return compare(
+        training,
+        expected,
+        stage="resizing",
+        batch=len(expected),
+        classes=material.classes,
+        thresholds=RESIZED,
+    )
+
+
+@torch.no_grad()
+def model_outputs(
+    model: nn.Module, inputs: tuple[Tensor, ...], batch: int, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """Run a model in batches of ``batch`` and return its outputs [samples, outputs]."""
+    batches = zip(*(x.split(batch) for x in inputs), strict=True)
+    parts = [model(*part).flatten(1) for part in batches]
+    return torch.cat(parts).to(dtype).numpy()
+
+
+def model_outputs_fp64(model: nn.Module, inputs: tuple[Tensor, ...]) -> np.ndarray:
+    """Run a model in fp64, without the rounding of its own dtype."""
+    exact = copy.deepcopy(model).double()
+    return model_outputs(exact, tuple(x.double() for x in inputs), batch=8, dtype=torch.float64)
+
+
+def onnx_session(path: str | Path) -> Any:
+    """Open an ONNX Runtime session on the CPU.
+
+    Raises:
+        InputError: ONNX Runtime cannot load the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        name = Path(path).name
+        raise InputError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
+
+
+def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
+    """Run a session in batches of ``batch`` and return its outputs [samples, outputs].
+
+    Raises:
+        InputError: ONNX Runtime fails, at this batch size perhaps.
+    """
+    count = len(next(iter(inputs.values())))
+    try:
+        parts = [
+            session.run(None, {name: x[start : start + batch] for name, x in inputs.items()})[0]
+            for start in range(0, count, batch)
+        ]
+    except Exception as error:
+        raise InputError(
+            f"ONNX Runtime fails at batch size {batch}: {first_line(error)}"
+        ) from error
+    return np.concatenate(parts)
+
+
+def compare_onnx(
+    session: Any, inputs: Inputs, references: dict[str, np.ndarray], classes: bool
+) -> list[Parity]:
+    """Compare a session with references, which are named by stage, at every batch size."""
+    parities = []
+    for batch in BATCHES:
+        try:
+            outputs = run_onnx(session, inputs, batch)
+        except InputError as error:
+            failed = [
+                Parity(stage, batch, len(reference), problems=(str(error),))
+                for stage, reference in references.items()
+            ]
+            parities.extend(failed)
+            continue
+        for stage, reference in references.items():
+            parities.append(compare(reference, outputs, stage=stage, batch=batch, classes=classes))
+    return sorted(parities, key=lambda parity: list(references).index(parity.stage))

@@ -1,0 +1,114 @@
+"""What an export works with once its model is folded: images, inputs, expected outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastadapt import __version__
+from fastadapt.errors import InputError
+
+from ..backends.onnx import export_onnx
+from ..fold import FoldReport
+from ..graph_input import NAME, GraphInput, Inputs
+from ..precision.int8 import QuantizationImages
+from .samples import Pixels, Sample, Samples
+from .trained import Trained
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an export works with.
+
+    Attributes:
+        trained: the model before folding, and what is known of it.
+        samples: all images that may be used.
+        chosen: those of them that parity is checked on.
+        graph_input: what the bundle's files take.
+        pixels: of the chosen images.
+        others: further inputs of the model, by name.
+        example: all inputs of the model, the normalised images first.
+        expected: the model's outputs for them [samples, outputs].
+        folded: the folded model.
+        fold_report: what folding did.
+    """
+
+    trained: Trained
+    samples: Samples
+    chosen: list[Sample]
+    graph_input: GraphInput
+    pixels: Pixels
+    others: dict[str, Tensor]
+    example: tuple[Tensor, ...]
+    expected: np.ndarray
+    folded: nn.Module
+    fold_report: FoldReport
+
+    @property
+    def classes(self) -> bool:
+        """Whether the model's outputs are classes."""
+        return bool(self.trained.labels)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the bundle's files take, for the chosen images."""
+        others = {name: x.numpy() for name, x in self.others.items()}
+        return {NAME: self.graph_input.array(self.pixels.given.numpy()), **others}
+
+    def write_onnx(self, module: nn.Module, path: Path, **options: Any) -> dict[str, Any]:
+        """Call :func:`export_onnx` on a module that takes and gives what ``folded`` does."""
+        return export_onnx(
+            module,
+            path,
+            input_size=self.trained.preprocess.input_size,
+            other_inputs={name: tuple(x.shape[1:]) for name, x in self.others.items()},
+            graph_input=self.graph_input,
+            labels=self.trained.labels,
+            metadata=self._metadata(),
+            **options,
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
+        source = self.trained.source
+        return {
+            "preprocessing": self.graph_input.to_dict(),
+            "fastadapt": __version__,
+            "backbone": self.trained.backbone,
+            **{key: source[name] for key, name in hashes.items() if name in source},
+        }
+
+    def quantization_images(self) -> QuantizationImages:
+        """Return the images that INT8 and FP8 are calibrated with, and judged by."""
+        labels, validation = self.trained.labels, self.samples.validation
+        classes = [labels.index(s.label) for s in validation if s.label in labels]
+        preprocess, graph_input = self.trained.preprocess, self.graph_input
+
+        def read(paths: Sequence[Path]) -> np.ndarray:
+            pixels = torch.stack([preprocess.read(path) for path in paths])
+            return graph_input.array(pixels.numpy())
+
+        return QuantizationImages(
+            [sample.path for sample in self.samples.calibration],
+            [sample.path for sample in validation],
+            np.array(classes) if len(classes) == len(validation) else None,
+            read,
+        )
+
+
+def check_quantization(flag: str, trained: Trained, samples: Samples) -> None:
+    """Raise InputError if there is nothing to calibrate INT8 or FP8 with, or to judge it by."""
+    if not samples.calibration or not samples.validation:
+        raise InputError(
+            f"{flag} is calibrated and judged on image files: give a folder of them with --images"
+        )
+    if not trained.labels:
+        raise InputError(f"{flag} is judged by its accuracy, and this model has no classes")
+    if trained.domain_features is not None:
+        raise InputError(f"{flag} is for graphs that take images alone: leave out --domain-input")

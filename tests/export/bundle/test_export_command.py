@@ -1,0 +1,94 @@
+"""``fastadapt export`` and ``fastadapt verify`` on runs, as the command line shows them."""
+
+import json
+import shutil
+
+import pytest
+
+from fastadapt.files import read_json
+from tests.helpers.command import command
+
+pytestmark = pytest.mark.usefixtures("no_speed")
+
+
+def damage(run, what):
+    config = read_json(run / "config.json")
+    adapter = run / "adapter.safetensors"
+    if what == "no config":
+        (run / "config.json").unlink()
+    elif what == "truncated":
+        adapter.write_bytes(adapter.read_bytes()[:-100])
+    elif what == "nan":
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(adapter)
+        state["head.weight"][0, 0] = float("nan")
+        save_file(state, adapter)
+    elif what == "other backbone":
+        config["backbone"]["fingerprint"] = "0" * 64
+    elif what == "unknown backbone":
+        config["backbone"]["name"] = "test_vitt"
+    elif what == "labels":
+        config["labels"] = ["one"]
+    elif what == "few images":
+        (run / "splits.csv").write_text("path,label,split\n/a.png,crack,train\n")
+    if what != "no config":
+        (run / "config.json").write_text(json.dumps(config))
+
+
+class TestCommand:
+    def test_export_and_verify(self, run, tmp_path, monkeypatch, capfd, quick):
+        assert command(monkeypatch, "export", run, "--onnx", "--out", tmp_path / "b") == 0
+        shown = capfd.readouterr()
+        assert shown.err == ""
+        for word in ("✓ fold", "6 LoRALinear, 1 ClusterAttention", "end to end", "model.onnx"):
+            assert word in shown.out
+        assert command(monkeypatch, "verify", tmp_path / "b") == 0
+        shown = capfd.readouterr()
+        assert shown.err == ""
+        assert "images/s" in shown.out
+
+    def test_the_bundle_lies_in_the_run_by_default(self, run, monkeypatch, quick):
+        assert command(monkeypatch, "export", run) == 0
+        assert (run / "bundle" / "model.onnx").is_file()
+
+    def test_rejection_is_exit_code_one(self, run, tmp_path, monkeypatch, capfd, broken):
+        assert command(monkeypatch, "export", run, "--out", tmp_path / "b") == 1
+        shown = capfd.readouterr()
+        assert shown.err.startswith("fastadapt: the export was rejected: ONNX Runtime at batch 1")
+        assert shown.err.count("\n") == 1
+        assert "✗" in shown.out
+
+    def test_verify_says_what_is_wrong(self, made, tmp_path, monkeypatch, capfd):
+        shutil.copytree(made / "bundle", tmp_path / "b")
+        (tmp_path / "b" / "labels.txt").write_text("good\ncrack\n")
+        assert command(monkeypatch, "verify", tmp_path / "b") == 1
+        assert "labels.txt was changed" in capfd.readouterr().err
+
+    @pytest.mark.parametrize(
+        "what,says",
+        [
+            ("no config", "config.json does not exist"),
+            ("truncated", "adapter.safetensors is no complete safetensors file"),
+            ("nan", "head.weight holds 1 values that are NaN"),
+            ("other backbone", "was trained on other weights of test_vit"),
+            ("unknown backbone", "timm has no model 'test_vitt'. Nearest: test_vit"),
+            ("labels", "names 1 labels; the model has 2 classes"),
+            ("few images", "has 0 images; the parity check needs at least 5"),
+        ],
+    )
+    def test_bad_runs_are_one_clear_line(self, run, tmp_path, monkeypatch, capfd, what, says):
+        damage(run, what)
+        assert command(monkeypatch, "export", run, "--out", tmp_path / "b") == 1
+        error = capfd.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+    def test_missing_things(self, run, tmp_path, monkeypatch, capfd):
+        assert command(monkeypatch, "export", tmp_path / "nothing") == 1
+        assert "nothing is no folder" in capfd.readouterr().err
+        assert command(monkeypatch, "export", run, "--images", tmp_path / "nothing") == 1
+        assert "nothing is no folder" in capfd.readouterr().err
+        assert command(monkeypatch, "export", run, "--weights", tmp_path / "gone.pth") == 1
+        assert "gone.pth, which are not there" in capfd.readouterr().err

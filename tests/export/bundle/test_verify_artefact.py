@@ -1,0 +1,65 @@
+from dataclasses import replace
+
+import numpy as np
+
+from fastadapt.export.artefact import FAILED, VERIFIED, Artefact, Batches
+from fastadapt.export.bundle.verify_artefact import Reference, compare_runtime, verify_artefact
+
+
+class FakeRuntime:
+    name, device, providers = "fake", "cpu", ("fake",)
+
+    def __init__(self, error=0.0):
+        self.error, self.sizes = error, []
+
+    def __call__(self, images):
+        self.sizes.append(len(images))
+        return images * 2 + self.error
+
+
+class TestCompare:
+    INPUTS = {"images": np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)}  # noqa: RUF012
+
+    def test_full_batches_at_every_size(self):
+        runtime = FakeRuntime()
+        parities = compare_runtime(
+            runtime, Reference(self.INPUTS, 2 * self.INPUTS["images"]), Batches(2, 8, 16)
+        )
+        assert [(p.batch, p.samples, p.passed) for p in parities] == [
+            (2, 6, True),
+            (5, 10, True),
+            (8, 8, True),
+            (16, 16, True),
+        ]
+        assert runtime.sizes == [2, 2, 2, 5, 5, 8, 16]
+
+    def test_fp64_decides_where_fp32_rounds(self):
+        truth = 2 * self.INPUTS["images"]
+        rounded = truth + 0.01
+        batch, asked = Batches(1, 1, 1), []
+
+        def exact():
+            asked.append(1)
+            return truth
+
+        with_exact = Reference(self.INPUTS, rounded, exact=exact)
+        parities = compare_runtime(FakeRuntime(), with_exact, batch)
+        assert parities[0].passed and parities[0].stage == "fake, against fp64"
+        assert compare_runtime(FakeRuntime(), replace(with_exact, exact=None), batch)[0].problems
+        parities = compare_runtime(FakeRuntime(0.05), with_exact, batch)
+        assert not parities[0].passed
+        compare_runtime(FakeRuntime(), replace(with_exact, expected=truth), batch)
+        assert len(asked) == 2
+
+    def test_limits_are_those_of_the_precision(self):
+        reference = Reference(self.INPUTS, 2 * self.INPUTS["images"])
+        runtime, batch = FakeRuntime(error=0.03), Batches(1, 1, 1)
+        assert not compare_runtime(runtime, reference, batch)[0].passed
+        assert compare_runtime(runtime, reference, batch, precision="fp16")[0].passed
+
+    def test_a_file_that_does_not_load_fails(self, tmp_path):
+        (tmp_path / "m.onnx").write_bytes(b"junk")
+        artefact = Artefact("onnx", "m.onnx", "fp32", VERIFIED)
+        found = verify_artefact(tmp_path, artefact, Reference(self.INPUTS, self.INPUTS["images"]))
+        assert found.status == FAILED
+        assert "cannot load m.onnx" in found.reason
