@@ -2,11 +2,12 @@
 
 What imports what, lowest first:
 
-1. ``parity``, ``artefact``, ``speed``, ``graph_input``, ``runtimes``: shared by all below.
-   ``fold`` and ``folded_layers`` make a plain PyTorch model of a trained one.
-2. ``backends`` (one file format each) and ``precision`` (half, INT8, FP8).
-3. ``bundle``: the folder of files that is deployed: how it is made, checked and read.
-4. ``predictor`` and ``triton_server``: what runs a bundle.
+1. ``fold`` and ``folded_layers`` make a plain PyTorch model of a trained one. ``parity``,
+   ``artefact``, ``speed`` and ``graph_input`` hold what all others share.
+2. ``backends`` write one file format each; ``runtimes`` run these files.
+3. ``precision``: half precision, INT8 and FP8.
+4. ``bundle``: the folder of files that is deployed: how it is made, checked and read.
+5. ``predictor`` and ``triton_server`` use a bundle.
 """
 
 import importlib

@@ -115,8 +115,10 @@ def compare(
     every image nearly alike, makes any error look small beside it.
 
     Args:
-        reference, candidate: [samples, outputs], arrays or CPU tensors.
-        stage, batch: recorded in the result.
+        reference: [samples, outputs], an array or CPU tensor.
+        candidate: the same of the other model.
+        stage: names the two models in the result.
+        batch: batch size of the candidate, for the result.
         classes: whether the outputs are classes, so that the highest one means something.
         thresholds: the limits.
 

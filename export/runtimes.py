@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.cuda_graph import GraphedCall
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 from fastadapt.files import read_json
 
 SUFFIXES = {".onnx": "onnx", ".pt2": "aotinductor", ".engine": "tensorrt"}
@@ -378,12 +378,6 @@ def usable_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _release(version: str) -> str:

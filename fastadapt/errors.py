@@ -10,6 +10,12 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 5) -> str:
     """Name the choices most like ``word``, for the end of an error message."""
     import difflib

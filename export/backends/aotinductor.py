@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path, write_json
 from fastadapt.kernels.common.dispatch import why_not_device
 
 from ..artefact import DEFAULT_BATCHES, Batches
 from ..folded_layers import FoldedClusterAttention
 from ..graph_input import BATCH
-from ..runtimes import first_line
 
 
 def check_compiler() -> None:

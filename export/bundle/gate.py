@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 
 from ..graph_input import Inputs
 from ..parity import RESIZED, Parity, compare
-from ..runtimes import first_line
 from .material import Material
 
 # One image, the smallest real batch, and an odd one: a batch that silently became fixed, or

@@ -28,6 +28,7 @@ from torch import nn
 
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_text
+from fastadapt.gdpl.model import GDPLModel
 
 from ..artefact import FAILED, Artefact
 from ..fold import FoldReport, fold_with_report
@@ -194,11 +195,15 @@ def export_timm(
     Args:
         name: timm's name of the model.
         out: the bundle's folder.
-        checkpoint, peft, weights, image_size, class_names: as for
-            :func:`fastadapt.export.bundle.trained.load_timm`.
+        checkpoint: a state dict of the fine-tuned model.
+        peft: a folder that PEFT's ``save_pretrained`` wrote.
+        weights: a local file of the weights that ``peft`` was trained on.
+        image_size: for models that are built for one size.
+        class_names: of the outputs; numbers if ``None``.
         images: a folder of images for the parity check and the golden samples. Without one they
             are synthetic, and the manifest says so.
-        console, **settings: as for :func:`export_run`.
+        console: where progress is shown; nowhere if ``None``.
+        **settings: of :class:`ExportSettings`.
 
     Returns:
         An :class:`ExportResult`.
@@ -308,8 +313,8 @@ class _Export:
         example = (normalized, *others.values())
         with self.step("fold"):
             folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
-            if others:
-                folded.register_module("domain_encoder", None)
+            if others and isinstance(folded, GDPLModel):
+                folded.domain_encoder = None
         self.console.print(f"  {report.summary}")
         return Material(
             trained=trained,

@@ -54,7 +54,7 @@ class Trained:
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """timm's description of the backbone, as far as it is JSON."""
+        """The backbone's description by timm, as far as it is JSON."""
         config = getattr(self.model, "pretrained_cfg", None) or {}
         return json.loads(json.dumps(dict(config), default=str))
 
@@ -82,8 +82,12 @@ def load_run(
     Args:
         run: folder of the run.
         config: what :func:`read_run` returned.
-        backbone, weights, class_names, domain_input, domain_features, domain_weights: as for
-            :func:`fastadapt.export.export_run`.
+        backbone: the pretrained backbone (GDPL: the CLIP model), if it was given as a module.
+        weights: a local file of its weights, where the recorded one is gone.
+        class_names: GDPL only: other classes than those it was trained on.
+        domain_input: GDPL only: make the domain features an input of the graph.
+        domain_features: GDPL only: file of the features, for models without an encoder.
+        domain_weights: GDPL only: a local file of the domain encoder's weights.
 
     Raises:
         InputError: something is missing or damaged, or options do not fit the model.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastadapt.errors import InputError
-from fastadapt.kernels.common.arithmetic import round_up
+from fastadapt.kernels.common.arithmetic import ceil_div
 
 from ..artefact import DEFAULT_BATCHES, FAILED, UNVERIFIED, VERIFIED, Artefact, Batches
 from ..graph_input import Inputs
@@ -97,7 +97,7 @@ def compare_runtime(
     limits, expected, exact = THRESHOLDS[precision], reference.expected, reference.exact
     parities = []
     for size in batch.checked:
-        count = round_up(len(expected), size)
+        count = ceil_div(len(expected), size) * size
         tiled = [_repeat(x, count) for x in reference.inputs.values()]
         try:
             parts = [

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 
 from ..folded_layers import FoldedClusterAttention
 from ..parity import THRESHOLDS, Parity, compare
-from ..runtimes import first_line
 
 # Share of the error that engines are allowed, since another engine rounds elsewhere. One minus the
 # cosine goes with the square of the error.

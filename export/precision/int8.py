@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 
-from ..runtimes import Runtime, first_line, load_runtime
+from ..runtimes import Runtime, load_runtime
 from ..speed import format_rate, throughput
 
 CALIBRATION_IMAGES = 128
