@@ -288,9 +288,10 @@ def _multiply(group: gl.constexpr, ring, output, schedule, v: gl.constexpr):
         schedule.width,
     )
     steps, chunk, tiles_m, depth = schedule.steps, schedule.chunk, schedule.tiles_m, schedule.depth
-    layout: gl.constexpr = accumulator_layout(v.cols)
+    cols: gl.constexpr = v.cols  # Triton 3.6 takes no plain number in a shape
+    layout: gl.constexpr = accumulator_layout(cols)
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    o_n = gl.arange(0, v.cols, layout=gl.SliceLayout(0, layout))
+    o_n = gl.arange(0, cols, layout=gl.SliceLayout(0, layout))
     slot = 0
     phase = 0
     if v.sums:
@@ -310,11 +311,11 @@ def _multiply(group: gl.constexpr, ring, output, schedule, v: gl.constexpr):
                 steps,
                 depth,
             )
-        n = n * v.cols
+        n = n * cols
         if v.bias:  # loaded while the products run
             bias = gl.load(bias_ptr + c * width + n + o_n)
         minus = (schedule.negative >> (4 * c)) & 7
-        acc = gl.zeros([64, v.cols], gl.float32, layout)
+        acc = gl.zeros([64, cols], gl.float32, layout)
         for done in range(0, steps, chunk):
             size = gl.minimum(chunk, steps - done)
             plus = (v.terms - minus) * size
