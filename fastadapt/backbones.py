@@ -77,7 +77,7 @@ def create_backbone(
     weights: str | None = None,
     image_size: int | None = None,
     num_classes: int | None = 0,
-    weights_option: str = "--weights",
+    weights_name: str = "weights",
 ) -> nn.Module:
     """Make a timm model, without its classifier unless ``num_classes`` says otherwise.
 
@@ -87,7 +87,7 @@ def create_backbone(
         weights: a local file of weights (.safetensors, .pth); classifier weights in it are unused.
         image_size: for models that are built for one size (ViT, Swin).
         num_classes: of the classifier; timm's own if ``None``.
-        weights_option: what error messages call ``weights``.
+        weights_name: what error messages call ``weights``.
 
     Raises:
         InputError: the name is unknown, or weights are unavailable or do not fit.
@@ -115,13 +115,13 @@ def create_backbone(
         known = timm.list_models(pretrained=True)
         raise InputError(
             f"no pretrained weights for {name!r} ({error}). Nearest with weights: "
-            f"{nearest(name, known)}. Or give a local file with {weights_option}."
+            f"{nearest(name, known)}. Or give a local file with `{weights_name}=...`."
         ) from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"the weights of {name!r} could not be downloaded ({reason}). "
-            f"Give a local file with {weights_option} FILE."
+            f"Give a local file with `{weights_name}=...`."
         ) from None
     if weights is not None:
         load_backbone_weights(model, read_state_dict(weights), weights)

@@ -136,7 +136,7 @@ def load_adapter(
         if file is not None and not Path(file).is_file():
             raise InputError(
                 f"{folder} stands on the weights {file}, which are not there: say where they are "
-                "with weights=... (--weights FILE)"
+                "with `weights=...`"
             )
         pretrained = source["pretrained"] and not trained
         model = adapt(source["name"], settings, num_classes, pretrained=pretrained, weights=file)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastadapt.checkpoint import load_adapter
@@ -65,7 +66,7 @@ def run(
 
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"{out} is not empty: give another --out, or --overwrite")
+        raise InputError(f"{out} is not empty: give another `out`, or `overwrite=True`")
     console = Console(highlight=False)
     start = time.perf_counter()
 
@@ -310,9 +311,9 @@ def summary(result: dict[str, Any], out: Path) -> Table:
         table.add_row("images per second", f"{name}: {figures}")
     table.add_row("took", f"{result['seconds']:.0f} s on {result['cores']} cores")
     table.add_section()
-    table.add_row("picture", str(out / "demo.png"))
-    table.add_row("run", str(out / "run"))
-    table.add_row("bundle", str(out / "bundle"))
+    table.add_row("picture", escape(str(out / "demo.png")))
+    table.add_row("run", escape(str(out / "run")))
+    table.add_row("bundle", escape(str(out / "bundle")))
     return table
 
 

@@ -106,7 +106,6 @@ def environment() -> dict[str, Any]:
 
 def environment_table(found: dict[str, Any]) -> Table:
     """Lay out what :func:`environment` found, for the terminal."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -116,7 +115,7 @@ def environment_table(found: dict[str, Any]) -> Table:
         table.add_row(name, version)
     table.add_row("", "")
     for line in found["devices"]:
-        table.add_row("device", escape(line))
-    table.add_row("backend", escape(found["backend"]))
+        table.add_row("device", line)
+    table.add_row("backend", found["backend"])
     table.add_row("ONNX Runtime", ", ".join(found["onnxruntime_providers"]) or "not installed")
     return table

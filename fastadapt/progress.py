@@ -37,14 +37,14 @@ def progress_bars(quiet: bool = False) -> Progress:
 
     ``progress.console`` is for lines that stay.
     """
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Speed(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=quiet or not console.is_terminal,
         transient=True,

@@ -98,7 +98,7 @@ class TestRefusals:
     def test_weights_that_are_gone(self, model, tmp_path):
         fa.save_adapter(model, tmp_path / "run")
         (tmp_path / "backbone.pth").unlink()
-        with pytest.raises(fa.InputError, match=r"backbone\.pth, which are not there.*--weights"):
+        with pytest.raises(fa.InputError, match=r"backbone\.pth, which are not there.*`weights="):
             fa.load_adapter(tmp_path / "run")
 
     def test_another_backbone(self, model, tmp_path):

@@ -25,7 +25,7 @@ from ..upstream import GDPLLoop
 TITLE = "GDPL: images × classes, prompts of 2, depth 9, rank 4"
 NOTES = (
     "Random ViT-B/16 weights; wall time, without domain encoder. Ours is the step of `fastadapt "
-    "train --method gdpl`, replays of a CUDA graph with the copy of the batch into it, "
+    "gdpl`, replays of a CUDA graph with the copy of the batch into it, "
     "checkpointed with `--grad-checkpointing`; inference is the folded model in an "
     "`fa.GraphedCall`, with the copies of images and features in and logits out. “Ours, eager” is "
     "the same without graphs. Upstream is its loop restated in the same dtype, in eager calls: one "

@@ -57,7 +57,7 @@ def gdpl(given: Given) -> None:
     if not run.quiet:
         from rich.console import Console
 
-        Console().print(result_table(results))
+        Console(markup=False).print(result_table(results))
 
 
 def _check(given: Given) -> None:

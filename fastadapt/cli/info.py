@@ -28,4 +28,4 @@ def info(given: Given) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False).print(environment_table(environment()))
+    Console(highlight=False, markup=False).print(environment_table(environment()))

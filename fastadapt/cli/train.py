@@ -91,4 +91,4 @@ def train(given: Given) -> None:
     if not run.quiet:
         from rich.console import Console
 
-        Console().print(summary_table(result))
+        Console(markup=False).print(summary_table(result))

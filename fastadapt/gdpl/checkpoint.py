@@ -67,7 +67,7 @@ def create_clip(name: str, weights: str | None = None) -> tuple[nn.Module, Token
         if weights is None:
             raise InputError(
                 f"{name} needs weights: a local file, or one of {', '.join(tags) or 'none'} "
-                "(--clip-weights)"
+                "(`clip_weights=...`)"
             )
         if weights not in tags and not Path(weights).is_file():
             raise InputError(
@@ -75,7 +75,7 @@ def create_clip(name: str, weights: str | None = None) -> tuple[nn.Module, Token
                 f"expected a path, or one of {', '.join(tags) or 'none'}"
             )
     elif weights is not None:
-        raise InputError(f"{name} brings its own weights; leave out --clip-weights")
+        raise InputError(f"{name} brings its own weights; leave out `clip_weights`")
     try:
         clip = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)

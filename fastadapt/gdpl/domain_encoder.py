@@ -61,7 +61,7 @@ class DomainEncoder(nn.Module):
                 pretrained=pretrained,
                 weights=weights,
                 image_size=size,
-                weights_option="--domain-weights",
+                weights_name="domain_weights",
             )
         tower = backbones.image_tower(encoder)
         self.encoder = tower.module.requires_grad_(False).eval()

@@ -43,7 +43,7 @@ def split_classes(count: int) -> tuple[range, range]:
     if count < 4:
         raise InputError(
             f"the data set has {count} classes; base-to-novel evaluation needs at least 4, two on "
-            "each side: train on all of them with --train-classes all"
+            "each side: train on all of them with `train_classes='all'`"
         )
     middle = math.ceil(count / 2)
     return range(middle), range(middle, count)

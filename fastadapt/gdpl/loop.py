@@ -84,7 +84,7 @@ def train_epochs(
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss is {loss} in epoch {epoch}, step {step} of {steps}: start anew with a "
-                f"lower --lr (it is {config.lr:g}), with --clip-grad 1 or --amp off"
+                f"lower `lr` (it is {config.lr:g}), with `clip_grad=1` or `amp='off'`"
             )
 
     bar = progress.add_task(

@@ -221,17 +221,17 @@ def _check_folders(out: Path, folders: Collection[Path], resume: bool, overwrite
             seed, and several are asked for.
     """
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one of them")
+        raise InputError("`resume` and `overwrite` exclude each other: give one of them")
     if resume and not out.is_dir():
         raise InputError(f"{out} does not exist, so there is no run to resume")
     if len(folders) > 1 and ((out / CONFIG).is_file() or (out / STATE).is_file()):
         raise InputError(
-            f"{out} holds the run of one seed; several have a folder each: give another --out"
+            f"{out} holds the run of one seed; several have a folder each: give another `out`"
         )
     for folder in folders:
         check_folder(folder, False, overwrite or resume)
     if len(folders) > 1 and (out / RESULTS).is_file() and not (overwrite or resume):
-        raise InputError(f"{out} holds the results of other seeds: give another --out")
+        raise InputError(f"{out} holds the results of other seeds: give another `out`")
 
 
 def _check_source(source: GDPLSource, table: FeatureTable | None) -> None:

@@ -171,7 +171,7 @@ class TrainConfig(Settings):
         if self.views > 1 and self.augment == "none":
             raise InputError(
                 f"views is {self.views}, but augment is 'none', so all views would be the same: "
-                "give --augment flips, dihedral or crops"
+                "give `augment='flips'`, dihedral or crops"
             )
 
     def of_stage(self, stage: int) -> tuple[int, float, int]:
@@ -256,12 +256,12 @@ class RunSettings(Settings):
         Setting("Leave damaged images out instead of refusing the data set.", panel=IMAGES),
     ] = False
     resume: Annotated[
-        bool, Setting("Continue the run in --out after its last completed epoch.", panel=RUN)
+        bool, Setting("Continue the run after its last completed epoch.", panel=RUN)
     ] = False
     overwrite: Annotated[
         bool,
         Setting(
-            "Replace the run in --out; its files stay until the new run has its first ones.",
+            "Replace the run that is there; its files stay until the new run has its first ones.",
             panel=RUN,
         ),
     ] = False

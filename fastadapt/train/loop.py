@@ -275,12 +275,12 @@ class Trainer:
     def _check_finite(self, loss: float, epoch: int, where: str) -> None:
         if math.isfinite(loss):
             return
-        stage, option = self.state.stage, "--lr" if self.state.stage == 1 else "--lr2"
+        stage, option = self.state.stage, "lr" if self.state.stage == 1 else "lr2"
         _, peak, _ = self.config.of_stage(stage)
         kept = f"{STATE} keeps the epoch before" if self.state.history else "no epoch was completed"
         raise InputError(
             f"the loss is {loss} in stage {stage}, epoch {epoch}, {where}: start anew with a lower "
-            f"{option} (it is {peak:g}), with --clip-grad 1, or with --amp off; {kept}"
+            f"`{option}` (it is {peak:g}), with `clip_grad=1`, or with `amp='off'`; {kept}"
         )
 
 
@@ -289,7 +289,7 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "off" or (amp == "auto" and device.type == "cpu"):
         return None
     if amp == "fp16" and device.type == "cpu":
-        raise InputError("amp is 'fp16', which needs a GPU: give --amp bf16 or off")
+        raise InputError("amp is 'fp16', which needs a GPU: give `amp='bf16'` or off")
     if amp == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -137,13 +137,13 @@ def train(
     cached = config.cache and not lora_layers(model.backbone)
     if not cached and config.views > 1:
         raise InputError(
-            f"views is {config.views}, but nothing is cached (--no-cache, or LoRA), so that every "
-            "epoch has fresh views anyway: leave --views out"
+            f"views is {config.views}, but nothing is cached (`cache=False`, or LoRA), so that every "
+            "epoch has fresh views anyway: leave `views` out"
         )
     if cached and config.stages == 1 and config.augment != "none" and config.views == 1:
         raise InputError(
             f"augment is {config.augment!r}, but with one cached view, the plain one, it has no "
-            "effect in stage 1: give --views of 2 or more, or --no-cache for fresh views"
+            "effect in stage 1: give `views` of 2 or more, or `cache=False` for fresh views"
         )
 
     with progress_bars(quiet) as progress:
@@ -174,7 +174,7 @@ def train(
                 return TrainResult(out, results["best"], results)
             say("no epoch was completed: starting from the beginning")
         if not cached:
-            reason = "low-rank adapters change them" if config.cache else "--no-cache"
+            reason = "low-rank adapters change them" if config.cache else "the cache is off"
             say(f"features are not cached ({reason}): every epoch runs the backbone")
 
         existed = out.is_dir()
@@ -232,7 +232,7 @@ def parse_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         here = f"{count} are there, from cuda:0" if count else "PyTorch finds no GPU"
-        raise InputError(f"device is {name!r}, but {here}: give --device auto")
+        raise InputError(f"device is {name!r}, but {here}: give `device='auto'`")
     return device
 
 
@@ -248,7 +248,7 @@ def readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> 
         reasons = first_few((reason for _, reason in unreadable), 2)
         raise InputError(
             f"{total} cannot be read: {reasons}. Repair or remove them, or leave them out with "
-            "--skip-unreadable."
+            "`skip_unreadable=True`."
         )
     progress.console.print(f"left out: {total} cannot be read")
     return dataset.without(path for path, _ in unreadable)
@@ -297,10 +297,10 @@ def full_disk_or_memory(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
-            f"the disk of {out} is full: free some space, then run the same command with --resume"
+            f"the disk of {out} is full: free some space, then run the same again with `resume=True`"
         ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "the GPU's memory is full: start anew with a smaller --batch-size (--batch-size2 for "
+            "the GPU's memory is full: start anew with a smaller `batch_size` (`batch_size2` for "
             "stage 2)"
         ) from error

@@ -67,7 +67,7 @@ def load_state(path: Path) -> tuple[State, dict[str, Any]]:
         settings = json.loads(metadata["settings"])
     except (KeyError, TypeError, json.JSONDecodeError):
         raise InputError(
-            f"{path} is no training state that this version can read: start anew with --overwrite"
+            f"{path} is no training state that this version can read: start anew with `overwrite=True`"
         ) from None
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -87,15 +87,15 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
             ``overwrite``; there is nothing to resume.
     """
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other: give one of them")
+        raise InputError("`resume` and `overwrite` exclude each other: give one of them")
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out expects a folder")
+        raise InputError(f"{out} is a file; expected a folder")
     found = {p.name for p in out.iterdir()} if out.is_dir() else set()
     found = {name for name in found if not name.endswith(".tmp")}
     foreign = sorted(found - OURS)
     if foreign and not found & {CONFIG, STATE}:
         raise InputError(
-            f"{out} holds other files, {foreign[0]!r} for one: give a new or empty folder as --out"
+            f"{out} holds other files, {foreign[0]!r} for one: give a new or empty folder as `out`"
         )
     if resume:
         if not out.is_dir():
@@ -105,11 +105,11 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         return
     if STATE in found:
         raise InputError(
-            f"{out} holds an unfinished run: continue it with --resume, or replace it with "
-            "--overwrite"
+            f"{out} holds an unfinished run: continue it with `resume=True`, or replace it with "
+            "`overwrite=True`"
         )
     if found - {CACHE}:
-        raise InputError(f"{out} holds a run already: give another --out, or --overwrite")
+        raise InputError(f"{out} holds a run already: give another `out`, or `overwrite=True`")
 
 
 def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None:
@@ -126,9 +126,9 @@ def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None
             what = f"{key} is {now.get(key)!r}, but was {then.get(key)!r}:"
             raise InputError(
                 f"{what} resume {out} with the settings that it was started with, or start anew "
-                "with --overwrite"
+                "with `overwrite=True`"
             )
-        raise InputError(f"{what} that {out} was started with: start anew with --overwrite")
+        raise InputError(f"{what} that {out} was started with: start anew with `overwrite=True`")
 
 
 def finished_results(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -208,7 +208,8 @@ def cached_source(
         if not _write_features(frozen, images, path, full, fp16, progress, autocast, name):
             if settings.dtype == "fp16":
                 raise InputError(
-                    "the backbone's features exceed fp16's range (65504): use --feature-dtype fp32"
+                    "the backbone's features exceed fp16's range (65504): use "
+                    "`feature_dtype='fp32'`"
                 )
             _write_features(frozen, images, path, full, False, progress, autocast, name)
         features = np.load(path, mmap_mode="r")
@@ -330,7 +331,7 @@ def _check_space(folder: Path, needed: int) -> int:
     if needed > free:
         raise InputError(
             f"the cached features need {_size(needed)}, but {folder} has "
-            f"{_size(free)} free: give another --out, fewer --views, or --no-cache to "
+            f"{_size(free)} free: give another `out`, fewer `views`, or `cache=False` to "
             "compute them anew in each epoch"
         )
     return free

@@ -137,7 +137,7 @@ def test_other_settings_and_folders_are_refused(source, data, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, STEPS + 1)
         train_gdpl(data, out, source, QUICK, GDPL)
-    with pytest.raises(fa.InputError, match="unfinished run: continue it with --resume"):
+    with pytest.raises(fa.InputError, match="unfinished run: continue it with `resume=True`"):
         train_gdpl(data, out, source, QUICK, GDPL)
     with pytest.raises(fa.InputError, match=r"lr is 1.0, but was 0.005"):
         train_gdpl(data, out, source, replace(QUICK, lr=1.0), GDPL, resume=True)

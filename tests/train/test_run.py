@@ -304,7 +304,7 @@ def test_diverged_training_stops(tmp_path, data, monkeypatch):
 
     monkeypatch.setattr(trainer, "make_optimizer", spy)
     interrupt_after(monkeypatch, 1, 1, poison)
-    with pytest.raises(InputError, match=r"loss is nan in stage 1, epoch 2, step 1 of .*--clip-g"):
+    with pytest.raises(InputError, match=r"loss is nan in stage 1, epoch 2, step 1 of .*`clip_g"):
         run(data, tmp_path / "run")
     state = load_file(tmp_path / "run" / "state.safetensors")
     assert all(torch.isfinite(t).all() for t in state.values())

@@ -144,7 +144,7 @@ def test_fp16_only_where_it_holds_every_value(tmp_path, images, scale, dtype):
     assert source.features.dtype == dtype
     assert np.isfinite(source.features).all()
     if scale > 1:
-        with pytest.raises(InputError, match="--feature-dtype fp32"):
+        with pytest.raises(InputError, match="`feature_dtype='fp32'`"):
             make_source(model, images, tmp_path / "cache", CacheSettings(dtype="fp16"))
 
 
@@ -160,7 +160,7 @@ def test_features_that_are_not_finite_name_the_image(tmp_path, images):
 def test_too_small_a_disk_is_refused_before_work(tmp_path, images, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(features.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match=r"need .* MiB, but .* --no-cache"):
+    with pytest.raises(InputError, match=r"need .* MiB, but .* `cache=False`"):
         make_source(make_model(), images, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
