@@ -50,7 +50,7 @@ def dump(out: Path, capabilities: list[int], small: bool, only: str, cache: Path
             print(f"sm_{capability} {name}: {len(launched)} launches, {seconds:.1f} s", flush=True)
     kernels = {launch[0] for launched in launches.values() for launch in launched}
     print(f"{len(launches)} calls, {len(kernels)} kernels, {len(texts)} different PTX")
-    found = {"triton": triton.__version__, "launches": launches, "ptx": texts}
+    found = {"triton": triton.__version__, "only": only, "launches": launches, "ptx": texts}
     out.write_text(json.dumps(found, indent=0), encoding="utf-8")
 
 
@@ -66,6 +66,8 @@ def diff(before: Path, after: Path) -> bool:
         print(f"Triton {a['triton']} and {b['triton']}: dump both with the same")
         differs = True
     for name in sorted(a["launches"].keys() | b["launches"].keys()):
+        if a["only"] not in name or b["only"] not in name:
+            continue
         old, new = a["launches"].get(name), b["launches"].get(name)
         if old is None or new is None:
             print(f"{name}: only in {before if new is None else after}")
