@@ -46,21 +46,22 @@ def run(sizes: Sequence[tuple[int, int, int]] = ()) -> dict[str, dict[str, int]]
     """
     if not torch.cuda.is_available():
         raise InputError("--tune measures on a CUDA GPU, and PyTorch sees none here")
-    from fastadapt.kernels.cluster_attention import config as configs
+    from fastadapt.kernels.cluster_attention.block_sizes import block_sizes, candidates
+    from fastadapt.kernels.common.launcher import device_of
 
     choices = dict(tuning.read())
     for batch, tokens, width in sizes or tuple(SHAPES):
         sets = harness.input_sets(2 * batch * tokens * width)
         inputs = [make_inputs(batch, tokens, width, seed) for seed in range(sets)]
-        device = configs.device_of(torch.cuda.current_device())
+        device = device_of(torch.cuda.current_device())
         size = (batch * tokens, tokens, width, RANK)
         key = tuning.key("cluster_attention", torch.cuda.current_device(), size)
         times: dict[tuple, float] = {}
-        for candidate in _candidates(size, configs.candidates(size[0], tokens, RANK, device)):
+        for candidate in _candidates(size, candidates(size[0], tokens, RANK, device)):
             with tuning.forced({key: candidate}):
-                configs.default_config.cache_clear()
+                block_sizes.cache_clear()
                 times[tuple(candidate.items())] = _step_time(inputs)
-        configs.default_config.cache_clear()
+        block_sizes.cache_clear()
         best = min(times, key=times.__getitem__)
         choices[key] = dict(best)
         print(f"{batch} × {tokens} × {width}: {_table(times)}", flush=True)

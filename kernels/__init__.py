@@ -1,6 +1,7 @@
 """The operations, one file each: reference, kernels, autograd, registered operator, function."""
 
-from .cluster_attention.op import center_attention, cluster_attention, cluster_attention_reference
+from .cluster_attention.op import cluster_attention
+from .cluster_attention.reference import center_attention, cluster_attention_reference
 from .common.dispatch import BackendError
 from .layer_norm.op import layer_norm
 from .layer_norm.op_mean import layer_norm_mean

@@ -1,11 +1,14 @@
-"""``python -m tools.compile_ahead``: do launches find compiled what was begun ahead of them?
+"""Check that launches find compiled what was begun ahead of them, without a GPU.
 
-Forward and backward on a GPU that is not there: a driver that says it is, Triton itself up to its
-compiler, and one in its place that notes which kernel it is given in which thread. Prints a line
-for every case: kernels compiled ahead of their launch, and by it. Then the process forks while one
-compiles, and ends while others wait for their turn.
+    python -m tools.compile_ahead
+
+A driver claims a GPU that is not there, Triton is itself up to its compiler, and a compiler in its
+place notes which kernel it is given in which thread. Prints a line for every case: kernels compiled
+ahead of their launch, and by it. Then the process forks while one compiles, and ends while others
+wait for their turn.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -17,72 +20,49 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import cache, driver
 
-from fastadapt.kernels.cluster_attention import config as cluster_attention_config
-from fastadapt.kernels.cluster_attention import launches as cluster_attention_launch
-from fastadapt.kernels.cluster_attention import plan as passes
-from fastadapt.kernels.common import compile_ahead as ahead
-from fastadapt.kernels.common import launcher as launch
-from fastadapt.kernels.quaternion_linear import launches as quaternion_launch
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-ALL = (True,) * 7
-
-
-def cluster_attention(b, n, c, r, k, dtype, params=None, needs=ALL):
-    """With parameters beside the weights in ``params``; r = 0 is token mode."""
-    params = params or dtype
-    x, centers = torch.empty(b, n, c, dtype=dtype), torch.empty(c, k, dtype=params)
-    args = [x, centers, torch.empty(k, r or n, r or n, dtype=params)] + [None] * 4
-    if r:
-        args[3:] = (
-            torch.empty(r, c, dtype=dtype),
-            torch.empty(r, dtype=params),
-            torch.empty(c, r, dtype=dtype),
-            torch.empty(c, dtype=params),
-        )
-    problem = passes.problem_of(args)
-    y, saved = passes.forward(problem, args, save_z=needs[5], needs=needs)
-    inputs = [t for i, t in enumerate(args) if i not in (4, 6)]
-    passes.backward(problem, torch.empty_like(y), needs, inputs, list(saved))
+from fastadapt.kernels.common import compile_ahead, dispatch, launcher, tuning
+from tests.helpers.compiled_kernels import (
+    BF16,
+    FP16,
+    FP32,
+    GPUS,
+    cluster_attention,
+    quaternion_linear,
+    replaced,
+)
 
 
-def quaternion_linear(m, i, o, dtype, params=None, rotation=False, zero_half=False):
-    params = params or dtype
-    x = torch.empty(m, (2 if zero_half else 4) * i, dtype=dtype)
-    weights = [torch.empty(i, o, dtype=params) for _ in range(4)]
-    scale = torch.empty(i, o, dtype=params) if rotation else None
-    form = {"rotation": rotation, "zero_half": zero_half}
-    y = quaternion_launch.forward(x, weights, torch.empty(4 * o, dtype=params), scale, **form)
-    asked = {"need_x": True, "need_w": True, "need_b": True, "bias_dtype": params}
-    quaternion_launch.backward(torch.empty_like(y), x, weights, scale, **form, **asked)
+def without(*numbers: int) -> list[bool]:
+    """Return which of seven arguments need gradients: all but these."""
+    return [i not in numbers for i in range(7)]
 
 
-CASES = (  # operation, compute capability, arguments
-    (cluster_attention, 9, (64, 196, 64, 64, 20, BF16)),
-    (cluster_attention, 9, (64, 196, 64, 64, 20, FP16, FP32)),
-    (cluster_attention, 9, (64, 196, 64, 64, 20, BF16, BF16, (True, False, *ALL[2:]))),
-    (cluster_attention, 9, (64, 196, 64, 64, 20, BF16, BF16, (False, *ALL[1:]))),
-    (cluster_attention, 9, (1, 196, 64, 64, 20, BF16)),
-    (cluster_attention, 9, (64, 197, 63, 60, 20, BF16)),
-    (cluster_attention, 9, (64, 196, 64, 64, 20, FP32)),
-    (cluster_attention, 9, (64, 196, 64, 0, 20, BF16, BF16, (*ALL[:3], *(False,) * 4))),
-    (cluster_attention, 8, (64, 196, 64, 64, 20, FP16)),
-    (quaternion_linear, 9, (64, 64, 48, BF16)),
-    (quaternion_linear, 9, (64, 64, 48, FP16, FP32, True)),
-    (quaternion_linear, 9, (4096, 128, 64, BF16)),
-    (quaternion_linear, 9, (4096, 128, 64, FP16, FP32, False, True)),
-    (quaternion_linear, 8, (1024, 64, 64, FP32, FP32, False, True)),
+CASES = (  # compute capability, operation, arguments, options
+    (90, cluster_attention, (64, 196, 64, 64, 20, BF16), {}),
+    (90, cluster_attention, (64, 196, 64, 64, 20, FP16, FP32), {}),
+    (90, cluster_attention, (64, 196, 64, 64, 20, BF16), {"needs": without(1)}),
+    (90, cluster_attention, (64, 196, 64, 64, 20, BF16), {"needs": without(0)}),
+    (90, cluster_attention, (1, 196, 64, 64, 20, BF16), {}),
+    (90, cluster_attention, (64, 197, 63, 60, 20, BF16), {}),
+    (90, cluster_attention, (64, 196, 64, 64, 20, FP32), {}),
+    (90, cluster_attention, (64, 196, 64, 0, 20, BF16), {}),
+    (80, cluster_attention, (64, 196, 64, 64, 20, FP16), {}),
+    (90, quaternion_linear, (64, 64, 48, BF16), {}),
+    (90, quaternion_linear, (64, 64, 48, FP16, FP32), {"rotation": True, "scale": True}),
+    (90, quaternion_linear, (4096, 128, 64, BF16), {}),
+    (90, quaternion_linear, (4096, 128, 64, FP16, FP32), {"zero_half": True}),
+    (80, quaternion_linear, (1024, 64, 64, FP32), {"zero_half": True}),
 )
 
 
 class Driver:
-    """Of one GPU; each case has a GPU of its own, for Triton to know of nothing compiled."""
+    """Claim one GPU; each case has a GPU of its own, for Triton to know of nothing compiled."""
 
-    capability = 9
+    capability = 90
     device = 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 10 * self.capability, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
         return self.device
@@ -111,32 +91,37 @@ def compile(src, target=None, options=None, **others):
 
 
 def main():
+    """Run all cases, then fork and leave while kernels compile."""
     driver.set_active(Driver())
     triton.compiler.compile = compile
     triton.compiler.ASTSource.make_ir = GluonASTSource.make_ir = lambda self: None
     cache.triton_key = lambda: "of all of Triton"  # takes a second
     torch._C._cuda_getCurrentRawStream = lambda index: 0
-    launch._check_device = lambda tensors, index: None
-    cluster_attention_launch.new = lambda shape, dtype, device: (
-        lambda: torch.empty(shape, dtype=dtype)
-    )
-    cluster_attention_config.tuning.chosen = lambda *args: {}
-    for index, (operation, capability, args) in enumerate(CASES):
+    launcher._check_device = lambda tensors, index: None
+    tuning.chosen = lambda *args: {}
+    for index, (capability, operation, args, options) in enumerate(CASES):
         Driver.capability, Driver.device = capability, index
-        device = launch.Device(index, 132, 232_448 if capability == 9 else 166_912, capability)
-        for module in (cluster_attention_config, quaternion_launch):
-            module.device_of = lambda index, device=device: device
+        device = launcher.Device(index, *GPUS[capability], capability // 10)
         for kernels in compiled.values():
             kernels.clear()
-        operation(*args)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(launcher.device_of, lambda index, device=device: device))
+            stack.enter_context(replaced(launcher.new, on_the_cpu))
+            stack.enter_context(replaced(dispatch.why_not_device, lambda x: None))
+            operation(*args, **options)
         assert sorted(compiled["launchers"]) == sorted(compiled["ahead"])
         counts = f"{len(compiled['ahead'])} ahead, {len(compiled['by the launch'])} by launch"
-        print(f"{operation.__name__}{args}: {counts}")
+        print(f"sm_{capability} {operation.__name__}{args} {options or ''}: {counts}")
     leave()
 
 
+def on_the_cpu(shape, dtype, device):
+    """Make tensors where there is memory."""
+    return lambda: torch.empty(shape, dtype=dtype)
+
+
 class Slow:
-    """In place of a kernel."""
+    """Stand in for a kernel."""
 
     ASTSource = object
     begun = threading.Event()
@@ -151,10 +136,10 @@ class Slow:
 
 
 def leave():
-    """Forks and ends while one of three kernels compiles."""
-    ahead._places = threading.Semaphore(1)
+    """Fork and end while one of three kernels compiles."""
+    compile_ahead._places = threading.Semaphore(1)
     device = Driver.device
-    first, *_ = [ahead.Ahead(Slow(device), device, [], {}) for _ in range(3)]
+    first, *_ = [compile_ahead.Ahead(Slow(device), device, [], {}) for _ in range(3)]
     Slow.begun.wait()
     child = os.fork()
     if not child:

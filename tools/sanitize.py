@@ -12,7 +12,6 @@ so that every allocation has its own bounds.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 
@@ -28,7 +27,7 @@ from fastadapt.kernels import (
     quaternion_linear,
     residual_mlp,
 )
-from fastadapt.kernels.cluster_attention import config as configs
+from fastadapt.kernels.cluster_attention.block_sizes import force_groups
 
 
 def normal(*shape, dtype, scale=1.0):
@@ -83,20 +82,13 @@ def quaternion_linear_steps() -> None:
 
 
 def cluster_attention_steps() -> None:
-    chosen = configs.config_for
     for groups in (0, 1, 2, 3):
-
-        def config_for(x, rank, groups=groups):
-            aligned = groups > 0 and x.shape[1] <= 64
-            return dataclasses.replace(chosen(x, rank), groups=groups, aligned=aligned)
-
-        configs.config_for = config_for
+        if groups and torch.cuda.get_device_capability()[0] != 9:
+            continue
         for size in ((3, 70, 136, 64, 5), (2, 100, 72, 128, 20), (9, 17, 200, 256, 3)):
-            if groups and torch.cuda.get_device_capability()[0] != 9:
-                continue
-            cluster_attention_step(*size, torch.bfloat16)
+            with force_groups(groups, aligned=groups > 0):
+                cluster_attention_step(*size, torch.bfloat16)
             print("cluster_attention", groups, size, flush=True)
-    configs.config_for = chosen
     cluster_attention_step(3000, 3, 40, 96, 3, torch.bfloat16)  # short samples, many rows
     for size in ((2, 33, 60, 60, 33), (5, 1, 40, 16, 4), (1, 130, 63, 300, 2)):
         for dtype in (torch.float16, torch.float32):

@@ -13,14 +13,14 @@ from torch.library import triton_op, wrap_triton
 
 from ..common.arithmetic import ceil_div
 from ..common.launcher import block
-from .triton_kernels import attend_kernel, mix_kernel
+from .triton_forward import attend_kernel, mix_kernel
 
 KERNELS = (attend_kernel.__name__, mix_kernel.__name__)
 
 
 @triton_op("fastadapt::mixed_transforms", mutates_args=())
 def mixed_transforms(sums: Tensor, centers: Tensor, transforms: Tensor, tokens: int) -> Tensor:
-    """Every sample's mixture of the transforms; for inference, it has no backward.
+    """Mix the transforms for every sample; for inference, there is no backward.
 
     Unlike an operator of ``torch.library.custom_op`` it is traced through: what is compiled ahead
     holds the kernels themselves. Batches may be dynamic.

@@ -1,77 +1,31 @@
-"""Cluster attention (CLAdapter, Li et al. 2025, section 3; upstream ``Cluster_Attention``).
+"""The public function: checks, choice of backend, autograd, and operators for ``torch.compile``.
 
-q   = mean over tokens of x                                          [B, C]
-a   = softmax(normalize(q) @ normalize(centers, dim=0))              [B, K]
-T_b = sum_k a[b, k] * transforms[k]                                  [B, R, R] or [B, N, N]
-
-channel mode:  y = ((x @ downᵀ + down_bias) @ T_b) @ upᵀ + up_bias   [B, N, C]
-token mode:    y = T_b @ x                                           [B, N, C]
+What is computed is defined in :mod:`fastadapt.kernels.cluster_attention.reference`.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.dispatch import (
-    accumulate_dtype,
     cast,
     choose_backend,
     compute_dtype,
-    dtypes_of_weights,
     on_device,
-    weights_in_dtype_of_x,
-    why_not_device,
     without_autocast,
 )
-
-
-def center_attention(x: Tensor, centers: Tensor) -> Tensor:
-    """How much of each center a sample takes: cosine to its mean token, softmax over centers.
-
-    Args:
-        x: [B, N, C].
-        centers: [C, K].
-
-    Returns:
-        [B, K], fp32 (fp64 if ``x`` is), rows summing to one.
-    """
-    dtype = accumulate_dtype(x.dtype)
-    q = F.normalize(x.mean(dim=1, dtype=dtype), dim=-1)
-    return (q @ F.normalize(centers.to(dtype), dim=0)).softmax(dim=-1)
-
-
-def cluster_attention_reference(
-    x: Tensor,
-    centers: Tensor,
-    transforms: Tensor,
-    down_weight: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    up_weight: Tensor | None = None,
-    up_bias: Tensor | None = None,
-) -> Tensor:
-    """Cluster attention in plain PyTorch; arguments as :func:`cluster_attention`.
-
-    The transforms are mixed by one product of [B, K] with [K, R·R], so that upstream's
-    [B, K, R, R] never exists.
-    """
-    dtype = compute_dtype(x)
-    x = x.to(dtype)
-    # Half precision is for the products over channels; the few numbers that decide the mixing
-    # stay in fp32, also under autocast.
-    with torch.autocast(x.device.type, enabled=False):
-        a = center_attention(x, centers).to(dtype)
-        rows, cols = transforms.shape[1:]
-        mixed = (a @ transforms.to(dtype).flatten(1)).unflatten(1, (rows, cols))
-        if down_weight is None:
-            return mixed @ x
-        h = F.linear(x, down_weight.to(dtype), None if down_bias is None else down_bias.to(dtype))
-        return F.linear(
-            h @ mixed, up_weight.to(dtype), None if up_bias is None else up_bias.to(dtype)
-        )
+from .checks import check_shapes, why_not_triton
+from .problem import (
+    NO_NEEDS,
+    Arguments,
+    Problem,
+    Saved,
+    WeightDtypes,
+    problem_of,
+    with_weights_in_dtype_of_x,
+)
+from .reference import cluster_attention_reference
 
 
 def cluster_attention(
@@ -85,7 +39,7 @@ def cluster_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Cluster attention: every sample's tokens go through a mixture of K learned transforms.
+    """Send every sample's tokens through a mixture of K learned transforms.
 
     Channel mode with ``down_weight`` and ``up_weight``, token mode without (all four ``None``).
 
@@ -117,60 +71,70 @@ def cluster_attention(
 
     Source: CLAdapter, equations 1-4; upstream ``models/modules.py``, ``Cluster_Attention``.
     """
-    _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    check_shapes(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     dtype = compute_dtype(x)
-    why_not = _why_not_triton(x, centers, transforms, down_weight, dtype)
+    why_not = why_not_triton(x, centers, transforms, down_weight, dtype)
     if choose_backend(backend, why_not) == "reference":
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
-    args = (cast(x, dtype), centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    x = cast(x, dtype)
+    args = Arguments(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         save_z = training and up_weight is not None and up_weight.requires_grad
-        return _forward_op(*weights_in_dtype_of_x(args), save_z)[0]
+        return _forward_op(*with_weights_in_dtype_of_x(args), save_z)[0]
     if training and any(t is not None and t.requires_grad for t in args):
         return _Function.apply(*args)
-    args = weights_in_dtype_of_x(args)
-    return _forward(_passes().problem_of(args), args, save_z=False)[0]
+    args = with_weights_in_dtype_of_x(args)
+    return _forward(problem_of(args), args, save_z=False)[0]
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
-# less on the way.
+# less on the way. Triton is imported with the first call.
 
 
-@functools.cache
-def _passes():
-    """The launchers: Triton is imported with the first call."""
-    from . import plan as cluster_attention_passes
+def _forward(
+    problem: Problem,
+    args: Arguments[Tensor | None],
+    *,
+    save_z: bool,
+    needs: Arguments[bool] = NO_NEEDS,
+) -> tuple[Tensor, Saved]:
+    from .plan_forward import forward
 
-    return cluster_attention_passes
-
-
-def _forward(problem, args, *, save_z: bool, **options) -> tuple[Tensor | None, ...]:
-    x = args[0]
-    with on_device(x), without_autocast(x):
-        y, saved = _passes().forward(problem, args, save_z=save_z, **options)
-    return (y, *saved)
+    with on_device(args.x), without_autocast(args.x):
+        return forward(problem, args, save_z=save_z, needs=needs)
 
 
-def _backward(problem, g, needs, args, saved: list[Tensor | None], *weight_dtypes):
-    """``saved`` is emptied, so that each of its tensors goes as soon as it has been used."""
+def _backward(
+    problem: Problem,
+    g: Tensor,
+    needs: Arguments[bool],
+    args: Arguments[Tensor | None],
+    saved: Saved,
+    weight_dtypes: WeightDtypes,
+) -> Arguments[Tensor | None]:
+    from .plan_backward import backward
+
     with on_device(g), without_autocast(g):
-        return _passes().backward(problem, g, needs, args, saved, *weight_dtypes)
+        return backward(problem, g, needs, args, saved, weight_dtypes)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, *tensors):
+        args = Arguments(*tensors)
         # Gradients of the weights leave in their own dtype, as they were summed.
-        ctx.weight_dtypes = dtypes_of_weights(args)
-        args = weights_in_dtype_of_x(args)
-        x, centers, transforms, down_weight, _, up_weight, _ = args
-        ctx.problem = _passes().problem_of(args)
-        needs = ctx.needs_input_grad
-        y, *saved = _forward(ctx.problem, args, save_z=needs[5], needs=needs)
-        ctx.save_for_backward(x, centers, transforms, down_weight, up_weight, *saved)
+        ctx.weight_dtypes = WeightDtypes(
+            *[None if t is None else t.dtype for t in (args.down_weight, args.up_weight)]
+        )
+        args = with_weights_in_dtype_of_x(args)
+        ctx.problem = problem_of(args)
+        needs = Arguments(*ctx.needs_input_grad)
+        y, saved = _forward(ctx.problem, args, save_z=needs.up_weight, needs=needs)
+        without_biases = args._replace(down_bias=None, up_bias=None)
+        ctx.save_for_backward(*without_biases, saved.h, saved.mixed, saved.state, saved.z)
         return y
 
     @staticmethod
@@ -178,10 +142,11 @@ class _Function(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: what tells that there is no second derivative
             return _Function.backward_once(ctx, g)
         *args, h, mixed, state, z = ctx.saved_tensors
-        saved = [h, mixed, state, z]
+        saved = Saved(h, mixed, state, z)
         del h, mixed, state, z
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        return _backward(ctx.problem, g, ctx.needs_input_grad, args, saved, ctx.weight_dtypes)
+        needs = Arguments(*ctx.needs_input_grad)
+        return _backward(ctx.problem, g, needs, Arguments(*args), saved, ctx.weight_dtypes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -200,8 +165,9 @@ def _forward_op(
     up_bias: Tensor | None,
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    args = (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    results = _forward(_passes().problem_of(args), args, save_z=save_z)
+    args = Arguments(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    y, saved = _forward(problem_of(args), args, save_z=save_z)
+    results = (y, saved.h, saved.mixed, saved.state, saved.z)
     return tuple([x.new_empty(0) if t is None else t for t in results])
 
 
@@ -233,11 +199,8 @@ def _backward_op(
     up_bias: Tensor | None,
     saved: list[Tensor],
 ) -> list[Tensor]:
-    problem = _passes().problem_of(
-        (x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    )
-    args = (x, centers, transforms, down_weight, up_weight)
-    grads = _backward(problem, g, needs, args, list(saved))
+    args = Arguments(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    grads = _backward(problem_of(args), g, Arguments(*needs), args, Saved(*saved), WeightDtypes())
     return [grad for grad in grads if grad is not None]
 
 
@@ -261,60 +224,3 @@ def _op_backward(ctx, g, *_):
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
-
-
-def _why_not_triton(x, centers, transforms, down_weight, dtype) -> str | None:
-    reason = why_not_device(x)
-    if reason is not None:
-        return reason
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype {dtype}; the kernels take float32, bfloat16 and float16"
-    for name, t in (("centers", centers), ("transforms", transforms)):
-        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{name} has dtype {t.dtype}"
-    if x.numel() == 0:
-        return f"x is empty: {tuple(x.shape)}"
-    if x.shape[0] * x.shape[1] >= 2**31 - 256:
-        return f"{x.shape[0] * x.shape[1]} tokens; the kernels take fewer than 2³¹"
-    if centers.shape[1] > 128:
-        return f"{centers.shape[1]} centers; the kernels take up to 128"
-    if down_weight is not None and dtype != torch.float32 and down_weight.shape[0] > 512:
-        return f"rank {down_weight.shape[0]}; the kernels take up to 512"
-    return None
-
-
-def _check(x, centers, transforms, down_weight, down_bias, up_weight, up_bias) -> None:
-    if x.dim() != 3:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; expected [B, N, C]. "
-            "Flatten a map [B, C, H, W] with x.flatten(2).transpose(1, 2)."
-        )
-    _, n, c = x.shape
-    if centers.dim() != 2 or centers.shape[0] != c:
-        raise ValueError(
-            f"centers has shape {tuple(centers.shape)}; expected [C={c}, K] for x {tuple(x.shape)}"
-        )
-    k = centers.shape[1]
-    if (down_weight is None) != (up_weight is None):
-        raise ValueError(
-            "down_weight and up_weight go together: give both (channel mode) or none (token mode)"
-        )
-    if down_weight is None:
-        if down_bias is not None or up_bias is not None:
-            raise ValueError("token mode (no down_weight, no up_weight) takes no biases")
-        expected = {"transforms": (transforms, (k, n, n))}
-    else:
-        r = down_weight.shape[0]
-        expected = {
-            "transforms": (transforms, (k, r, r)),
-            "down_weight": (down_weight, (r, c)),
-            "down_bias": (down_bias, (r,)),
-            "up_weight": (up_weight, (c, r)),
-            "up_bias": (up_bias, (c,)),
-        }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; expected {shape} "
-                f"for x {tuple(x.shape)} and {k} centers"
-            )

@@ -37,7 +37,17 @@ class Device(NamedTuple):
     index: int | None  # None: the interpreter, on the CPU
     multiprocessors: int
     shared: int  # bytes of shared memory a program can have
-    major: int  # compute capability
+    major: int  # compute capability; 0 in the interpreter
+
+    @property
+    def has_warp_group_products(self) -> bool:
+        """Whether the Hopper kernels run: their instructions are those of 9.x alone."""
+        return self.major == 9
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Whether a kernel may be launched while the one before runs."""
+        return self.major >= 9
 
 
 @functools.cache
@@ -196,7 +206,7 @@ class Launch:
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.device = device.index
-        pdl = device.major >= 9  # programmatic dependent launch
+        pdl = device.has_dependent_launch
         self.arguments = (*numbers, *constants, pdl)
         # Products and sums become one instruction; Triton 3.10 does not do so by default.
         self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

@@ -9,10 +9,10 @@ import torch
 
 from fastadapt.bench import tune
 from fastadapt.errors import InputError
-from fastadapt.kernels.common import tuning
+from fastadapt.kernels.common import launcher, tuning
 
 pytest.importorskip("triton")
-from fastadapt.kernels.cluster_attention import config as configs
+from fastadapt.kernels.cluster_attention.block_sizes import block_sizes
 from fastadapt.kernels.common.launcher import Device
 
 SIZE = (25088, 196, 768, 256)
@@ -24,7 +24,7 @@ def file(tmp_path, monkeypatch):
     """Where choices are kept in this test."""
     monkeypatch.setenv("FASTADAPT_TUNING", str(tmp_path / "tuning.json"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
-    caches = (tuning.read, configs.default_config)
+    caches = (tuning.read, block_sizes)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path / "tuning.json"
@@ -34,7 +34,7 @@ def file(tmp_path, monkeypatch):
 
 def tall(size=SIZE):
     rows, tokens, width, rank = size
-    return configs.default_config(rows, tokens, width, rank, GPU).project.all_rows
+    return block_sizes(rows, tokens, width, rank, GPU).project.all_rows
 
 
 def test_a_choice_is_taken_for_its_size_alone(file):
@@ -43,7 +43,7 @@ def test_a_choice_is_taken_for_its_size_alone(file):
     key = tuning.key("cluster_attention", 0, SIZE)
     file.write_text(json.dumps({key: {"tall": other, "groups": 0}}))
     tuning.read.cache_clear()
-    configs.default_config.cache_clear()
+    block_sizes.cache_clear()
     assert tall() == other
     assert tall((25088, 196, 1024, 256)) == rule
 
@@ -53,7 +53,7 @@ def test_a_choice_that_this_gpu_lacks_is_passed_over(file):
     key = tuning.key("cluster_attention", 0, SIZE)
     file.write_text(json.dumps({key: {"tall": 64, "groups": 3}}))  # groups are Hopper's
     tuning.read.cache_clear()
-    configs.default_config.cache_clear()
+    block_sizes.cache_clear()
     assert tall() == rule
 
 
@@ -62,7 +62,7 @@ def test_a_broken_file_is_named_and_passed_over(file, text):
     rule = tall()
     file.write_text(text)
     tuning.read.cache_clear()
-    configs.default_config.cache_clear()
+    block_sizes.cache_clear()
     with pytest.warns(UserWarning, match="tuning.json"):
         assert tall() == rule
 
@@ -71,7 +71,7 @@ def test_the_fastest_configuration_is_kept(file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.harness, "input_sets", lambda moved: 1)
     monkeypatch.setattr(tune, "make_inputs", lambda *a: [torch.zeros(4, 196, 768)])
-    monkeypatch.setattr(configs, "device_of", lambda index: GPU)
+    monkeypatch.setattr(launcher, "device_of", lambda index: GPU)
     seen = []
 
     def step_time(inputs):
