@@ -54,7 +54,7 @@ def takes(layout: GroupLayout, form: Form, device: Device) -> bool:
         and form.outputs % 64 == 0
         and not form.rotation
         and form.dtype != torch.float32
-        and device.major == 9
+        and device.has_warp_group_products
         and hopper_kernels("quaternion_linear") is not None
     )
 

@@ -20,7 +20,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     It does on Hopper, in half precision, where every multiprocessor gets a tile.
     """
     device = device_of(x.device.index)
-    if device.major != 9 or x.dtype == torch.float32 or hopper_kernels("residual_mlp") is None:
+    if not device.has_warp_group_products or hopper_kernels("residual_mlp") is None:
+        return False
+    if x.dtype == torch.float32:
         return False
     width = weight.numel() // x.shape[1]
     if x.shape[1] % 8 or width % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:

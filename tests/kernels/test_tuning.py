@@ -69,6 +69,7 @@ def test_a_broken_file_is_named_and_passed_over(file, text):
 
 def test_the_fastest_configuration_is_kept(file, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune.harness, "input_sets", lambda moved: 1)
     monkeypatch.setattr(tune, "make_inputs", lambda *a: [torch.zeros(4, 196, 768)])
     monkeypatch.setattr(launcher, "device_of", lambda index: GPU)
