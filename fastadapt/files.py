@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -53,6 +54,50 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text file that a person wrote, in whatever encoding their program chose.
+
+    UTF-8, with or without a byte order mark; UTF-16 and UTF-32 with one, or UTF-16 whose zero
+    bytes tell; Windows-1252 where the bytes are no UTF-8. Line ends become ``\\n``.
+
+    Raises:
+        InputError: the file is missing or is no text.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    for encoding in _encodings(content):
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    raise InputError(
+        f"{path} cannot be read as text in UTF-8, UTF-16 or Windows-1252: save it as UTF-8"
+    )
+
+
+def _encodings(content: bytes) -> list[str]:
+    """Name the encodings to try, the first that fits being right."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return ["utf-32"]
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ["utf-16"]
+    # Most letters of a table are ASCII: in UTF-16 every other byte is then zero.
+    even, odd = content[::2].count(0), content[1::2].count(0)
+    if max(even, odd) * 4 > len(content):
+        return ["utf-16-be" if even > odd else "utf-16-le"]
+    return ["utf-8-sig", "cp1252"]
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Read a list of names, one a line, as :func:`read_text`; blank lines are dropped."""
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -61,7 +106,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastadapt.data.decode import load_image
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.data.walker import is_image_file
+from fastadapt.data.formats import is_image_file
 from fastadapt.errors import InputError
 from fastadapt.train.run_folder import SPLITS
 

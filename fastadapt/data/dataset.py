@@ -6,15 +6,17 @@ import csv
 import hashlib
 import io
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fastadapt.data.class_folders import LAYOUTS, list_folder
 from fastadapt.data.splits import draw_val
 from fastadapt.data.table import list_table
-from fastadapt.data.walker import LAYOUTS, list_folder
-from fastadapt.errors import InputError
+from fastadapt.data.walker import WalkReport
+from fastadapt.errors import InputError, first_few
 from fastadapt.files import write_text
 
 
@@ -40,10 +42,14 @@ class Dataset:
     Attributes:
         classes: names, sorted.
         samples: sorted by path.
+        left_out: lines that say which files of the folder are no samples, and why.
+        val_drawn: whether validation was drawn from training here.
     """
 
     classes: tuple[str, ...]
     samples: tuple[Sample, ...]
+    left_out: tuple[str, ...] = field(default=(), compare=False)
+    val_drawn: bool = field(default=False, compare=False)
 
     def split(self, *names: str) -> list[Sample]:
         """Return the samples of these splits."""
@@ -59,6 +65,21 @@ class Dataset:
         kept = tuple(sample for sample in self.samples if sample.path not in dropped)
         _check_classes(self.classes, kept)
         return replace(self, samples=kept)
+
+    def summary(self) -> list[str]:
+        """Say in lines for the terminal what was found: classes with counts, what was left out."""
+        counts = Counter(sample.label for sample in self.samples)
+        named = [f"{name} {counts[label]}" for label, name in enumerate(self.classes)]
+        lines = [f"images by class: {first_few(named, 20)}", *self.left_out]
+        alike: dict[str, list[str]] = {}
+        for name in self.classes:
+            alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+        lines += [
+            f"warning: the classes {', '.join(map(repr, names))} differ in case or encoding only"
+            for names in alike.values()
+            if len(names) > 1
+        ]
+        return lines
 
     def csv(self) -> str:
         """Return ``path,label,split``, one sample a line; readable by :func:`read_dataset`."""
@@ -104,8 +125,9 @@ def read_dataset(
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}; expected more than 0, less than 1")
     root = Path(data).absolute()
+    report = WalkReport()
     if root.is_dir():
-        files = list_folder(root)
+        files = list_folder(root, report)
     elif root.is_file():
         files = list_table(root, check_files)
     else:
@@ -122,15 +144,19 @@ def read_dataset(
     classes = tuple(sorted({file.label for file in files}))
     if len(classes) < 2:
         raise InputError(f"{data} has one class only, {classes[0]!r}; expected at least two")
+    for name in classes:
+        if len(f"{name}.".splitlines()) > 1:
+            raise InputError(f"{data}: the class name {name!r} has more than one line: rename it")
     index = {name: i for i, name in enumerate(classes)}
     samples = [Sample(f.path, index[f.label], f.split or "train") for f in sorted(files)]
     _check_classes(classes, samples, needs_val=False)
-    if not any(sample.split == "val" for sample in samples):
+    val_drawn = not any(sample.split == "val" for sample in samples)
+    if val_drawn:
         training = [i for i, sample in enumerate(samples) if sample.split == "train"]
         labels = [samples[i].label for i in training]
         for drawn in draw_val(classes, labels, val_fraction, seed):
             samples[training[drawn]] = replace(samples[training[drawn]], split="val")
-    return Dataset(classes, tuple(samples))
+    return Dataset(classes, tuple(samples), tuple(report.lines()), val_drawn)
 
 
 def _check_classes(

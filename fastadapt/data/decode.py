@@ -1,59 +1,167 @@
-"""Turn an image file of any supported format into 8-bit RGB pixels."""
+"""Turn an image file of any supported format into 8-bit RGB pixels.
+
+A file is opened once, by what it holds rather than by its name: TIFF files by
+:mod:`fastadapt.data.tiff`, PNG files of 16-bit colour by torchvision, everything else by Pillow's
+decoders of :mod:`fastadapt.data.formats`, and no others.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastadapt.data import tiff
+from fastadapt.data.formats import FORMATS
+from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.errors import InputError
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH, _PNG_COLOUR = 24, 25  # places in the file of IHDR's bit depth and colour type
+_JPEG2000_SIZES = b"\xff\x4f\xff\x51"  # start of codestream, then the marker of sizes
+_JPEG2000 = (b"\0\0\0\x0cjP  ", _JPEG2000_SIZES)
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as 8-bit RGB, as :func:`to_rgb` does.
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an image file holds.
+
+    Attributes:
+        image: upright; a Pillow image where 8 bits hold its values, else a deep one.
+        dropped: what of the file is not in ``image``, in words that complete "some images lose".
+    """
+
+    image: Image.Image | DeepImage
+    dropped: tuple[str, ...] = ()
+
+
+def decode(path: str | os.PathLike[str]) -> Decoded:
+    """Decode an image file without scaling its values.
 
     Raises:
-        InputError: the file is missing, damaged, truncated or no image, or holds floating-point
-            values, which have no known range.
+        InputError: the file is missing, damaged, truncated or no image.
     """
     try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
+        with Path(path).open("rb") as file:
+            return _decode(file, str(path))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{path} cannot be read as an image: by its content it has no format that is read"
+        ) from None
+    except Exception as error:  # decoders raise almost anything on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} cannot be read as an image: {reason}") from None
-    return _eight_bit_rgb(image, str(path))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image of any mode to 8-bit RGB.
+def load_image(path: str | os.PathLike[str], value_range: ValueRange | None = None) -> Image.Image:
+    """Read an image file as 8-bit RGB.
 
-    Grayscale is repeated three times; 16-bit images are divided by 257, so that the full range
-    maps to the full range; transparent pixels become black in proportion; a camera's orientation
-    tag is applied.
+    Grayscale is repeated three times; transparent pixels become black in proportion; a camera's
+    orientation tag is applied, unless it is damaged.
+
+    Args:
+        path: of the file.
+        value_range: the values that become 0 and 255; ``None`` for the range of the file's type,
+            so that 16-bit values are divided by 257.
 
     Raises:
-        InputError: it holds floating-point values, which have no known range, or 32-bit ones.
+        InputError: as :func:`decode` and :func:`fastadapt.data.pixels.to_eight_bit_rgb`.
     """
-    return _eight_bit_rgb(ImageOps.exif_transpose(image), "the image")
+    return to_eight_bit_rgb(decode(path).image, value_range, str(path))
 
 
-def _eight_bit_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grayscale, in one of Pillow's guises
-        values = np.asarray(image).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise InputError(f"{name} holds 32-bit values outside 0–65535: save it as 16-bit")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    elif image.mode == "F":
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
+    """Convert an image that Pillow has opened to 8-bit RGB, as :func:`load_image` does.
+
+    Of 16-bit colour Pillow keeps the upper bytes alone: give the file's path instead.
+
+    Raises:
+        InputError: as :func:`fastadapt.data.pixels.to_eight_bit_rgb`.
+    """
+    return to_eight_bit_rgb(_deepened(_upright(image)), value_range, "the image")
+
+
+def _decode(file: IO[bytes], name: str) -> Decoded:
+    head = file.read(64 * 1024)
+    file.seek(0)
+    dropped: tuple[str, ...] = ()
+    if head.startswith(tiff.MAGIC):
+        deep, dropped = tiff.read_tiff(file, name)
+        if deep is not None:
+            return Decoded(deep, dropped)
+        file.seek(0)
+    _check_depth(head, name)
+    with Image.open(file, formats=FORMATS) as image:
+        if head.startswith(_PNG) and head[_PNG_DEPTH] == 16 and head[_PNG_COLOUR] != 0:
+            return Decoded(_read_deep_png(file, image))
+        if image.format in _ANIMATED and getattr(image, "is_animated", False):
+            dropped = ("frames after the first",)
+        image.load()
+        return Decoded(_deepened(_upright(image)), dropped)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the orientation tag; damaged metadata costs the turn and nothing else."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever struct, ElementTree or Pillow's parsers raise
+        return image
+
+
+def _deepened(image: Image.Image) -> Image.Image | DeepImage:
+    """Take values out of Pillow's modes of more than 8 bits."""
+    if image.mode == "F":
+        return DeepImage(np.asarray(image), 32)
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    values = values.astype(values.dtype.newbyteorder("="))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    white_is_zero = tags.get(262) == tiff.WHITE_IS_ZERO
+    return DeepImage(values, 8 * values.dtype.itemsize, white_is_zero)
+
+
+def _read_deep_png(file: IO[bytes], image: Image.Image) -> DeepImage:
+    """Read a PNG of 16-bit colour or of gray with alpha, of which Pillow keeps the upper bytes."""
+    from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
+
+    file.seek(0)
+    content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+    values = decode_image(content, ImageReadMode.UNCHANGED).numpy()
+    turned = values.transpose(1, 2, 0)
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:
+        orientation = 1
+    turned = tiff.upright(turned, orientation)
+    colours = turned[..., :3] if turned.shape[-1] >= 3 else turned[..., 0]
+    alpha = None
+    if turned.shape[-1] in (2, 4):
+        alpha = np.rint(turned[..., -1] / 257).astype(np.uint8)
+    return DeepImage(colours, 16, alpha=alpha)
+
+
+def _check_depth(head: bytes, name: str) -> None:
+    """Refuse files whose deeper values Pillow cuts to 8 bits."""
+    bits = 0
+    if head.startswith(b"\x01\xda") and len(head) > 3:  # SGI
+        bits = 8 * head[3]
+    start = head.find(_JPEG2000_SIZES) if head.startswith(_JPEG2000) else -1
+    if start >= 0 and len(head) > start + 42 and head[start + 41] >= 3:
+        bits = (head[start + 42] & 0x7F) + 1
+    if bits > 8:
         raise InputError(
-            f"{name} holds floating-point values, whose range is not known: save it as 8 or 16 bit"
+            f"{name} holds values of {bits} bits in a format of which only 8 are read: save it as "
+            "a 16-bit PNG or TIFF"
         )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        image.alpha_composite(rgba)
-    return image.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,29 @@ import numpy as np
 from fastadapt.errors import InputError
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_STEMS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+# TrainSet, test_data, "validation images", Training_Dataset
+_PATTERN = re.compile(
+    rf"({'|'.join(_STEMS)})(?:[\s_.-]*(?:set|split|data|dataset|images|imgs))?", re.IGNORECASE
+)
+
+
+def split_of(name: str) -> str:
+    """Return the split that a folder's or a column's word names; ``""`` if it names none.
+
+    ``Training``, ``TRAIN``, ``valid``, ``Validation``, ``test_set`` and their like are understood.
+    """
+    match = _PATTERN.fullmatch(name.strip())
+    return _STEMS[match[1].lower()] if match else ""
 
 
 def draw_val(classes: Sequence[str], labels: Sequence[int], fraction: float, seed: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""Read a CSV that lists image files with their labels and splits."""
+"""Read a table that lists image files with their labels and splits, whatever program wrote it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,42 @@ import csv
 import os
 from pathlib import Path
 
-from fastadapt.data.splits import SPLIT_NAMES
-from fastadapt.data.walker import LabeledFile
+from fastadapt.data.class_folders import LabeledFile
+from fastadapt.data.splits import split_of
 from fastadapt.errors import InputError, first_few
+from fastadapt.files import read_text
+
+COLUMNS = ("path", "label", "split")
+SEPARATORS = ",;\t|"
 
 
 def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
-    """List the rows of a CSV with the columns path, label and, optionally, split.
+    """List the rows of a table with the columns path, label and, optionally, split.
 
     Args:
-        file: its paths are absolute, or relative to its folder.
+        file: separated by commas, semicolons or tabs, in any encoding of
+            :func:`fastadapt.files.read_text`; its paths are absolute, or relative to its folder.
         check_files: whether the files must exist.
 
     Raises:
-        InputError: the CSV cannot be read, lacks columns, files, labels or rows, names an unknown
-            split, or gives a split for some rows only.
+        InputError: the table cannot be read, lacks columns, files, labels or rows, has a row of
+            more values than columns, names an unknown split, or gives a split for some rows only.
     """
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle, skipinitialspace=True, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            lines = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file} cannot be read as a CSV in UTF-8: {error}") from None
-    for column in ("path", "label"):
-        if column not in columns:
-            raise InputError(
-                f"{file} has no column {column!r}; its columns are {', '.join(columns) or 'none'}. "
-                "Expected path, label and, optionally, split."
-            )
-    if not lines:
-        raise InputError(f"{file} has no rows below its header")
     files, missing = [], []
-    for number, row in lines:
-        values = {c: (row.get(c) or "").strip() for c in ("path", "label", "split")}
+    for number, values in read_table(file):
         for column in ("path", "label"):
             if not values[column]:
                 raise InputError(f"{file}, line {number}: the {column} is empty")
-        split = values["split"].lower()
-        if split and split not in SPLIT_NAMES:
+        split = split_of(values["split"])
+        if values["split"] and not split:
             raise InputError(
                 f"{file}, line {number}: unknown split {values['split']!r}; "
                 "expected train, val or test"
             )
-        path = Path(os.path.normpath(file.parent / values["path"]))
+        path = _resolve(file.parent, values["path"])
         if check_files and not path.is_file():
             missing.append(path)
-        files.append(LabeledFile(path, values["label"], SPLIT_NAMES.get(split, "")))
+        files.append(LabeledFile(path, values["label"], split))
     if missing:
         raise InputError(
             f"{file} lists {len(missing)} files that do not exist, of {len(files)}: "
@@ -65,4 +53,74 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
             f"{file} gives a split for {len(files) - without} of its {len(files)} rows: "
             "give one for every row, or for none"
         )
+    if all(split_of(listed.label) for listed in files):
+        raise InputError(
+            f"{file} has splits in its column 'label' ({files[0].label!r}): name that column "
+            "'split', and give classes in 'label'"
+        )
     return files
+
+
+def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
+    """Read the columns path, label and split of every row that is not empty.
+
+    Returns:
+        The line number and the values by column, stripped; ``""`` where there is no value.
+
+    Raises:
+        InputError: as :func:`list_table`, as far as no row's meaning is concerned.
+    """
+    lines = read_text(file).split("\n")
+    start = 0
+    if lines[0].strip().lower().startswith("sep="):  # how Excel notes the separator
+        start = 1
+    header = lines[start] if len(lines) > start else ""
+    separator = max(SEPARATORS, key=lambda s: (_has_columns(header, s), header.count(s)))
+    reader = csv.reader(
+        (f"{line}\n" for line in lines[start:]),
+        delimiter=separator,
+        skipinitialspace=separator != "\t",
+        strict=True,
+    )
+    try:
+        rows = [(start + reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{file} cannot be read as a CSV in UTF-8: {error}") from None
+    names = [name.strip().lower() for name in rows[0][1]] if rows else []
+    for column in ("path", "label"):
+        if column not in names:
+            known = ", ".join(name.strip() for name in rows[0][1]) if names else ""
+            raise InputError(
+                f"{file} has no column {column!r}; its columns are {known or 'none'}. Expected "
+                "path, label and, optionally, split (text in UTF-8, separated by commas)."
+            )
+        if names.count(column) > 1:
+            raise InputError(f"{file} has the column {column!r} {names.count(column)} times")
+    table = []
+    for number, row in rows[1:]:
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        if any(cells[len(names) :]):
+            raise InputError(
+                f"{file}, line {number} has {len(cells)} values for {len(names)} columns: put "
+                "values that hold a separator into quotation marks"
+            )
+        found = dict(zip(names, cells, strict=False))
+        table.append((number, {column: found.get(column, "") for column in COLUMNS}))
+    if not table:
+        raise InputError(f"{file} has no rows below its header")
+    return table
+
+
+def _has_columns(header: str, separator: str) -> bool:
+    cells = {cell.strip().strip('"').lower() for cell in header.split(separator)}
+    return {"path", "label"} <= cells
+
+
+def _resolve(folder: Path, path: str) -> Path:
+    """Make a path absolute; one with Windows' separators is tried with ours, too."""
+    found = Path(os.path.normpath(folder / path))
+    if "\\" in path and not found.exists():
+        return Path(os.path.normpath(folder / path.replace("\\", "/")))
+    return found

@@ -1,73 +1,179 @@
-"""Find the image files below a folder, and the class and split that their folders give them."""
+"""Find the image files in folders, by one rule at every level, and keep account of the rest.
+
+What is left out is counted by reason in a :class:`WalkReport`: hidden files and folders, folders
+of systems (``@eaDir``, ``__MACOSX``), folders that this package wrote (runs, bundles), files that
+are no images by their names, links that lead nowhere or back. Links to files and to folders are
+followed.
+"""
 
 from __future__ import annotations
 
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image
-
-from fastadapt.data.splits import SPLIT_NAMES
+from fastadapt.data.formats import is_image_file
 from fastadapt.errors import InputError
+from fastadapt.files import read_text
 
-EXTENSIONS = frozenset(Image.registered_extensions())
-LAYOUTS = "class folders, train/ and val/ with class folders in them, or a CSV with path and label"
+SYSTEM_FOLDERS = frozenset(
+    ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "system volume information", "lost+found")
+)
+LISTS = (".txt", ".lst")
+
+PathLike = str | os.PathLike[str]
 
 
-class LabeledFile(NamedTuple):
-    """An image file as a folder or a table lists it.
+@dataclass
+class WalkReport:
+    """What a walk left out.
 
     Attributes:
-        path: absolute.
-        label: the class's name.
-        split: ``"train"``, ``"val"``, ``"test"``, or ``""`` where none is given.
+        skipped: files and folders by reason: how many, and the first one.
+        runs: folders of runs and bundles that were left out.
     """
 
-    path: Path
-    label: str
-    split: str
+    skipped: dict[str, tuple[int, Path]] = field(default_factory=dict)
+    runs: list[Path] = field(default_factory=list)
+
+    def skip(self, path: Path, reason: str) -> None:
+        """Count a file or a folder that is left out."""
+        count, first = self.skipped.get(reason, (0, path))
+        self.skipped[reason] = (count + 1, first)
+
+    def lines(self) -> list[str]:
+        """Say in lines for the terminal what was left out; empty if nothing was."""
+        lines = []
+        if self.skipped:
+            parts = [
+                f"{count} {reason} ({first})" if count == 1 else f"{count} {reason} (first {first})"
+                for reason, (count, first) in self.skipped.items()
+            ]
+            lines.append(f"left out: {'; '.join(parts)}")
+        lines += [f"left out: {path}, a folder that fastadapt wrote" for path in self.runs]
+        return lines
 
 
-def is_image_file(path: Path) -> bool:
-    """Say whether a file's name is that of an image; hidden files are none."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+def walk(
+    sources: PathLike | Iterable[PathLike], report: WalkReport | None = None
+) -> Iterator[Path]:
+    """Yield the image files of folders, files, lists of files and glob patterns, one by one.
 
-
-def list_folder(root: Path) -> list[LabeledFile]:
-    """List the images of class folders, with or without split folders around them.
+    Args:
+        sources: one or several. A folder is walked to its depth, sorted; a file is given whatever
+            its name; a text file (``.txt``, ``.lst``) lists one path a line, relative to it; a
+            pattern has ``*``, ``?`` or ``[``, and ``**`` for folders of any depth.
+        report: where to count what is left out.
 
     Raises:
-        InputError: there are no class folders, one is empty, or a folder beside ``train/`` is no
-            split.
+        InputError: a source does not exist, or a pattern matches nothing; when it is reached.
     """
-    folders = _subfolders(root)
-    if not any(folder.name == "train" and _subfolders(folder) for folder in folders):
-        return _list_classes(root, "")
+    report = WalkReport() if report is None else report
+    if isinstance(sources, str | os.PathLike):
+        sources = [sources]
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            yield from walk_folder(path, report)
+        elif path.suffix.lower() in LISTS and path.is_file():
+            yield from _walk_list(path)
+        elif path.is_file():
+            yield path
+        elif glob.has_magic(str(source)):
+            yield from _walk_pattern(str(source), report)
+        else:
+            raise InputError(
+                f"{source} does not exist; expected a folder, an image file, a list of files "
+                f"({', '.join(LISTS)}) or a pattern such as 'images/*.png'"
+            )
+
+
+def walk_folder(root: Path, report: WalkReport, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield the image files below a folder, sorted: those in it, then those of its subfolders.
+
+    Args:
+        root: a folder, walked even if its own name is hidden.
+        report: where to count what is left out.
+        above: real paths of the folders that lead here, so that links don't go in circles.
+    """
+    files, folders = list_entries(root, report, above)
+    yield from files
     for folder in folders:
-        if folder.name not in SPLIT_NAMES:
-            raise InputError(
-                f"{folder} stands beside train/, but is no split: expected train, val or test"
-            )
-    return [file for folder in folders for file in _list_classes(folder, SPLIT_NAMES[folder.name])]
+        yield from walk_folder(folder, report, (*above, os.path.realpath(root)))
 
 
-def _list_classes(root: Path, split: str) -> list[LabeledFile]:
-    classes = _subfolders(root)
-    if not classes:
-        raise InputError(f"{root} holds no folders; expected {LAYOUTS}")
-    files = []
-    for folder in classes:
-        found = [path for path in folder.rglob("*") if is_image_file(path) and path.is_file()]
-        files += [LabeledFile(path, folder.name, split) for path in found]
-        if not found and not split:
-            raise InputError(
-                f"{folder} holds no images (by their file names); put the images of class "
-                f"{folder.name!r} there, or remove the folder"
-            )
-    if not files:
-        raise InputError(f"{root} holds no images (by their file names) in its class folders")
-    return files
+def list_entries(
+    root: Path, report: WalkReport, above: tuple[str, ...] = ()
+) -> tuple[list[Path], list[Path]]:
+    """List the image files in a folder and the subfolders to enter, each sorted by name.
+
+    This is the one rule for what is data; see the module's first lines.
+    """
+    files: list[Path] = []
+    folders: list[Path] = []
+    try:
+        with os.scandir(root) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        report.skip(root, f"unreadable folders ({error.strerror})")
+        return files, folders
+    for entry in entries:
+        path = root / entry.name
+        if entry.name.startswith("."):
+            report.skip(path, "hidden")
+        elif entry.is_dir():
+            if entry.name.lower() in SYSTEM_FOLDERS:
+                report.skip(path, "folders of a system")
+            elif entry.is_symlink() and os.path.realpath(path) in (*above, os.path.realpath(root)):
+                report.skip(path, "links that lead back")
+            elif is_ours(path):
+                report.runs.append(path)
+            else:
+                folders.append(path)
+        elif entry.is_file():
+            if is_image_file(path):
+                files.append(path)
+            else:
+                report.skip(path, f"{path.suffix.lower() or 'files without a suffix'}, not read")
+        else:
+            what = "links that lead nowhere" if entry.is_symlink() else "pipes, sockets or devices"
+            report.skip(path, what)
+    return files, folders
 
 
-def _subfolders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+def is_ours(folder: Path) -> bool:
+    """Say whether this package wrote the folder: a run, finished or not, or a bundle."""
+    if (folder / "state.safetensors").is_file() and (folder / "metrics.jsonl").is_file():
+        return True
+    for name in ("config.json", "manifest.json"):
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and str(value.get("format", "")).startswith("fastadapt-"):
+            return True
+    return False
+
+
+def _walk_list(file: Path) -> Iterator[Path]:
+    for line in read_text(file).splitlines():
+        if line.strip():
+            yield file.parent / line.strip()
+
+
+def _walk_pattern(pattern: str, report: WalkReport) -> Iterator[Path]:
+    found = False
+    for name in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 (may be absolute)
+        path = Path(name)
+        if not path.is_file():
+            continue
+        if is_image_file(path):
+            found = True
+            yield path
+        else:
+            report.skip(path, f"{path.suffix.lower() or 'files without a suffix'}, not read")
+    if not found:
+        raise InputError(f"{pattern} matches no image file")

@@ -32,7 +32,7 @@ from fastadapt.gdpl.model import GDPLModel
 from fastadapt.info import versions
 from fastadapt.progress import default_workers, progress_bars
 from fastadapt.train.loop import precision
-from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, readable
+from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, scanned
 from fastadapt.train.run_folder import (
     LABELS,
     RESULTS,
@@ -115,7 +115,12 @@ def train_gdpl(
     with progress_bars(quiet) as progress:
         say = progress.console.print
         read = [
-            readable(read_dataset(path, config.val_fraction), workers, skip_unreadable, progress)
+            scanned(
+                read_dataset(path, config.val_fraction),
+                workers,
+                progress,
+                skip_unreadable=skip_unreadable,
+            ).dataset
             for path in (data, *eval_data)
         ]
         dataset = read[0]

@@ -20,9 +20,9 @@ from fastadapt.config import AdaptConfig
 from fastadapt.data.augment import check_augment
 from fastadapt.data.dataset import Dataset, read_dataset
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.data.scan import find_unreadable
+from fastadapt.data.scan import Scanned, scan
 from fastadapt.data.splits import SPLITS as SPLIT_ORDER
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
 from fastadapt.lora import lora_layers
@@ -148,7 +148,8 @@ def train(
 
     with progress_bars(quiet) as progress:
         say = progress.console.print
-        dataset = readable(dataset, workers, skip_unreadable, progress)
+        found = scanned(dataset, workers, progress, skip_unreadable=skip_unreadable)
+        dataset = found.dataset
         settings = {
             "data": dataset.fingerprint(),
             "backbone": model.source["name"],
@@ -236,11 +237,29 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> Dataset:
-    """The data set less its unreadable images, which are an error unless ``skip``."""
+def scanned(
+    dataset: Dataset,
+    workers: int,
+    progress: Progress,
+    *,
+    intensity_range: str = "dtype",
+    skip_unreadable: bool = False,
+) -> Scanned:
+    """Scan a data set's images, with a progress bar, and print what was found.
+
+    Raises:
+        InputError: as :func:`fastadapt.data.scan.scan`.
+    """
     task = progress.add_task("checking images", total=len(dataset.samples), unit="images", note="")
-    unreadable = find_unreadable(dataset, workers, lambda: progress.advance(task))
+    found = scan(
+        dataset,
+        workers,
+        intensity_range,
+        skip_unreadable=skip_unreadable,
+        on_image=lambda: progress.advance(task),
+    )
     progress.remove_task(task)
+<<<<<<< HEAD
     if not unreadable:
         return dataset
     total = f"{len(unreadable)} of {len(dataset.samples)} images"
@@ -252,6 +271,11 @@ def readable(dataset: Dataset, workers: int, skip: bool, progress: Progress) -> 
         )
     progress.console.print(f"left out: {total} cannot be read")
     return dataset.without(path for path, _ in unreadable)
+=======
+    for line in (*dataset.summary(), *found.lines):
+        progress.console.print(line, markup=False)
+    return found
+>>>>>>> 7e841b2 (wip)
 
 
 def _write_outputs(trainer: Trainer, data: str) -> TrainResult:

@@ -1,7 +1,7 @@
 import pytest
 
 from fastadapt.data.dataset import read_dataset
-from fastadapt.data.walker import is_image_file
+from fastadapt.data.formats import is_image_file
 from fastadapt.errors import InputError
 from tests.helpers.imagesets import CLASSES, make_folders
 

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,7 +246,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, data, command, monkeypatch):
     assert code == 1 and "unfinished run: continue it with --resume" in stderr
     code, stderr = command(*args, "--resume", "--lr", "0.5")
     assert code == 1 and "lr is 0.5, but was 0.001" in stderr
-    make_folders(tmp_path / "data" / "x", 1)
+    shutil.copy(data / CLASSES[0] / "00.png", data / CLASSES[0] / "new.png")
     code, stderr = command(*args, "--resume")
     assert code == 1 and "data set" in stderr
     code, stderr = command(*args, "--overwrite")
