@@ -56,16 +56,24 @@ class WordTokenizer:
         return rows
 
 
+def tiny_config(layers):
+    """A CLIP model's settings, with the vocabulary of open_clip's own tokenizer."""
+    vision = {"layers": layers, "width": 32, "patch_size": 8, "image_size": 16, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": layers}
+    return {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+
+
+def tiny_clip(layers):
+    """A random CLIP model of that kind."""
+    return pytest.importorskip("open_clip").CLIP(**tiny_config(layers)).eval()
+
+
 def save_source(folder):
     """A random CLIP model and a random domain encoder as files, for training by name."""
-    open_clip = pytest.importorskip("open_clip")
-    vision = {"layers": 3, "width": 32, "patch_size": 8, "image_size": 16, "head_width": 16}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
-    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    config = tiny_config(layers=3)
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    clip = open_clip.CLIP(**config)
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(tiny_clip(layers=3).state_dict(), folder / "open_clip_model.safetensors")
     encoder = timm.create_model("test_efficientnet", num_classes=0)
     save_file(encoder.state_dict(), folder / "encoder.safetensors")
     return GDPLSource(

@@ -1,0 +1,64 @@
+"""Run the examples on tiny generated data, without a network."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.gdpl_models import make_colours, save_source
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run_example(monkeypatch, tmp_path, capsys):
+    """Run one of the scripts as ``python examples/NAME`` would, in this process."""
+
+    def run(name, *arguments):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_train_loop(run_example, tmp_path):
+    said = run_example(
+        "train_loop.py", "--backbone", "test_vit", "--random-weights", "--epochs", "2"
+    )
+    assert "epoch 2: loss" in said
+    assert float(said.rpartition("at most ")[2]) < 1e-4
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+
+
+def test_gdpl_run(run_example, tmp_path):
+    pytest.importorskip("open_clip")
+    source = save_source(tmp_path / "models")
+    data = make_colours(tmp_path / "data", ("a", "b", "c", "d"))
+    options = ["--clip", source.clip, "--encoder", source.domain_encoder]
+    options += ["--encoder-weights", source.domain_weights, "--shots", "2", "--epochs", "1"]
+    options += ["--depth", "2"]
+    said = run_example("gdpl_run.py", "--data", data, *options)
+    assert "seed 1, base classes: accuracy" in said and "seed 1, novel classes" in said
+    assert said.rpartition("something ")[2].startswith(("striped", "crossed"))
+
+
+def test_export_and_predict(run_example, tmp_path):
+    said = run_example(
+        "export_and_predict.py", "--backbone", "test_vit", "--random-weights", "--epochs", "2"
+    )
+    assert "validation accuracy" in said
+    assert (tmp_path / "bundle" / "model.onnx").is_file()
+    assert said.count("crossed/") == said.count("striped/") == 2
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_run_here_and_says_how(path):
+    text = path.read_text()
+    assert text.startswith('"""')
+    if "__main__" in text:
+        assert f"def test_{path.stem}(" in Path(__file__).read_text()
+        assert f"    python examples/{path.name}" in text
