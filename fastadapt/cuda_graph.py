@@ -78,6 +78,7 @@ class GraphedStep:
         return self._replay is not None
 
     def __call__(self, *inputs: Tensor) -> Outputs:
+        """Run the step, or replay it once it is captured."""
         shapes = _shapes(inputs)
         if shapes == self._shapes:
             for static, x in zip(self._inputs, inputs, strict=True):
@@ -183,6 +184,7 @@ class GraphedCall:
         return sum(graph.captured for graph in self._graphs.values())
 
     def __call__(self, *inputs: Tensor) -> Outputs:
+        """Run the model, or replay the graph of this batch size."""
         # Not in inference mode: tensors made there could not be filled outside it.
         with torch.inference_mode(False), torch.no_grad():
             shapes = _shapes(inputs)

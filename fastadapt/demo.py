@@ -167,13 +167,14 @@ def split_cells(cells: list[tuple[str, float, str]], limit: int | None = None) -
 
 
 def write_csv(cells: list[Cell], path: Path) -> None:
+    """Write paths, labels and splits as `fastadapt train` reads them."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("path", "label", "split"), *cells])
     write_text(path, text.getvalue())
 
 
 def convert_backbone(weights: str, path: Path) -> None:
-    """The package's ImageNet weights under timm's names: the tensors correspond in order."""
+    """Write the package's ImageNet weights under timm's names: the tensors correspond in order."""
     import timm
 
     own = timm.create_model(BACKBONE).state_dict()
@@ -279,7 +280,7 @@ def draw(run_folder: Path, result: dict[str, Any], path: Path) -> None:
 
 
 def summary(result: dict[str, Any], out: Path) -> Table:
-    """What was done, for the terminal."""
+    """Return what was done as a table, for the terminal."""
     table = Table(
         box=box.SIMPLE_HEAD, show_header=False, title="fastadapt demo", title_justify="left"
     )
@@ -318,7 +319,7 @@ def summary(result: dict[str, Any], out: Path) -> Table:
 
 
 def _packages() -> tuple[Path, str]:
-    """The data set's folder and the file of ImageNet weights, from the packages that hold them."""
+    """Return the data set's folder and the file of ImageNet weights, from their packages."""
     try:
         import elpv_dataset
         import sklearn  # noqa: F401

@@ -62,18 +62,23 @@ class Driver:
     device = 0
 
     def get_current_target(self):
+        """Return the GPU that kernels are compiled for."""
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self):
+        """Return its index."""
         return self.device
 
     def set_current_device(self, device):
+        """Accept the only GPU."""
         assert device == self.device
 
     def get_current_stream(self, device):
+        """Return the default stream."""
         return 0
 
     def launcher_cls(self, src, metadata):
+        """Record that a launcher was made."""
         compiled["launchers"].append(src.name)
 
 
@@ -81,6 +86,7 @@ compiled = {"ahead": [], "by the launch": [], "launchers": []}
 
 
 def compile(src, target=None, options=None, **others):
+    """Record who compiles, and return a kernel that does nothing."""
     ahead = threading.current_thread() is not threading.main_thread()
     compiled["ahead" if ahead else "by the launch"].append(src.name)
     src.make_ir()
@@ -130,6 +136,7 @@ class Slow:
         self.device_caches = {device: None}
 
     def warmup(self, *args, **options):
+        """Take half a second."""
         self.begun.set()
         time.sleep(0.5)
         print("compiled at the end")

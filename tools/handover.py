@@ -30,6 +30,7 @@ def _group(which: gl.constexpr, out, numbers, bar):
 
 @gluon.jit
 def handover_kernel(out):
+    """Hand 128 numbers from one group of warps to another."""
     numbers = gl.allocate_shared_memory(gl.int32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)

@@ -31,10 +31,12 @@ from fastadapt.kernels.cluster_attention.block_sizes import force_groups
 
 
 def normal(*shape, dtype, scale=1.0):
+    """Return normal numbers on the GPU that want a gradient."""
     return (torch.randn(*shape) * scale).to(dtype).cuda().requires_grad_()
 
 
 def cluster_attention_step(b, n, c, r, k, dtype, token=False):
+    """Run cluster attention forward and backward."""
     args = [
         normal(b, n, c, dtype=dtype),
         normal(c, k, dtype=dtype),
@@ -53,6 +55,7 @@ def cluster_attention_step(b, n, c, r, k, dtype, token=False):
 
 
 def quaternion_linear_step(m, i, o, groups, dtype, rotation=False, zero_half=False):
+    """Run a quaternion linear layer forward and backward."""
     leading = () if groups is None else (groups,)
     x = normal(*leading, m, (2 if zero_half else 4) * i, dtype=dtype)
     weights = [normal(*leading, i, o, dtype=dtype) for _ in range(4)]
@@ -66,6 +69,7 @@ def quaternion_linear_step(m, i, o, groups, dtype, rotation=False, zero_half=Fal
 
 
 def quaternion_linear_steps() -> None:
+    """Run quaternion linear layers of every form and kernel."""
     for case in (
         (8, 64, 64, None, torch.bfloat16),
         (8, 30, 63, 2, torch.bfloat16, False, True),
@@ -82,6 +86,7 @@ def quaternion_linear_steps() -> None:
 
 
 def cluster_attention_steps() -> None:
+    """Run cluster attention in every mode and with every kernel."""
     for groups in (0, 1, 2, 3):
         if groups and torch.cuda.get_device_capability()[0] != 9:
             continue
@@ -98,6 +103,7 @@ def cluster_attention_steps() -> None:
 
 
 def residual_mlp_steps() -> None:
+    """Run the norms and the residual MLP."""
     # The last has rows enough for the products of Hopper's own kernel.
     for m, c, hidden in ((700, 72, 264), (33, 63, 65), (3, 1000, 30), (8500, 72, 264)):
         for dtype in (torch.bfloat16, torch.float32):
