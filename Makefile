@@ -6,12 +6,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # OpenMP threads that wait give their core away soon: on a busy machine much faster.
 export GOMP_SPINCOUNT := 20000
 
-.PHONY: help demo test test-gpu lint types layers clean
+.PHONY: help demo test test-gpu lint types layers docs clean
 help:
 	@echo "make demo   install, then adapt, fold, export and verify a real model (about 6 minutes)"
 	@echo "make test   install with the test extras, then linters and the whole CPU test suite"
 	@echo "make lint   ruff, its format, types, and what imports what"
 	@echo "make test-gpu  the tests that need a GPU, over all cores"
+	@echo "make docs   write the generated parts of the documents anew"
 	@echo "make clean  remove the virtual environment and what the demo wrote"
 
 demo: $(VENV)/.demo
@@ -32,6 +33,10 @@ types: $(VENV)/.test
 
 layers: $(VENV)/.test
 	$(BIN)/python -m pytest tests/test_layout.py
+
+docs: $(VENV)/.test
+	$(BIN)/python tools/command_docs.py
+	$(BIN)/python -m fastadapt.bench.reporting.documents
 
 # A stamp for each set of extras: a second run installs nothing.
 $(VENV)/.demo: pyproject.toml | $(VENV)

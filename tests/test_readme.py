@@ -1,29 +1,86 @@
-"""Figures in the README stand in a file under bench/results."""
+"""Figures in README and docs stand in a file under bench/results, or in the code."""
 
 import json
+import math
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+
+from fastadapt.export.parity import THRESHOLDS
+from fastadapt.export.precision.int8 import LEAST_SPEEDUP
+from tests.helpers.documents import DOCUMENTS, ROOT, prose
+
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results"
+FIGURE = re.compile(
+    r"(?<![\w.-])(\d[\d,]*(?:\.\d+)?(?: ?%| µs| ms| s\b| minutes|×(?! \d))|\d+\.\d{2,})"
+)
+# Written by hand beside their sources, or by tools that have tests of their own.
+OTHERS = {"benchmarks.md", "performance-notes.md", "command-line.md", "CONTRIBUTING.md"}
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def scores(values: dict) -> list[str]:
+    return [f"{values['accuracy']:.2%}".replace("%", " %"), f"{values['macro_f1']:.4f}"]
+
+
+def demo_figures() -> set[str]:
+    demo = read("demo.json")
+    minutes = math.ceil(demo["seconds"] / 60)
+    return {f"{minutes} minutes", *scores(demo["adapter"]), *scores(demo["linear_probe"])}
+
+
+def gdpl_rows() -> list[str]:
+    lines = (RESULTS / "gdpl-transfer.md").read_text().splitlines()
+    return [line for line in lines if line.startswith(("| CLIP", "| GDPL"))]
+
+
+def gdpl_figures() -> set[str]:
+    found = {f"{read('gdpl-transfer.json')['seconds']:.0f} s"}
+    for row in gdpl_rows():
+        found |= set(FIGURE.findall(row))
+    return found
+
+
+def limits() -> set[str]:
+    """Return the limits of the gate as the documents write them."""
+    faster = f"{LEAST_SPEEDUP - 1:.0%}".replace("%", " %")
+    return {f"{limit.error:g}" for limit in THRESHOLDS.values()} | {faster}
 
 
 def test_the_demos_figures():
-    result = json.loads((ROOT / "bench/results/demo.json").read_text())
-    for name, key in (("CLAdapter", "adapter"), ("linear probe", "linear_probe")):
-        scores = result[key]
-        row = f"| {name} | {scores['accuracy']:.2%} | {scores['macro_f1']:.4f} |".replace("%", " %")
-        assert row in README
+    demo = read("demo.json")
+    adapter, probe = scores(demo["adapter"]), scores(demo["linear_probe"])
+    assert (
+        f"CLAdapter reaches {adapter[0]} accuracy and a macro-F1 of {adapter[1]}, "
+        f"a linear probe {probe[0]} and {probe[1]}"
+    ) in README
+    assert f"On {demo['images']['test']} test images" in README
 
 
-def test_gdpls_figures():
-    result = json.loads((ROOT / "bench/results/gdpl-transfer.json").read_text())
-    table = (ROOT / "bench/results/gdpl-transfer.md").read_text()
-    rows = [line for line in table.splitlines() if line.startswith(("| CLIP", "| GDPL"))]
-    assert rows and result
-    assert all(row in README for row in rows)
+def test_gdpls_table():
+    page = (ROOT / "docs/gdpl.md").read_text()
+    assert gdpl_rows() and all(row in page for row in gdpl_rows())
 
 
-def test_every_picture_and_link_is_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d.name not in OTHERS], ids=lambda d: d.name
+)
+def test_every_figure_is_known(document: Path):
+    known = demo_figures() | gdpl_figures() | limits()
+    for line in prose(document).splitlines():
+        for figure in FIGURE.findall(line):
+            assert figure in known, f"{figure} in: {line}"
+
+
+def test_the_benchmarks_tables():
+    """After a new run: make docs."""
+    from fastadapt.bench.reporting import documents
+
+    for name in documents.DOCUMENTS:
+        path = ROOT / name
+        assert documents.render(path.read_text(), path, ROOT) == path.read_text(), name

@@ -1,9 +1,10 @@
 """Write the benchmark tables of documents: ``python -m fastadapt.bench.reporting.documents``.
 
 A block begins with ``<!-- bench: NAME MACHINE -->`` and ends with ``<!-- /bench -->``; what is
-between is replaced. NAME is a benchmark, ``all`` of them, ``overview`` (one row for each
-part of each benchmark) or ``plots``; MACHINE a word of the GPU's name, whose current results under
-``bench/results`` are taken. Pictures and ``results.md`` of every machine are written anew, too.
+between is replaced. NAME is a benchmark, ``all`` of them, ``headline`` (a handful of figures),
+``overview`` (one row for each part of each benchmark) or ``plots``; MACHINE a word of the
+GPU's name, whose current results under ``bench/results`` are taken. Pictures and ``results.md`` of
+every machine are written anew, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..runner import NAMES
 from . import plots
 from . import results as stored
 from . import tables as report
+from .headline import headline
 
 BLOCK = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
@@ -42,7 +44,7 @@ def render(text: str, document: Path, root: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, name, machine, end = match.groups()
-        if name not in ("all", "overview", "plots", *NAMES):
+        if name not in ("all", "headline", "overview", "plots", *NAMES):
             raise InputError(f"{document.name} has a block for {name!r}, which is no benchmark")
         for path, results in current.items():
             if machine in (results.gpu or "CPU"):
@@ -72,8 +74,9 @@ def _content(name: str, results: Results, path: Path, link: Path) -> str:
         there = [kind for kind, picture in plots.paths(path).items() if picture.exists()]
         return "\n\n".join(f"![{plots.KINDS[k]}]({beside[k].as_posix()})" for k in there)
     all_figures = f"all figures: [{path.parent.name}]({link.with_suffix('.md').as_posix()})."
-    if name == "overview":
-        rows = report.overview(results)
+    if name in ("headline", "overview"):
+        below = link.with_suffix(".md").as_posix()
+        rows = headline(results, below) if name == "headline" else report.overview(results)
         if not rows:
             return ""
         commits = ", ".join(dict.fromkeys(str(e.commit) for e in results.environments))
