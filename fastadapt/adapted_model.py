@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from fastadapt.errors import InputError
 from fastadapt.fusion.frozen_blocks import fused_blocks, release_fused_blocks
 from fastadapt.layers import CLAdapter
 from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
-from fastadapt.lora import apply_lora, lora_layers, replaced_parameters
+from fastadapt.lora import (
+    apply_lora,
+    claim_lora,
+    is_low_rank,
+    lora_layers,
+    refuse_claimed_lora,
+    replaced_parameters,
+)
+from fastadapt.trainable import last_blocks, plain_name, unfrozen_modules, used_parameters
 
 __all__ = ["AdaptConfig", "AdaptedModel", "adapt"]
 
@@ -30,10 +38,10 @@ class AdaptedModel(nn.Module):
     """Run backbone, adapter and head, with timm's interface; made by :func:`adapt`.
 
     While ``frozen``, the backbone gets no gradients and keeps no graph (unless it carries
-    low-rank adapters), and its batch norms and dropouts stay in evaluation mode, also after
-    ``train()``. On a GPU in half precision the blocks of timm's vision transformers and ConvNeXt
-    then run fused and keep a rounded copy of their weights
-    (:mod:`fastadapt.fusion.frozen_blocks`).
+    low-rank adapters, or parameters that were unfrozen one by one), and its batch norms and
+    dropouts stay in evaluation mode, also after ``train()``. On a GPU in half precision the blocks
+    of timm's vision transformers and ConvNeXt then run fused and keep a rounded copy of their
+    weights (:mod:`fastadapt.fusion.frozen_blocks`).
 
     Attributes:
         backbone: the model that was given.
@@ -44,8 +52,10 @@ class AdaptedModel(nn.Module):
         input_config: of the backbone's input, as timm's ``pretrained_cfg``.
         config: the :class:`AdaptConfig`.
         frozen: whether the backbone is frozen now.
-        backbone_trained: whether it was ever unfrozen, so that a checkpoint must contain it.
-        replaced: the backbone's parameters that are no longer the pretrained ones, by name.
+        unfrozen: names of the parameters of the backbone's last blocks while they alone train.
+        backbone_trained: whether the whole backbone was ever unfrozen, so that a checkpoint must
+            contain it.
+        replaced: names of the backbone's tensors that are no longer the pretrained ones.
         source: how the backbone was made, for checkpoints.
         num_classes, num_features, pretrained_cfg: as in timm.
     """
@@ -69,6 +79,7 @@ class AdaptedModel(nn.Module):
         self.grad_checkpointing = False
         self.backbone_trained = False
         self.replaced: frozenset[str] = frozenset()
+        self.unfrozen: frozenset[str] = frozenset()
         self.adapter: nn.Module = nn.Identity()
         if config.adapter == "cladapter":
             self.adapter = CLAdapter(
@@ -101,34 +112,74 @@ class AdaptedModel(nn.Module):
         """Return :attr:`pretrained_cfg` under timm's older name."""
         return self.pretrained_cfg
 
-    def replaced_parameters(self) -> frozenset[str]:
-        """Return the backbone's parameters that are no longer the pretrained ones, by name."""
-        return self.replaced | replaced_parameters(self.backbone)
+    def replaced_tensors(self) -> frozenset[str]:
+        """Return the names of the backbone's tensors that are no longer the pretrained ones.
+
+        They are those that :func:`fastadapt.load_peft` replaced, that :meth:`unfreeze` unfroze, and
+        that require gradients now; low-rank adapters, which every checkpoint holds, are left out.
+        """
+        trained = {name for name, p in self.backbone.named_parameters() if p.requires_grad}
+        trained |= self._buffers_of(trained)
+        plain = {plain_name(name) for name in trained if not is_low_rank(name)}
+        return self.replaced | replaced_parameters(self.backbone) | plain
+
+    def _buffers_of(self, parameters: Collection[str]) -> set[str]:
+        """Return the buffers (running statistics) of modules all of whose parameters train."""
+        found = set()
+        for name, part in unfrozen_modules(self.backbone, parameters):
+            found |= {f"{name}.{key}" if name else key for key, _ in part.named_buffers()}
+        kept = self.backbone.state_dict().keys() if found else ()
+        return found & set(kept)
 
     def freeze(self) -> AdaptedModel:
         """Freeze the backbone (stage 1): adapter, head and low-rank adapters train."""
         self.frozen = True
+        self.unfrozen = frozenset()
         self.backbone.requires_grad_(False)
         for layer in lora_layers(self.backbone).values():
             layer.lora_A.requires_grad_(True)
             layer.lora_B.requires_grad_(True)
         return self.train(self.training)
 
-    def unfreeze(self) -> AdaptedModel:
-        """Unfreeze the backbone (stage 2): everything trains, batch norms included."""
+    def unfreeze(self, last: int | None = None) -> AdaptedModel:
+        """Unfreeze the backbone, or its last blocks (stage 2), batch norms included.
+
+        Parameters that the features do not depend on (a classifier of the backbone) stay frozen.
+
+        Args:
+            last: the number of blocks at the end of the backbone that train, with all that follows
+                them; ``None`` for the whole backbone. timm's models say what a block is.
+
+        Raises:
+            InputError: the backbone has fewer blocks, or none that are recognised; its features
+                carry no gradients.
+        """
+        chosen = used_parameters(self.backbone, self.feature_fn, self.spec)
+        if last is not None:
+            chosen &= last_blocks(self.backbone, last)
+        self.freeze()
         self.frozen = False
-        self.backbone_trained = True
-        self.backbone.requires_grad_(True)
+        for name, parameter in self.backbone.named_parameters():
+            if name in chosen:
+                parameter.requires_grad_(True)
+        if last is None:
+            self.backbone_trained = True
+        else:
+            self.unfrozen = frozenset(chosen)
         release_fused_blocks(self.backbone)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> AdaptedModel:
-        """Switch to training mode; a frozen backbone stays in evaluation mode."""
+        """Switch to training mode; what is frozen of the backbone stays in evaluation mode."""
         super().train(mode)
-        if self.frozen:
+        if self.frozen or self.unfrozen:
             self.backbone.eval()
+            for _, part in unfrozen_modules(self.backbone, self.unfrozen):
+                part.train(mode)
             for layer in lora_layers(self.backbone).values():
                 layer.dropout.train(mode)
+        if mode and not self.backbone_trained:
+            self.replaced = self.replaced_tensors()  # also if they are frozen before they are saved
         return self
 
     def backbone_features(self, x: Tensor) -> Tensor:
@@ -140,7 +191,7 @@ class AdaptedModel(nn.Module):
         Returns:
             [B, N, dim], [B, dim, H, W] (or 3D), or channels last, as ``spec.layout`` says.
         """
-        if self.frozen and not lora_layers(self.backbone):
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             with torch.no_grad(), fused_blocks(self.backbone, x):
                 features = self.feature_fn(self.backbone, x)
         else:
@@ -229,7 +280,8 @@ def adapt(
 
     Raises:
         InputError: the name is unknown, weights do not fit, features are no tokens, map or volume,
-            or LoRA targets match no layer.
+            LoRA targets match no layer, or the backbone carries the low-rank adapters of another
+            adapted model.
 
     Source: CLAdapter (Li et al. 2025), sections 3 and 4; upstream ``build_model.py``.
     """
@@ -258,6 +310,7 @@ def adapt(
             f"backbone is a {type(backbone).__name__}; expected a timm name or an nn.Module"
         )
     tower = backbones.image_tower(module)
+    refuse_claimed_lora(tower.module)
     feature_fn = backbones.feature_function(tower.module, config.features)
     spec = backbones.probe(
         tower,
@@ -266,10 +319,12 @@ def adapt(
         layout=config.layout,
         num_prefix_tokens=config.num_prefix_tokens,
     )
-    if config.lora is not None:
-        apply_lora(tower.module, config.lora)
     found = Backbone(tower.module, tower.input_config, feature_fn, spec, source)
     model = AdaptedModel(found, config, num_classes)
+    if config.lora is not None:
+        apply_lora(tower.module, config.lora)
+        model.freeze()
+    claim_lora(tower.module)
     like = next((p for p in tower.module.parameters() if p.is_floating_point()), None)
     if like is not None:
         model.adapter.to(device=like.device, dtype=like.dtype)

@@ -16,6 +16,8 @@ from fastadapt.errors import InputError, nearest
 from fastadapt.files import check_finite, read_state_dict
 
 FeatureFn = Callable[[nn.Module, Tensor], Tensor]
+MOST_VALUES = 2**27  # of one image or volume: [1, 512, 512, 512], say
+LARGEST_IMAGE = 8192  # in pixels, of models whose position embedding is made for a size
 LAYOUTS = ("tokens", "channels_first", "channels_last")
 
 
@@ -94,6 +96,8 @@ def create_backbone(
     """
     import timm
 
+    if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE:
+        raise InputError(f"input_size is {image_size}; expected 1 to {LARGEST_IMAGE} pixels")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         known = [*timm.list_models(), *timm.list_models(pretrained=True)]
@@ -280,6 +284,11 @@ def probe(
         raise InputError(
             f"{name} does not say which input it takes: give {settings}(input_size=(3, 224, 224)) "
             "or, for volumes, (C, D, H, W)"
+        )
+    if math.prod(input_size) > MOST_VALUES:
+        raise InputError(
+            f"input_size is {input_size}, {math.prod(input_size):,} values an image; expected at "
+            f"most {MOST_VALUES:,}"
         )
     parameter = next((p for p in backbone.parameters() if p.is_floating_point()), None)
     like: dict[str, Any] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from fastadapt.files import (
     check_finite,
     read_json,
     read_tensors,
+    sha256_file,
     sha256_tensors,
     write_json,
     write_tensors,
 )
-from fastadapt.layers.lora import LoRASlice
-from fastadapt.lora import lora_layers, wrap
+from fastadapt.lora import claim_lora, is_low_rank, lora_layers, wrap
+from fastadapt.saved_adapter import DTYPES, SavedAdapter, SavedBackbone
+from fastadapt.trainable import COMPILED, plain_name, uncompiled
 
 CONFIG = "config.json"
 WEIGHTS = "adapter.safetensors"
@@ -31,44 +34,64 @@ FORMAT, FORMAT_VERSION = "fastadapt-adapter", 1
 def trained_state(model: AdaptedModel) -> dict[str, Tensor]:
     """Return the tensors that a checkpoint must hold beside the pretrained backbone.
 
-    Adapter, head and low-rank adapters; what a PEFT folder replaced; the whole backbone once it
-    was unfrozen.
+    They are the adapter's, the head's and the low-rank ones; what a PEFT folder replaced or
+    :meth:`AdaptedModel.unfreeze` unfroze; the whole backbone once it was unfrozen. Names are those
+    of a model that is not compiled.
     """
-    changed = {f"backbone.{name}" for name in model.replaced_parameters()}
+    changed = {f"backbone.{name}" for name in model.replaced_tensors()}
 
     def kept(name: str) -> bool:
         if model.backbone_trained or not name.startswith("backbone."):
             return True
-        return ".lora_A." in name or ".lora_B." in name or _plain(name) in changed
+        return is_low_rank(name) or plain_name(name) in changed
 
-    return {name: tensor for name, tensor in model.state_dict().items() if kept(name)}
+    return {
+        name.replace(COMPILED, ""): tensor
+        for name, tensor in model.state_dict().items()
+        if kept(name)
+    }
+
+
+def frozen_state(model: AdaptedModel) -> dict[str, Tensor]:
+    """Return the pretrained tensors that a checkpoint does not hold, by plain name."""
+    held = {plain_name(name) for name in trained_state(model)}
+    tensors = {
+        plain_name(name): tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name.startswith("backbone.") and not is_low_rank(name)
+    }
+    return {name: tensor for name, tensor in tensors.items() if name not in held}
 
 
 def backbone_fingerprint(model: AdaptedModel) -> str:
     """Hash the pretrained weights that the adapter depends on."""
-    left_out = {f"backbone.{name}" for name in model.replaced_parameters()}
-    tensors = {
-        _plain(name): tensor
-        for name, tensor in model.state_dict().items()
-        if name.startswith("backbone.") and ".lora_A." not in name and ".lora_B." not in name
-    }
-    return sha256_tensors({n: t for n, t in tensors.items() if n not in left_out})
+    return sha256_tensors(frozen_state(model))
 
 
 def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
     """Write ``config.json`` and ``adapter.safetensors``; each is written whole or not at all.
 
+    What was added is written, and what was trained of the backbone: nothing while it is frozen,
+    the last blocks after ``unfreeze(last=…)``, all of it after ``unfreeze()``.
+
     Args:
-        model: an adapted model. While its backbone is frozen, only what was added is written.
+        model: an adapted model, compiled or not, in any precision.
         folder: made if need be.
         **extra: more keys for config.json (a training run's settings, say).
 
     Raises:
-        InputError: a tensor holds NaN or infinity.
+        InputError: it is no adapted model, or a tensor holds NaN or infinity.
     """
-    folder = Path(folder)
+    given, folder = uncompiled(model), Path(folder)
+    if not isinstance(given, AdaptedModel):
+        raise InputError(
+            f"the model is a {type(given).__name__}; expected what fa.adapt or fa.load_adapter "
+            "returned"
+        )
+    model = given
     state = trained_state(model)
     check_finite(state, "the model")
+    write_tensors(folder / WEIGHTS, state)
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -76,17 +99,21 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
             **model.source,
             "trained": model.backbone_trained,
             "fingerprint": None if model.backbone_trained else backbone_fingerprint(model),
+            "dtypes": _dtypes(frozen_state(model)),
         },
         "adapt": {**model.config.to_dict(), "lora": None},
         "lora_layers": {
-            name: {"dropout": layer.dropout.p, "slices": [vars(s) for s in layer.slices]}
+            plain_name(name): {
+                "dropout": layer.dropout.p,
+                "slices": [vars(s) for s in layer.slices],
+            }
             for name, layer in lora_layers(model.backbone).items()
         },
-        "changed": sorted(model.replaced_parameters()),
+        "changed": sorted(model.replaced_tensors()),
         "num_classes": model.num_classes,
+        "weights_sha256": sha256_file(folder / WEIGHTS),
         **extra,
     }
-    write_tensors(folder / WEIGHTS, state)
     write_json(folder / CONFIG, config)
 
 
@@ -100,6 +127,8 @@ def load_adapter(
 ) -> AdaptedModel:
     """Rebuild an adapted model from what :func:`save_adapter` wrote, in evaluation mode.
 
+    Every tensor has the dtype that it was saved in; a backbone that is given is cast to it.
+
     Args:
         folder: holds ``config.json`` and ``adapter.safetensors``.
         backbone: the pretrained backbone; needed if the adapter was made on a module, optional if
@@ -109,52 +138,109 @@ def load_adapter(
         device: where to put the model; the backbone's if ``None``.
 
     Raises:
-        InputError: a file is missing, damaged or of a newer version; the adapter belongs to another
-            backbone; a tensor is missing, unexpected, not finite, or has another shape.
+        InputError: a file is missing, damaged or of a newer version; the two files are not of one
+            save; the adapter belongs to another backbone; a tensor is missing, unexpected, not
+            finite, or has another shape.
     """
     folder = Path(folder)
     config, state = read_checkpoint(folder, FORMAT, "fastadapt adapter", FORMAT_VERSION)
-    try:
-        source, num_classes = config["backbone"], config["num_classes"]
-        settings = AdaptConfig.from_dict(config["adapt"], f"{folder / CONFIG}, adapt")
-        low_rank = config["lora_layers"]
-    except KeyError as error:
-        raise InputError(f"{folder / CONFIG} lacks the key {error}") from None
+    saved = SavedAdapter.from_dict(config, folder / CONFIG)
+    saved.check_sizes(state, folder / WEIGHTS)
+    settings, on = saved.settings, saved.backbone
     if features is not None:
         settings = AdaptConfig(**{**vars(settings), "features": features})
     # A checkpoint that holds the whole backbone needs no pretrained weights to start from.
-    trained = source["trained"]
-    if backbone is None and source["kind"] != "timm":
+    if backbone is None and on.kind != "timm":
         raise InputError(
-            f"{folder} was made on a {source['name']} that fastadapt cannot build by name: "
+            f"{folder} was made on a {on.name} that fastadapt cannot build by name: "
             "pass the same backbone, load_adapter(folder, backbone=...)"
         )
     if backbone is not None:
-        model = adapt(backbone, settings, num_classes)
+        model = adapt(backbone, settings, saved.num_classes)
     else:
-        file = None if trained else weights or source["weights"]
+        file = None if on.trained else weights or on.weights
         if file is not None and not Path(file).is_file():
             raise InputError(
-                f"{folder} stands on the weights {file}, which are not there: say where they are "
+                f"{folder} needs the weights {file}, which are not there: say where they are "
                 "with `weights=...`"
             )
-        pretrained = source["pretrained"] and not trained
-        model = adapt(source["name"], settings, num_classes, pretrained=pretrained, weights=file)
-    model.source = {k: v for k, v in source.items() if k not in ("trained", "fingerprint")}
-    model.backbone_trained = trained
-    model.replaced = frozenset(config["changed"])
-    for name, layer in low_rank.items():
-        wrap(model.backbone, name, [LoRASlice(**s) for s in layer["slices"]], layer["dropout"])
-    if not trained and backbone_fingerprint(model) != source["fingerprint"]:
-        raise InputError(
-            f"{folder} was trained on other weights of {source['name']} than these: the adapter "
-            "would give wrong results. Give the weights that it was trained on."
-        )
+        pretrained = on.pretrained and not on.trained
+        model = adapt(on.name, settings, saved.num_classes, pretrained=pretrained, weights=file)
+    model.source = on.source()
+    model.backbone_trained = on.trained
+    model.replaced = frozenset(saved.changed)
+    for name, layer in saved.lora_layers.items():
+        wrap(model.backbone, name, layer.slices, layer.dropout)
+    claim_lora(model.backbone)
+    if not on.trained:
+        _check_backbone(model, on, state, folder)
     load_trained_state(model, state, str(folder / WEIGHTS))
+    check_weights_hash(folder, config)
     model.freeze()
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def _dtypes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return the most frequent dtype under an empty name, and the exceptions by name."""
+    found = {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items() if _is_float(t)}
+    if not found:
+        return {}
+    usual = Counter(found.values()).most_common(1)[0][0]
+    return {"": usual, **{name: dtype for name, dtype in found.items() if dtype != usual}}
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _check_backbone(
+    model: AdaptedModel, saved: SavedBackbone, state: dict[str, Tensor], folder: Path
+) -> None:
+    """Cast the pretrained weights as they were when saved, and compare their hash.
+
+    Raises:
+        InputError: they are other weights.
+    """
+    before = _dtypes(frozen_state(model)).get("", "float32")
+    if saved.dtypes is not None:
+        _cast(model, saved.dtypes)
+    if backbone_fingerprint(model) == saved.fingerprint:
+        return
+    if saved.dtypes is None:  # an older checkpoint: its tensors tell what the model was cast to
+        _cast(model, {"": _dtypes(state).get("", before)})
+        if backbone_fingerprint(model) == saved.fingerprint:
+            return
+    wanted = (saved.dtypes or {}).get("", before)
+    hint = ""
+    if wanted != before and torch.finfo(DTYPES[before]).bits < torch.finfo(DTYPES[wanted]).bits:
+        hint = f" (these are {before}, the ones that it was trained on {wanted})"
+    raise InputError(
+        f"{folder} was trained on other weights of {saved.name} than these{hint}: the "
+        "adapter would give wrong results. Give the weights that it was trained on."
+    )
+
+
+def _cast(model: AdaptedModel, dtypes: dict[str, str]) -> None:
+    for name, tensor in frozen_state(model).items():
+        wanted = DTYPES.get(dtypes.get(name, dtypes.get("", "")))
+        if wanted is not None and _is_float(tensor):
+            tensor.data = tensor.data.to(wanted)
+
+
+def check_weights_hash(folder: Path, config: dict[str, Any]) -> None:
+    """Check that ``adapter.safetensors`` is the file that ``config.json`` was written with.
+
+    Raises:
+        InputError: it is another one.
+    """
+    stated = config.get("weights_sha256")  # which older checkpoints do not have
+    if stated is not None and stated != sha256_file(folder / WEIGHTS):
+        raise InputError(
+            f"{folder / CONFIG} was not written with {folder / WEIGHTS}: one of them is damaged, "
+            "or from another run. Save the model again."
+        )
 
 
 def read_checkpoint(
@@ -174,7 +260,9 @@ def read_checkpoint(
     config = read_json(folder / CONFIG)
     if config.get("format") != kind:
         raise InputError(f"{folder / CONFIG} is no {what}'s configuration")
-    if config.get("version", 0) > version:
+    if type(config.get("version")) is not int:
+        raise InputError(f"{folder / CONFIG} has version {config.get('version')!r}; expected 1")
+    if config["version"] > version:
         raise InputError(
             f"{folder} was written by a newer fastadapt (format {config['version']}, this one "
             f"reads up to {version}): update fastadapt"
@@ -186,7 +274,8 @@ def read_checkpoint(
 
 def load_trained_state(model: AdaptedModel, state: dict[str, Tensor], source: str) -> None:
     """Load what :func:`trained_state` returned; nothing is changed unless all of it fits."""
-    own = model.state_dict()
+    whole = model.state_dict(keep_vars=True)
+    own = {name.replace(COMPILED, ""): tensor for name, tensor in whole.items()}
     for name, tensor in state.items():
         if name not in own:
             raise InputError(f"{source} holds {name!r}, which this model does not have")
@@ -198,7 +287,10 @@ def load_trained_state(model: AdaptedModel, state: dict[str, Tensor], source: st
     missing = sorted(set(trained_state(model)) - set(state))
     if missing:
         raise InputError(f"{source} lacks {len(missing)} tensors, {missing[0]!r} first")
-    model.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].data = own[name].data.to(tensor.dtype)
+            own[name].copy_(tensor)
 
 
 # Upstream's names inside the adapter, and the names here.
@@ -269,8 +361,3 @@ def convert_cladapter_state_dict(
             )
         return parts[part]
     return {f"{name}.{key}": t for name, sub in parts.items() for key, t in sub.items()}
-
-
-def _plain(name: str) -> str:
-    """Return a parameter's name without the wrapper of low-rank adapters."""
-    return name.replace(".base.weight", ".weight").replace(".base.bias", ".bias")

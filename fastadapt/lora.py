@@ -78,6 +78,46 @@ def replaced_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset().union(*(layer.replaced for layer in lora_layers(model).values()))
 
 
+def is_low_rank(name: str) -> bool:
+    """Tell whether a tensor's name in a state dict is that of a low-rank weight."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def claim_lora(model: nn.Module) -> None:
+    """Mark the low-rank adapters of a backbone as those of the adapted model that trains them."""
+    for layer in lora_layers(model).values():
+        layer.claimed = True
+
+
+def refuse_claimed_lora(model: nn.Module) -> None:
+    """Refuse a backbone with low-rank adapters that another adapted model may have trained.
+
+    Raises:
+        InputError: it has some; the first layer is named.
+    """
+    claimed = [name for name, layer in lora_layers(model).items() if layer.claimed]
+    if claimed:
+        raise InputError(
+            f"the backbone carries the low-rank adapters of another adapted model ({claimed[0]} "
+            f"and {len(claimed) - 1} more): this one would start from its trained weights. Pass "
+            "another copy of the pretrained backbone, or take them out first with "
+            "fastadapt.lora.remove_lora(backbone)"
+        )
+
+
+def remove_lora(model: nn.Module) -> list[str]:
+    """Put the original linear layers back in place; return the names of those that changed.
+
+    Low-rank weights are dropped, not merged (:func:`fastadapt.fold` merges). Parameters that
+    :func:`load_peft` replaced stay replaced.
+    """
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.base)
+    return list(layers)
+
+
 def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
     """Add a LoRA that PEFT saved to a timm model (or any module), in place.
 

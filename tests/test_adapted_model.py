@@ -1,3 +1,6 @@
+import copy
+from typing import ClassVar
+
 import pytest
 import timm
 import torch
@@ -5,6 +8,7 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.config import AdaptConfig
+from fastadapt.lora import lora_layers, remove_lora
 
 SMALL = {"rank": 8, "num_centers": 3, "mlp_ratio": 0.5}
 
@@ -144,14 +148,129 @@ class TestFreezing:
         assert features.grad_fn is None and not features.requires_grad
 
     def test_stage_two_trains_everything(self):
-        model = (
-            fa.adapt(timm.create_model("test_resnet"), AdaptConfig(**SMALL), 2).train().unfreeze()
-        )
+        backbone = timm.create_model("test_resnet", num_classes=0)
+        model = fa.adapt(backbone, AdaptConfig(**SMALL), 2).train().unfreeze()
         assert all(p.requires_grad for p in model.parameters())
         assert all(m.training for m in model.backbone.modules())
         model(torch.randn(2, *model.spec.input_size)).sum().backward()
         assert next(model.backbone.parameters()).grad is not None
         assert not any(p.requires_grad for p in model.freeze().backbone.parameters())
+
+    @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_vit3"])
+    def test_stage_two_leaves_out_what_the_features_do_not_use(self, name):
+        model = fa.adapt(timm.create_model(name), AdaptConfig(**SMALL), 2).train().unfreeze()
+        trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+        model(torch.randn(2, *model.spec.input_size)).square().sum().backward()
+        assert trained == {n for n, p in model.backbone.named_parameters() if p.grad is not None}
+        classifier = model.backbone.get_classifier()
+        assert trained and not any(p.requires_grad for p in classifier.parameters())
+
+    def test_stage_two_of_a_clip_tower_leaves_its_projection_alone(self):
+        model = fa.adapt(clip_tower(), AdaptConfig(**SMALL), 2).unfreeze()
+        frozen = {n for n, p in model.backbone.named_parameters() if not p.requires_grad}
+        assert frozen == {"proj"}
+
+    def test_features_without_gradients_cannot_be_unfrozen(self):
+        config = AdaptConfig(
+            **SMALL, input_size=(3, 16, 16), features=torch.no_grad()(lambda m, x: m(x))
+        )
+        model = fa.adapt(nn.Conv2d(3, 8, 4, 4), config, 2)
+        with pytest.raises(fa.InputError, match="carry no gradients"):
+            model.unfreeze()
+
+    def test_parameters_unfrozen_one_by_one_get_gradients(self):
+        model = fa.adapt(vit(), AdaptConfig(**SMALL), 2).train()
+        last = model.backbone.blocks[-1].requires_grad_(True)
+        model(torch.randn(1, *model.spec.input_size)).sum().backward()
+        assert all(p.grad is not None for p in last.parameters())
+        assert not last.training
+
+
+class TestLastBlocks:
+    # name -> blocks, prefixes of what trains with last=1
+    MODELS: ClassVar = {
+        "test_vit": (6, ("blocks.5.", "norm.")),
+        "test_resnet": (4, ("layer4.0.",)),
+        "test_convnext": (None, ("stages.3.blocks.1.", "head.norm.")),
+        "test_efficientnet": (5, ("blocks.4.", "conv_head.", "bn2.")),
+    }
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_of_timm_models(self, name):
+        count, prefixes = self.MODELS[name]
+        model = fa.adapt(timm.create_model(name), AdaptConfig(**SMALL), 2).train().unfreeze(last=1)
+        trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+        assert trained and all(n.startswith(prefixes) for n in trained)
+        assert all(any(n.startswith(prefix) for n in trained) for prefix in prefixes[:1])
+        model(torch.randn(2, *model.spec.input_size)).square().sum().backward()
+        assert trained == {n for n, p in model.backbone.named_parameters() if p.grad is not None}
+        assert not model.frozen and not model.backbone_trained
+        if count is not None:
+            with pytest.raises(fa.InputError, match=rf"last is {count + 1}; .* has {count} blocks"):
+                model.unfreeze(last=count + 1)
+
+    def test_batch_norms_of_other_blocks_keep_their_statistics(self):
+        model = fa.adapt(timm.create_model("test_resnet"), AdaptConfig(**SMALL), 2).train()
+        model.unfreeze(last=1)
+        before = {n: b.clone() for n, b in model.backbone.named_buffers()}
+        model(torch.randn(2, *model.spec.input_size))
+        changed = {n for n, b in model.backbone.named_buffers() if not torch.equal(b, before[n])}
+        assert changed and all(n.startswith("layer4.0.") for n in changed)
+        model.freeze()
+        assert not any(p.requires_grad for p in model.backbone.parameters())
+        assert not any(m.training for m in model.backbone.modules())
+
+    def test_of_clip_towers_and_other_modules(self):
+        model = fa.adapt(clip_tower(), AdaptConfig(**SMALL), 2).unfreeze(last=1)
+        trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+        assert {n.rpartition("resblocks.")[2][:2] for n in trained if "resblocks" in n} == {"1."}
+        assert {"ln_post.weight", "ln_post.bias"} <= trained
+        block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        module = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Sequential(block, copy.deepcopy(block)))
+        config = AdaptConfig(**SMALL, input_size=(3, 32, 32), layout="channels_first")
+        model = fa.adapt(module, config, 2).unfreeze(last=1)
+        trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+        assert trained == {"1.1.0.weight", "1.1.0.bias"}
+
+    def test_unknown_blocks_and_impossible_counts(self):
+        config = AdaptConfig(**SMALL, input_size=(3, 16, 16))
+        model = fa.adapt(nn.Conv2d(3, 8, 4, 4), config, 2)
+        with pytest.raises(fa.InputError, match="blocks of Conv2d are not known"):
+            model.unfreeze(last=1)
+        with pytest.raises(fa.InputError, match="last is 0"):
+            model.unfreeze(last=0)
+
+
+class TestASecondModelOnOneBackbone:
+    LORA = fa.LoRAConfig(r=2)
+
+    @pytest.mark.parametrize("lora", [None, LORA])
+    def test_low_rank_weights_of_the_first_are_refused_by_name(self, lora):
+        backbone = vit()
+        fa.adapt(backbone, AdaptConfig(**SMALL, lora=self.LORA), 2)
+        with pytest.raises(fa.InputError, match=r"low-rank adapters of another.*blocks\.0\.attn"):
+            fa.adapt(backbone, AdaptConfig(**SMALL, lora=lora), 2)
+        with pytest.raises(fa.InputError, match="low-rank adapters of another"):
+            fa.adapt(copy.deepcopy(backbone), AdaptConfig(**SMALL), 2)
+
+    def test_without_them_it_starts_from_the_pretrained_features(self):
+        backbone, x = vit().eval(), torch.randn(1, 3, 160, 160)
+        before = backbone.forward_features(x)
+        first = fa.adapt(backbone, AdaptConfig(**SMALL, lora=self.LORA), 2)
+        for layer in lora_layers(first.backbone).values():
+            nn.init.normal_(layer.lora_B["all"])
+        assert not torch.equal(backbone.forward_features(x), before)
+        names = remove_lora(backbone)
+        assert len(names) == len(backbone.blocks)
+        second = fa.adapt(backbone, AdaptConfig(**SMALL), 2).eval()
+        assert torch.equal(second.backbone.forward_features(x), before)
+        assert not any("lora" in name for name, _ in second.named_parameters())
+
+    def test_nothing_is_left_of_an_attempt_that_failed(self):
+        backbone = vit()
+        with pytest.raises(fa.InputError, match="match no linear layer"):
+            fa.adapt(backbone, AdaptConfig(**SMALL, lora=fa.LoRAConfig(targets=("x",))), 2)
+        assert fa.adapt(backbone, AdaptConfig(**SMALL, lora=self.LORA), 2).frozen
 
 
 class TestTimmInterface:

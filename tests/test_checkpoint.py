@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 
@@ -7,6 +8,9 @@ import torch
 
 import fastadapt as fa
 from fastadapt.files import read_tensors, write_tensors
+from fastadapt.layers.lora import LoRASlice
+from fastadapt.lora import lora_layers, wrap
+from fastadapt.trainable import plain_name
 from tests.helpers.upstream import UpstreamModel, UpstreamPost
 
 SMALL = {"rank": 8, "num_centers": 3, "mlp_ratio": 0.5}
@@ -85,6 +89,177 @@ class TestRoundTrip:
             fa.save_adapter(model, tmp_path / "run")
         assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == before
         assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def reloads(model, folder, backbone=None):
+    """Save, load onto fresh pretrained weights, and compare dtypes and outputs bit for bit."""
+    fa.save_adapter(model, folder)
+    loaded = fa.load_adapter(folder, backbone)
+    plain = getattr(model, "_orig_mod", model)
+    want = {plain_name(k): v.dtype for k, v in plain.state_dict().items()}
+    assert {plain_name(k): v.dtype for k, v in loaded.state_dict().items()} == want
+    x = images(loaded).to(next(plain.backbone.parameters()).dtype)
+    assert torch.equal(loaded(x), plain.eval()(x))
+    return loaded
+
+
+def pretrained():
+    torch.manual_seed(5)
+    return timm.create_model("test_vit", num_classes=0).eval()
+
+
+def trained_a_step(model):
+    """Take one large step on everything that requires gradients."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    model(images(model)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+class TestWhatIsSavedCanBeLoaded:
+    def test_compiled(self, model, tmp_path):
+        compiled = torch.compile(model, backend="eager")
+        compiled(images(model))
+        reloads(compiled, tmp_path / "run")
+        tensors, _ = read_tensors(tmp_path / "run" / "adapter.safetensors")
+        assert all(name.startswith(("adapter.", "head.")) for name in tensors)
+
+    def test_parts_that_are_compiled(self, tmp_path):
+        backbone = torch.compile(pretrained(), backend="eager")
+        config = fa.AdaptConfig(**SMALL, lora=fa.LoRAConfig(r=2))
+        model = fa.adapt(backbone, config, 3)
+        model.adapter = torch.compile(model.adapter, backend="eager")
+        trained_a_step(model.unfreeze(last=1))
+        reloads(model, tmp_path / "run", pretrained())
+        reloads(model, tmp_path / "run", torch.compile(pretrained(), backend="eager"))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("named", [True, False])
+    def test_another_dtype(self, weights, tmp_path, dtype, named):
+        backbone = "test_vit" if named else pretrained()
+        model = fa.adapt(
+            backbone, fa.AdaptConfig(**SMALL), 3, weights=weights if named else None
+        ).to(dtype)
+        reloads(model, tmp_path / "run", None if named else pretrained())
+
+    def test_a_backbone_alone_in_half_precision(self, tmp_path):
+        model = fa.adapt(pretrained().to(torch.bfloat16), fa.AdaptConfig(**SMALL), 3)
+        model.backbone.norm.float()
+        fa.save_adapter(model.eval(), tmp_path / "run")
+        loaded = fa.load_adapter(tmp_path / "run", pretrained())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+            assert loaded.state_dict()[name].dtype == tensor.dtype
+
+    def test_weights_of_less_precision_are_named(self, tmp_path):
+        fa.save_adapter(fa.adapt(pretrained(), fa.AdaptConfig(**SMALL), 3), tmp_path / "run")
+        with pytest.raises(fa.InputError, match=r"these are bfloat16.* trained on float32"):
+            fa.load_adapter(tmp_path / "run", pretrained().to(torch.bfloat16))
+
+    def test_half_precision_as_older_versions_saved_it(self, tmp_path):
+        model = fa.adapt(pretrained(), fa.AdaptConfig(**SMALL), 3).to(torch.bfloat16).eval()
+        fa.save_adapter(model, tmp_path / "run")
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        del config["backbone"]["dtypes"], config["weights_sha256"]
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+        x = images(model).to(torch.bfloat16)
+        assert torch.equal(fa.load_adapter(tmp_path / "run", pretrained())(x), model(x))
+
+    @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+    def test_last_blocks(self, tmp_path, name):
+        def make():
+            torch.manual_seed(5)
+            return timm.create_model(name).eval()
+
+        model = fa.adapt(make(), fa.AdaptConfig(**SMALL), 3)
+        trained_a_step(model.unfreeze(last=1))
+        reloads(model.freeze(), tmp_path / "run", make())
+        tensors, _ = read_tensors(tmp_path / "run" / "adapter.safetensors")
+        held = {n for n in tensors if n.startswith("backbone.")}
+        prefixes = ("blocks.5.", "norm.") if name == "test_vit" else ("layer4.0.",)
+        assert held and all(n.removeprefix("backbone.").startswith(prefixes) for n in held)
+        assert any("running_mean" in n for n in held) == (name == "test_resnet")
+
+    @pytest.mark.parametrize("lora", [None, fa.LoRAConfig(r=2)])
+    def test_parameters_unfrozen_one_by_one(self, tmp_path, lora):
+        model = fa.adapt(pretrained(), fa.AdaptConfig(**SMALL, lora=lora), 3)
+        model.backbone.blocks[2].norm1.requires_grad_(True)
+        trained_a_step(model)
+        model.requires_grad_(False)
+        loaded = reloads(model, tmp_path / "run", pretrained())
+        assert not torch.equal(loaded.backbone.blocks[2].norm1.bias, torch.zeros(64))
+        # And once more, from what was loaded.
+        reloads(loaded, tmp_path / "again", pretrained())
+
+    def test_a_backbone_with_a_loaded_lora(self, tmp_path):
+        """A PEFT folder's replaced parameters are carried along, also by a copy."""
+        layer_names = [f"blocks.{i}.attn.qkv" for i in range(6)]
+        backbone = pretrained()
+        for name in layer_names:
+            wrap(backbone, name, [LoRASlice("all", 0, 192, 2, 1.0)])
+        lora_layers(backbone)[layer_names[0]].replaced = frozenset({"norm.bias"})
+        torch.nn.init.ones_(backbone.norm.bias)
+        model = copy.deepcopy(fa.adapt(backbone, fa.AdaptConfig(**SMALL), 3))
+        reloads(model, tmp_path / "run", pretrained())
+
+    def test_other_models_are_refused(self, tmp_path):
+        with pytest.raises(fa.InputError, match=r"is a Linear; expected what fa\.adapt"):
+            fa.save_adapter(torch.nn.Linear(2, 2), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+class TestDamagedFolders:
+    def test_weights_of_another_save(self, model, tmp_path):
+        fa.save_adapter(model, tmp_path / "one")
+        torch.nn.init.normal_(model.head.weight)
+        fa.save_adapter(model, tmp_path / "two")
+        (tmp_path / "two" / "adapter.safetensors").replace(tmp_path / "one" / "adapter.safetensors")
+        with pytest.raises(fa.InputError, match="was not written with"):
+            fa.load_adapter(tmp_path / "one")
+
+    @pytest.mark.parametrize(
+        ("keys", "value", "says"),
+        [
+            (("num_classes",), 10**9, "head.weight has shape"),
+            (("num_classes",), "3", "num_classes is '3'"),
+            (("num_classes",), True, "num_classes is True"),
+            (("changed",), "norm.bias", "no list of names"),
+            (("lora_layers",), [], "no JSON object"),
+            (("adapt", "depth"), 900, r"lacks 'adapter\.blocks\.899"),
+            (("adapt", "rank"), 60_000, "transforms has shape"),
+            (("adapt", "num_centers"), 60_000, "transforms has shape"),
+            (("adapt", "mlp_ratio"), 900.0, "fc1.weight has shape"),
+            (("adapt", "input_size"), [3, 60_000, 60_000], "input_size"),
+            (("backbone",), None, "backbone is None"),
+            (("backbone", "name"), 7, "name is 7"),
+            (("backbone", "kind"), "url", "kind is 'url'"),
+            (("backbone", "dtypes"), {"": "int8"}, "dtypes is"),
+            (("version",), "1", "version '1'"),
+            (("lora_layers", "blocks.0.attn.qkv", "slices", 0, "r"), 2**30, "lora_A.q has shape"),
+            (("lora_layers", "blocks.0.attn.qkv", "slices", 0, "r"), -1, "r is -1"),
+            (("lora_layers", "blocks.0.attn.qkv", "slices", 0, "stop"), 2**40, "stop is"),
+            (("lora_layers", "blocks.0.attn.qkv", "slices", 0, "stop"), 0, "stop is 0"),
+            (("lora_layers", "blocks.0.attn.qkv", "slices"), [], "at least one slice"),
+            (("lora_layers", "blocks.0.attn.qkv", "dropout"), 1.5, "dropout is 1.5"),
+            (("lora_layers", "blocks.0.attn.qkv", "slices", 0, "scaling"), None, "scaling is None"),
+        ],
+    )
+    def test_every_value_is_typed_and_bounded(self, weights, tmp_path, keys, value, says):
+        config = fa.AdaptConfig(**SMALL, lora=fa.LoRAConfig(r=2, parts="qv"))
+        model = fa.adapt("test_vit", config, 3, weights=weights)
+        fa.save_adapter(model, tmp_path / "run")
+        file = tmp_path / "run" / "config.json"
+        whole = json.loads(file.read_text())
+        place = whole
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        file.write_text(json.dumps(whole))
+        with pytest.raises(fa.InputError, match=says):
+            fa.load_adapter(tmp_path / "run")
 
 
 class TestRefusals:

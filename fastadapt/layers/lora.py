@@ -50,6 +50,7 @@ class LoRALinear(nn.Module):
     Attributes:
         replaced: names of other parameters of the model that were loaded with this adapter and
             replaced the pretrained ones (:func:`fastadapt.load_peft`).
+        claimed: whether an adapted model trains, or has trained, these adapters.
 
     Shape:
         [..., in_features] to [..., out_features].
@@ -62,6 +63,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.slices = tuple(slices)
         self.replaced: frozenset[str] = frozenset()
+        self.claimed = False
         self.dropout = nn.Dropout(dropout)
         where: Any = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.ParameterDict(
