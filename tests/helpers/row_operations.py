@@ -196,7 +196,8 @@ def random_case(operation, case, device="cuda", *, small=False):
         operation: to call.
         case: the seed.
         device: where.
-        small: few numbers, no bf16: for the interpreter, where its products are wrong.
+        small: few numbers; no bf16, whose products are wrong in the interpreter; no autocast,
+            whose policy for norms is another on the CPU.
     """
     torch.manual_seed(case)
     choose = random.Random(case)
@@ -208,7 +209,7 @@ def random_case(operation, case, device="cuda", *, small=False):
     kind = choose.choice(KINDS)
     autocast = choose.choice([None, None, torch.bfloat16, torch.float16])
     if small:
-        dtype, autocast = (torch.float16 if d is torch.bfloat16 else d for d in (dtype, autocast))
+        dtype, autocast = torch.float16 if dtype is torch.bfloat16 else dtype, None
         c, hidden, n, b = min(c, 200), min(hidden, 130), min(n, 20), min(b, 3)
     params = torch.float32 if autocast else dtype
     if autocast and operation is residual_mlp:

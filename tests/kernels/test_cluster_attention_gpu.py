@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import subprocess
 import sys
 
@@ -13,7 +11,12 @@ import torch
 
 from fastadapt.bench.harness import relative_error
 from fastadapt.kernels import BackendError, cluster_attention, cluster_attention_reference
-from tests.helpers.cluster_attention_cases import NAMES, assert_as_exact_as_pytorch, make
+from tests.helpers.cluster_attention_cases import (
+    NAMES,
+    assert_as_exact_as_pytorch,
+    make,
+    random_case,
+)
 from tests.helpers.kernel_checks import (
     FIRST_CASE,
     RANDOM_CASES,
@@ -59,46 +62,13 @@ def test_gpu_random(which):
 
     With "hopper" those that Hopper's own kernels take, with one to three groups at any size.
     """
-    if which == "hopper":
-        if torch.cuda.get_device_capability()[0] != 9:
-            pytest.skip("needs a Hopper GPU")
-        from fastadapt.kernels.cluster_attention.block_sizes import force_groups
+    if which == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
     wrong = []
     for case in range(FIRST_CASE, FIRST_CASE + RANDOM_CASES):
-        torch.manual_seed(case)
-        choose = random.Random(case)
-        dtype = choose.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
-        c = choose.choice([16, 63, 96, 192, 384, 768, 1000, 1024])
-        r = choose.choice([16, 60, 64, 96, 128, 256, 256, 256, 300, 512])
-        k = choose.choice([1, 3, 20, 33, 64, 128])
-        n = choose.choice([1, 3, 17, 49, 64, 100, 196, 197, 256, 777])
-        if which == "hopper":
-            dtype = choose.choice([torch.bfloat16, torch.float16])
-            r = choose.choice([64, 128, 256])
-            n = choose.choice([5, 9, 17, 49, 64, 100, 196, 197, 256, 777])
-            groups = choose.choice([1, 2, 3])
-        b = choose.randint(1, max(1, 20_000 // n if case % 4 == 0 else 2_000 // n))
-        b = min(b, 2**28 // (r * r))  # T_b of every sample in fp64: 2 GiB
-        token = which == "all" and case % 10 == 0 and n <= 256
-        args, g = make(b, n, c, r, k, dtype, "cuda", token=token)
-        kind = choose.choice(["plain", "sliced", "transposed", "expanded"])
-        if kind == "sliced":
-            args[0] = torch.randn(b, n + 1, c, device="cuda").to(dtype)[:, 1:]
-        elif kind == "transposed":
-            args[0] = torch.randn(b, c, n, device="cuda").to(dtype).transpose(1, 2)
-            g = torch.randn(n, b, c, device="cuda").to(dtype).transpose(0, 1)
-        elif kind == "expanded":
-            g = g[:, :1].expand(b, n, c)
-        if not token and case % 7 == 0:
-            args[4] = args[6] = None
-        forced = contextlib.nullcontext()
-        if which == "hopper":
-            forced = force_groups(groups, aligned=case % 2 == 0)
-        try:
-            with forced:
-                assert_as_exact_as_pytorch(args, g)
-        except AssertionError as error:
-            wrong.append(f"case {case}: {b, n, c, r, k, dtype, kind, token}: {error}")
+        found = random_case(case, hopper=which == "hopper")
+        if found:
+            wrong.append(", ".join(found))
             print(wrong[-1], flush=True)
         print(f"case {case} done", flush=True)
     assert not wrong, "\n".join(wrong)
