@@ -1,4 +1,12 @@
-"""The operations, one file each: reference, kernels, autograd, registered operator, function."""
+"""The operations, a folder each, and what they share in ``common/``.
+
+The same file names mean the same in every folder: ``reference`` plain PyTorch, ``op`` the public
+function with its autograd, ``checks`` what it takes, ``block_sizes`` the rules for tiles,
+``launches*`` which kernels run, ``triton_*`` and ``hopper_*`` the kernels.
+
+An operation's function and its folder share a name. The functions are bound here, so that
+``fastadapt.kernels.layer_norm`` is the function, whatever was imported before.
+"""
 
 from .cluster_attention.op import cluster_attention
 from .cluster_attention.reference import center_attention, cluster_attention_reference
