@@ -259,23 +259,9 @@ def scanned(
         on_image=lambda: progress.advance(task),
     )
     progress.remove_task(task)
-<<<<<<< HEAD
-    if not unreadable:
-        return dataset
-    total = f"{len(unreadable)} of {len(dataset.samples)} images"
-    if not skip:
-        reasons = first_few((reason for _, reason in unreadable), 2)
-        raise InputError(
-            f"{total} cannot be read: {reasons}. Repair or remove them, or leave them out with "
-            "`skip_unreadable=True`."
-        )
-    progress.console.print(f"left out: {total} cannot be read")
-    return dataset.without(path for path, _ in unreadable)
-=======
     for line in (*dataset.summary(), *found.lines):
         progress.console.print(line, markup=False)
     return found
->>>>>>> 7e841b2 (wip)
 
 
 def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
