@@ -89,3 +89,29 @@ def test_state_dicts_are_unpacked_and_anything_else_refused(tmp_path):
         files.read_state_dict(tmp_path / "b.pth")
     with pytest.raises(InputError, match="does not exist"):
         files.read_state_dict(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"],
+)
+def test_text_of_any_program(tmp_path, encoding):
+    file = tmp_path / "classes.txt"
+    file.write_bytes("Katze\r\n\r\n  Größe 5 µm \r\nChien d’été".encode(encoding))
+    assert files.read_lines(file) == ["Katze", "Größe 5 µm", "Chien d’été"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x00\x01path", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"a\0\0\0b"]
+)
+def test_what_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(InputError, match="UTF-8"):
+        files.read_text(tmp_path / "classes.txt")
+    with pytest.raises(InputError, match="does not exist"):
+        files.read_text(tmp_path / "gone.txt")
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.json").write_bytes('\ufeff{"a": 1}'.encode())
+    assert files.read_json(tmp_path / "c.json") == {"a": 1}

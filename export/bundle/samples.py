@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from fastadapt.data.decode import load_image
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.data.formats import is_image_file
+from fastadapt.data.table import list_table
+from fastadapt.data.walker import walk
 from fastadapt.errors import InputError
 from fastadapt.train.run_folder import SPLITS
 
@@ -74,12 +74,12 @@ def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
         raise InputError(
             f"{run} records no images ({SPLITS}), and parity is checked on real ones: {remedy}"
         )
-    with (run / SPLITS).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or {"path", "label", "split"} - set(rows[0]):
-        raise InputError(f"{run / SPLITS} lacks rows of path, label and split: {remedy}")
+    try:
+        rows = list_table(run / SPLITS, check_files=False)
+    except InputError as error:
+        raise InputError(f"{error} {remedy}") from None
     splits = {
-        split: tuple(Sample(Path(r["path"]), r["label"]) for r in rows if r["split"] == split)
+        split: tuple(Sample(row.path, row.label) for row in rows if row.split == split)
         for split in ("train", "val")
     }
     samples = splits["val"]
@@ -104,7 +104,7 @@ def folder_samples(images: str | Path, fewest: int) -> Samples:
     root = Path(images)
     if not root.is_dir():
         raise InputError(f"--images {root} is no folder")
-    files = sorted(path for path in root.rglob("*") if path.is_file() and is_image_file(path))
+    files = sorted(walk(root))
     samples = tuple(
         Sample(path, path.parent.name if path.parent != root else None) for path in files
     )

@@ -210,6 +210,7 @@ def export(
     from fastadapt.export.artefact import Batches
     from fastadapt.export.bundle.engine_options import EngineOptions
     from fastadapt.export.triton_server import check_repository, write_repository
+    from fastadapt.files import read_lines
 
     if (run is None) == (backbone is None):
         raise InputError("give a run's folder, or a model with --backbone: one of the two")
@@ -232,12 +233,12 @@ def export(
         int8_budget=int8_budget,
         fp8_budget=fp8_budget,
     )
-    names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
+    names = None if classes is None else read_lines(classes)
     console = Console(highlight=False)
     shared = {
         "weights": weights,
         "images": images,
-        "class_names": None if names is None else [n.strip() for n in names if n.strip()],
+        "class_names": names,
         "input": input,
         "resize": resize,
         "normalize": normalize,

@@ -11,6 +11,7 @@ named like splits) is refused with the remedy: flattened, it would be another da
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,17 +92,22 @@ def _list_classes(
 ) -> list[LabeledFile]:
     """List the images of the class folders in ``root``, whose entries are given."""
     if not folders:
-        images = f", but {len(loose)} images that have no class" if loose else ""
-        raise InputError(f"{root} holds no folders{images}; expected {LAYOUTS}")
+        have = f", but {len(loose)} images that have no class" if loose else ""
+        raise InputError(f"{root} holds no folders{have}; expected {LAYOUTS}")
     for path in loose:
         report.skip(path, "images outside class folders")
     found: dict[Path, list[Path]] = {}
+    reports: dict[Path, WalkReport] = {}
     deep: dict[Path, list[Path]] = {}
+    above = (os.path.realpath(root.parent), os.path.realpath(root))
     for folder in folders:
         if split_of(folder.name):
             raise _class_named_like_split(folder)
-        found[folder], below = list_entries(folder, report)
-        with_images = [inner for inner in below if any(walk_folder(inner, report))]
+        own = reports[folder] = WalkReport()
+        found[folder], below = list_entries(folder, own, above)
+        inside = (*above, os.path.realpath(folder))
+        with_images = [inner for inner in below if any(walk_folder(inner, own, inside))]
+        report.add(own)
         if with_images:
             deep[folder] = with_images
     if deep:
@@ -111,13 +117,13 @@ def _list_classes(
             f"{root} holds no images (by their file names) in its class folders{_beside(report)}"
         )
     files = []
-    for folder, inside in found.items():
-        if not inside and not split and not any(r.is_relative_to(folder) for r in report.runs):
+    for folder, images in found.items():
+        if not images and not split and not reports[folder].runs:
             raise InputError(
-                f"{folder} holds no images (by their file names){_beside(report)}; put the images "
-                f"of class {folder.name!r} there, or remove the folder"
+                f"{folder} holds no images (by their file names){_beside(reports[folder])}; put "
+                f"the images of class {folder.name!r} there, or remove the folder"
             )
-        files += [LabeledFile(path, folder.name, split) for path in inside]
+        files += [LabeledFile(path, folder.name, split) for path in images]
     return files
 
 
@@ -150,7 +156,10 @@ def _class_named_like_split(folder: Path) -> InputError:
 
 def _beside(report: WalkReport) -> str:
     """Name what was left out on the way, for an error that says that nothing is there."""
-    reasons = [f"{count} {reason}" for reason, (count, _) in report.skipped.items()]
+    counts = sorted(
+        ((count, reason) for reason, (count, _) in report.skipped.items()), reverse=True
+    )
+    reasons = [f"{count} {reason}" for count, reason in counts]
     return f"; left out were {first_few(reasons)}" if reasons else ""
 
 

@@ -44,6 +44,13 @@ class WalkReport:
         count, first = self.skipped.get(reason, (0, path))
         self.skipped[reason] = (count + 1, first)
 
+    def add(self, other: WalkReport) -> None:
+        """Take in what another walk left out."""
+        for reason, (count, first) in other.skipped.items():
+            before, path = self.skipped.get(reason, (0, first))
+            self.skipped[reason] = (before + count, path)
+        self.runs += other.runs
+
     def lines(self) -> list[str]:
         """Say in lines for the terminal what was left out; empty if nothing was."""
         lines = []
@@ -137,7 +144,7 @@ def list_entries(
             if is_image_file(path):
                 files.append(path)
             else:
-                report.skip(path, f"{path.suffix.lower() or 'files without a suffix'}, not read")
+                report.skip(path, _kind(path))
         else:
             what = "links that lead nowhere" if entry.is_symlink() else "pipes, sockets or devices"
             report.skip(path, what)
@@ -158,6 +165,11 @@ def is_ours(folder: Path) -> bool:
     return False
 
 
+def _kind(path: Path) -> str:
+    """Name a file that is no image by its name."""
+    return f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"
+
+
 def _walk_list(file: Path) -> Iterator[Path]:
     for line in read_text(file).splitlines():
         if line.strip():
@@ -174,6 +186,6 @@ def _walk_pattern(pattern: str, report: WalkReport) -> Iterator[Path]:
             found = True
             yield path
         else:
-            report.skip(path, f"{path.suffix.lower() or 'files without a suffix'}, not read")
+            report.skip(path, _kind(path))
     if not found:
         raise InputError(f"{pattern} matches no image file")

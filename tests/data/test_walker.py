@@ -1,61 +1,68 @@
+import itertools
+
 import pytest
 
-from fastadapt.data.dataset import read_dataset
-from fastadapt.data.formats import is_image_file
+from fastadapt.data.walker import WalkReport, walk
 from fastadapt.errors import InputError
-from tests.helpers.imagesets import CLASSES, make_folders
+from tests.helpers.imagesets import put_image
 
 
-def test_image_files_by_name(tmp_path):
-    names = ("a.png", "b.JPG", "c.tiff", ".hidden.png", "notes.txt")
-    assert [is_image_file(tmp_path / n) for n in names] == [True, True, True, False, False]
+def names(paths, root):
+    return [path.relative_to(root).as_posix() for path in paths]
 
 
-def folder_case(name):
-    def make(tmp_path):
-        root = tmp_path / "data"
-        root.mkdir()
-        if name == "flat":
-            make_folders(tmp_path / "more", 1, CLASSES[:1])
-            (tmp_path / "more" / CLASSES[0] / "00.png").rename(root / "00.png")
-        elif name == "no images":
-            (root / "a").mkdir()
-            (root / "a" / "notes.txt").write_text("")
-        elif name == "one class":
-            make_folders(root / "x", 3, CLASSES[:1])
-            return root / "x"
-        elif name == "single image":
-            make_folders(root / "x", 1)
-            return root / "x"
-        elif name == "empty class":
-            make_folders(root / "x", 2)
-            (root / "x" / "nothing").mkdir()
-            return root / "x"
-        elif name == "unknown split folder":
-            for split in ("train", "val", "holdout"):
-                make_folders(root / split, 1)
-        elif name == "class missing in train":
-            make_folders(root / "train", 2, CLASSES[:2])
-            make_folders(root / "val", 1)
-        return root
-
-    return make
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b.png", "a.png", "x/c.jpg", "x/y/d.tif", "x/.hidden/e.png", "@eaDir/f.png"):
+        put_image(tmp_path / name)
+    (tmp_path / "x" / "notes.txt").write_text("")
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda tmp_path: tmp_path / "nowhere", "does not exist"),
-        (folder_case("empty"), "holds no folders"),
-        (folder_case("flat"), "holds no folders"),
-        (folder_case("no images"), "holds no images"),
-        (folder_case("one class"), "one class only, 'crossed'"),
-        (folder_case("single image"), "'crossed' has a single training image"),
-        (folder_case("empty class"), "class 'nothing'"),
-        (folder_case("unknown split folder"), "holdout"),
-        (folder_case("class missing in train"), "'upright' has no image in the training split"),
-    ],
-)
-def test_bad_folders(tmp_path, make, message):
-    with pytest.raises(InputError, match=message):
-        read_dataset(make(tmp_path))
+def test_a_folder_is_walked_to_its_depth(tree):
+    report = WalkReport()
+    assert names(walk(tree, report), tree) == ["a.png", "b.png", "x/c.jpg", "x/y/d.tif"]
+    assert {reason: count for reason, (count, _) in report.skipped.items()} == {
+        "hidden": 1,
+        "folders of a system": 1,
+        ".txt files": 1,
+    }
+    assert len(report.lines()) == 1
+
+
+def test_files_folders_patterns_and_lists_in_one_call(tree):
+    report = WalkReport()
+    (tree / "list.txt").write_bytes("\ufeffb.png\r\n\r\nx/c.jpg\r\n".encode("utf-16-le"))
+    (tree / "odd.name").write_bytes(b"")
+    sources = [tree / "x" / "y", str(tree / "odd.name"), str(tree / "*.*"), tree / "list.txt"]
+    assert names(walk(sources, report), tree) == [
+        "x/y/d.tif",
+        "odd.name",  # named by the user, whatever its name
+        "a.png",
+        "b.png",
+        "b.png",
+        "x/c.jpg",
+    ]
+    assert report.skipped[".name files"][0] == 1
+    assert names(walk(str(tree / "**" / "*.tif")), tree) == ["x/y/d.tif"]
+
+
+def test_files_come_one_by_one(tree):
+    def sources():
+        yield tree / "a.png"
+        yield tree / "x"
+        raise AssertionError("asked for more than was needed")
+
+    assert names(itertools.islice(walk(sources()), 2), tree) == ["a.png", "x/c.jpg"]
+
+
+@pytest.mark.parametrize("source", ["gone.png", "gone", "gone/*.png"])
+def test_what_is_not_there_is_named(tree, source):
+    with pytest.raises(InputError, match="gone"):
+        list(walk(str(tree / source)))
+
+
+def test_links_in_a_circle_end(tree):
+    (tree / "x" / "y" / "up").symlink_to(tree)
+    (tree / "x" / "self").symlink_to(tree / "x")
+    assert names(walk(tree), tree) == ["a.png", "b.png", "x/c.jpg", "x/y/d.tif"]

@@ -28,6 +28,13 @@ def make_folders(root: Path, per_class: int = 12, classes=CLASSES, seed: int = 0
     return root
 
 
+def put_image(path: Path, level: int = 100) -> Path:
+    """Write a small gray image, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path)
+    return path
+
+
 def truncate(path: Path) -> None:
     """Cuts a file in half, as a broken copy does."""
     content = path.read_bytes()
