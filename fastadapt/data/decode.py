@@ -1,8 +1,9 @@
 """Turn an image file of any supported format into 8-bit RGB pixels.
 
 A file is opened once, by what it holds rather than by its name: TIFF files by
-:mod:`fastadapt.data.tiff`, PNG files of 16-bit colour by torchvision, everything else by Pillow's
-decoders of :mod:`fastadapt.data.formats`, and no others.
+:mod:`fastadapt.data.tiff`, everything else by Pillow's decoders of
+:mod:`fastadapt.data.formats`, and no others. Of 16-bit colour Pillow keeps the upper bytes alone,
+so that :mod:`fastadapt.data.two_bytes` reads it twice.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastadapt.data import tiff
 from fastadapt.data.formats import FORMATS
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
+from fastadapt.data.two_bytes import read_two_bytes
 from fastadapt.errors import InputError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -88,7 +89,9 @@ def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.I
     Raises:
         InputError: as :func:`fastadapt.data.pixels.to_eight_bit_rgb`.
     """
-    return to_eight_bit_rgb(_deepened(_upright(image)), value_range, "the image")
+    white_is_zero = getattr(image, "tag_v2", {}).get(262) == tiff.WHITE_IS_ZERO
+    deep = _deepened(_upright(image), white_is_zero)
+    return to_eight_bit_rgb(deep, value_range, "the image")
 
 
 def _decode(file: IO[bytes], name: str) -> Decoded:
@@ -103,7 +106,7 @@ def _decode(file: IO[bytes], name: str) -> Decoded:
     _check_depth(head, name)
     with Image.open(file, formats=FORMATS) as image:
         if head.startswith(_PNG) and head[_PNG_DEPTH] == 16 and head[_PNG_COLOUR] != 0:
-            return Decoded(_read_deep_png(file, image))
+            return Decoded(_read_deep_png(file, _orientation(image)))
         if image.format in _ANIMATED and getattr(image, "is_animated", False):
             dropped = ("frames after the first",)
         image.load()
@@ -115,11 +118,11 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever struct, ElementTree or Pillow's parsers raise
+    except Exception:  # as in _orientation
         return image
 
 
-def _deepened(image: Image.Image) -> Image.Image | DeepImage:
+def _deepened(image: Image.Image, white_is_zero: bool = False) -> Image.Image | DeepImage:
     """Take values out of Pillow's modes of more than 8 bits."""
     if image.mode == "F":
         return DeepImage(np.asarray(image), 32)
@@ -127,29 +130,24 @@ def _deepened(image: Image.Image) -> Image.Image | DeepImage:
         return image
     values = np.asarray(image)
     values = values.astype(values.dtype.newbyteorder("="))
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    white_is_zero = tags.get(262) == tiff.WHITE_IS_ZERO
     return DeepImage(values, 8 * values.dtype.itemsize, white_is_zero)
 
 
-def _read_deep_png(file: IO[bytes], image: Image.Image) -> DeepImage:
-    """Read a PNG of 16-bit colour or of gray with alpha, of which Pillow keeps the upper bytes."""
-    from torchvision.io import ImageReadMode, decode_image  # type: ignore[import-untyped]
+def _read_deep_png(file: IO[bytes], orientation: int) -> DeepImage:
+    """Read a PNG of 16-bit colour, or of gray with alpha."""
+    values = tiff.upright(read_two_bytes(file, "PNG"), orientation)
+    colours = values[..., :3] if values.shape[-1] >= 3 else values[..., 0]
+    if values.shape[-1] == 3:
+        return DeepImage(colours, 16)
+    return DeepImage(colours, 16, alpha=np.rint(values[..., -1] / 257).astype(np.uint8))
 
-    file.seek(0)
-    content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-    values = decode_image(content, ImageReadMode.UNCHANGED).numpy()
-    turned = values.transpose(1, 2, 0)
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation tag; 1 where there is none, or damaged metadata."""
     try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:
-        orientation = 1
-    turned = tiff.upright(turned, orientation)
-    colours = turned[..., :3] if turned.shape[-1] >= 3 else turned[..., 0]
-    alpha = None
-    if turned.shape[-1] in (2, 4):
-        alpha = np.rint(turned[..., -1] / 257).astype(np.uint8)
-    return DeepImage(colours, 16, alpha=alpha)
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # whatever struct, ElementTree or Pillow's parsers raise
+        return 1
 
 
 def _check_depth(head: bytes, name: str) -> None:

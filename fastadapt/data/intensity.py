@@ -166,7 +166,7 @@ def warn_of_little_range(statistics: ValueStatistics) -> str | None:
     return (
         f"warning: the training images' {what}, and they are divided as if values went from "
         f"{low:g} to {high:g} ({', '.join(statistics.types)}): {used:.1%} of that range are used, "
-        "so that most levels of gray are lost. Give --intensity-range auto or LOW:HIGH."
+        "so that most levels of gray are lost. Set the intensity range to auto or LOW:HIGH."
     )
 
 
@@ -174,7 +174,7 @@ def _range_of_bits(statistics: ValueStatistics) -> ValueRange:
     """Return the range of fewest bits that holds all values; a signed one if some are negative."""
     if any("floating" in name for name in statistics.types):
         raise InputError(
-            "--intensity-range auto is for integers, and the training images hold floating-point "
+            "`intensity_range=auto` is for integers, and the training images hold floating-point "
             "values: give LOW:HIGH, or percentiles such as 0.5%:99.5%"
         )
     signed = statistics.low < 0
@@ -183,7 +183,7 @@ def _range_of_bits(statistics: ValueStatistics) -> ValueRange:
         if low <= statistics.low and statistics.high <= high:
             return float(low), float(high)
     raise InputError(
-        f"--intensity-range auto knows up to 16 bits, and the training images hold values from "
+        f"`intensity_range=auto` knows up to 16 bits, and the training images hold values from "
         f"{statistics.low:g} to {statistics.high:g}: give LOW:HIGH"
     )
 

@@ -61,13 +61,13 @@ class DeepImage:
         if kind == "f":
             raise InputError(
                 f"{name} holds floating-point values, whose range is not known: say it with "
-                "--intensity-range LOW:HIGH, or save the image as 8 or 16 bit"
+                "`intensity_range=LOW:HIGH`, or save the image as 8 or 16 bit"
             )
         if bits > 16:
             if self.values.min(initial=0) < 0 or self.values.max(initial=0) > 65535:
                 raise InputError(
                     f"{name} holds 32-bit values outside 0–65535: say their range with "
-                    "--intensity-range LOW:HIGH, or save it as 16-bit"
+                    "`intensity_range=LOW:HIGH`, or save it as 16-bit"
                 )
             return 0, 65535
         return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind == "i" else (0, 2**bits - 1)

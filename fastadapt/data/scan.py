@@ -114,7 +114,7 @@ def scan(
         if not skip_unreadable:
             raise InputError(
                 f"{total}: {reasons}. Repair or remove them, or leave them out with "
-                "--skip-unreadable."
+                "`skip_unreadable=True`."
             )
         lines.append(f"left out: {total}: {reasons}")
         dataset = dataset.without(item.sample.path for item in bad)
@@ -217,5 +217,5 @@ def _check_kinds(value_range: ValueRange, read: list[_Found]) -> None:
         listed = ", ".join(f"{count} {name}" for name, count in kinds.items())
         raise InputError(
             f"the images are of different kinds ({listed}), for which no one range of values "
-            f"({low:g}:{high:g}) is right: give --intensity-range dtype, or images of one kind"
+            f"({low:g}:{high:g}) is right: give `intensity_range=dtype`, or images of one kind"
         )

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from fastadapt.data.pixels import DeepImage
+from fastadapt.data.two_bytes import read_two_bytes
 from fastadapt.errors import InputError
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -48,11 +49,12 @@ def read_tiff(file: IO[bytes], name: str) -> tuple[DeepImage | None, tuple[str, 
         notes = _dropped_pages(tiff)
         photometric, samples = int(page.photometric), page.samplesperpixel
         extra = [int(kind) for kind in page.extrasamples]
-        if page.bitspersample <= 8 and int(page.sampleformat) == 1 and page.imagedepth == 1:
+        plain = page.bitspersample <= 8 and int(page.sampleformat) == 1 and page.imagedepth == 1
+        if plain and not (tiff.is_bigtiff and tiff.byteorder == ">"):  # which Pillow doesn't know
             by_pillow = {
                 WHITE_IS_ZERO: samples == 1,
                 BLACK_IS_ZERO: samples == 1 or (samples == 2 and _alpha_index(extra) == 0),
-                RGB: page.planarconfig == 1 and extra[1:] == [0] * len(extra[1:]),
+                RGB: page.planarconfig == 1 and samples <= 6 and extra[1:] == [0] * len(extra[1:]),
             }.get(photometric, True)
             if by_pillow:
                 return None, notes + _extra_channels(photometric, samples, extra)
@@ -101,11 +103,13 @@ def _as_channels_last(values: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _by_pillow(file: IO[bytes], dtype: np.dtype | None, samples: int, name: str) -> np.ndarray:
-    """Read gray values that are compressed in a way that only Pillow knows."""
+    """Read gray values, or 16-bit colour, compressed in a way that only Pillow knows."""
+    if samples == 3 and dtype == np.uint16:
+        return read_two_bytes(file, "TIFF")
     if samples > 1:
         raise InputError(
             f"{name} is compressed in a way that needs the package imagecodecs: "
-            "pip install imagecodecs, or save it uncompressed or with deflate"
+            "pip install 'fastadapt[tiff]', or save it uncompressed or with deflate"
         )
     file.seek(0)
     with Image.open(file, formats=("TIFF",)) as image:

@@ -260,7 +260,7 @@ def scanned(
     )
     progress.remove_task(task)
     for line in (*dataset.summary(), *found.lines):
-        progress.console.print(line, markup=False)
+        progress.console.print(line)
     return found
 
 
