@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from fastadapt.errors import InputError
+from fastadapt.patterns import check_patterns
 from fastadapt.settings import Setting, Settings
 
 Layout = Literal["tokens", "channels_first", "channels_last"]
@@ -19,7 +19,6 @@ PROJECTIONS = {
     "v": ("v", "v_proj", "value", "to_v", "wv"),
 }
 ATTENTION = ("qkv", "kv", *PROJECTIONS["q"], *PROJECTIONS["k"], *PROJECTIONS["v"])
-LONGEST_PATTERN = 500
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,7 @@ class LoRAConfig(Settings):
         for rank in self.rank_pattern.values():
             if not 1 <= rank <= 65_536:
                 raise InputError(f"rank_pattern gives rank {rank}; expected at least 1")
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(
-                    f"{pattern[:80]!r} is no regular expression ({error}); expected the end of a "
-                    "module's name"
-                ) from None
-            if len(pattern) > LONGEST_PATTERN:
-                raise InputError(
-                    f"the pattern {pattern[:40]!r}… has {len(pattern)} characters; expected at "
-                    f"most {LONGEST_PATTERN}"
-                )
+        check_patterns([*self.rank_pattern, *self.alpha_pattern])
 
 
 @dataclass(frozen=True)

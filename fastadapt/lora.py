@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from fastadapt.config import PROJECTIONS, LoRAConfig
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import check_finite, read_json, read_tensors
 from fastadapt.layers.lora import LoRALinear, LoRASlice
+from fastadapt.patterns import check_patterns, match_end
 
+USUAL_RANK = 4096  # larger ones must not exceed the layer
 FUSED = {"qkv": "qkv", "kv": "kv", "in_proj": "qkv"}
 
 
@@ -25,6 +28,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         InputError: no layer matches, or a matching one cannot take an adapter.
     """
     slices = {}
+    names = [name for name, _ in model.named_modules()]
+    check_patterns([*config.rank_pattern, *config.alpha_pattern], names)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not _is_target(name, config.targets):
             continue
@@ -32,6 +37,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
         if not rows:
             continue
         r = int(_by_pattern(config.rank_pattern, name, config.r))
+        most = max(module.in_features, module.out_features, USUAL_RANK)
+        if r > most:
+            raise InputError(
+                f"LoRA rank is {r} for {name}, a layer of {module.in_features} by "
+                f"{module.out_features}; expected at most {most}"
+            )
         scaling = _scaling(
             _by_pattern(config.alpha_pattern, name, config.alpha), r, config.use_rslora
         )
@@ -137,7 +148,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
             does not fit, or its layer does not exist. The model is then unchanged.
     """
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    config = PeftConfig.from_dict(
+        read_json(folder / "adapter_config.json"), folder / "adapter_config.json"
+    )
     if (
         not (folder / "adapter_model.safetensors").is_file()
         and (folder / "adapter_model.bin").is_file()
@@ -147,7 +160,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
             "save_pretrained(folder, safe_serialization=True)"
         )
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
-    _refuse_variants(config, tensors, folder)
+    _refuse_variants(config.values, tensors, folder)
     check_finite(tensors, str(folder / "adapter_model.safetensors"))
 
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -164,6 +177,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
         raise InputError(f"{folder} holds no low-rank weights (lora_A, lora_B)")
     modules = dict(model.named_modules())
     own = model.state_dict()
+    check_patterns([*config.rank_pattern, *config.alpha_pattern], modules)
     slices = {}
     for name, pair in pairs.items():
         layer = modules.get(name)
@@ -187,16 +201,26 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
                     f"{folder}: {name}.lora_{side} has shape {tuple(pair[side].shape)}; "
                     f"the layer expects {shape}"
                 )
-        stated = int(_by_pattern(config.get("rank_pattern") or {}, name, config.get("r", r)))
+        stated = _by_pattern(config.rank_pattern, name, config.r)
         if stated != r:
             raise InputError(
                 f"{folder}: adapter_config.json gives {name} rank {stated}, its tensors have {r}: "
                 "the scaling alpha / r cannot be trusted"
             )
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", r))
-        scaling = _scaling(alpha, r, config.get("use_rslora", False))
+        alpha = _by_pattern(config.alpha_pattern, name, config.alpha)
+        scaling = _scaling(alpha, r, config.use_rslora)
         slices[name] = [LoRASlice("all", 0, layer.out_features, r, scaling)]
-    forgotten = sorted(_peft_targets(modules, config) - set(slices))
+    saved = {name for name in modules if _ends_with_any(name, config.modules_to_save)}
+    for name in sorted(saved):
+        lacking = [n for n, _ in modules[name].named_parameters() if f"{name}.{n}" not in plain]
+        if lacking and not any(name.startswith(f"{outer}.") for outer in saved):
+            raise InputError(
+                f"{folder} lists {name!r} in modules_to_save and has no weights for its "
+                f"{lacking[0]}: was it saved completely?"
+            )
+    # PEFT saves a module of modules_to_save whole and gives it no low-rank adapter.
+    replaced = {name for name in modules if any((name + ".").startswith(s + ".") for s in saved)}
+    forgotten = sorted(_peft_targets(modules, config) - set(slices) - replaced)
     if forgotten:
         raise InputError(
             f"{folder} targets {forgotten[0]!r} (target_modules) and has no weights for it: "
@@ -218,18 +242,72 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
         for key, tensor in plain.items():
             own[key].copy_(tensor)
         for name, chosen in slices.items():
-            layer = wrap(model, name, chosen, config.get("lora_dropout", 0.0))
+            layer = wrap(model, name, chosen, config.dropout)
             layer.lora_A["all"].copy_(pairs[name]["A"])
             layer.lora_B["all"].copy_(pairs[name]["B"])
             layer.replaced = frozenset(plain)
     return list(slices)
 
 
-def _peft_targets(modules: dict[str, nn.Module], config: dict[str, Any]) -> set[str]:
+@dataclass(frozen=True)
+class PeftConfig:
+    """Hold PEFT's ``adapter_config.json``, every number typed and bounded.
+
+    Attributes:
+        r, alpha, dropout, use_rslora, rank_pattern, alpha_pattern: as in :class:`LoRAConfig`.
+        modules_to_save: ends of the names of modules that were saved whole.
+        values: all that the file holds.
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    modules_to_save: tuple[str, ...]
+    values: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: Path) -> PeftConfig:
+        """Read the values of a file.
+
+        Raises:
+            InputError: one has another type or is out of its range.
+        """
+        settings = {
+            "r": values.get("r", 8),
+            "alpha": values.get("lora_alpha", 8),
+            "dropout": values.get("lora_dropout") or 0.0,
+            "use_rslora": values.get("use_rslora") or False,
+            "rank_pattern": values.get("rank_pattern") or {},
+            "alpha_pattern": values.get("alpha_pattern") or {},
+        }
+        checked = LoRAConfig.from_dict(settings, str(where))
+        modules = values.get("modules_to_save") or []
+        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+            raise InputError(f"{where}: modules_to_save is {modules!r}; expected a list of names")
+        return cls(
+            checked.r,
+            checked.alpha,
+            checked.dropout,
+            checked.use_rslora,
+            checked.rank_pattern,
+            checked.alpha_pattern,
+            tuple(modules),
+            values,
+        )
+
+
+def _ends_with_any(name: str, ends: tuple[str, ...]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _peft_targets(modules: dict[str, nn.Module], config: PeftConfig) -> set[str]:
     """Return the layers that PEFT would adapt, where its configuration lists plain names."""
-    targets = config.get("target_modules")
+    targets = config.values.get("target_modules")
     narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    if not isinstance(targets, list) or any(config.get(key) for key in narrowed):
+    if not isinstance(targets, list) or any(config.values.get(key) for key in narrowed):
         return set()
     return {
         name
@@ -275,8 +353,8 @@ def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder:
 
 def _is_target(name: str, targets: tuple[str, ...] | str) -> bool:
     if isinstance(targets, str):
-        return targets == "all-linear" or name == targets or name.endswith(f".{targets}")
-    return any(name == t or name.endswith(f".{t}") for t in targets)
+        return targets == "all-linear" or _ends_with_any(name, (targets,))
+    return _ends_with_any(name, targets)
 
 
 def _chosen_rows(name: str, layer: nn.Linear, parts: str) -> list[tuple[str, int, int]]:
@@ -300,7 +378,7 @@ def _chosen_rows(name: str, layer: nn.Linear, parts: str) -> list[tuple[str, int
 def _by_pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of the name, as PEFT does."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if match_end(key, name):
             return value
     return default
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
+from fastadapt.files import read_tensors, write_tensors
 from fastadapt.layers.lora import LoRASlice
 from fastadapt.lora import LoRAConfig, apply_lora, lora_layers, replaced_parameters
 
@@ -108,6 +109,10 @@ class TestTargets:
         with pytest.raises(fa.InputError, match=says):
             LoRAConfig(**kwargs)
 
+    def test_ranks_larger_than_the_layer(self):
+        with pytest.raises(fa.InputError, match="rank is 60000 for blocks"):
+            apply_lora(vit(), LoRAConfig(r=60_000))
+
     def test_in_an_adapted_model_only_what_was_added_trains(self):
         config = fa.AdaptConfig(
             rank=8, num_centers=3, mlp_ratio=0.5, lora=LoRAConfig(r=2, dropout=0.5)
@@ -173,6 +178,54 @@ class TestPeft:
         x = torch.randn(2, 3, 160, 160)
         torch.testing.assert_close(ours(x), wrapped(x), rtol=1e-5, atol=1e-5)
         assert replaced_parameters(ours) == {"head.bias", "head.weight"}
+
+    @pytest.mark.parametrize("targets", ["all-linear", ["qkv", "head"], "blocks.*qkv|head"])
+    def test_a_head_among_the_targets_and_saved_whole(self, tmp_path, targets):
+        backbone = timm.create_model("test_vit", num_classes=5).eval()
+        state = {k: v.clone() for k, v in backbone.state_dict().items()}
+        wrapped = self.trained(tmp_path, backbone, target_modules=targets, modules_to_save=["head"])
+        ours = timm.create_model("test_vit", num_classes=5).eval()
+        ours.load_state_dict(state)
+        names = fa.load_peft(ours, tmp_path)
+        assert names and "head" not in names
+        x = torch.randn(2, 3, 160, 160)
+        assert torch.equal(ours(x), wrapped(x))
+        torch.testing.assert_close(fa.fold(ours)(x), wrapped(x), rtol=1e-5, atol=1e-5)
+
+    def test_a_head_that_is_listed_and_not_there(self, tmp_path):
+        backbone = timm.create_model("test_vit", num_classes=5).eval()
+        self.trained(tmp_path, backbone, target_modules=["qkv", "head"], modules_to_save=["head"])
+        file = tmp_path / "adapter_model.safetensors"
+        tensors, _ = read_tensors(file)
+        write_tensors(file, {k: t for k, t in tensors.items() if "head.weight" not in k})
+        with pytest.raises(fa.InputError, match=r"lists 'head' in modules_to_save.*its weight"):
+            fa.load_peft(timm.create_model("test_vit", num_classes=5), tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"rank_pattern": {"(a+)+b": 4}}, "repeats a group"),
+            ({"alpha_pattern": {"[": 4}}, "no regular expression"),
+            ({"rank_pattern": {"qkv": 2**40}}, "rank"),
+            ({"rank_pattern": {"qkv": "4"}}, "rank_pattern"),
+            ({"rank_pattern": ["qkv"]}, "rank_pattern"),
+            ({"r": "4"}, "r is '4'"),
+            ({"r": -4}, "r is -4"),
+            ({"lora_alpha": float("nan")}, "alpha is nan"),
+            ({"lora_alpha": "7"}, "alpha is '7'"),
+            ({"lora_dropout": 2}, "dropout is 2"),
+            ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+            ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
+        ],
+    )
+    def test_every_value_is_typed_and_bounded(self, tmp_path, change, says):
+        self.trained(tmp_path)
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        model = vit()
+        with pytest.raises(fa.InputError, match=says):
+            fa.load_peft(model, tmp_path)
+        assert not lora_layers(model)
 
     def test_variants_are_refused_by_name(self, tmp_path):
         self.trained(tmp_path, use_dora=True)
