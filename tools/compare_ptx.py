@@ -16,7 +16,6 @@ import argparse
 import difflib
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -24,15 +23,22 @@ from collections import Counter
 from pathlib import Path
 
 
-def dump(out: Path, capabilities: list[int], small: bool, only: str, cache: Path | None) -> None:
+def dump(
+    out: Path,
+    *,
+    capabilities: list[int],
+    small: bool,
+    assemble: bool,
+    only: str,
+    cache: Path | None,
+) -> None:
     """Compile the kernels of all calls and write their launches and PTX to a file."""
-    # What stops at PTX must not be found where other programs look for kernels.
-    os.environ["TRITON_CACHE_DIR"] = str(cache or tempfile.mkdtemp(prefix="fastadapt-ptx-"))
     # By its own folder: the root would bring this checkout's package before the installed one.
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
     import compiled_kernels
     import triton
 
+    cache = cache or Path(tempfile.mkdtemp(prefix="fastadapt-ptx-"))
     launches: dict[str, list] = {}
     texts: dict[str, str] = {}
     for capability in capabilities:
@@ -41,7 +47,9 @@ def dump(out: Path, capabilities: list[int], small: bool, only: str, cache: Path
                 continue
             start = time.perf_counter()
             launched = []
-            for launch in compiled_kernels.compiled(call, capability):
+            for launch in compiled_kernels.compiled(
+                call, capability, cache=cache, assemble=assemble
+            ):
                 key = hashlib.sha256(launch.ptx.encode()).hexdigest()[:16]
                 texts[key] = launch.ptx
                 launched.append([launch.kernel, launch.grid, launch.numbers, launch.shared, key])
@@ -89,8 +97,9 @@ def diff(before: Path, after: Path) -> bool:
             texts = a["ptx"][gone[0][-1]].splitlines(), b["ptx"][come[0][-1]].splitlines()
             for line in list(difflib.unified_diff(*texts, lineterm="", n=1))[2:22]:
                 print(f"      {line}")
-    counts = [sum(map(len, found["launches"].values())) for found in (a, b)]
-    print(f"{counts[0]} and {counts[1]} launches: {'different' if differs else 'equal'}")
+    both = a["launches"].keys() & b["launches"].keys()
+    count = sum(len(a["launches"][name]) for name in both)
+    print(f"{count} launches of {len(both)} calls: {'different' if differs else 'equal'}")
     return differs
 
 
@@ -102,6 +111,7 @@ def main() -> int:
     dumping.add_argument("--out", type=Path, required=True, help="file to write")
     dumping.add_argument("--capabilities", type=int, nargs="+", default=[90], help="default: 90")
     dumping.add_argument("--small", action="store_true", help="the few calls that the tests make")
+    dumping.add_argument("--assemble", action="store_true", help="make machine code, too")
     dumping.add_argument("--only", default="", help="calls whose name contains this")
     dumping.add_argument("--cache", type=Path, help="folder to keep compiled kernels in")
     diffing = commands.add_parser("diff", help="compare two dumps")
@@ -109,7 +119,14 @@ def main() -> int:
     diffing.add_argument("after", type=Path)
     args = parser.parse_args()
     if args.command == "dump":
-        dump(args.out, args.capabilities, args.small, args.only, args.cache)
+        dump(
+            args.out,
+            capabilities=args.capabilities,
+            small=args.small,
+            assemble=args.assemble,
+            only=args.only,
+            cache=args.cache,
+        )
         return 0
     return int(diff(args.before, args.after))
 

@@ -144,7 +144,7 @@ class Slow:
 
 def leave():
     """Fork and end while one of three kernels compiles."""
-    compile_ahead._places = threading.Semaphore(1)
+    compile_ahead._slots = threading.Semaphore(1)
     device = Driver.device
     first, *_ = [compile_ahead.Ahead(Slow(device), device, [], {}) for _ in range(3)]
     Slow.begun.wait()

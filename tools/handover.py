@@ -1,9 +1,9 @@
-"""What racecheck reports of ``warp_specialize`` itself, without any kernel of this package.
+"""Show what racecheck reports of ``warp_specialize`` itself, without a kernel of this package.
 
-    compute-sanitizer --tool racecheck python tests/handover.py
+    compute-sanitizer --tool racecheck python tools/handover.py
 
 One group of warps stores 128 numbers and arrives at a barrier, the other waits there and reads
-them. The hazards that racecheck reports (Triton 3.6, CUDA 13) are those of ``tests/sanitize.py``:
+them. The hazards that racecheck reports (Triton 3.6, CUDA 13) are those of ``tools/sanitize.py``:
 a write at ``warp_specialize`` and a read at the kernel's first line, of the byte that tells a group
 which part to run. None is of the numbers.
 """

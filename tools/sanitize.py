@@ -1,8 +1,8 @@
-"""A representative set of kernel calls, small, for compute-sanitizer; no test of its own.
+"""Run a representative set of small kernel calls, for compute-sanitizer; no test of its own.
 
-    compute-sanitizer --tool memcheck python tests/sanitize.py
-    compute-sanitizer --tool initcheck python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py quaternion_linear
+    compute-sanitizer --tool memcheck python tools/sanitize.py
+    compute-sanitizer --tool initcheck python tools/sanitize.py
+    compute-sanitizer --tool racecheck python tools/sanitize.py quaternion_linear
 
 Names of operations choose among them.
 

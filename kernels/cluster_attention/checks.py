@@ -62,10 +62,11 @@ def check_shapes(
         raise ValueError(
             "down_weight and up_weight go together: give both (channel mode) or none (token mode)"
         )
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
     if down_weight is None:
         if down_bias is not None or up_bias is not None:
             raise ValueError("token mode (no down_weight, no up_weight) takes no biases")
-        expected = {"transforms": (transforms, (k, n, n))}
+        expected["transforms"] = (transforms, (k, n, n))
     else:
         r = down_weight.shape[0]
         expected = {

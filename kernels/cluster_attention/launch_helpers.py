@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..common.launcher import Box, Device, Launch
 from .block_sizes import RowBlock
 
 
-def no_tensor() -> None:
-    """Make an output that nobody asked for."""
+def no_tensor() -> Any:
+    """Make an output that nobody asked for: ``None``."""
+    return None
 
 
 def prepare(

@@ -5,6 +5,8 @@ The projection and the two products of the transform run the forward's kernels i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,9 +73,7 @@ class ProjectBackward:
                 sums=mixed_sums,
             )
 
-    def __call__(
-        self, g: Tensor, weight: Tensor, mixed: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def __call__(self, g: Tensor, weight: Tensor, mixed: Tensor) -> tuple[Tensor, Any, Any, Any]:
         """Return gz and gh [rows, R], the sums of g and of gh; ``None`` for what is not asked for.
 
         Args:
@@ -120,7 +120,7 @@ class ExpandBackward:
             row_bias=True,
         )
 
-    def __call__(self, gh: Tensor, weight: Tensor, dq: Tensor) -> Tensor | None:
+    def __call__(self, gh: Tensor, weight: Tensor, dq: Tensor) -> Any:
         """Return dx [B, N, C].
 
         Args:
@@ -231,9 +231,7 @@ class Unmix:
             warps=4,
         )
 
-    def __call__(
-        self, d_mixed: Tensor, state: Tensor, transforms: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(self, d_mixed: Tensor, state: Tensor, transforms: Tensor) -> tuple[Any, Any]:
         """Return dtransforms [K, R, R] and da as [programs, B, K] fp32 partial sums."""
         d_transforms = self.new_transforms()
         da = self.new_da()
@@ -288,7 +286,7 @@ class Unattend:
             warps=8,
         )
 
-    def __call__(self, da: Tensor, state: Tensor, centers: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, da: Tensor, state: Tensor, centers: Tensor) -> tuple[Tensor, Any]:
         """Return ds [B, K] fp32, and dq / N [B, C] or ``None``."""
         ds = self.new_ds()
         dq = self.new_dq()
@@ -374,7 +372,7 @@ class ParameterSums:
         centers: Tensor,
         up_sums: Tensor | None = None,
         down_sums: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Any, Any]:
         """Return dcenters [C, K], dup_bias [C] and ddown_bias [R], or ``None`` each."""
         d_centers, d_up, d_down = self.new_centers(), self.new_up(), self.new_down()
         self.run(ds, state, centers, d_centers, up_sums, d_up, down_sums, d_down)

@@ -7,6 +7,8 @@ bulk (see :mod:`fastadapt.kernels.cluster_attention.padding`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -88,9 +90,7 @@ class Project:
             stages=tile.stages,
         )
 
-    def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
         """Return out [rows, R] and the sums of x as [tiles, slots, C] fp32, or ``None``."""
         out = self.new_out()
         sums = self.new_sums()
@@ -298,7 +298,7 @@ class Transform:
         mixed: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Any, Any]:
         """Return y [B, N, C], z [rows, R] and the sums of z [tiles, R] fp32, or ``None`` each.
 
         Args:

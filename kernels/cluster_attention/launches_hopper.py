@@ -7,6 +7,8 @@ They are called as the launches that they stand for: :class:`HopperProject` as `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -167,7 +169,7 @@ class HopperTransform:
 
     def __call__(
         self, h: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, None]:
+    ) -> tuple[Tensor, Any, Any]:
         """Return y [B, N, C] and z [rows, R], or ``None``; there are no sums of z."""
         if bias is not None and bias.dtype != self.dtype:
             bias = bias.to(self.dtype)
@@ -254,9 +256,7 @@ class HopperProjectBackward:
             warps=4,
         )
 
-    def __call__(
-        self, g: Tensor, weight: Tensor, mixed: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def __call__(self, g: Tensor, weight: Tensor, mixed: Tensor) -> tuple[Tensor, Any, Any, Any]:
         """Return gz and gh [rows, R], the sums of g and of gh; ``None`` for what is not asked for.
 
         Args:

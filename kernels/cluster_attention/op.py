@@ -5,6 +5,8 @@ What is computed is defined in :mod:`fastadapt.kernels.cluster_attention.referen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,8 +80,9 @@ def cluster_attention(
         return cluster_attention_reference(
             x, centers, transforms, down_weight, down_bias, up_weight, up_bias
         )
-    x = cast(x, dtype)
-    args = Arguments(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
+    args = Arguments(
+        cast(x, dtype), centers, transforms, down_weight, down_bias, up_weight, up_bias
+    )
     training = torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         save_z = training and up_weight is not None and up_weight.requires_grad
@@ -96,7 +99,7 @@ def cluster_attention(
 
 def _forward(
     problem: Problem,
-    args: Arguments[Tensor | None],
+    args: Arguments[Any],
     *,
     save_z: bool,
     needs: Arguments[bool] = NO_NEEDS,
@@ -111,7 +114,7 @@ def _backward(
     problem: Problem,
     g: Tensor,
     needs: Arguments[bool],
-    args: Arguments[Tensor | None],
+    args: Arguments[Any],
     saved: Saved,
     weight_dtypes: WeightDtypes,
 ) -> Arguments[Tensor | None]:
@@ -168,7 +171,8 @@ def _forward_op(
     args = Arguments(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
     y, saved = _forward(problem_of(args), args, save_z=save_z)
     results = (y, saved.h, saved.mixed, saved.state, saved.z)
-    return tuple([x.new_empty(0) if t is None else t for t in results])
+    y, h, mixed, state, z = [x.new_empty(0) if t is None else t for t in results]
+    return y, h, mixed, state, z
 
 
 @_forward_op.register_fake

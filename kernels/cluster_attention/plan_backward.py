@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class BackwardPlan:
         need_a = needs.x or needs.centers
         self.width, self.rank, self.padded = width, rank, bool(width % 8 or rank % 8)
         self.fit = pad if self.padded else align
-        sizes = {
+        sizes: dict[str, Any] = {
             "batch": batch,
             "tokens": tokens,
             "width": multiple_of_8(width),
@@ -45,7 +46,8 @@ class BackwardPlan:
             mix=needs.x or needs.down_weight or needs.down_bias,
             mixed_sums=needs.down_bias,
         )
-        self.expand = self.outer = self.unmix = self.unattend = self.sums = None
+        self.expand: Any = None
+        self.outer = self.unmix = self.unattend = self.sums = None
         if needs.x:
             expand = (
                 launches_hopper.HopperExpandBackward if hopper else launches_backward.ExpandBackward
@@ -56,7 +58,7 @@ class BackwardPlan:
                 batch=batch, tokens=tokens, rank=sizes["rank"], dtype=dtypes.x, blocks=blocks
             )
             self.unmix = _unmix(problem, blocks, needs, sizes["rank"])
-        if need_a:
+        if need_a and self.unmix is not None:
             self.unattend = _unattend(problem, blocks, needs, self.unmix.programs)
         if needs.centers or needs.down_bias or needs.up_bias:
             self.sums = launches_backward.ParameterSums(
@@ -74,18 +76,22 @@ class BackwardPlan:
             )
 
     def __call__(
-        self, g: Tensor, args: Arguments[Tensor | None], saved: Saved, weight_dtypes: WeightDtypes
+        self, g: Tensor, args: Arguments[Any], saved: Saved, weight_dtypes: WeightDtypes
     ) -> Arguments[Tensor | None]:
         """Return the gradients that are needed; see :func:`backward`."""
         fit, width, rank = self.fit, self.width, self.rank
-        centers, transforms, down_weight = args.centers.contiguous(), None, None
+        centers = args.centers.contiguous()
+        transforms: Any = None
+        down_weight: Any = None
         # Before the first kernel, as in the forward.
         if self.unmix is not None:
             transforms = fit(args.transforms, 2)
         if self.expand is not None:
             down_weight = fit(args.down_weight, 2)
         dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = None
-        da = ds = dq = None
+        da: Any = None
+        ds: Any = None
+        dq: Any = None
 
         # In an order that lets every intermediate go before the next large one comes.
         h, mixed, state, z = saved.take()
@@ -172,7 +178,7 @@ class UnfusedBackwardPlan:
         self.unmix = self.unattend = self.sums = None
         if need_a or needs.transforms:
             self.unmix = _unmix(problem, blocks, needs, problem.rank or problem.tokens)
-        if need_a:
+        if need_a and self.unmix is not None:
             self.unattend = _unattend(problem, blocks, needs, self.unmix.programs)
         if needs.centers:
             self.sums = launches_backward.ParameterSums(
@@ -188,14 +194,15 @@ class UnfusedBackwardPlan:
             )
 
     def __call__(
-        self, g: Tensor, args: Arguments[Tensor | None], saved: Saved, weight_dtypes: WeightDtypes
+        self, g: Tensor, args: Arguments[Any], saved: Saved, weight_dtypes: WeightDtypes
     ) -> Arguments[Tensor | None]:
         """Return the gradients that are needed; see :func:`backward`."""
         problem, needs = self.problem, self.needs
         x, down_weight = args.x, args.down_weight
         h, mixed, state, z = saved.take()
         centers, transforms = args.centers.contiguous(), args.transforms.contiguous()
-        dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = dq = None
+        dx = d_centers = d_transforms = d_down = d_down_bias = d_up = d_up_bias = None
+        dq: Any = None
         if down_weight is not None:
             h = h.view(problem.batch, problem.tokens, -1)
             gz = g @ args.up_weight
@@ -232,7 +239,7 @@ def backward(
     problem: Problem,
     g: Tensor,
     needs: Arguments[bool],
-    args: Arguments[Tensor | None],
+    args: Arguments[Any],
     saved: Saved,
     weight_dtypes: WeightDtypes,
 ) -> Arguments[Tensor | None]:
@@ -247,9 +254,9 @@ def backward(
         weight_dtypes: of the gradients of both weights.
     """
     if problem.fused:
-        plan = backward_plan(problem, block_sizes_for(args.x, problem.rank), needs)
-    else:
-        plan = unfused_backward_plan(problem, block_sizes_for(args.x, 16), needs)
+        fused = backward_plan(problem, block_sizes_for(args.x, problem.rank), needs)
+        return fused(g, args, saved, weight_dtypes)
+    plan = unfused_backward_plan(problem, block_sizes_for(args.x, 16), needs)
     return plan(g, args, saved, weight_dtypes)
 
 

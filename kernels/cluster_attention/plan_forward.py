@@ -7,6 +7,7 @@ brings its tensors.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +41,20 @@ class ForwardPlan:
             store_z=save_z,
             bias=dtypes.up_bias,
         )
-        sizes = {"rows": batch * tokens, "tokens": tokens, "width": width_8, "rank": rank_8}
+        sizes: dict[str, Any] = {
+            "rows": batch * tokens,
+            "tokens": tokens,
+            "width": width_8,
+            "rank": rank_8,
+            "dtype": dtypes.x,
+            "blocks": blocks,
+            "bias": dtypes.down_bias,
+        }
+        self.project: launches_hopper.HopperProject | launches_forward.Project
         if hopper:
-            self.project = launches_hopper.HopperProject(
-                **sizes, dtype=dtypes.x, blocks=blocks, bias=dtypes.down_bias
-            )
+            self.project = launches_hopper.HopperProject(**sizes)
         else:
-            self.project = launches_forward.Project(
-                **sizes, dtype=dtypes.x, blocks=blocks, bias=dtypes.down_bias, sums=True
-            )
+            self.project = launches_forward.Project(**sizes, sums=True)
         self.attend = launches_forward.Attend(
             batch=batch,
             tokens=tokens,
@@ -70,7 +76,7 @@ class ForwardPlan:
         if any(needs):
             backward_plan(problem, blocks, needs)
 
-    def __call__(self, args: Arguments[Tensor | None]) -> tuple[Tensor, Saved]:
+    def __call__(self, args: Arguments[Any]) -> tuple[Tensor, Saved]:
         """Return y [B, N, C] and what the backward needs."""
         fit = self.fit
         x = fit(args.x, 1)
@@ -117,7 +123,7 @@ class UnfusedForwardPlan:
         if any(needs):
             unfused_backward_plan(problem, blocks, needs)
 
-    def __call__(self, args: Arguments[Tensor | None], save_z: bool) -> tuple[Tensor, Saved]:
+    def __call__(self, args: Arguments[Any], save_z: bool) -> tuple[Tensor, Saved]:
         """Return y [B, N, C] and what the backward needs."""
         x = args.x
         # Before the first kernel, as in ForwardPlan.
@@ -137,7 +143,7 @@ unfused_forward_plan = functools.lru_cache(maxsize=1024)(UnfusedForwardPlan)
 
 
 def forward(
-    problem: Problem, args: Arguments[Tensor | None], *, save_z: bool, needs: Arguments[bool]
+    problem: Problem, args: Arguments[Any], *, save_z: bool, needs: Arguments[bool]
 ) -> tuple[Tensor, Saved]:
     """Compute cluster attention.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from ..common.dispatch import cast
 
 T = TypeVar("T")
+
+# Which tensors there are depends on the problem, and a plan is made for one problem: what it takes
+# and makes is typed as there (Any), not as Tensor | None.
 
 
 class Arguments(NamedTuple, Generic[T]):
@@ -39,7 +42,7 @@ class Problem(NamedTuple):
     width: int
     rank: int  # 0 in token mode
     num_centers: int
-    dtypes: Arguments[torch.dtype | None]
+    dtypes: Arguments[Any]  # of the arguments; None for those that are not there
 
     @property
     def fused(self) -> bool:
@@ -47,19 +50,17 @@ class Problem(NamedTuple):
         return self.rank > 0 and self.dtypes.x != torch.float32
 
 
-def problem_of(args: Arguments[Tensor | None]) -> Problem:
+def problem_of(args: Arguments[Any]) -> Problem:
     """Return the problem that the arguments pose."""
     x, centers = args.x, args.centers
-    assert x is not None and centers is not None
     rank = 0 if args.down_weight is None else args.down_weight.shape[0]
     dtypes = Arguments(*[None if t is None else t.dtype for t in args])
     batch, tokens, width = x.shape
     return Problem(batch, tokens, width, rank, centers.shape[1], dtypes)
 
 
-def with_weights_in_dtype_of_x(args: Arguments[Tensor | None]) -> Arguments[Tensor | None]:
+def with_weights_in_dtype_of_x(args: Arguments[Any]) -> Arguments[Any]:
     """Cast the weights of both projections to x's dtype."""
-    assert args.x is not None
     dtype = args.x.dtype
     return args._replace(
         down_weight=cast(args.down_weight, dtype), up_weight=cast(args.up_weight, dtype)
@@ -75,11 +76,10 @@ class Saved:
     state: Tensor | None  # of the attention, packed: a, s, q, |q|, |centers|
     z: Tensor | None  # h @ T_b [B·N, R], if it was asked for
 
-    def take(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    def take(self) -> tuple[Any, Any, Any, Any]:
         """Return h, T_b, the state and z, and forget them: each is freed once it has been used."""
         h, mixed, state, z = self.h, self.mixed, self.state, self.z
         self.h = self.mixed = self.state = self.z = None
-        assert mixed is not None and state is not None
         return h, mixed, state, z
 
 

@@ -58,7 +58,7 @@ def cluster_attention_reference(
         a = center_attention(x, centers).to(dtype)
         rows, cols = transforms.shape[1:]
         mixed = (a @ transforms.to(dtype).flatten(1)).unflatten(1, (rows, cols))
-        if down_weight is None:
+        if down_weight is None or up_weight is None:
             return mixed @ x
         h = F.linear(x, down_weight.to(dtype), None if down_bias is None else down_bias.to(dtype))
         return F.linear(

@@ -1,8 +1,9 @@
-"""Compiling kernels side by side, in threads, before their first launches need them.
+"""Compile kernels in parallel threads, before their first launches need them.
 
-Most of a compilation is native code and ptxas, which leave Python's lock to others (Triton 3.6 and
-3.9). The rest, Python code that writes a kernel's first form, is done for one kernel after the
-other, in the order in which they were begun: all at once, the first would be as late as the last.
+Most of a compilation is native code and ptxas, which release Python's lock (Triton 3.6 to 3.9). The
+rest, Python code that makes a kernel's first intermediate representation (IR), is done for one
+kernel after the other, in the order in which they were begun: all at once, the first would be as
+late as the last.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from triton.runtime import cache, driver
 
 
 class Ahead(threading.Thread):
-    """Compiles a kernel as its launch with these arguments would, into Triton's caches.
+    """Compile a kernel as its launch with these arguments would, into Triton's caches.
 
-    What goes wrong is dropped: the launch then compiles itself, and its caller sees the error.
-    When the program ends, what has not begun never will. Nothing is loaded onto the GPU, where
+    Errors are dropped: the launch then compiles itself, and its caller sees the error. When the
+    program ends, compilations that have not begun never will. Nothing is loaded onto the GPU, where
     another thread may be capturing a graph.
     """
 
@@ -30,55 +31,59 @@ class Ahead(threading.Thread):
         super().__init__(name="fastadapt compiles")
         self.kernel, self.device = kernel, device
         self.arguments, self.options = arguments, options
-        self.written = threading.Event()
-        self.launcher = None
-        self.turn = _begin() if _last is None else _last.written.wait
+        self.ir_made = threading.Event()
+        self.launcher: threading.Thread | None = None
+        self.turn = _begin() if _last is None else _last.ir_made.wait
         _prepare(kernel, device)
         self.start()
         _last = self
 
     def run(self) -> None:
+        """Wait for the kernels before this one to have their IR, and compile."""
         self.turn()
-        with _places, contextlib.suppress(Exception):
+        with _slots, contextlib.suppress(Exception):
             if threading.main_thread().is_alive():
                 driver.active.set_current_device(self.device)  # this thread's
                 self.kernel.warmup(*self.arguments, grid=(1,), **self.options)
-        self.written.set()  # also if it was on disk
+        self.ir_made.set()  # also if the kernel was on disk
         if self.launcher is not None:
             self.launcher.join()
-        del self.turn  # and all that came before
+        del self.turn  # which refers to the thread before, and that to all before it
 
-    def goes_on(self, source) -> None:
-        """Lets the next kernel begin, now that this one's first form is written."""
-        self.written.set()
+    def next_may_begin(self, source) -> None:
+        """Let the next kernel begin, now that this one's IR is made."""
+        self.ir_made.set()
         self.launcher = threading.Thread(target=_make_launcher, args=(source,))
         self.launcher.start()
 
 
 _last: Ahead | None = None
-_places = threading.Semaphore(os.cpu_count() or 1)
+_slots = threading.Semaphore(os.cpu_count() or 1)
 
 
 @functools.cache
 def _begin():
-    """Triton's first steps in a process, side by side: the hash of itself, 400 MB, that it keeps
-    every kernel under, and its driver, which 3.6 has a C compiler make.
+    """Take Triton's first steps in a process, in parallel.
+
+    They are the hash of Triton itself, 400 MB, that is part of every kernel's key in its cache, and
+    its driver, for which 3.6 calls a C compiler.
 
     Returns:
-        What waits for the hash.
+        A function that waits for the hash.
     """
     hashing = threading.Thread(target=cache.triton_key, name="fastadapt hashes Triton")
     hashing.start()
-    if hasattr(code_generator, "warnings"):
+    if hasattr(code_generator, "warnings"):  # no other way to reach it; see _Warnings
         code_generator.warnings = _Warnings()
     driver.active.get_current_device()
     return hashing.join
 
 
 class _Warnings:
-    """The module, for Triton 3.6, which silences some while it writes a kernel's first form.
+    """Stand for Python's module in Triton 3.6, which silences warnings while it makes IR.
 
-    Not in our threads: filters are the whole process's, and the caller may be changing them.
+    In our threads it must not: filters belong to the whole process, and the caller may be changing
+    them.
     """
 
     def __getattr__(self, name):
@@ -97,18 +102,20 @@ def _in_thread() -> bool:
 
 
 class _Source:
-    """Over Triton's class of a kernel's source: tells its thread that the first form is written."""
+    """Mixed into Triton's class of a kernel's source: tells its thread that the IR is made."""
 
     def make_ir(self, *args, **options):
         module = super().make_ir(*args, **options)
         if _in_thread():
-            threading.current_thread().goes_on(self)
+            threading.current_thread().next_may_begin(self)
         return module
 
 
 class _Metadata:
-    """Of a kernel that is not yet compiled, as far as its launcher's code depends on it: whether
-    descriptors go as the hardware's, from Hopper on.
+    """Stand for the metadata of a kernel that is not yet compiled.
+
+    A launcher's code depends on whether descriptors are the hardware's, which they are from Hopper
+    on.
     """
 
     def __init__(self, source):
@@ -121,7 +128,7 @@ class _Metadata:
 
 
 def _make_launcher(source) -> None:
-    """Has Triton 3.6 call its C compiler, for the launch to find the launcher in the cache."""
+    """Have Triton 3.6 call its C compiler, for the launch to find the launcher in the cache."""
     with contextlib.suppress(Exception):
         driver.active.launcher_cls(source, _Metadata(source))
 

@@ -1,4 +1,4 @@
-"""What every operation needs before it starts: which backend runs it, and in which dtype."""
+"""What every operation decides before it starts: which backend runs it, and in which dtype."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from typing import overload
 
 import torch
 
@@ -18,7 +18,7 @@ class BackendError(RuntimeError):
 
 
 def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool = True) -> str:
-    """Returns ``"triton"`` or ``"reference"``.
+    """Return ``"triton"`` or ``"reference"``.
 
     Args:
         backend: ``"auto"``, ``"triton"`` or ``"reference"``. The environment variable
@@ -29,12 +29,18 @@ def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool
 
     Raises:
         ValueError: ``backend`` is none of the three.
-        BackendError: ``"triton"`` was asked for and cannot be had.
+        BackendError: the environment variable is none of the three, or ``"triton"`` was asked for
+            and cannot be had.
     """
-    if backend == "auto":
-        backend = os.environ.get("FASTADAPT_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = os.environ.get("FASTADAPT_BACKEND", "auto")
+        if backend not in BACKENDS:
+            raise BackendError(
+                f"the environment variable FASTADAPT_BACKEND is {backend!r}; expected one of "
+                f"{', '.join(BACKENDS)}. Set it to one of these, or unset it."
+            )
     if backend == "triton" and why_not_triton is not None:
         raise BackendError(
             f"backend 'triton' cannot run this call: {why_not_triton}. "
@@ -45,23 +51,21 @@ def choose_backend(backend: str, why_not_triton: str | None, *, by_default: bool
     return backend
 
 
-def weights_in_dtype_of_x(args: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-    """An operation's arguments: x, two more, then two linear layers, whose weights are cast."""
-    x, second, third, weight, bias, other_weight, other_bias = args
-    return x, second, third, cast(weight, x.dtype), bias, cast(other_weight, x.dtype), other_bias
+@overload
+def cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
 
 
-def dtypes_of_weights(args: Sequence[torch.Tensor | None]) -> tuple[torch.dtype | None, ...]:
-    """Of the same arguments."""
-    return tuple([None if t is None else t.dtype for t in (args[3], args[5])])
+@overload
+def cast(t: None, dtype: torch.dtype) -> None: ...
 
 
 def cast(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return t in ``dtype``, itself where it is already."""
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` traces, and not ``torch.compile``.
+    """Return whether ``torch.export`` traces, and not ``torch.compile``.
 
     PyTorch's function of this name, which reads the flag, is true for both in PyTorch 2.11.
     """
@@ -72,52 +76,74 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def why_not_device(x: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot run on the device of ``x``; ``None`` if they can.
+    """Return why Triton kernels cannot run on the device of ``x``; ``None`` if they can.
 
     Under ``TRITON_INTERPRET=1`` they run on the CPU, to be tested there.
     """
     if not _HAS_TRITON:
         return "triton is not installed"
     if x.is_cuda:
-        ask = _why_not_gpu if torch.compiler.is_compiling() else _why_not_gpu_once
+        ask = _why_not_index if torch.compiler.is_compiling() else _why_not_index_once
         return ask(x.device.index)
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"x is on device {x.device}"
 
 
-def _why_not_gpu(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"compute capability {major}.{minor}; they need 8.0" if major < 8 else None
+def why_not_gpu(capability: tuple[int, int], hip: str | None) -> str | None:
+    """Return why the kernels cannot run on a GPU that PyTorch calls "cuda"; ``None`` if they can.
+
+    What the GPUs get that can is asked of :class:`fastadapt.kernels.common.launcher.Device`:
+
+    - ROCm: nothing. An MI300 reports capability 9.4 and is no Hopper GPU.
+    - below 8.0: nothing; there is no bf16 and no asynchronous copy.
+    - 8.x: the Triton kernels. There is no TMA: descriptors become pointers.
+    - 9.x: the same with TMA and dependent launch, and for large problems the Hopper kernels.
+    - 10.x, 12.x: the Triton kernels with TMA and dependent launch. The instructions of the Hopper
+      kernels are not there.
+
+    Args:
+        capability: the compute capability, major and minor.
+        hip: ``torch.version.hip``.
+    """
+    if hip is not None:
+        return f"PyTorch is built for ROCm {hip}; they are written for NVIDIA GPUs"
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]}; they need 8.0"
+    return None
 
 
-_why_not_gpu_once = functools.cache(_why_not_gpu)
+def _why_not_index(index: int) -> str | None:
+    return why_not_gpu(torch.cuda.get_device_capability(index), torch.version.hip)
+
+
+_why_not_index_once = functools.cache(_why_not_index)
 
 
 _NOTHING = contextlib.nullcontext()
 
 
 def _kind(x: torch.Tensor) -> str:
-    """The device's type; asking the device itself takes longer."""
+    """Return the device's type; asking the device itself takes longer."""
     return "cuda" if x.is_cuda else x.device.type
 
 
-def on_device(x: torch.Tensor):
-    """Makes the GPU of ``x`` the current one, where it is not: Triton launches on that."""
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the GPU of ``x`` the current one, where it is not: Triton launches on that."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(x.device)
 
 
-def without_autocast(x: torch.Tensor):
-    """Switches autocast off where it is on; entering its context costs as much as a launch."""
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Switch autocast off where it is on; entering its context costs as much as a launch."""
     if not torch.is_autocast_enabled(_kind(x)):
         return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that an operation on ``x`` computes in: autocast's where autocast is on."""
+    """Return the dtype that an operation on ``x`` computes in: autocast's where autocast is on."""
     kind = _kind(x)
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -125,5 +151,5 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything narrower."""
+    """Return fp64 for fp64, fp32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

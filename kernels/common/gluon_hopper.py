@@ -1,4 +1,8 @@
-"""Gluon for Hopper as the kernels of all operations use it, under the names of every Triton."""
+"""Gluon for Hopper as all operations use it: names of every Triton, and the ring buffer.
+
+A ring buffer has ``v.stages`` slots; item i is in slot i mod stages. A producer waits for a slot's
+empty barrier before it refills it, consumers wait for its full barrier before they read it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ view = (
 
 @gluon.constexpr_function
 def accumulator_layout(cols):
-    """A [64, cols] accumulator of one group of four warps."""
+    """Return the layout of a [64, cols] accumulator of one group of four warps."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
 
 
 @gluon.jit
 def ring_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """For each slot of a ring: it is full; every group is through with it."""
+    """Make the full and the empty barrier of each slot; every group arrives at the empty one."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -34,12 +38,12 @@ def ring_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
 
 @gluon.jit
 def wait_for(bars, i, v: gl.constexpr):
-    """Until the barrier of item i's slot was passed for item i, in a ring of ``v.stages`` slots."""
+    """Wait until the barrier of item i's slot has completed its phase for item i."""
     mbarrier.wait(bars.index(i % v.stages), (i // v.stages) & 1)
 
 
 @gluon.jit
 def halves(t):
-    """The left and the right half of t's columns [64, …]: no data moves, they lie in registers."""
+    """Split the columns of t [64, …] in two halves, in registers: no data moves."""
     COLS: gl.constexpr = t.type.shape[1]
     return t.reshape([64, 2, COLS // 2]).permute((0, 2, 1)).split()

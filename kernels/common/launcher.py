@@ -1,9 +1,9 @@
-"""Launching Triton kernels with little on the way, and what decides how they are launched.
+"""Launch Triton kernels with little overhead on the host.
 
 In each call Triton looks at every argument, finds the compiled kernel that fits them and encodes
 descriptors: that takes longer than most kernels run. Here everything that follows from a problem's
-size is decided once (:class:`Launch`), and a call with tensors at addresses that were there before
-takes a look into a dictionary.
+size is decided once (:class:`Launch`), and a call with tensors at known addresses is a look-up in a
+dictionary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import operator
 import threading
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +26,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .compile_ahead import Ahead
 
 try:  # what torch.compile's own code allocates with: half the price of torch.empty
-    from torch._C._dynamo.guards import _empty_strided_cuda
+    from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 except ImportError:
     _empty_strided_cuda = None
 
 
 class Device(NamedTuple):
-    """What launch configurations depend on."""
+    """What block sizes and the choice of kernels depend on.
 
-    index: int | None  # None: the interpreter, on the CPU
+    :func:`fastadapt.kernels.common.dispatch.why_not_gpu` says which GPUs get any kernels.
+    """
+
+    index: int | None  # type: ignore[assignment]  # None: the interpreter, on the CPU
     multiprocessors: int
     shared: int  # bytes of shared memory a program can have
     major: int  # compute capability; 0 in the interpreter
@@ -52,19 +55,23 @@ class Device(NamedTuple):
 
 @functools.cache
 def device_of(index: int | None) -> Device:
+    """Return the GPU of a number, or what stands for one in the interpreter."""
     if index is None:
         return Device(None, 132, 232_448, 0)
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)
     return Device(index, p.multi_processor_count, p.shared_memory_per_block_optin, p.major)
 
 
 def block(n: int, least: int = 16) -> int:
-    """The power of two that holds n, at least ``least``."""
+    """Return the power of two that holds n, at least ``least``."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def new(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> Callable[[], Tensor]:
-    """Makes contiguous tensors, uninitialised, on the current GPU (in the interpreter, the CPU)."""
+    """Return a function that makes contiguous tensors, uninitialised, on the current GPU.
+
+    In the interpreter they are on the CPU.
+    """
     if device.index is None:
         return lambda: torch.empty(shape, dtype=dtype)
     strides = _contiguous_strides(shape)
@@ -78,11 +85,11 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Box:
-    """How a kernel's bulk copies see a tensor: its shape there, and the box that one of them moves.
+    """How a kernel's bulk copies see a tensor.
 
     Args:
-        shape: which may be another than the tensor's own, of as many elements.
-        box: of one bulk copy.
+        shape: the tensor's shape there, which may be another of as many elements.
+        box: the shape that one bulk copy moves.
         strides: ``None`` if contiguous.
         layout: of shared memory, for Gluon kernels.
     """
@@ -98,7 +105,7 @@ class Box:
 
 
 def gluon_box(shape, box, dtype: torch.dtype, strides=None) -> Box:
-    """A box of a half-precision tensor for a Gluon kernel."""
+    """Return a box of a half-precision tensor for a Gluon kernel."""
     return Box(shape, box, strides, _gluon_layout(tuple(box), dtype))
 
 
@@ -111,7 +118,7 @@ def _gluon_layout(box: tuple[int, ...], dtype: torch.dtype):
 
 
 class Descriptor:
-    """Triton's TensorDescriptor without its checks, which cost more than the launch."""
+    """Stand for Triton's TensorDescriptor, without its checks, which cost more than the launch."""
 
     __slots__ = ("base", "block_shape", "layout", "shape", "strides")
     padding = "zero"
@@ -119,7 +126,7 @@ class Descriptor:
 
     def __init__(self, base: Tensor, box: Box):
         if base.numel() != box.count:
-            raise ValueError(f"a tensor of shape {tuple(base.shape)} is no {box.shape}")
+            raise ValueError(f"a tensor of shape {tuple(base.shape)} does not fit {box.shape}")
         self.base = base
         self.shape = box.shape
         self.strides = box.strides
@@ -127,6 +134,7 @@ class Descriptor:
         self.layout = box.layout
 
     def checked(self):
+        """Return Triton's own descriptor."""
         args = (self.base, list(self.shape), list(self.strides), list(self.block_shape))
         if self.layout is None:
             return TensorDescriptor(*args)
@@ -136,7 +144,7 @@ class Descriptor:
 
 
 class StandIn:
-    """For an aligned tensor: all that Triton reads of one to compile."""
+    """Stand for an aligned tensor, with all that Triton reads of one to compile."""
 
     __slots__ = ("count", "dtype")
 
@@ -145,24 +153,30 @@ class StandIn:
         self.count = count
 
     def data_ptr(self) -> int:
+        """Return an address that is aligned."""
         return 0
 
     def numel(self) -> int | None:
+        """Return the number of elements, where it is known."""
         return self.count
 
 
 class Launch:
-    """One kernel with everything but its tensors: for calls of the same sizes, again and again.
+    """Launch one kernel for calls of the same sizes; everything but the tensors is prepared.
 
-    A call goes one of three ways. The first for some dtypes and alignments is Triton's own, which
-    compiles. The first for some tensors has Triton's launcher build the arguments of the native
-    launch function, and keeps them: addresses, encoded descriptors, numbers, no tensor. Every
-    further one with tensors at the same addresses, on the same stream, passes them again. Where
-    Triton is not as :func:`recorder_of` knows it, and while a launch hook is set (a profiler's),
-    Triton's launcher does all of it.
+    A call takes one of three paths:
+
+    1. The first call with some dtypes and alignments goes through Triton, which compiles.
+    2. The first call with some tensors has Triton's launcher build the arguments of the native
+       launch function and keeps them: addresses, encoded descriptors, numbers, but no tensor.
+    3. Every further call with tensors at the same addresses, on the same stream, passes them again.
+
+    Where Triton is not as :func:`recorder_of` knows it, and while a launch hook is set (a
+    profiler's), Triton's launcher does all of it.
 
     Args:
-        kernel: with tensors first, then ``numbers``, then constexpr parameters, ``PDL`` the last.
+        kernel: its parameters are tensors first, then ``numbers``, then constexpr parameters, of
+            which ``PDL`` is the last.
         grid: up to three numbers.
         device: that all tensors will be on.
         numbers: integers.
@@ -173,9 +187,10 @@ class Launch:
             dtypes in every call: they are not looked at. Without ``tensors`` a call brings one for
             each of the kernel's, of any dtype, or ``None``, and they go as pointers. At least
             two.
+        warps, stages: Triton's ``num_warps`` and ``num_stages``.
         dtypes: of a call's tensors, where they are known before it: the kernel starts to compile
             at once, in a thread, for tensors that are aligned to 16 bytes. ``None`` for a tensor
-            that is none.
+            that is not there.
     """
 
     __slots__ = (
@@ -215,24 +230,26 @@ class Launch:
         self.tensors = tensors
         if tensors is not None:
             self.used = operator.itemgetter(*sorted({t[0] for t in tensors if t is not None}))
-        self.compiled = {}
-        known = dtypes is not None and self.device is not None
-        self.ahead = self._compile_ahead(dtypes, numbers) if known else None
+        self.compiled: dict[tuple, tuple] = {}
+        self.ahead: Ahead | None = None
+        if dtypes is not None and self.device is not None:
+            self.ahead = self._compile_ahead(self.device, dtypes, numbers)
 
-    def _compile_ahead(self, dtypes, numbers) -> Ahead | None:
-        """Starts to compile, unless the same was begun for another size."""
+    def _compile_ahead(self, device: int, dtypes: tuple, numbers: tuple) -> Ahead | None:
+        """Start to compile, unless the same was begun for another size."""
         rest = self.arguments[len(numbers) :]
         kinds = [(n == 1, n % 16 == 0) for n in numbers]  # what Triton compiles apart
-        variant = (id(self.kernel), self.device, rest, *self.options.values(), dtypes, *kinds)
+        variant = (id(self.kernel), device, rest, *self.options.values(), dtypes, *kinds)
         if variant not in _begun:
             counts = {i: box.count for i, box in filter(None, self.tensors or ()) if box}
             tensors = [d and StandIn(d, counts.get(i)) for i, d in enumerate(dtypes)]
             with contextlib.suppress(Exception):  # Triton is not as known, or the launch will tell
                 arguments = self._triton_arguments(tensors)
-                _begun[variant] = Ahead(self.kernel, self.device, arguments, self.options)
+                _begun[variant] = Ahead(self.kernel, device, arguments, self.options)
         return _begun.get(variant)
 
     def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch the kernel with a call's tensors."""
         if self.device is None:
             self._by_triton(tensors)
             return
@@ -267,7 +284,7 @@ class Launch:
         return tuple([which and argument(*which) for which in self.tensors])
 
     def _prepare(self, key: tuple, stream: int, tensors) -> None:
-        """Launches, and keeps what the next launch of the same tensors needs."""
+        """Launch, and keep what the next launch of the same tensors needs."""
         given = tensors if self.tensors is None else self.used(tensors)
         _check_device(given, self.device)
         kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given])
@@ -304,14 +321,14 @@ MOST_READY = 4096
 
 
 def _hooked() -> bool:
-    """Whether anyone wants to hear of launches: a function, or a chain of them that has some."""
+    """Return whether anyone listens to launches: a function, or a chain of them that has some."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def _check_device(tensors, index: int) -> None:
-    """Addresses are all that the native launch function gets; it cannot tell whose they are."""
+def _check_device(tensors, index: int | None) -> None:
+    """Raise ValueError for a tensor elsewhere: the native launch function gets addresses alone."""
     for t in tensors:
         if t is not None and (t.device.type != "cuda" or t.device.index != index):
             raise ValueError(
@@ -337,10 +354,11 @@ _LAUNCHER = {
 
 
 class Recorder:
-    """A copy of Triton's launcher that ends in a list instead of the native launch function.
+    """Record what Triton's launcher would pass to the native launch function.
 
-    Called as the launcher is, it returns what that would pass to ``native``: descriptors have
-    become the 128 bytes that the hardware reads, tensors are still tensors.
+    It is a copy of the launcher that ends in a list. Called as the launcher is, it returns what
+    that would pass to ``native``: descriptors have become the 128 bytes that the hardware reads,
+    tensors are still tensors.
     """
 
     def __init__(self, run, native: Callable, launch: Callable, calls: list):
@@ -351,13 +369,14 @@ class Recorder:
         self.lock = threading.Lock()
 
     def __call__(self, *args) -> tuple:
+        """Return the native function's arguments."""
         with self.lock:
             self.run(*args)
             return self.calls.pop()
 
 
 def recorder_of(run) -> Recorder | None:
-    """A recorder for the launcher of a compiled kernel (Triton's ``CudaLauncher``).
+    """Return a recorder for the launcher of a compiled kernel (Triton's ``CudaLauncher``).
 
     Returns:
         ``None`` where Triton is not as known here, or where a launch cannot be repeated: with
@@ -371,18 +390,19 @@ def recorder_of(run) -> Recorder | None:
         or getattr(run, "gsan_enabled", False)
     ):
         return None
-    calls = []
+    calls: list[tuple] = []
 
     def record(*args):
         calls.append(args)
 
-    native, launch = run.launch, record
+    native: Callable = run.launch
+    launch: Callable = record
     if isinstance(native, types.FunctionType):
         # Encodes descriptors and goes on to the native function, which it knows as `launcher`.
         encode, names = native, native.__code__.co_freevars
         if "launcher" not in names:
             return None
-        cells = list(encode.__closure__)
+        cells = list(encode.__closure__ or ())
         at = names.index("launcher")
         native, cells[at] = cells[at].cell_contents, types.CellType(record)
         code = (encode.__code__, encode.__globals__, encode.__name__, encode.__defaults__)
@@ -391,7 +411,7 @@ def recorder_of(run) -> Recorder | None:
 
 
 def _replaced(value: tuple | list, addresses: dict[int, int]):
-    """Tensors, also those in tuples and lists within, become addresses: none is kept."""
+    """Replace tensors, also those in tuples and lists within, by addresses: none is kept."""
     return type(value)(
         [
             _replaced(v, addresses) if type(v) in (tuple, list) else addresses.get(id(v), v)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of more than one operation compute alike."""
+"""Sums that the Triton kernels of more than one operation share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def kahan_add(acc, lost, value):
-    """acc + value and what rounding takes from it, ``lost``: for sums over many rows or samples."""
+    """Add with Kahan's compensation, for sums over many rows or samples.
+
+    Returns:
+        ``acc + value``, and what rounding took from it, to be passed on as ``lost``.
+    """
     value -= lost
     total = acc + value
     return total, (total - acc) - value
@@ -16,9 +20,9 @@ def kahan_add(acc, lost, value):
 
 @triton.jit
 def sum_parts(parts_ptr, out_ptr, parts, width, o_c, BP: tl.constexpr, BC: tl.constexpr):
-    """out [width], the sum over parts [parts, width] fp32, at the BC columns o_c.
+    """Sum partials [parts, width] fp32 to out [width], at the BC columns o_c.
 
-    BP parts are loaded at once: one after the other, each would wait for the memory.
+    BP partials are loaded at once: one after the other, each would wait for the memory.
     """
     m_c = o_c < width
     acc = tl.zeros((BP, BC), tl.float32)

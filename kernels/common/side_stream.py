@@ -1,4 +1,4 @@
-"""Products of a backward: in the dtype that is wanted, and beside other kernels."""
+"""Matrix products of a backward: in the dtype that is wanted, and on a side stream."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def mm(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """a @ b in ``dtype``, theirs if ``None``.
+    """Multiply a and b; the result is in ``dtype``, theirs if ``None``.
 
     Gradients in fp32 of operands in half precision leave the product as they were summed: neither
-    rounded on the way, nor widened in a pass of their own.
+    rounded on the way, nor widened by a kernel of their own.
     """
     if dtype in (None, a.dtype):
         return torch.mm(a, b, out=out)
@@ -24,7 +24,7 @@ def mm(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, out: Tensor | Non
 
 
 class Branch:
-    """Matrix products beside the current stream where a CUDA graph is captured, else on it.
+    """Run matrix products on a side stream where a CUDA graph is captured, else on the current.
 
     In the graph they are a branch of their own: its kernels take the multiprocessors that those of
     the other branch leave idle, at their beginnings and ends and in small grids. Eager calls wait
@@ -35,19 +35,19 @@ class Branch:
     """
 
     def __init__(self, device: torch.device):
-        self.stream = None
+        self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.stream = _stream(device.index, threading.get_ident())
         self.held: list[Tensor] = []
 
     @property
     def beside(self) -> bool:
-        """Whether products are beside the current stream."""
+        """Whether products run on a side stream."""
         return self.stream is not None
 
     def mm(self, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """:func:`mm`, to be read after :meth:`join` only."""
-        if not self.beside:
+        """Multiply as :func:`mm` does; the result may be read after :meth:`join` only."""
+        if self.stream is None:
             return mm(a, b, dtype)
         # Of the current stream, as all that outlives the branch.
         out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
@@ -58,8 +58,8 @@ class Branch:
         return out
 
     def join(self) -> None:
-        """Has the current stream wait for all products."""
-        if self.held:
+        """Have the current stream wait for all products."""
+        if self.stream is not None and self.held:
             torch.cuda.current_stream().wait_stream(self.stream)
             self.held.clear()
 

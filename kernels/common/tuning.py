@@ -1,4 +1,4 @@
-"""Launch configurations that measurements chose.
+"""Block sizes that measurements chose.
 
 Without them every launch follows a rule: nothing is measured in a training loop. ``fastadapt bench
 --tune`` measures on request and keeps its choices in a file, by GPU, operation and size.
@@ -18,7 +18,7 @@ import torch
 
 
 def path() -> Path:
-    """Where choices are kept: $FASTADAPT_TUNING, else fastadapt/tuning.json in the user's cache."""
+    """Return where choices are kept: $FASTADAPT_TUNING, else fastadapt/tuning.json in the cache."""
     named = os.environ.get("FASTADAPT_TUNING")
     if named:
         return Path(named)
@@ -27,12 +27,13 @@ def path() -> Path:
 
 
 def key(operation: str, device: int, sizes: tuple[int, ...]) -> str:
+    """Name a choice by GPU, operation and sizes."""
     return " ".join([torch.cuda.get_device_name(device), operation, "x".join(map(str, sizes))])
 
 
 @contextlib.contextmanager
 def forced(choices: dict[str, dict[str, int]]) -> Iterator[None]:
-    """Within it these choices hold, and no others: how they are measured."""
+    """Have these choices hold, and no others, within the context: how they are measured."""
     global _forced
     before, _forced = _forced, choices
     try:
@@ -45,14 +46,14 @@ _forced: dict[str, dict[str, int]] | None = None
 
 
 def chosen(operation: str, device: int, sizes: tuple[int, ...]) -> dict[str, int]:
-    """The choice for a call of these sizes; empty where nobody has tuned."""
+    """Return the choice for a call of these sizes; empty where nobody has tuned."""
     choices = read() if _forced is None else _forced
     return choices.get(key(operation, device, sizes), {}) if choices else {}
 
 
 @functools.cache
 def read() -> dict[str, dict[str, int]]:
-    """All choices, read once; a file that is broken is named and passed over."""
+    """Read all choices, once; a file that is broken is named in a warning and passed over."""
     file = path()
     try:
         choices = json.loads(file.read_text(encoding="utf-8"))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -103,12 +105,15 @@ def replaced(original: Callable, new: Callable) -> Iterator[None]:
         yield
 
 
-def compiled(call: Callable[[], None], capability: int, *, assemble: bool = False) -> list:
+def compiled(
+    call: Callable[[], None], capability: int, *, cache: Path, assemble: bool = False
+) -> list[Compiled]:
     """Compile the kernels that ``call`` launches.
 
     Args:
         call: calls operations with CPU tensors and ``backend="triton"``.
         capability: the compute capability, times ten.
+        cache: folder for what Triton keeps: what ends at PTX must not lie where others look.
         assemble: have ptxas make machine code, too, which finds what the GPU cannot do.
 
     Returns:
@@ -136,6 +141,7 @@ def compiled(call: Callable[[], None], capability: int, *, assemble: bool = Fals
         return kernel
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(cache)))
         if not assemble:
             stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda *args: b""))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_instead))
@@ -161,7 +167,9 @@ def normalized(ptx: str) -> str:
     return re.sub(r"\n\s*\n+", "\n", ptx).strip() + "\n"
 
 
-# The grid of calls.
+# The grid of calls: an operation below, its arguments and its options.
+
+Call = tuple[Callable[..., None], tuple, dict]
 
 
 def _step(function: Callable, args: list, needs: list[bool] | None = None, **options) -> None:
@@ -295,13 +303,14 @@ def _only(*numbers: int, of: int = 7) -> list[bool]:
     return [i in numbers for i in range(of)]
 
 
-def calls(*, small: bool = False) -> dict[str, Callable[[], None]]:
-    """The calls whose kernels are compiled, by name.
+def calls(*, small: bool = False, few: bool = False) -> dict[str, Callable[[], None]]:
+    """Return the calls whose kernels are compiled, by name.
 
     Args:
-        small: a few that between them launch every kernel, else many sizes, dtypes and forms.
+        small: those that between them launch every kernel, else many sizes, dtypes and forms.
+        few: those with the largest kernels of each operation.
     """
-    chosen = _SMALL if small else _SMALL + _MORE
+    chosen = _FEW if few else _FEW + _SMALL if small else _FEW + _SMALL + _MORE
     named = {}
     for operation, args, options in chosen:
         described = [str(a).removeprefix("torch.") for a in args]
@@ -312,31 +321,34 @@ def calls(*, small: bool = False) -> dict[str, Callable[[], None]]:
     return named
 
 
-_SMALL = [
+_FEW: list[Call] = [
     (cluster_attention, (64, 197, 768, 256, 20, BF16), {}),  # Hopper's kernels, two groups
+    (quaternion_linear, (8, 64, 64, BF16), {}),
+    (quaternion_linear, (4096, 256, 128, BF16), {}),  # Hopper's kernel
+    (layer_norm, (8, 197, 768, BF16), {}),
+    (layer_norm_twice, (8, 197, 768, BF16), {}),
+    (layer_norm_mean, (8, 197, 768, BF16), {}),
+    (residual_mlp, (12608, 768, 3072, BF16), {}),  # Hopper's kernel
+]
+
+_SMALL: list[Call] = [
     (cluster_attention, (256, 49, 512, 128, 20, FP16, FP32), {}),  # a sample for each group
     (cluster_attention, (1, 197, 768, 64, 20, BF16), {}),
     (cluster_attention, (2, 33, 63, 60, 33, BF16), {}),  # padded
     (cluster_attention, (8, 197, 768, 256, 20, FP32), {}),
     (cluster_attention, (8, 196, 384, 0, 20, BF16), {}),
     (mixed_transforms, (8, 512, 20, 128 * 128, FP32), {}),
-    (quaternion_linear, (8, 64, 64, BF16), {}),
     (quaternion_linear, (33, 63, 30, FP16), {"groups": 2, "rotation": True, "scale": True}),
-    (quaternion_linear, (4096, 256, 128, BF16), {}),  # Hopper's kernel
     (quaternion_linear, (4096, 256, 128, FP16, FP32), {"zero_half": True}),
     (quaternion_linear, (20, 33, 17, FP32), {"zero_half": True}),
-    (layer_norm, (8, 197, 768, BF16), {}),
     (layer_norm, (3, 17, 1000, FP32), {}),
-    (layer_norm_twice, (8, 197, 768, BF16), {}),
-    (layer_norm_mean, (8, 197, 768, BF16), {}),
     (add_layer_norm, (1576, 768, FP32, FP32, BF16), {}),
     (residual_mlp, (1000, 384, 1536, BF16), {}),
-    (residual_mlp, (12608, 768, 3072, BF16), {}),  # Hopper's kernel
     (residual_mlp, (700, 63, 65, FP32), {}),
     (linear_gelu, (12608, 768, 3072, FP16), {}),
 ]
 
-_MORE = [
+_MORE: list[Call] = [
     (cluster_attention, (40, 197, 768, 64, 20, FP16), {}),  # one group
     (cluster_attention, (127, 197, 768, 128, 20, BF16), {}),  # three groups
     (cluster_attention, (127, 197, 1024, 256, 100, BF16, FP32), {}),

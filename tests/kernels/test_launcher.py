@@ -237,7 +237,7 @@ def test_a_launcher_that_is_not_as_known_is_left_to_itself(changes):
 def test_a_tensor_of_another_size_or_device_is_refused(monkeypatch):
     run = described(described_kernel())
     x, y = (torch.zeros(n, dtype=torch.float16) for n in (48, 10))
-    with pytest.raises(ValueError, match=r"\(47,\) is no \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"\(47,\) does not fit \(6, 8\)"):
         run(x[:47], y)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is on cpu; expected cuda:0"):
@@ -307,7 +307,7 @@ def test_first_forms_are_written_one_by_one_and_the_rest_side_by_side(monkeypatc
             self.ASTSource().make_ir(self)
             go_on.wait(10)  # what follows is done side by side
 
-    monkeypatch.setattr(ahead, "_places", threading.Semaphore(4))
+    monkeypatch.setattr(ahead, "_slots", threading.Semaphore(4))
     written, go_on = [], threading.Barrier(4)
     kernels = [Writes(["*fp16"]) for _ in range(4)]
     for thread in [described(kernel, dtypes=DTYPES).ahead for kernel in kernels]:

@@ -1,0 +1,106 @@
+"""Which backend runs a call, on which GPU, and that kernels compile for each of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastadapt.kernels import BackendError, cluster_attention
+from fastadapt.kernels.common import dispatch
+from tests.helpers.kernel_checks import INTERPRETING
+
+X = torch.ones(2, 3, 3)
+HOPPER = {
+    "hopper_project_kernel",
+    "hopper_transform_kernel",
+    "hopper_project_backward_kernel",
+    "hopper_expand_backward_kernel",
+    "hamilton_product_kernel",
+    "product_gelu_kernel",
+}
+ARGS = (X, torch.ones(3, 2), torch.ones(2, 3, 3))
+
+
+def test_an_operation_is_a_function_whatever_was_imported():
+    import importlib
+
+    import fastadapt.kernels
+
+    for name in ("cluster_attention", "quaternion_linear", "layer_norm", "residual_mlp"):
+        importlib.import_module(f"fastadapt.kernels.{name}.op")
+        assert callable(getattr(fastadapt.kernels, name)), name
+    assert fastadapt.kernels.cluster_attention is cluster_attention
+
+
+@pytest.mark.parametrize("value", ["", "tritn", "Triton", "cuda"])
+def test_a_wrong_environment_variable_is_named(value, monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", value)
+    message = f"FASTADAPT_BACKEND is '{value}'; expected one of auto, triton, reference"
+    with pytest.raises(BackendError, match=message):
+        cluster_attention(*ARGS)
+    # What the caller names is not the environment's.
+    assert cluster_attention(*ARGS, backend="reference").shape == X.shape
+
+
+@pytest.mark.parametrize("value", ["", "tritn"])
+def test_a_wrong_argument_is_named(value):
+    with pytest.raises(ValueError, match=f"^backend is '{value}'; expected one of auto"):
+        cluster_attention(*ARGS, backend=value)
+
+
+def test_the_environment_variable_takes_the_place_of_auto(monkeypatch):
+    for value in dispatch.BACKENDS:
+        monkeypatch.setenv("FASTADAPT_BACKEND", value)
+        expected = "reference" if value == "reference" else "triton"
+        assert dispatch.choose_backend("auto", None) == expected
+    assert dispatch.choose_backend("triton", None) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((7, 5), None, "compute capability 7.5; they need 8.0"),
+        ((8, 0), None, None),
+        ((8, 6), None, None),
+        ((8, 9), None, None),
+        ((9, 0), None, None),
+        ((10, 0), None, None),
+        ((12, 0), None, None),
+        ((9, 4), "6.4.43482", "ROCm 6.4.43482"),  # an MI300
+        ((11, 0), "7.0.0", "ROCm 7.0.0"),  # an RX 7900
+    ],
+)
+def test_which_gpus_the_kernels_run_on(capability, hip, reason):
+    found = dispatch.why_not_gpu(capability, hip)
+    assert found is None if reason is None else reason in found
+
+
+def test_what_a_gpu_has():
+    pytest.importorskip("triton")
+    from fastadapt.kernels.common.launcher import Device
+
+    found = {
+        major: (device.has_warp_group_products, device.has_dependent_launch)
+        for major in (0, 8, 9, 10, 12)
+        for device in [Device(0, 132, 232_448, major)]
+    }
+    neither, both = (False, False), (True, True)
+    later = (False, True)
+    assert found == {0: neither, 8: neither, 9: both, 10: later, 12: later}
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_kernels_compile_without_the_gpu(capability, tmp_path):
+    """To machine code, where the GPU has shared memory enough; tools/compare_ptx.py does more."""
+    pytest.importorskip("triton")
+    from tests.helpers import compiled_kernels as gpus
+
+    device_has = gpus.GPUS[capability][1]
+    kernels = set()
+    for name, call in gpus.calls(few=True).items():
+        for launch in gpus.compiled(call, capability, assemble=True, cache=tmp_path):
+            assert launch.shared <= device_has, (name, launch.kernel, launch.shared)
+            kernels.add(launch.kernel)
+    assert len(kernels) >= 12
+    assert kernels & HOPPER == (HOPPER if capability == 90 else set())
