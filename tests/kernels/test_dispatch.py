@@ -21,17 +21,6 @@ HOPPER = {
 ARGS = (X, torch.ones(3, 2), torch.ones(2, 3, 3))
 
 
-def test_an_operation_is_a_function_whatever_was_imported():
-    import importlib
-
-    import fastadapt.kernels
-
-    for name in ("cluster_attention", "quaternion_linear", "layer_norm", "residual_mlp"):
-        importlib.import_module(f"fastadapt.kernels.{name}.op")
-        assert callable(getattr(fastadapt.kernels, name)), name
-    assert fastadapt.kernels.cluster_attention is cluster_attention
-
-
 @pytest.mark.parametrize("value", ["", "tritn", "Triton", "cuda"])
 def test_a_wrong_environment_variable_is_named(value, monkeypatch):
     monkeypatch.setenv("FASTADAPT_BACKEND", value)
