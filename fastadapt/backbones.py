@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapt.checkpoint_reader import read_state_dict
 from fastadapt.config import Layout
 from fastadapt.errors import InputError, nearest
-from fastadapt.files import check_finite, read_state_dict
+from fastadapt.weights_match import load_weights, pooling_options
 
 FeatureFn = Callable[[nn.Module, Tensor], Tensor]
 MOST_VALUES = 2**27  # of one image or volume: [1, 512, 512, 512], say
@@ -79,6 +80,7 @@ def create_backbone(
     weights: str | None = None,
     image_size: int | None = None,
     num_classes: int | None = 0,
+    state: dict[str, Tensor] | None = None,
     weights_name: str = "weights",
 ) -> nn.Module:
     """Make a timm model, without its classifier unless ``num_classes`` says otherwise.
@@ -89,6 +91,7 @@ def create_backbone(
         weights: a local file of weights (.safetensors, .pth); classifier weights in it are unused.
         image_size: for models that are built for one size (ViT, Swin).
         num_classes: of the classifier; timm's own if ``None``.
+        state: a state dict that is going to be loaded, for what the way of pooling decides.
         weights_name: what error messages call ``weights``.
 
     Raises:
@@ -105,6 +108,10 @@ def create_backbone(
     kwargs: dict[str, Any] = {"pretrained": pretrained and weights is None}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    if weights is not None:
+        state = read_state_dict(weights)
+    if state is not None:
+        kwargs |= pooling_options(state)
     try:
         if image_size is not None:
             try:
@@ -127,34 +134,9 @@ def create_backbone(
             f"the weights of {name!r} could not be downloaded ({reason}). "
             f"Give a local file with `{weights_name}=...`."
         ) from None
-    if weights is not None:
-        load_backbone_weights(model, read_state_dict(weights), weights)
+    if weights is not None and state is not None:
+        load_weights(model, state, weights, name=name, head=False)
     return model
-
-
-def load_backbone_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load weights into a backbone and ignore those of a classifier that it does not have.
-
-    Raises:
-        InputError: a tensor is missing, has another shape, or is not finite.
-    """
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    if missing:
-        raise InputError(
-            f"{source} lacks {len(missing)} of the backbone's {len(own)} tensors, {missing[0]!r} "
-            f"first. It holds, for example, {next(iter(state), 'nothing')!r}: is it another model?"
-        )
-    for key, tensor in own.items():
-        if state[key].shape != tensor.shape:
-            raise InputError(
-                f"{source}: {key} has shape {tuple(state[key].shape)}; "
-                f"the backbone expects {tuple(tensor.shape)}"
-            )
-    state = {key: state[key] for key in own}
-    check_finite(state, source)
-    model.load_state_dict(state)
 
 
 def image_tower(model: nn.Module) -> Tower:

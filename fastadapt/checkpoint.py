@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel, adapt
+from fastadapt.checkpoint_reader import find_state_dict
+from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.files import (
@@ -308,15 +310,23 @@ _ADAPTER_KEY = re.compile(
 )
 
 
+# Where timm has the classifier, which upstream's backbone keeps and its forward pass never reaches.
+_BACKBONE_CLASSIFIER = re.compile(r"(head|head\.fc|fc|classifier|head_dist)\.(weight|bias)")
+
+
 def convert_cladapter_state_dict(
-    upstream: dict[str, Tensor], part: Literal["backbone", "adapter", "head"] | None = None
+    upstream: dict[str, Any] | str | Path,
+    part: Literal["backbone", "adapter", "head"] | None = None,
 ) -> dict[str, Tensor]:
     """Rename a checkpoint of the paper's code (qklee-lz/CLAdapter) to this library's keys.
 
     Args:
-        upstream: the whole state dict (``backbone.*``, ``post.*``, ``head.*``), or its adapter
-            alone, with or without the prefixes ``module.``, ``post.`` and ``CLAdapter_layers.``.
-            ``attn.proj``, which upstream saves and never uses in channel mode, is dropped.
+        upstream: a file of upstream's trainer, or what it holds: the whole state dict
+            (``backbone.*``, ``post.*``, ``head.*``), alone or below ``"state_dict"``, or its
+            adapter alone, with or without the prefixes ``module.``, ``post.`` and
+            ``CLAdapter_layers.``. ``attn.proj``, which upstream saves and never uses in channel
+            mode, is dropped, and so is the backbone's own classifier (``backbone.head.*``), which
+            upstream keeps and never calls.
         part: ``None`` for the keys of an adapted model; ``"adapter"`` for those of
             :class:`fastadapt.CLAdapter` alone (likewise ``"backbone"``, ``"head"``).
 
@@ -330,9 +340,15 @@ def convert_cladapter_state_dict(
     if part not in (None, "backbone", "adapter", "head"):
         raise InputError(f"part is {part!r}; expected 'backbone', 'adapter', 'head' or None")
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "adapter": {}, "head": {}}
-    for original, tensor in upstream.items():
-        key = original.removeprefix("module.")
+    if isinstance(upstream, dict):
+        state = find_state_dict(upstream, "the checkpoint").state
+    else:
+        state = read_foreign(upstream).state
+    for original, tensor in state.items():
+        key = original
         where, _, rest = key.partition(".")
+        if where == "backbone" and _BACKBONE_CLASSIFIER.fullmatch(rest):
+            continue
         if where in ("backbone", "head"):
             parts[where][rest] = tensor
             continue
@@ -342,7 +358,7 @@ def convert_cladapter_state_dict(
         if re.fullmatch(r"blocks\.\d+\.attn\.proj\.(weight|bias)", key):
             block = key.partition(".attn.")[0]
             renamed = f"{block.replace('blocks', 'da_resblocks')}.attn.down_layer.weight"
-            if not any(name.endswith(renamed) for name in upstream):
+            if not any(name.endswith(renamed) for name in state):
                 raise InputError(
                     f"{original}: this checkpoint is of upstream's token mode, which ends in a "
                     "projection that fastadapt's token mode does not have"
@@ -357,7 +373,7 @@ def convert_cladapter_state_dict(
     if part is not None:
         if not parts[part]:
             raise InputError(
-                f"the checkpoint has no {part}; its first key is {next(iter(upstream), None)!r}"
+                f"the checkpoint has no {part}; its first key is {next(iter(state), None)!r}"
             )
         return parts[part]
     return {f"{name}.{key}": t for name, sub in parts.items() for key, t in sub.items()}

@@ -28,9 +28,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastadapt.checkpoint import load_adapter
+from fastadapt.checkpoint_reader import read_state_dict
 from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
-from fastadapt.files import read_json, read_state_dict, write_json, write_tensors, write_text
+from fastadapt.files import read_json, write_json, write_tensors, write_text
 from fastadapt.info import versions
 
 BACKBONE = "tf_efficientnet_lite0"

@@ -152,36 +152,6 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ) from None
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read weights from a .safetensors, .pth, .pt or .bin file, never running code from it.
-
-    A state dict nested under ``state_dict``, ``model`` or ``model_state_dict`` is unpacked.
-
-    Raises:
-        InputError: the file is missing or damaged, needs unpickling of more than tensors, or
-            holds no state dict.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{path} cannot be read as weights alone ({reason}). Files that need more than tensors "
-            "unpickled could run code and are refused: save model.state_dict() and give that."
-        ) from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(value, dict) and isinstance(value.get(key), dict):
-            value = value[key]
-    if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
-        raise InputError(f"{path} holds no state dict (names to tensors)")
-    return value
-
-
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """Refuse tensors that hold NaN or infinity.
 

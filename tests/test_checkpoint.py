@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+from argparse import Namespace
 
 import pytest
 import timm
@@ -349,6 +350,23 @@ class TestUpstream:
         ours.load_state_dict(fa.convert_cladapter_state_dict(state))
         x = images(ours)
         torch.testing.assert_close(ours.eval()(x), upstream(x), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+    def test_a_file_of_upstreams_trainer(self, name, tmp_path):
+        """With optimizer, arguments and timm's classifier, which upstream keeps and never calls."""
+        backbone = timm.create_model(name).eval()
+        ours = fa.adapt(timm.create_model(name, num_classes=0), fa.AdaptConfig(**SMALL), 3)
+        dim, skip = ours.spec.dim, ours.spec.num_prefix_tokens
+        sizes = {"depth": 1, "centers": 3, "rank": 8, "mlp_ratio": 0.5}
+        upstream = UpstreamModel(backbone, dim, 3, skip, **sizes).eval()
+        state = {f"module.{k}": v for k, v in upstream.state_dict().items()}
+        optimizer = torch.optim.AdamW(upstream.parameters()).state_dict()
+        content = {"state_dict": state, "optimizer": optimizer, "args": Namespace(lr=0.1)}
+        torch.save({**content, "epoch": 3, "max_accuracy": 0.5}, tmp_path / "best.pth")
+        ours.load_state_dict(fa.convert_cladapter_state_dict(tmp_path / "best.pth"))
+        x = images(ours)
+        torch.testing.assert_close(ours.eval()(x), upstream(x), rtol=1e-5, atol=1e-5)
+        assert not any("backbone.head.fc" in k for k in fa.convert_cladapter_state_dict(content))
 
     @pytest.mark.parametrize("prefix", ["post.", "module.post.", "", "module."])
     def test_the_adapter_alone_under_any_prefix(self, prefix):

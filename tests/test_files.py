@@ -81,16 +81,6 @@ def test_hash_depends_on_values_names_and_shapes_only(tmp_path):
     assert files.sha256_tensors(a) != files.sha256_tensors({"z": a["x"], "y": a["y"]})
 
 
-def test_state_dicts_are_unpacked_and_anything_else_refused(tmp_path):
-    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "a.pth")
-    assert set(files.read_state_dict(tmp_path / "a.pth")) == {"w"}
-    torch.save([1, 2], tmp_path / "b.pth")
-    with pytest.raises(InputError, match="no state dict"):
-        files.read_state_dict(tmp_path / "b.pth")
-    with pytest.raises(InputError, match="does not exist"):
-        files.read_state_dict(tmp_path / "c.pth")
-
-
 @pytest.mark.parametrize(
     "encoding",
     ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"],

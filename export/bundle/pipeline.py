@@ -187,6 +187,8 @@ def export_timm(
     image_size: int | None = None,
     images: str | Path | None = None,
     class_names: Sequence[str] | None = None,
+    checkpoint_key: str | None = None,
+    features: bool = False,
     console: Console | None = None,
     **settings: Any,
 ) -> ExportResult:
@@ -200,6 +202,8 @@ def export_timm(
         weights: a local file of the weights that ``peft`` was trained on.
         image_size: for models that are built for one size.
         class_names: of the outputs; numbers if ``None``.
+        checkpoint_key: which state dict of the file is meant, where it holds several.
+        features: without a classifier, even if the file holds one.
         images: a folder of images for the parity check and the golden samples. Without one they
             are synthetic, and the manifest says so.
         console: where progress is shown; nowhere if ``None``.
@@ -221,6 +225,9 @@ def export_timm(
             weights=weights,
             image_size=image_size,
             class_names=class_names,
+            checkpoint_key=checkpoint_key,
+            features=features,
+            tell=lambda line: export.console.print(f"  {escape(line)}"),
         )
     return export.run(trained, samples or synthetic_samples(trained.preprocess))
 

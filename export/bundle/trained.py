@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
-from fastadapt.backbones import create_backbone, load_backbone_weights
+from fastadapt.backbones import create_backbone
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
+from fastadapt.checkpoint_reader import read_checkpoint
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.files import (
     read_json,
-    read_state_dict,
     read_tensors,
     sha256_file,
     sha256_tensors,
@@ -29,6 +29,7 @@ from fastadapt.gdpl.checkpoint import load_gdpl
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.lora import load_peft, replaced_parameters
+from fastadapt.weights_match import load_weights, meta_model
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,9 @@ def load_timm(
     weights: str | Path | None = None,
     image_size: int | None = None,
     class_names: Sequence[str] | None = None,
+    checkpoint_key: str | None = None,
+    features: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Trained:
     """Load a timm model as it is, fine-tuned, or with a LoRA that PEFT trained; without a run.
 
@@ -176,9 +180,13 @@ def load_timm(
         weights: a local file of the weights that ``peft`` was trained on; timm's if ``None``.
         image_size: for models that are built for one size.
         class_names: of the outputs; numbers if ``None``.
+        checkpoint_key: which state dict of the file is meant, where it holds several.
+        features: without a classifier, even if the file holds one.
+        tell: receives a line that says which state dict was taken, where there were several.
 
     Raises:
-        InputError: a file is missing, damaged or of another model; options exclude each other.
+        InputError: a file is missing, damaged or of another model; a classifier is not where the
+            model has its own; options exclude each other.
     """
     if checkpoint is not None and (peft is not None or weights is not None):
         raise InputError(
@@ -186,19 +194,27 @@ def load_timm(
             "weights that the PEFT folder was trained on with --weights"
         )
     file = checkpoint or weights
-    state = None if file is None else read_state_dict(file)
+    if file is None and checkpoint_key is not None:
+        raise InputError("--checkpoint-key chooses in a file: give one with --checkpoint")
+    read = None if file is None else read_checkpoint(file, checkpoint_key)
+    state = None if read is None else read.state
+    num_classes = None if state is None else _classifier_rows(name, state)
     model: Any = create_backbone(
         name,
         pretrained=state is None,
         image_size=image_size,
-        num_classes=None if state is None else _classifier_rows(name, state),
+        num_classes=0 if features else num_classes,
+        state=state,
     )
     if state is not None:
-        load_backbone_weights(model, state, str(file))
+        load_weights(model, state, str(file), name=name, head=not features)
     source: dict[str, Any] = {"timm": name}
     for key, path in (("checkpoint", checkpoint), ("weights", weights)):
-        if path is not None:
-            source[key] = {"file": str(path), "sha256": sha256_file(path)}
+        if path is not None and read is not None:
+            source[key] = {"file": str(path), "sha256": sha256_file(path), "key": read.key}
+            source[key] |= {"candidates": list(read.candidates), "prefix": read.prefix}
+            if read.choice and checkpoint_key is None:
+                tell(f"{path}: {read.choice}")
     if peft is not None:
         _put_peft(model, Path(peft))
         files = ("adapter_config.json", "adapter_model.safetensors")
@@ -239,8 +255,13 @@ def _classifier(config: dict[str, Any]) -> str | None:
 def _classifier_rows(name: str, state: dict[str, Tensor]) -> int:
     """Count the classes of a state dict's classifier; 0 if it has none."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
-    classifier = None if config is None else _classifier(config.to_dict())
-    weight = state.get(f"{classifier}.weight", state.get(f"module.{classifier}.weight"))
+    if config is None:  # a deprecated name, which timm resolves when it makes the model
+        model = meta_model(name)
+        config = None if model is None else model.pretrained_cfg
+    else:
+        config = config.to_dict()
+    classifier = None if config is None else _classifier(config)
+    weight = state.get(f"{classifier}.weight")
     return 0 if weight is None else len(weight)
 
 

@@ -131,6 +131,22 @@ def export(
         Path | None,
         typer.Option(help="Weights of the fine-tuned model, a state dict.", rich_help_panel=MODEL),
     ] = None,
+    checkpoint_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Which state dict of the checkpoint, where it holds several (an EMA beside the "
+            "raw weights).",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features",
+            help="With --backbone: export features, and leave a classifier out.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
     peft: Annotated[
         Path | None,
         typer.Option(help="A folder that PEFT wrote: a LoRA to merge.", rich_help_panel=MODEL),
@@ -257,6 +273,8 @@ def export(
             ("--checkpoint", checkpoint),
             ("--peft", peft),
             ("--image-size", image_size),
+            ("--checkpoint-key", checkpoint_key),
+            ("--features", features or None),
         ):
             if value is not None:
                 raise InputError(f"{option} is for models that --backbone names, not for runs")
@@ -265,7 +283,14 @@ def export(
         if any(domain.values()):
             raise InputError("--domain-input, --domain-features and --domain-weights are for runs")
         export_timm(
-            backbone, out, checkpoint=checkpoint, peft=peft, image_size=image_size, **shared
+            backbone,
+            out,
+            checkpoint=checkpoint,
+            peft=peft,
+            image_size=image_size,
+            checkpoint_key=checkpoint_key,
+            features=features,
+            **shared,
         )
     if triton_repo is not None:
         model = write_repository(out, triton_repo, overwrite=overwrite)

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from fastadapt.checkpoint_reader import find_state_dict
+from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import (
     check_finite,
-    read_state_dict,
     sha256_tensors,
     write_json,
     write_tensors,
@@ -195,22 +196,25 @@ def load_gdpl(
     return model.eval()
 
 
-def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Tensor]) -> GDPLModel:
+def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Any]) -> GDPLModel:
     """Load a checkpoint of the paper's code into a model, in place.
 
     Args:
         model: made with the checkpoint's settings, around the CLIP model and the domain encoder
             that it was trained with.
-        checkpoint: a state dict of upstream's ``CustomCLIP``, or a file of one.
+        checkpoint: a file that upstream's trainer wrote, or what it holds: a state dict of
+            upstream's ``CustomCLIP``, alone or beside optimizer and scheduler.
 
     Raises:
         InputError: the file cannot be read; a part is missing or foreign, or has another shape
             than the model's (another depth, rank, context or domain encoder); it is named.
     """
     where = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
-    if not isinstance(checkpoint, dict):
-        checkpoint = read_state_dict(checkpoint)
-    state = convert_gdpl_state_dict(checkpoint)
+    if isinstance(checkpoint, dict):
+        found = find_state_dict(checkpoint, where)
+    else:
+        found = read_foreign(checkpoint)
+    state = convert_gdpl_state_dict(found.state)
     check_finite(state, where)
     _load_trained(model, state, where)
     return model

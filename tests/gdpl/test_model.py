@@ -49,6 +49,10 @@ def flat(clip):
     return SimpleNamespace(visual=clip.visual, logit_scale=clip.logit_scale, **parts)
 
 
+def epoch_rate(epoch):
+    return 0.5**epoch
+
+
 class TestEqualsUpstream:
     """Logits and every gradient, in fp64, against the looped restatement."""
 
@@ -433,7 +437,18 @@ class TestBadInput:
     def test_an_upstream_file(self, tmp_path):
         clip = clip_model()
         state = upstream_state(clip, WIDTH, 2, 3, 2, 2, 5)
-        torch.save({"state_dict": state, "epoch": 2}, tmp_path / "model.pth.tar-2")
+        # As upstream's trainer saves: dassl keeps optimizer and scheduler beside the weights.
+        weights = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weights], lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, epoch_rate)
+        content = {
+            "state_dict": state,
+            "epoch": 2,
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler,
+            "val_result": None,
+        }
+        torch.save(content, tmp_path / "model.pth.tar-2")
         model = small_model(clip=clip)
         assert load_upstream(model, tmp_path / "model.pth.tar-2") is model
         for name, want in convert_gdpl_state_dict(state).items():

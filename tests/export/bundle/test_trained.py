@@ -129,6 +129,53 @@ class TestLoad:
             load_timm("test_vitt", checkpoint=weights[0] / "tuned.pth")
 
 
+class TestWrongWeights:
+    """A file of another model, or with a head that is not where timm has it."""
+
+    def test_a_deeper_model(self, tmp_path):
+        torch.save(timm.create_model("resnet34", num_classes=3).state_dict(), tmp_path / "f.pth")
+        with pytest.raises(fa.InputError, match=r"layer1\.2\.conv1\.weight.*timm's resnet34"):
+            load_timm("resnet18", checkpoint=tmp_path / "f.pth")
+
+    def test_a_head_under_another_name(self, tmp_path):
+        tuned = timm.create_model("resnet18", num_classes=3)
+        tuned.fc = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(512, 3))
+        torch.save(tuned.state_dict(), tmp_path / "f.pth")
+        with pytest.raises(fa.InputError, match=r"fc\.1\.weight, fc\.1\.bias look like a class"):
+            load_timm("resnet18", checkpoint=tmp_path / "f.pth")
+        headless = load_timm("resnet18", checkpoint=tmp_path / "f.pth", features=True)
+        assert headless.labels == [] and headless.model.num_classes == 0
+
+    def test_a_deprecated_name(self, tmp_path):
+        tuned = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+        torch.save(tuned.state_dict(), tmp_path / "f.pth")
+        found = load_timm("vit_tiny_patch16_224_in21k", checkpoint=tmp_path / "f.pth")
+        assert found.labels == ["0", "1", "2"]
+        assert torch.equal(found.model.head.weight, tuned.head.weight)
+
+    def test_a_vit_trained_on_averaged_tokens(self, tmp_path):
+        torch.manual_seed(0)
+        tuned = timm.create_model(NAME, num_classes=3, img_size=SIZE, global_pool="avg").eval()
+        torch.save(tuned.state_dict(), tmp_path / "f.pth")
+        found = load_timm(NAME, checkpoint=tmp_path / "f.pth", image_size=SIZE)
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(X), tuned(X))
+
+    def test_an_ema_beside_raw_weights(self, tmp_path):
+        raw, ema = timm_model(3), timm_model(3)
+        torch.nn.init.zeros_(ema.head.bias)
+        torch.nn.init.ones_(raw.head.bias)
+        state = {"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}
+        torch.save(state, tmp_path / "f.pth")
+        lines = []
+        found = load_timm(NAME, checkpoint=tmp_path / "f.pth", image_size=SIZE, tell=lines.append)
+        assert not found.model.head.bias.any()
+        assert "'state_dict_ema' was taken, not state_dict" in lines[0]
+        assert found.source["checkpoint"]["key"] == "state_dict_ema"
+        options = {"checkpoint": tmp_path / "f.pth", "checkpoint_key": "state_dict"}
+        assert load_timm(NAME, image_size=SIZE, **options).model.head.bias.all()
+
+
 class TestExport:
     def test_peft_on_images(self, weights, images, tmp_path, monkeypatch, capfd):
         folder, wrapped = weights
@@ -187,6 +234,7 @@ class TestExport:
             (("--backbone", NAME), "--backbone needs --out"),
             (("run", "--backbone", NAME), "one of the two"),
             (("run", "--peft", "x"), "--peft is for models that --backbone names"),
+            (("run", "--features"), "--features is for models that --backbone names"),
             (("--backbone", NAME, "--out", "b", "--domain-input"), "are for runs"),
             (("run", "--input", "float", "--resize"), "give --input uint8"),
             (("run", "--no-normalize"), "give --input float"),
