@@ -27,6 +27,7 @@ class Inert(dict[Any, Any]):
     dump_patches = False  # torch.load asks pickled modules for it
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        """Make one, whatever the arguments."""
         return dict.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,9 +36,11 @@ class Inert(dict[Any, Any]):
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
         return self
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        """Ignore a state."""
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Ignore an item."""
 
     def append(self, item: Any) -> None:
         """Ignore an item."""
@@ -60,7 +63,8 @@ class Mapping(dict[Any, Any]):
 
     __slots__ = ()
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None:
+        """Ignore attributes."""
 
 
 class Rebuild:
@@ -79,6 +83,7 @@ class Rebuild:
         raise pickle.UnpicklingError("a file may not change functions")
 
     def __setstate__(self, state: Any) -> None:
+        """Refuse to be changed."""
         raise pickle.UnpicklingError("a file may not change functions")
 
 
