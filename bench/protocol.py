@@ -149,6 +149,7 @@ class Timeline:
         start: "cold" for the first run on this machine, "warm" for the second.
         seconds: phase to seconds, in the order in which pictures stack them.
         total: seconds from the start of the process to its end.
+        accuracy: of the trained model on the test split, where the command tells it.
     """
 
     job: str
@@ -156,6 +157,7 @@ class Timeline:
     start: str
     seconds: dict[str, float]
     total: float
+    accuracy: float | None = None
 
 
 @dataclass

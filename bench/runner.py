@@ -23,6 +23,7 @@ NAMES = (
     "prompt_learner",
     "training",
     "gdpl",
+    "end_to_end",
     "deployment",
 )
 

@@ -16,13 +16,24 @@ from fastadapt.kernels.common.arithmetic import ceil_div
 from fastadapt.train.plots import save_figure
 
 from ..operation import BOTH
-from ..protocol import METRICS, Record, Result, Results, center
+from ..protocol import METRICS, Record, Result, Results, Timeline, center
 from .tables import best_baseline, ratio
 
 KINDS = {
     "speedup": "Speed-up of every benchmark over its best baseline",
     "size": "Time over size",
     "roofline": "Roofline",
+    "phases": "Phases of whole jobs",
+}
+PHASE_COLORS = {
+    "start": "0.6",
+    "decode": "tab:purple",
+    "features": "tab:cyan",
+    "stage 1": "tab:blue",
+    "stage 2": "tab:orange",
+    "validation": "tab:green",
+    "saving": "tab:red",
+    "other": "0.85",
 }
 COLORS = {
     "ours": "tab:blue",
@@ -52,7 +63,7 @@ def write_plots(path: Path, results: Results) -> list[Path]:
         The pictures that were written.
     """
     written = []
-    figures = (speedups(results), sizes(results), roofline(results))
+    figures = (speedups(results), sizes(results), roofline(results), phases(results))
     for target, figure in zip(paths(path).values(), figures, strict=True):
         if figure is not None:
             save_figure(figure, target)
@@ -160,6 +171,30 @@ def roofline(results: Results) -> Figure | None:
     return figure
 
 
+def phases(results: Results) -> Figure | None:
+    """Draw stacked bars: the phases of whole commands, a panel per job."""
+    jobs: dict[str, list[Timeline]] = {}
+    for result in results.benchmarks.values():
+        for line in result.timelines:
+            jobs.setdefault(line.job, []).append(line)
+    if not jobs:
+        return None
+    heights = [1 + 0.5 * len(lines) for lines in jobs.values()]
+    figure = Figure(figsize=(10, sum(heights) + 1), dpi=120, layout="constrained")
+    figure.suptitle(f"Phases of whole jobs, {_machine(results)}")
+    panels = figure.subplots(len(jobs), 1, squeeze=False, height_ratios=heights)
+    for axes, (job, lines) in zip(panels.flat, jobs.items(), strict=True):
+        _draw_phases(axes, job, lines)
+    shown = {phase for lines in jobs.values() for line in lines for phase in line.seconds}
+    handles = [
+        Line2D([], [], color=color, linewidth=6, label=phase)
+        for phase, color in PHASE_COLORS.items()
+        if phase in shown
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
 @dataclass(frozen=True)
 class _Bar:
     """A speed-up with half the distance that its samples span, over the fastest baseline."""
@@ -235,6 +270,28 @@ def _draw_sizes(axes: Axes, name: str, part: str, records: list[Record]) -> None
         ylabel=f"{METRICS[metric].partition(' of')[0]} in µs",
     )
     axes.grid(alpha=0.3, which="both")
+
+
+def _draw_phases(axes: Axes, job: str, lines: list[Timeline]) -> None:
+    for place, line in enumerate(lines):
+        left = 0.0
+        for phase, color in PHASE_COLORS.items():
+            width = line.seconds.get(phase, 0.0)
+            axes.barh(place, width, left=left, color=color)
+            left += width
+        axes.annotate(
+            f"{line.total:.1f} s",
+            (left, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    labels = [f"{line.provider}, {line.start}" for line in lines]
+    axes.set_yticks(range(len(lines)), labels, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(line.total for line in lines))
+    axes.set(title=job, xlabel="seconds from the start of the command")
 
 
 def _points(results: Results) -> Iterator[_Point]:
