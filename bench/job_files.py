@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastadapt.files import read_state_dict, write_tensors
+from fastadapt.checkpoint_reader import read_state_dict
+from fastadapt.files import write_tensors
 
 CLASSES = ("defective", "functional")
 SHARES = {"train": 1672, "val": 296, "test": 656}  # of elpv-dataset's 2,624 images
