@@ -198,6 +198,11 @@ def floor(flops: float, moved: float) -> float:
     return max(flops / limit["flops"], moved / limit["bytes"]) * 1e6
 
 
+def four_digits(value: float) -> float:
+    """Round to four significant digits, so that a slow or busy machine's rate is no 0."""
+    return float(f"{value:.4g}")
+
+
 def environment(command: str) -> Environment:
     """Return commit, machine and versions, without which a result means nothing.
 
@@ -215,8 +220,8 @@ def environment(command: str) -> Environment:
         commit=_commit(),
         gpu=torch.cuda.get_device_name() if cuda else None,
         dtype=str(dtype()).removeprefix("torch."),
-        copy_rate=round(limit["bytes"] / 1e12, 3),
-        product_rate=round(limit["flops"] / 1e12, 1),
+        copy_rate=four_digits(limit["bytes"] / 1e12),
+        product_rate=four_digits(limit["flops"] / 1e12),
         versions=versions(),
         machine=machine,
     )

@@ -106,3 +106,8 @@ def test_the_floor_is_the_larger_time(monkeypatch):
     monkeypatch.setattr(harness, "ceilings", lambda: {"flops": 1e12, "bytes": 1e9})
     assert harness.floor(1e12, 1e6) == pytest.approx(1e6)
     assert harness.floor(1e6, 1e9) == pytest.approx(1e6)
+
+
+@pytest.mark.parametrize("rate", [4.567e-7, 0.03, 2.4251, 795.24])
+def test_rates_keep_four_digits(rate):
+    assert harness.four_digits(rate) == pytest.approx(rate, rel=1e-3)

@@ -31,7 +31,7 @@ def interrupted(after, *args):
     # Until main() has taken over there is nothing to be tested.
     time.sleep(after)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=500)
     return process.returncode, out, err
 
 

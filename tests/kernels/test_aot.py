@@ -45,7 +45,7 @@ def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{2 * len(CASES)} passed" in done.stdout
 

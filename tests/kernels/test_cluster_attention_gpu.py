@@ -149,7 +149,7 @@ def test_gpu_first_call(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     for kernels in ("compiled", "from the cache"):
         command = [sys.executable, "-c", FIRST_CALL]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         print(kernels, done.stdout, sep="\n")
 

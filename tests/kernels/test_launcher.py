@@ -269,7 +269,7 @@ def test_what_is_compiled_ahead_is_what_the_launch_asks_for():
 
 def test_of_an_operation_every_kernel_is_compiled_ahead():
     command = [sys.executable, "-m", "tools.compile_ahead"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     counts = re.findall(r"(\d+) ahead, (\d+) by launch", done.stdout)
     assert len(counts) == 14 and all(n != "0" and m == "0" for n, m in counts), done.stdout
@@ -282,12 +282,12 @@ def test_a_launch_waits_for_what_is_being_compiled():
 
     def warmup(*args, **options):
         begun.set()
-        go_on.wait(10)
+        go_on.wait(100)
         events.append("compiled")
 
     kernel.warmup = warmup
     run = described(kernel, dtypes=DTYPES)
-    begun.wait(10)
+    begun.wait(100)
     threading.Timer(0.05, go_on.set).start()
     run(*halves())
     events.append("launched")
@@ -305,7 +305,7 @@ def test_first_forms_are_written_one_by_one_and_the_rest_side_by_side(monkeypatc
 
         def warmup(self, *args, **options):
             self.ASTSource().make_ir(self)
-            go_on.wait(10)  # what follows is done side by side
+            go_on.wait(100)  # what follows is done side by side
 
     monkeypatch.setattr(ahead, "_slots", threading.Semaphore(4))
     written, go_on = [], threading.Barrier(4)

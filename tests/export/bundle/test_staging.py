@@ -65,14 +65,14 @@ class TestTarget:
     def test_a_kill_in_the_middle_leaves_no_half_bundle(self, run, tmp_path, how, quick):
         code = (
             "import sys, time; from fastadapt.export.bundle import material\n"
-            "def slow(folded, path, **kwargs): path.touch(); time.sleep(60)\n"
+            "def slow(folded, path, **kwargs): path.touch(); time.sleep(600)\n"
             "material.export_onnx = slow\n"
             "from fastadapt import cli; cli.main()"
         )
         args = [sys.executable, "-c", code, "export", str(run), "--out", str(tmp_path / "b")]
         process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not list(tmp_path.glob(".b.*/model.onnx")) and time.monotonic() < deadline:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.1)
@@ -80,7 +80,7 @@ class TestTarget:
             with staging(tmp_path / "b"):
                 assert list(tmp_path.glob(".b.*/model.onnx"))
             process.send_signal(how)
-            _, error = process.communicate(timeout=60)
+            _, error = process.communicate(timeout=300)
         finally:
             process.kill()
         assert not (tmp_path / "b").exists()
