@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,7 +225,7 @@ def _check_backbone(
     )
 
 
-def _cast(model: AdaptedModel, dtypes: dict[str, str]) -> None:
+def _cast(model: AdaptedModel, dtypes: Mapping[str, str]) -> None:
     for name, tensor in frozen_state(model).items():
         wanted = DTYPES.get(dtypes.get(name, dtypes.get("", "")))
         if wanted is not None and _is_float(tensor):

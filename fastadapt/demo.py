@@ -9,6 +9,7 @@ every part of it.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -207,7 +208,7 @@ def linear_probe(run_folder: Path) -> dict[str, Any]:
         )
 
     scores = {c: fitted(c, "train").score(x["val"], y["val"]) for c in (1e-3, 1e-2, 1e-1, 1.0)}
-    best = max(scores, key=scores.get)
+    best = max(scores, key=lambda c: scores[c])
     predicted = fitted(best, "train", "val").predict(x["test"])
     return {
         "accuracy": float(accuracy_score(y["test"], predicted)),
@@ -255,7 +256,7 @@ def pytorch_speed(run_folder: Path, batches: Iterable[int]) -> dict[int, float]:
         for batch in batches:
             images = torch.rand(batch, *model.spec.input_size)
             images = images.to(memory_format=torch.channels_last)
-            speeds[batch] = throughput(lambda x=images: model(x), batch)
+            speeds[batch] = throughput(functools.partial(model, images), batch)
     return speeds
 
 
@@ -297,8 +298,8 @@ def summary(result: dict[str, Any], out: Path) -> Table:
     table.add_row("", f"the adapter {verdict} the probe ({gain * 100:+.2f} points)")
     table.add_row("published", PUBLISHED)
     table.add_section()
-    for stage, rows in itertools.groupby(result["parity"], key=lambda row: row["stage"]):
-        rows = list(rows)
+    for stage, group in itertools.groupby(result["parity"], key=lambda row: row["stage"]):
+        rows = list(group)
         batches = ", ".join(str(row["batch"]) for row in rows)
         passed = "equal" if all(row["passed"] for row in rows) else "DIFFERENT"
         table.add_row(

@@ -55,10 +55,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a text file that a person wrote, in whatever encoding their program chose.
+    r"""Read a text file that a person wrote, in whatever encoding their program chose.
 
     UTF-8, with or without a byte order mark; UTF-16 and UTF-32 with one, or UTF-16 whose zero
-    bytes tell; Windows-1252 where the bytes are no UTF-8. Line ends become ``\\n``.
+    bytes tell; Windows-1252 where the bytes are no UTF-8. Line ends become ``\n``.
 
     Raises:
         InputError: the file is missing or is no text.

@@ -78,7 +78,7 @@ def train_gdpl(
     ``out/results.json`` holds the results of all.
 
     Args:
-        data: see :func:`fastadapt.data.read_dataset`.
+        data: see :func:`fastadapt.data.dataset.read_dataset`.
         out: new or empty, unless ``resume`` or ``overwrite``.
         source: the CLIP model and the domain encoder.
         config: how to train.
