@@ -5,65 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fastadapt.errors import InputError
-
 from .parity import Parity
 
 KINDS = ("onnx", "tensorrt", "tensorrt_rtx", "aotinductor")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 VERIFIED, UNVERIFIED, REFUSED, FAILED = "verified", "unverified", "refused", "failed"
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The batch sizes that an engine is built and tuned for: ``MIN:OPT:MAX``.
-
-    Attributes:
-        min: smallest batch that the engine takes.
-        opt: batch that it is tuned for.
-        max: largest batch that it takes.
-    """
-
-    min: int = 1
-    opt: int = 8
-    max: int = 32
-
-    @classmethod
-    def parse(cls, text: str) -> Batches:
-        """Parse ``"1:8:32"``, or ``"8"`` for a fixed batch.
-
-        Raises:
-            InputError: the text is neither, or the sizes are not 1 ≤ MIN ≤ OPT ≤ MAX.
-        """
-        parts = text.split(":")
-        if len(parts) == 1:
-            parts *= 3
-        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-            raise InputError(f"--batch is {text!r}; expected MIN:OPT:MAX, 1:8:32 for one")
-        low, opt, high = map(int, parts)
-        if not 1 <= low <= opt <= high:
-            raise InputError(f"--batch is {text!r}; expected 1 ≤ MIN ≤ OPT ≤ MAX")
-        return cls(low, opt, high)
-
-    @property
-    def checked(self) -> tuple[int, ...]:
-        """Return the sizes that parity is checked at: MIN, OPT, MAX and an odd one between."""
-        odd = next((n for n in (5, 3, *range(self.max, self.min, -1)) if self._is_new(n)), None)
-        sizes = {self.min, self.opt, self.max} | ({odd} if odd else set())
-        return tuple(sorted(sizes))
-
-    def _is_new(self, n: int) -> bool:
-        return n % 2 == 1 and self.min < n < self.max and n != self.opt
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the sizes by name, as a manifest records them."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
-
-
-DEFAULT_BATCHES = Batches()
 
 
 @dataclass(frozen=True)

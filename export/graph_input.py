@@ -29,11 +29,11 @@ RESIZE_MODES = {"bilinear": 'mode = "linear"', "bicubic": 'mode = "cubic", cubic
 def check_settings(dtype: str, normalize: bool, resize: bool) -> None:
     """Raise InputError where settings of a :class:`GraphInput` exclude each other."""
     if dtype not in DTYPES:
-        raise InputError(f"--input is {dtype!r}; expected {' or '.join(DTYPES)}")
+        raise InputError(f"input is {dtype!r}; expected {' or '.join(DTYPES)}")
     if dtype == "uint8" and not normalize:
-        raise InputError("a uint8 input is always normalised in the graph: give --input float")
+        raise InputError("a uint8 input is always normalised in the graph: give `input='float'`")
     if dtype == "float" and resize:
-        raise InputError("--resize is for images as they are decoded: give --input uint8")
+        raise InputError("`resize` is for images as they are decoded: give `input='uint8'`")
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class GraphInput:
         p = self.preprocess
         if p.interpolation not in RESIZE_MODES:
             raise InputError(
-                f"--resize: ONNX has no {p.interpolation} filter like Pillow's, only "
+                f"`resize`: ONNX has no {p.interpolation} filter like Pillow's, only "
                 f"{' and '.join(RESIZE_MODES)}: resize outside the graph"
             )
         _, height, width = p.input_size
         if p.crop_mode == "border" or (p.crop_mode == "center" and height != width):
             raise InputError(
-                f"--resize: crop_mode {p.crop_mode!r} at {height}×{width} is not in the graph: "
+                f"`resize`: crop_mode {p.crop_mode!r} at {height}×{width} is not in the graph: "
                 "resize outside it"
             )
 

@@ -39,13 +39,13 @@ def check_repository(repository: str | Path, bundle: str | Path, overwrite: bool
     """
     repository = Path(repository)
     if repository.exists() and not repository.is_dir():
-        raise InputError(f"--triton-repo {repository} is a file; expected a folder of models")
+        raise InputError(f"{repository} is a file; expected a folder of models")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(bundle).absolute().name)
     target = repository / name
     if target.exists() and not (target / CONFIG).is_file():
-        raise InputError(f"{target} exists and is no Triton model: choose another --triton-repo")
+        raise InputError(f"{target} exists and is no Triton model: choose another `repository`")
     if target.exists() and not overwrite:
-        raise InputError(f"{target} exists: replace it with --overwrite")
+        raise InputError(f"{target} exists: replace it with `overwrite=True`")
     return target
 
 
@@ -105,7 +105,7 @@ def model_config(
     if batch["min"] > 1:
         raise InputError(
             f"{artefact.path} takes at least {batch['min']} images at once, Triton sends single "
-            "ones: export with --batch 1:OPT:MAX"
+            "ones: export with `batch=1:OPT:MAX`"
         )
     inputs, outputs = manifest["model"]["inputs"], manifest["model"]["outputs"]
     warm_up = {value["name"]: _warm_up(value, manifest) for value in inputs}
@@ -180,7 +180,7 @@ def _choose(bundle: Path, manifest: dict[str, Any], backend: str | None) -> tupl
             if artefact.kind == "tensorrt" and (asked or artefact.status == VERIFIED):
                 return "tensorrt", artefact
     if backend == "tensorrt":
-        raise InputError(f"{bundle} holds no TensorRT engine: export with --trt")
+        raise InputError(f"{bundle} holds no TensorRT engine: export with `trt=True`")
     return "onnxruntime", next(artefact for artefact in artefacts if artefact.path == MODEL)
 
 

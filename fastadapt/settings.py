@@ -32,6 +32,7 @@ from fastadapt.errors import InputError
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _TOO_LITTLE = ("greater_than", "greater_than_equal")
+_PREFIX = "value_of_"
 _TOO_MUCH = ("less_than", "less_than_equal")
 
 
@@ -150,7 +151,7 @@ class Settings:
         except pydantic.ValidationError as error:
             raise _input_error(group, error, values) from None
         for name in values:
-            object.__setattr__(self, name, getattr(valid, name))
+            object.__setattr__(self, name, getattr(valid, f"{_PREFIX}{name}"))
         self.check_together()
 
     def check_together(self) -> None:
@@ -241,7 +242,11 @@ def _validator(cls: type) -> Any:
         bounds = {name: bound for name, bound in bounds.items() if bound is not None}
         if setting.limit is not None:
             bounds["le"] = setting.limit
-        fields[field.name] = (field.annotation, pydantic.Field(**bounds))
+        # A model has methods, json() for one, that a field's name must not hide.
+        fields[f"{_PREFIX}{field.name}"] = (
+            field.annotation,
+            pydantic.Field(alias=field.name, **bounds),
+        )
     return pydantic.create_model(cls.__name__, __config__=config, **fields)
 
 

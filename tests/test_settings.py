@@ -10,6 +10,14 @@ import pytest
 
 from fastadapt.config import AdaptConfig, LoRAConfig
 from fastadapt.errors import InputError
+from fastadapt.export.settings import (
+    Batches,
+    BundleSettings,
+    EngineSettings,
+    ModelSettings,
+    TargetSettings,
+    VerifySettings,
+)
 from fastadapt.gdpl.config import FrozenParts, GDPLConfig, GDPLRunSettings, GDPLTrainConfig
 from fastadapt.settings import Setting, Settings, declared
 from fastadapt.train.config import (
@@ -22,14 +30,20 @@ from fastadapt.train.config import (
 GROUPS = [
     AdaptConfig,
     BackboneSource,
+    Batches,
+    BundleSettings,
+    EngineSettings,
     FrozenParts,
     GDPLConfig,
     GDPLRunSettings,
     GDPLTrainConfig,
     ImageSettings,
     LoRAConfig,
+    ModelSettings,
     RunSettings,
+    TargetSettings,
     TrainConfig,
+    VerifySettings,
 ]
 
 
@@ -103,14 +117,21 @@ def test_every_setting_is_explained_in_a_whole_phrase(group):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_defaults_fit_their_own_declaration(group):
-    given = {"data": "d", "out": "o", "clip": "c", "clip_weights": None, "domain_encoder": 3}
+    given = {
+        "data": "d",
+        "out": "o",
+        "bundle": "b",
+        "clip": "c",
+        "clip_weights": None,
+        "domain_encoder": 3,
+    }
     names = {field.name for field in declared(group) if field.default is dataclasses.MISSING}
     values = {name: given[name] for name in names & set(given)}
-    if group is RunSettings:
-        with pytest.raises(InputError, match="data is 'd'; expected Path"):
+    if group in (RunSettings, VerifySettings):
+        with pytest.raises(InputError, match="(data|bundle) is '[db]'; expected Path"):
             group(**values)
     else:
-        assert group.from_dict(group(**values).to_dict()) == group(**values)
+        assert group(**vars(group(**values))) == group(**values)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +162,8 @@ def test_damaged_files_are_refused_before_anything_is_made(group, values):
 
 def test_declarations_import_nothing_heavy():
     code = (
-        "import fastadapt.config, fastadapt.train.config, fastadapt.gdpl.config, sys; "
+        "import fastadapt.config, fastadapt.train.config, fastadapt.gdpl.config, "
+        "fastadapt.export.settings, sys; "
         "print([m for m in ('torch', 'timm', 'numpy', 'pydantic', 'rich') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
-from fastadapt.export.artefact import Batches
 from fastadapt.export.backends.aotinductor import build_aoti
 from fastadapt.export.backends.onnx import export_onnx
 from fastadapt.export.graph_input import Deployed, GraphInput
@@ -42,6 +41,7 @@ from fastadapt.export.parity import THRESHOLDS, Parity, Thresholds, compare
 from fastadapt.export.precision.fp8 import check_gpu, quantize_fp8
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.export.runtimes import load_runtime
+from fastadapt.export.settings import Batches
 
 from .. import harness, upstream
 from .. import network_step as steps

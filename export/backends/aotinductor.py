@@ -26,9 +26,9 @@ from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path, write_json
 from fastadapt.kernels.common.dispatch import why_not_device
 
-from ..artefact import DEFAULT_BATCHES, Batches
 from ..folded_layers import FoldedClusterAttention
 from ..graph_input import BATCH
+from ..settings import DEFAULT_BATCHES, Batches
 
 
 def check_compiler() -> None:
@@ -40,7 +40,7 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except (exc.InvalidCxxCompiler, RuntimeError) as error:
         raise InputError(
-            "--aoti needs a C++ compiler, and none was found: install one (Debian and Ubuntu: "
+            "`aoti` needs a C++ compiler, and none was found: install one (Debian and Ubuntu: "
             "apt install g++), or name yours in the environment variable CXX"
         ) from error
 

@@ -89,7 +89,7 @@ def export_onnx(
         except Exception as error:
             raise InputError(
                 f"{type(folded).__name__} cannot be exported to ONNX: {_reason(error)} "
-                "(--debug shows the exporter's report)"
+                "(FASTADAPT_DEBUG=1 shows the exporter's report)"
             ) from error
 
     if graph_input is not None and graph_input.resize:

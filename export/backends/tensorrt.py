@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path, sha256_file, write_json
 
-from ..artefact import DEFAULT_BATCHES, Batches
+from ..settings import DEFAULT_BATCHES, Batches
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
 NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -109,28 +109,28 @@ def choose_flavour(config: EngineConfig) -> Flavour:
     device = gpu()
     full, rtx = load_flavour("tensorrt"), load_flavour("tensorrt_rtx")
     if full is None and rtx is None:
-        raise InputError(f"--trt: neither TensorRT nor TensorRT-RTX is installed here: {REMEDY}")
+        raise InputError(f"`trt`: neither TensorRT nor TensorRT-RTX is installed here: {REMEDY}")
     if full is not None and device is not None and not config.targets:
         return full
     if rtx is None:
         assert full is not None
-        why = "--target names GPUs" if config.targets else "there is no GPU here"
+        why = "`targets` names GPUs" if config.targets else "there is no GPU here"
         raise InputError(
-            f"--trt: {why}, and TensorRT {full.version} builds only for the GPU at hand: install "
+            f"`trt`: {why}, and TensorRT {full.version} builds only for the GPU at hand: install "
             "TensorRT-RTX, which builds for others (pip install 'fastadapt[trt-rtx]')"
         )
     for flag in ("hardware_compatible", "version_compatible"):
         if getattr(config, flag):
             raise InputError(
-                f"--{flag.replace('_', '-')} is TensorRT's; TensorRT-RTX builds for the GPUs of "
-                "--target and for its own version: leave it out"
+                f"`{flag}` is TensorRT's; TensorRT-RTX builds for the GPUs of "
+                "`targets` and for its own version: leave it out"
             )
     if device is not None and not config.targets and device[1] not in RTX_SERVES:
         name, (major, minor) = device
         raise InputError(
-            f"--trt: TensorRT-RTX does not run on this GPU, {name} (compute capability "
+            f"`trt`: TensorRT-RTX does not run on this GPU, {name} (compute capability "
             f"{major}.{minor}): install TensorRT (pip install 'fastadapt[trt]', from NVIDIA's "
-            "index), or name the GPU that the engine is for, --target sm_89 for one"
+            "index), or name the GPU that the engine is for, `targets=sm_89` for one"
         )
     _capabilities(rtx, _targets(rtx, config))
     return rtx
@@ -256,7 +256,7 @@ def _capabilities(flavour: Flavour, targets: Sequence[str]) -> list[Any]:
     for target in targets:
         if target not in known:
             raise InputError(
-                f"--target is {target!r}; {flavour.name} {flavour.version} builds for "
+                f"targets is {target!r}; {flavour.name} {flavour.version} builds for "
                 f"{', '.join(known)}"
             )
     return [known[target] for target in targets]

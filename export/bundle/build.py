@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError
 
-from ..artefact import REFUSED, UNVERIFIED, VERIFIED, Artefact, Batches
+from ..artefact import REFUSED, UNVERIFIED, VERIFIED, Artefact
 from ..backends import aotinductor, tensorrt
 from ..backends.onnx import OPSET
 from ..parity import Parity
@@ -27,6 +28,7 @@ from ..precision.int8 import (
     quantize_int8,
 )
 from ..runtimes import load_runtime
+from ..settings import Batches
 from .engine_options import EngineOptions
 from .verify_artefact import Reference, measure, verify_artefact
 
@@ -214,7 +216,7 @@ def _reduce(options: EngineOptions, folded: FoldedModel, console: Console) -> ha
         folded.module,
         options.precision,
         half.Trial(outputs, reference.expected, folded.example, reference.classes),
-        tell=lambda line: console.print(f"  {line}"),
+        tell=lambda line: console.print(f"  {line}", markup=False),
     )
     reduced.module.cpu()  # it was judged on the GPU, if there is one; what follows begins here
     return reduced
@@ -234,7 +236,7 @@ def _compile(options: EngineOptions, folded: FoldedModel, variant: Variant) -> A
 
 def _build_fp8(options: EngineOptions, folded: FoldedModel, bf16: Variant) -> Artefact:
     """Compile in FP8; keep it if it is accurate, and faster than the bundle's .pt2 in bf16."""
-    _check_images_alone("--fp8", folded)
+    _check_images_alone("`fp8`", folded)
     assert isinstance(bf16.module, half.MixedPrecision)
     images = folded.images()
     batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
@@ -262,7 +264,7 @@ def _build_fp8(options: EngineOptions, folded: FoldedModel, bf16: Variant) -> Ar
 
 def _build_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:
     """Quantise to INT8; keep it if it is accurate, and faster than fp32."""
-    _check_images_alone("--int8", folded)
+    _check_images_alone("`int8`", folded)
     path, images = folded.path("int8", "onnx"), folded.images()
     quantize_int8(folded.onnx, path, images, _device())
     judgement = judge(
@@ -306,4 +308,5 @@ def _tell(console: Console, artefact: Artefact) -> None:
     mark = {VERIFIED: "[green]✓[/]", UNVERIFIED: "[yellow]?[/]"}.get(artefact.status, "[red]✗[/]")
     name = artefact.path or f"{artefact.kind} in {artefact.precision}"
     reason = f": {artefact.reason}" if artefact.reason else ""
-    console.print(f"{mark} {name} {artefact.status}{reason}", highlight=False)
+    said = escape(f"{name} {artefact.status}{reason}")
+    console.print(f"{mark} {said}", highlight=False)

@@ -106,9 +106,10 @@ def check_quantization(flag: str, trained: Trained, samples: Samples) -> None:
     """Raise InputError if there is nothing to calibrate INT8 or FP8 with, or to judge it by."""
     if not samples.calibration or not samples.validation:
         raise InputError(
-            f"{flag} is calibrated and judged on image files: give a folder of them with --images"
+            f"{flag} is calibrated and judged on image files: give a folder of them with "
+            "`images=...`"
         )
     if not trained.labels:
         raise InputError(f"{flag} is judged by its accuracy, and this model has no classes")
     if trained.domain_features is not None:
-        raise InputError(f"{flag} is for graphs that take images alone: leave out --domain-input")
+        raise InputError(f"{flag} is for graphs that take images alone: leave out `domain_input`")

@@ -18,7 +18,7 @@ import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich import box
 from rich.console import Console
@@ -29,11 +29,13 @@ from torch import nn
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_text
 from fastadapt.gdpl.model import GDPLModel
+from fastadapt.settings import Setting
 
 from ..artefact import FAILED, Artefact
 from ..fold import FoldReport, fold_with_report
 from ..graph_input import Deployed, GraphInput, check_settings
 from ..parity import GateError, Parity, Thresholds, check_problems, parity_table
+from ..settings import BundleSettings
 from .build import FoldedModel, build_artefacts
 from .engine_options import EngineOptions
 from .gate import BATCHES, END_TO_END, gate, model_outputs, model_outputs_fp64
@@ -69,24 +71,12 @@ FEWEST_SAMPLES = max(BATCHES)
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    """How a bundle is made, of whichever model.
+class ExportSettings(BundleSettings):
+    """How a bundle is made, of whichever model, with all of its files."""
 
-    Attributes:
-        input: ``"uint8"`` or ``"float"``; see :class:`GraphInput`.
-        normalize: put the normalisation into the graph.
-        resize: put resizing and cropping into the graph, too.
-        overwrite: replace a bundle that is at the target.
-        speed: measure images per second.
-        engines: the files that are built beside the fp32 ONNX file.
-    """
-
-    input: str = "uint8"
-    normalize: bool = True
-    resize: bool = False
-    overwrite: bool = False
-    speed: bool = True
-    engines: EngineOptions = field(default_factory=EngineOptions)
+    engines: Annotated[
+        EngineOptions, Setting("The files that are built beside the fp32 ONNX file.")
+    ] = field(default_factory=EngineOptions)
 
     def check(self) -> None:
         """Raise InputError, before any work, for settings that exclude each other or fail."""
@@ -94,8 +84,8 @@ class ExportSettings:
         wanted = self.engines
         if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
             raise InputError(
-                "--resize is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
-                "leave out --trt, --aoti, --int8, --fp8 and --precision, or resize before the graph"
+                "`resize` is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
+                "leave out `trt`, `aoti`, `int8`, `fp8` and `precision`, or resize before the graph"
             )
         wanted.check()
 
@@ -304,7 +294,7 @@ class _Export:
     def _prepare(self, trained: Trained, samples: Samples) -> Material:
         """Read the images and fold the model."""
         settings = self.settings
-        for flag, wanted in (("--int8", settings.engines.int8), ("--fp8", settings.engines.fp8)):
+        for flag, wanted in (("`int8`", settings.engines.int8), ("`fp8`", settings.engines.fp8)):
             if wanted:
                 check_quantization(flag, trained, samples)
         graph_input = GraphInput(
@@ -322,7 +312,7 @@ class _Export:
             folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
             if others and isinstance(folded, GDPLModel):
                 folded.domain_encoder = None
-        self.console.print(f"  {report.summary}")
+        self.console.print(f"  {report.summary}", markup=False)
         return Material(
             trained=trained,
             samples=samples,

@@ -67,7 +67,7 @@ def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
     Raises:
         InputError: there are fewer than ``fewest``, or some are missing.
     """
-    remedy = "give a folder of images like the training's with --images"
+    remedy = "give a folder of images like the training's with `images=...`"
     if images is not None:
         return folder_samples(images, fewest)
     if not (run / SPLITS).is_file():
@@ -103,7 +103,7 @@ def folder_samples(images: str | Path, fewest: int) -> Samples:
     """
     root = Path(images)
     if not root.is_dir():
-        raise InputError(f"--images {root} is no folder")
+        raise InputError(f"{root} is no folder; `images` is to be one")
     files = sorted(walk(root))
     samples = tuple(
         Sample(path, path.parent.name if path.parent != root else None) for path in files

@@ -30,9 +30,11 @@ def check_target(target: Path, overwrite: bool) -> None:
         read_json(target / MANIFEST).get("format") == FORMAT
     )
     if not is_bundle:
-        raise InputError(f"{target} exists and is no bundle: choose another name with --out")
+        raise InputError(f"{target} exists and is no bundle: choose another `out`")
     if not overwrite:
-        raise InputError(f"{target} exists: replace it with --overwrite, or choose another --out")
+        raise InputError(
+            f"{target} exists: replace it with `overwrite=True`, or choose another `out`"
+        )
 
 
 @contextlib.contextmanager

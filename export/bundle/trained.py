@@ -107,7 +107,7 @@ def load_run(
     elif class_names is not None:
         raise InputError(
             f"{run} is no GDPL run: its classes are outputs of its head, so that others need "
-            "training; leave out --classes"
+            "training; leave out `class_names`"
         )
     else:
         model = load_adapter(run, backbone, weights=weights)
@@ -142,18 +142,20 @@ def _domain_features(
     """
     if not isinstance(model, GDPLModel):
         if wanted or file is not None:
-            raise InputError("this run is no GDPL run: leave out --domain-input/--domain-features")
+            raise InputError(
+                "this run is no GDPL run: leave out `domain_input` and `domain_features`"
+            )
         return None
     if model.domain_encoder is None:
         if file is None:
             raise InputError(
                 "this model has no domain encoder, and the gate compares on real features: give "
-                "those of the images with --domain-features"
+                "those of the images with `domain_features=...`"
             )
         table = FeatureTable.read(file, model.prompt_learner.feature_dim)
         return lambda paths, _: table.of(paths)
     if file is not None:
-        raise InputError("this model has a domain encoder of its own: leave out --domain-features")
+        raise InputError("this model has a domain encoder of its own: leave out `domain_features`")
     encode = torch.no_grad()(model.domain_features)
     return (lambda _, images: encode(images)) if wanted else None
 
@@ -190,8 +192,8 @@ def load_timm(
     """
     if checkpoint is not None and (peft is not None or weights is not None):
         raise InputError(
-            "--checkpoint holds the whole model: leave out --peft and --weights, or give the "
-            "weights that the PEFT folder was trained on with --weights"
+            "`checkpoint` holds the whole model: leave out `peft` and `weights`, or give the "
+            "weights that the PEFT folder was trained on with `weights=...`"
         )
     file = checkpoint or weights
     if file is None and checkpoint_key is not None:
@@ -224,7 +226,7 @@ def load_timm(
     # The size that the model was built for counts, not that of timm's configuration.
     size = None if image_size is None else (3, image_size, image_size)
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg, input_size=size)
-    labels = _labels(class_names, model.num_classes, "--classes")
+    labels = _labels(class_names, model.num_classes, "`class_names`")
     return Trained(model.eval(), preprocess, labels, name, source)
 
 

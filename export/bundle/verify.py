@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastadapt.errors import InputError
@@ -131,7 +132,7 @@ def verify_bundle(
         found = verify_artefact(bundle, known, reference, speed=speed)
         if rebuild and found.kind.startswith("tensorrt") and not found.parity:
             if not torch.cuda.is_available():
-                raise InputError(f"--rebuild needs the GPU that {found.path} is to run on")
+                raise InputError(f"`rebuild` needs the GPU that {found.path} is to run on")
             found = rebuild_artefact(bundle, found, reference, console)
             _replace(bundle, row, found)
         artefacts.append(found)
@@ -158,7 +159,8 @@ def artefact_table(artefacts: Iterable[Artefact]) -> Table:
     marks = {VERIFIED: "[green]✓[/] verified", FAILED: "[red]✗[/] failed"}
     for artefact in artefacts:
         status = marks.get(artefact.status, artefact.status)
-        table.add_row(artefact.path, artefact.kind, artefact.precision, status, artefact.reason)
+        reason = escape(artefact.reason)
+        table.add_row(artefact.path, artefact.kind, artefact.precision, status, reason)
     return table
 
 

@@ -12,11 +12,12 @@ import torch
 from fastadapt.errors import InputError
 from fastadapt.kernels.common.arithmetic import ceil_div
 
-from ..artefact import DEFAULT_BATCHES, FAILED, UNVERIFIED, VERIFIED, Artefact, Batches
+from ..artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
 from ..graph_input import Inputs
 from ..parity import THRESHOLDS, Parity, compare
 from ..precision.half import DTYPES
 from ..runtimes import Runtime, RuntimeUnavailable, load_runtime
+from ..settings import DEFAULT_BATCHES, Batches
 from ..speed import throughput
 
 

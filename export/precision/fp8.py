@@ -90,8 +90,8 @@ def check_gpu() -> None:
             return
         reason = "{} has {}.{}".format(torch.cuda.get_device_name(), *capability)
     raise InputError(
-        "--fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell), "
-        f"and {reason}: export on a machine that has one, or leave --fp8 out"
+        "`fp8` needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell), "
+        f"and {reason}: export on a machine that has one, or leave `fp8` out"
     )
 
 

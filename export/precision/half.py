@@ -212,7 +212,7 @@ def reduce_precision(
         parity = attempt(precision, units)[1]
         raise InputError(
             f"{precision} does not pass the parity check even with every layer in fp32: "
-            f"{parity.problems[0]}. Export with --precision fp32."
+            f"{parity.problems[0]}. Export with `precision='fp32'`."
         )
     keep = smallest_set(units, passes)
     tell(f"{len(keep)} of {len(units)} layers stay in fp32: {', '.join(keep)}")

@@ -74,7 +74,9 @@ def test_info_as_json():
     assert found["backend"] == "FASTADAPT_BACKEND is 'tritn'; expected auto, triton or reference"
 
 
-@pytest.mark.parametrize("args", [("trane",), ("train",), ("export", "--onyx")])
+@pytest.mark.parametrize(
+    "args", [("trane",), ("train",), ("export", "--onyx"), ("export", "--no-json")]
+)
 def test_wrong_usage_is_exit_code_two(args):
     assert fastadapt(*args).returncode == 2
 

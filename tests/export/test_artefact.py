@@ -3,8 +3,9 @@ import json
 import pytest
 
 import fastadapt as fa
-from fastadapt.export.artefact import VERIFIED, Artefact, Batches
+from fastadapt.export.artefact import VERIFIED, Artefact
 from fastadapt.export.parity import Parity
+from fastadapt.export.settings import Batches
 
 
 class TestBatches:
@@ -17,7 +18,7 @@ class TestBatches:
         "text", ["", "1:2", "0:1:2", "2:1:3", "1:4:3", "a:b:c", "1:2:3:4", "-1"]
     )
     def test_bad_ones_are_named(self, text):
-        with pytest.raises(fa.InputError, match="--batch is "):
+        with pytest.raises(fa.InputError, match="batch is "):
             Batches.parse(text)
 
     @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         "settings,says",
         [
-            (("int8", True, False), "--input is 'int8'; expected uint8 or float"),
-            (("uint8", False, False), "give --input float"),
-            (("float", True, True), "give --input uint8"),
+            (("int8", True, False), "input is 'int8'; expected uint8 or float"),
+            (("uint8", False, False), "give `input='float'`"),
+            (("float", True, True), "give `input='uint8'`"),
         ],
     )
     def test_what_excludes_each_other(self, settings, says):

@@ -11,7 +11,6 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.export import export_onnx, runtimes
-from fastadapt.export.artefact import Batches
 from fastadapt.export.backends import tensorrt
 from fastadapt.export.bundle.verify_artefact import Reference, compare_runtime
 from fastadapt.export.precision.half import MixedPrecision, precision_units
@@ -21,6 +20,7 @@ from fastadapt.export.runtimes import (
     load_runtime,
     usable_cores,
 )
+from fastadapt.export.settings import Batches
 
 X = np.random.default_rng(0).random((5, 3, 4, 4), dtype=np.float32)
 

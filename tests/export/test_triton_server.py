@@ -109,7 +109,7 @@ class TestRepository:
         assert [p.name for p in (tmp_path / "models").iterdir()] == ["my_cells_v2_"]
 
     def test_what_cannot_be_served(self, tuned_bundles, with_engine, tmp_path):
-        with pytest.raises(fa.InputError, match="no TensorRT engine: export with --trt"):
+        with pytest.raises(fa.InputError, match="no TensorRT engine: export with `trt=True`"):
             write_repository(tuned_bundles[0] / "uint8", tmp_path / "m", backend="tensorrt")
         with pytest.raises(fa.InputError, match="expected onnxruntime or tensorrt"):
             write_repository(tuned_bundles[0] / "uint8", tmp_path / "m", backend="pytorch")
@@ -117,12 +117,12 @@ class TestRepository:
         manifest = read_json(with_engine / "manifest.json")
         manifest["artefacts"][-1]["details"]["batch"]["min"] = 4
         write_json(with_engine / "manifest.json", manifest)
-        with pytest.raises(fa.InputError, match=r"at least 4 images .*--batch 1:OPT:MAX"):
+        with pytest.raises(fa.InputError, match=r"at least 4 images .*`batch=1:OPT:MAX`"):
             write_repository(with_engine, tmp_path / "m")
 
     def test_what_is_there_is_not_replaced(self, tuned_bundles, tmp_path):
         write_repository(tuned_bundles[0] / "uint8", tmp_path)
-        with pytest.raises(fa.InputError, match="uint8 exists: replace it with --overwrite"):
+        with pytest.raises(fa.InputError, match="uint8 exists: replace it with `overwrite=True`"):
             write_repository(tuned_bundles[0] / "uint8", tmp_path)
         write_repository(tuned_bundles[0] / "uint8", tmp_path, overwrite=True)
         (tmp_path / "float").mkdir()

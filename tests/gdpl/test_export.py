@@ -198,7 +198,7 @@ class TestDomainInput:
         save_gdpl(model, tmp_path / "model", source)
         images = tmp_path / "images"
         make_colours(images, NAMES, count=2)
-        with pytest.raises(fa.InputError, match="give those of the images with --domain-features"):
+        with pytest.raises(fa.InputError, match="give those of the images with `domain_features="):
             export_run(tmp_path / "model", tmp_path / "bundle", images=images)
         vectors = {f"{n}/{i}.png": torch.randn(WIDTH) for n in NAMES for i in range(2)}
         write_tensors(tmp_path / "f.safetensors", vectors)

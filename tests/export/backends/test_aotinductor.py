@@ -13,7 +13,6 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.export.artefact import Batches
 from fastadapt.export.backends import aotinductor
 from fastadapt.export.backends.aotinductor import (
     _dynamic_shapes,
@@ -25,6 +24,7 @@ from fastadapt.export.folded_layers import FoldedClusterAttention
 from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
+from fastadapt.export.settings import Batches
 
 # As on a machine that has PyTorch alone.
 ELSEWHERE = """
@@ -193,7 +193,7 @@ class TestRefused:
     def test_no_compiler(self):
         with (
             torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-            pytest.raises(fa.InputError, match=r"--aoti needs a C\+\+ compiler.*install g\+\+"),
+            pytest.raises(fa.InputError, match=r"`aoti` needs a C\+\+ compiler.*install g\+\+"),
         ):
             check_compiler()
 

@@ -14,7 +14,6 @@ import torch
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_onnx
-from fastadapt.export.artefact import Batches
 from fastadapt.export.backends import tensorrt
 from fastadapt.export.backends.tensorrt import (
     EngineConfig,
@@ -26,6 +25,7 @@ from fastadapt.export.backends.tensorrt import (
 )
 from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.precision.half import DTYPES, MixedPrecision, precision_units
+from fastadapt.export.settings import Batches
 
 trt_rtx = pytest.importorskip("tensorrt_rtx")
 SIZE = {"vit": 32, "swin": 56, "convnext": 64, "demo": 64}
@@ -173,19 +173,19 @@ class TestRefused:
         assert choose_flavour(EngineConfig()).kind == "tensorrt"
         assert choose_flavour(EngineConfig(targets=("sm_89",))).kind == "tensorrt_rtx"
         installed(monkeypatch, "tensorrt")
-        with pytest.raises(fa.InputError, match=r"--target names GPUs.*TensorRT-RTX"):
+        with pytest.raises(fa.InputError, match=r"`targets` names GPUs.*TensorRT-RTX"):
             choose_flavour(EngineConfig(targets=("sm_89",)))
         monkeypatch.setattr(tensorrt, "gpu", lambda: None)
         with pytest.raises(fa.InputError, match="there is no GPU here"):
             choose_flavour(EngineConfig())
 
     def test_a_target_that_it_does_not_know(self):
-        with pytest.raises(fa.InputError, match=r"--target is 'sm_90'.*sm_89, sm_120"):
+        with pytest.raises(fa.InputError, match=r"targets is 'sm_90'.*sm_89, sm_120"):
             choose_flavour(EngineConfig(targets=("sm_90",)))
 
     @pytest.mark.parametrize("flag", ["hardware_compatible", "version_compatible"])
     def test_compatible_engines_are_tensorrts(self, flag):
-        with pytest.raises(fa.InputError, match=r"--\w+-compatible is TensorRT's"):
+        with pytest.raises(fa.InputError, match=r"`\w+_compatible` is TensorRT's"):
             choose_flavour(EngineConfig(**{flag: True}))
 
     def test_a_graph_that_it_cannot_read(self, tmp_path):

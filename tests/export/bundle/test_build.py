@@ -8,19 +8,13 @@ import torch
 import fastadapt as fa
 from fastadapt import cli
 from fastadapt.export import EngineOptions, export_run, verify_bundle
-from fastadapt.export.artefact import (
-    FAILED,
-    REFUSED,
-    UNVERIFIED,
-    VERIFIED,
-    Artefact,
-    Batches,
-)
+from fastadapt.export.artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
 from fastadapt.export.bundle import build as engines
 from fastadapt.export.bundle.build import build_artefacts, rebuild_artefact
 from fastadapt.export.bundle.verify_artefact import artefact_problems
 from fastadapt.export.parity import GateError
 from fastadapt.export.precision.int8 import Judgement
+from fastadapt.export.settings import Batches
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 

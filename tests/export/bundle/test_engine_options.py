@@ -12,12 +12,12 @@ class TestOptions:
     @pytest.mark.parametrize(
         "options,message",
         [
-            ({"precision": "fp8"}, "--precision is 'fp8'; expected fp32, fp16 or bf16"),
-            ({"targets": ("sm_89",)}, "--target is for TensorRT engines: add --trt"),
-            ({"workspace": 4}, "--workspace is for TensorRT engines"),
-            ({"workspace": -1, "trt": True}, "--workspace is -1; expected MiB"),
-            ({"int8_budget": 2.0}, "the INT8 budget is 2.0"),
-            ({"trt": True, "targets": ("sm_1",)}, "--target is 'sm_1'"),
+            ({"precision": "fp8"}, "precision is 'fp8'; expected fp32, fp16 or bf16"),
+            ({"targets": ("sm_89",)}, "`targets` is for TensorRT engines: add `trt=True`"),
+            ({"workspace": 4}, "`workspace` is for TensorRT engines"),
+            ({"workspace": -1, "trt": True}, "workspace is -1; expected MiB"),
+            ({"int8_budget": 2.0}, "int8_budget is 2.0"),
+            ({"trt": True, "targets": ("sm_1",)}, "targets is 'sm_1'"),
         ],
     )
     def test_what_cannot_be_is_refused_before_any_work(self, options, message):

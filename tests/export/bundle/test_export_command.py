@@ -48,6 +48,12 @@ class TestCommand:
         assert shown.err == ""
         assert "images/s" in shown.out
 
+    def test_the_result_as_json(self, run, tmp_path, monkeypatch, capfd, quick):
+        assert command(monkeypatch, "export", run, "--json", "--out", tmp_path / "b [v2]") == 0
+        made = json.loads(capfd.readouterr().out)
+        assert made["bundle"] == str(tmp_path / "b [v2]") and made["triton_model"] is None
+        assert made["manifest"] == read_json(tmp_path / "b [v2]" / "manifest.json")
+
     def test_the_bundle_lies_in_the_run_by_default(self, run, monkeypatch, quick):
         assert command(monkeypatch, "export", run) == 0
         assert (run / "bundle" / "model.onnx").is_file()

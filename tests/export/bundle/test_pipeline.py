@@ -155,7 +155,7 @@ class TestSources:
         model = fa.adapt(nn.Conv2d(3, 8, 4), fa.AdaptConfig(rank=4, input_size=(3, 16, 16)), 3)
         fa.save_adapter(model, tmp_path / "plain")
         backbone = model.backbone
-        with pytest.raises(fa.InputError, match=r"records no images.*--images"):
+        with pytest.raises(fa.InputError, match=r"records no images.*`images="):
             export_run(tmp_path / "plain", tmp_path / "b", backbone=backbone)
         result = export_run(
             tmp_path / "plain", tmp_path / "b", images=made / "images", backbone=backbone
@@ -166,7 +166,7 @@ class TestSources:
 
     def test_images_override_the_split(self, made, run, tmp_path, quick):
         (run / "splits.csv").write_text("path,label,split\n/gone/1.png,crack,val\n")
-        with pytest.raises(fa.InputError, match=r"1 of the 1 validation .*/gone/1\.png.*--images"):
+        with pytest.raises(fa.InputError, match=r"1 of the 1 validation .*/gone/1\.png.*`images="):
             export_run(run, tmp_path / "b")
         assert export_run(run, tmp_path / "b", images=made / "images").bundle.is_dir()
 

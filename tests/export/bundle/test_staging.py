@@ -20,7 +20,7 @@ class TestTarget:
     def test_existing_bundle_needs_overwrite(self, run, made, tmp_path, monkeypatch, quick):
         shutil.copytree(made / "bundle", tmp_path / "b")
         monkeypatch.setattr(pipeline, "load_run", None)
-        with pytest.raises(fa.InputError, match="b exists: replace it with --overwrite"):
+        with pytest.raises(fa.InputError, match="b exists: replace it with `overwrite=True`"):
             export_run(run, tmp_path / "b")
         monkeypatch.undo()
 

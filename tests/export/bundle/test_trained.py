@@ -108,9 +108,9 @@ class TestLoad:
     @pytest.mark.parametrize(
         "options,says",
         [
-            ({"checkpoint": "tuned.pth", "peft": "peft"}, "leave out --peft"),
+            ({"checkpoint": "tuned.pth", "peft": "peft"}, "leave out `peft`"),
             ({"checkpoint": "gone.pth"}, r"gone\.pth does not exist"),
-            ({"checkpoint": "tuned.pth", "class_names": ["a"]}, "--classes names 1 labels"),
+            ({"checkpoint": "tuned.pth", "class_names": ["a"]}, "`class_names` names 1 labels"),
             ({"checkpoint": "tuned.pth", "image_size": 64}, r"pos_embed has shape"),
             ({"checkpoint": "pickle.pth"}, "cannot be read as weights alone"),
             ({"peft": "nothing", "weights": "base.pth"}, r"adapter_config\.json does not exist"),
@@ -216,7 +216,7 @@ class TestExport:
             EngineOptions(int8=True),
             EngineOptions(fp8=True, aoti=True, precision="bf16"),
         ):
-            with pytest.raises(fa.InputError, match=r"--(int|fp)8 .* with --images"):
+            with pytest.raises(fa.InputError, match=r"`(int|fp)8` .* with `images=\.\.\.`"):
                 export_timm(
                     NAME,
                     tmp_path / "c",

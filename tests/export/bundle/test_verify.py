@@ -230,7 +230,7 @@ class TestVerify:
                 return known
             return replace(known, status="unverified", reason="for another GPU")
 
-        with pytest.raises(fa.InputError, match=r"--rebuild needs the GPU that m\.engine"):
+        with pytest.raises(fa.InputError, match=r"`rebuild` needs the GPU that m\.engine"):
             monkeypatch.setattr(verify_step, "verify_artefact", verify)
             verify_bundle(bundle, rebuild=True)
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)

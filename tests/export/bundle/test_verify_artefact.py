@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastadapt.export.artefact import FAILED, VERIFIED, Artefact, Batches
+from fastadapt.export.artefact import FAILED, VERIFIED, Artefact
 from fastadapt.export.bundle.verify_artefact import Reference, compare_runtime, verify_artefact
+from fastadapt.export.settings import Batches
 
 
 class FakeRuntime:

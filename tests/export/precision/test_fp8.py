@@ -9,7 +9,7 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import EngineOptions
-from fastadapt.export.artefact import REFUSED, VERIFIED, Batches
+from fastadapt.export.artefact import REFUSED, VERIFIED
 from fastadapt.export.backends.aotinductor import build_aoti, target
 from fastadapt.export.bundle import build as engines
 from fastadapt.export.bundle.build import build_artefacts
@@ -20,6 +20,7 @@ from fastadapt.export.precision.fp8 import E4M3, LARGEST, Float8Linear, quantize
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.export.precision.int8 import Judgement, QuantizationImages
 from fastadapt.export.runtimes import load_runtime
+from fastadapt.export.settings import Batches
 
 SIZE = (3, 64, 64)
 OPTIONS = EngineOptions(aoti=True, fp8=True, precision="bf16", batch=Batches(2, 4, 6))
@@ -215,7 +216,7 @@ class TestRefused:
         assert artefact.status == REFUSED and "multiples of 16" in artefact.reason
 
     def test_no_classes(self, folded):
-        with pytest.raises(fa.InputError, match="--fp8 is judged by its accuracy"):
+        with pytest.raises(fa.InputError, match="`fp8` is judged by its accuracy"):
             build_artefacts(
                 OPTIONS, replace(folded, reference=replace(folded.reference, classes=False))
             )
@@ -224,9 +225,9 @@ class TestRefused:
 class TestOptions:
     def test_needs_a_pt2_in_bf16(self):
         for options in ({"aoti": True}, {"precision": "bf16"}, {"aoti": True, "precision": "fp16"}):
-            with pytest.raises(fa.InputError, match="add --aoti --precision bf16"):
+            with pytest.raises(fa.InputError, match="add `aoti=True` `precision='bf16'`"):
                 EngineOptions(fp8=True, **options).check()
-        with pytest.raises(fa.InputError, match=r"the FP8 budget is 2\.0"):
+        with pytest.raises(fa.InputError, match=r"fp8_budget is 2\.0"):
             EngineOptions(fp8_budget=2.0).check()
 
     def test_needs_a_gpu_that_has_it(self, monkeypatch):
