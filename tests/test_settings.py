@@ -128,7 +128,7 @@ def test_defaults_fit_their_own_declaration(group):
     names = {field.name for field in declared(group) if field.default is dataclasses.MISSING}
     values = {name: given[name] for name in names & set(given)}
     if group in (RunSettings, VerifySettings):
-        with pytest.raises(InputError, match="(data|bundle) is '[db]'; expected Path"):
+        with pytest.raises(InputError, match=r"(data|bundle) is '[db]'; expected Path"):
             group(**values)
     else:
         assert group(**vars(group(**values))) == group(**values)
