@@ -142,16 +142,12 @@ class Settings:
                 other (:meth:`check_together`); one line with the setting, the value and what is
                 expected.
         """
-        import pydantic
-
-        group: type = type(self)
-        values = {field.name: _plain(getattr(self, field.name)) for field in declared(group)}
-        try:
-            valid = _validator(group).model_validate(values)
-        except pydantic.ValidationError as error:
-            raise _input_error(group, error, values) from None
-        for name in values:
-            object.__setattr__(self, name, getattr(valid, f"{_PREFIX}{name}"))
+        fields = declared(type(self))
+        values = {field.name: getattr(self, field.name) for field in fields}
+        # Defaults fit, a test holds that; a program that changes none needs no pydantic.
+        if any(values[field.name] is not field.default for field in fields):
+            for name, value in validated(type(self), values).items():
+                object.__setattr__(self, name, value)
         self.check_together()
 
     def check_together(self) -> None:
@@ -216,6 +212,22 @@ def _declared(cls: type) -> tuple[Field, ...]:
         setting = _setting(annotation)
         found.append(Field(field.name, annotation, kind, optional, default, setting))
     return tuple(found)
+
+
+def validated(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of all fields of a group, as their types are.
+
+    Raises:
+        InputError: a value has another type or is out of its range.
+    """
+    import pydantic
+
+    values = {name: _plain(value) for name, value in values.items()}
+    try:
+        valid = _validator(cls).model_validate(values)
+    except pydantic.ValidationError as error:
+        raise _input_error(cls, error, values) from None
+    return {name: getattr(valid, f"{_PREFIX}{name}") for name in values}
 
 
 def _setting(annotation: Any) -> Setting:

@@ -19,7 +19,7 @@ from fastadapt.export.settings import (
     VerifySettings,
 )
 from fastadapt.gdpl.config import FrozenParts, GDPLConfig, GDPLRunSettings, GDPLTrainConfig
-from fastadapt.settings import Setting, Settings, declared
+from fastadapt.settings import Setting, Settings, declared, validated
 from fastadapt.train.config import (
     BackboneSource,
     ImageSettings,
@@ -131,7 +131,8 @@ def test_defaults_fit_their_own_declaration(group):
         with pytest.raises(InputError, match=r"(data|bundle) is '[db]'; expected Path"):
             group(**values)
     else:
-        assert group(**vars(group(**values))) == group(**values)
+        made = group(**values)
+        assert validated(group, vars(made)) == vars(made)
 
 
 @pytest.mark.parametrize(
