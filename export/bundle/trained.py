@@ -197,7 +197,7 @@ def load_timm(
         )
     file = checkpoint or weights
     if file is None and checkpoint_key is not None:
-        raise InputError("--checkpoint-key chooses in a file: give one with --checkpoint")
+        raise InputError("`checkpoint_key` chooses in a file: give one with `checkpoint=...`")
     read = None if file is None else read_checkpoint(file, checkpoint_key)
     state = None if read is None else read.state
     num_classes = None if state is None else _classifier_rows(name, state)

@@ -137,8 +137,8 @@ def train(
     cached = config.cache and not lora_layers(model.backbone)
     if not cached and config.views > 1:
         raise InputError(
-            f"views is {config.views}, but nothing is cached (`cache=False`, or LoRA), so that every "
-            "epoch has fresh views anyway: leave `views` out"
+            f"views is {config.views}, but nothing is cached (`cache=False`, or LoRA), so that "
+            "every epoch has fresh views anyway: leave `views` out"
         )
     if cached and config.stages == 1 and config.augment != "none" and config.views == 1:
         raise InputError(
@@ -307,7 +307,8 @@ def full_disk_or_memory(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
-            f"the disk of {out} is full: free some space, then run the same again with `resume=True`"
+            f"the disk of {out} is full: free some space, then run the same again with "
+            "`resume=True`"
         ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(

@@ -67,7 +67,8 @@ def load_state(path: Path) -> tuple[State, dict[str, Any]]:
         settings = json.loads(metadata["settings"])
     except (KeyError, TypeError, json.JSONDecodeError):
         raise InputError(
-            f"{path} is no training state that this version can read: start anew with `overwrite=True`"
+            f"{path} is no training state that this version can read: start anew with "
+            "`overwrite=True`"
         ) from None
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
