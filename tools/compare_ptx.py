@@ -52,6 +52,8 @@ def dump(
             ):
                 key = hashlib.sha256(launch.ptx.encode()).hexdigest()[:16]
                 texts[key] = launch.ptx
+                if launch.shared > compiled_kernels.GPUS[capability][1]:
+                    print(f"{launch.kernel} needs {launch.shared} bytes of shared memory")
                 launched.append([launch.kernel, launch.grid, launch.numbers, launch.shared, key])
             launches[f"sm_{capability} {name}"] = launched
             seconds = time.perf_counter() - start

@@ -63,7 +63,7 @@ class ProjectVariant:
 
 
 class ProjectArguments(NamedTuple):
-    """What the groups of a projection kernel work on."""
+    """The tensors, barriers and sizes that the groups of a projection kernel share."""
 
     x_desc: Any  # [rows, C]
     w_desc: Any  # [R, C] or, transposed, [C, R]
@@ -203,7 +203,7 @@ def project_rows(group: gl.constexpr, unit, p, v: gl.constexpr):
 
 @dataclass(frozen=True)
 class ExpandVariant:
-    """The compile-time parameters of a kernel that ends with the up projection."""
+    """The compile-time parameters of an expanding kernel, one that ends with a product [R, C]."""
 
     rank: int  # 64, 128 or 256
     groups: int
@@ -217,7 +217,7 @@ class ExpandVariant:
 
 
 class ExpandArguments(NamedTuple):
-    """What the groups of a kernel that ends with the up projection work on."""
+    """The tensors, barriers and sizes that the groups of an expanding kernel share."""
 
     h_desc: Any  # [rows, R]
     t_desc: Any  # [B·R, R], or None

@@ -5,6 +5,8 @@ What is computed is defined in :mod:`fastadapt.kernels.cluster_attention.referen
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ from .problem import (
     NO_NEEDS,
     Arguments,
     Problem,
+    ProjectionDtypes,
     Saved,
-    WeightDtypes,
     problem_of,
     with_weights_in_dtype_of_x,
 )
@@ -94,7 +96,16 @@ def cluster_attention(
 
 
 # The kernels as operators. Eager calls go through _Function instead, which does the same with
-# less on the way. Triton is imported with the first call.
+# less on the way.
+
+
+@functools.cache
+def _plans() -> tuple[Callable, Callable]:
+    """Return the forward and the backward: Triton is imported with the first call."""
+    from .plan_backward import backward
+    from .plan_forward import forward
+
+    return forward, backward
 
 
 def _forward(
@@ -104,8 +115,7 @@ def _forward(
     save_z: bool,
     needs: Arguments[bool] = NO_NEEDS,
 ) -> tuple[Tensor, Saved]:
-    from .plan_forward import forward
-
+    forward, _ = _plans()
     with on_device(args.x), without_autocast(args.x):
         return forward(problem, args, save_z=save_z, needs=needs)
 
@@ -116,10 +126,9 @@ def _backward(
     needs: Arguments[bool],
     args: Arguments[Any],
     saved: Saved,
-    weight_dtypes: WeightDtypes,
+    weight_dtypes: ProjectionDtypes,
 ) -> Arguments[Tensor | None]:
-    from .plan_backward import backward
-
+    _, backward = _plans()
     with on_device(g), without_autocast(g):
         return backward(problem, g, needs, args, saved, weight_dtypes)
 
@@ -129,27 +138,29 @@ class _Function(torch.autograd.Function):
     def forward(ctx, *tensors):
         args = Arguments(*tensors)
         # Gradients of the weights leave in their own dtype, as they were summed.
-        ctx.weight_dtypes = WeightDtypes(
+        ctx.weight_dtypes = ProjectionDtypes(
             *[None if t is None else t.dtype for t in (args.down_weight, args.up_weight)]
         )
         args = with_weights_in_dtype_of_x(args)
         ctx.problem = problem_of(args)
         needs = Arguments(*ctx.needs_input_grad)
         y, saved = _forward(ctx.problem, args, save_z=needs.up_weight, needs=needs)
-        without_biases = args._replace(down_bias=None, up_bias=None)
-        ctx.save_for_backward(*without_biases, saved.h, saved.mixed, saved.state, saved.z)
+        x, centers, transforms, down_weight, _, up_weight, _ = args
+        kept = (saved.h, saved.mixed, saved.state, saved.z)
+        ctx.save_for_backward(x, centers, transforms, down_weight, up_weight, *kept)
         return y
 
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():  # create_graph: what tells that there is no second derivative
             return _Function.backward_once(ctx, g)
-        *args, h, mixed, state, z = ctx.saved_tensors
+        x, centers, transforms, down_weight, up_weight, h, mixed, state, z = ctx.saved_tensors
+        args = Arguments(x, centers, transforms, down_weight, None, up_weight, None)
         saved = Saved(h, mixed, state, z)
         del h, mixed, state, z
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         needs = Arguments(*ctx.needs_input_grad)
-        return _backward(ctx.problem, g, needs, Arguments(*args), saved, ctx.weight_dtypes)
+        return _backward(ctx.problem, g, needs, args, saved, ctx.weight_dtypes)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -204,7 +215,9 @@ def _backward_op(
     saved: list[Tensor],
 ) -> list[Tensor]:
     args = Arguments(x, centers, transforms, down_weight, down_bias, up_weight, up_bias)
-    grads = _backward(problem_of(args), g, Arguments(*needs), args, Saved(*saved), WeightDtypes())
+    grads = _backward(
+        problem_of(args), g, Arguments(*needs), args, Saved(*saved), ProjectionDtypes()
+    )
     return [grad for grad in grads if grad is not None]
 
 

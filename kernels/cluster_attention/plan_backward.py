@@ -12,7 +12,7 @@ from ..common.side_stream import Branch, mm
 from . import launches_backward, launches_forward, launches_hopper
 from .block_sizes import BlockSizes, block_sizes_for
 from .padding import align, multiple_of_8, pad, unpad
-from .problem import Arguments, Problem, Saved, WeightDtypes
+from .problem import Arguments, Problem, ProjectionDtypes, Saved
 
 
 class BackwardPlan:
@@ -76,7 +76,7 @@ class BackwardPlan:
             )
 
     def __call__(
-        self, g: Tensor, args: Arguments[Any], saved: Saved, weight_dtypes: WeightDtypes
+        self, g: Tensor, args: Arguments[Any], saved: Saved, weight_dtypes: ProjectionDtypes
     ) -> Arguments[Tensor | None]:
         """Return the gradients that are needed; see :func:`backward`."""
         fit, width, rank = self.fit, self.width, self.rank
@@ -194,7 +194,7 @@ class UnfusedBackwardPlan:
             )
 
     def __call__(
-        self, g: Tensor, args: Arguments[Any], saved: Saved, weight_dtypes: WeightDtypes
+        self, g: Tensor, args: Arguments[Any], saved: Saved, weight_dtypes: ProjectionDtypes
     ) -> Arguments[Tensor | None]:
         """Return the gradients that are needed; see :func:`backward`."""
         problem, needs = self.problem, self.needs
@@ -241,7 +241,7 @@ def backward(
     needs: Arguments[bool],
     args: Arguments[Any],
     saved: Saved,
-    weight_dtypes: WeightDtypes,
+    weight_dtypes: ProjectionDtypes,
 ) -> Arguments[Tensor | None]:
     """Compute the gradients of the forward's arguments, ``None`` where ``needs`` has none.
 

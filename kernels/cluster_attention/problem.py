@@ -1,4 +1,4 @@
-"""What a call of cluster attention brings: its arguments by name, its sizes, and what it saves."""
+"""A call of cluster attention: its arguments by name, its sizes, and the tensors that it saves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NO_NEEDS: Arguments[bool] = Arguments(*(False,) * 7)
 
 
 class Problem(NamedTuple):
-    """What the plans of a call depend on, beside its block sizes."""
+    """The sizes and dtypes that the plans of a call depend on, beside its block sizes."""
 
     batch: int
     tokens: int
@@ -62,6 +62,8 @@ def problem_of(args: Arguments[Any]) -> Problem:
 def with_weights_in_dtype_of_x(args: Arguments[Any]) -> Arguments[Any]:
     """Cast the weights of both projections to x's dtype."""
     dtype = args.x.dtype
+    if args.down_weight is None or args.down_weight.dtype == args.up_weight.dtype == dtype:
+        return args
     return args._replace(
         down_weight=cast(args.down_weight, dtype), up_weight=cast(args.up_weight, dtype)
     )
@@ -69,7 +71,7 @@ def with_weights_in_dtype_of_x(args: Arguments[Any]) -> Arguments[Any]:
 
 @dataclass
 class Saved:
-    """What the forward keeps for the backward, beside its arguments."""
+    """The tensors that the forward keeps for the backward, beside its arguments."""
 
     h: Tensor | None  # [B·N, R]; None in token mode
     mixed: Tensor | None  # T_b [B, R, R], or [B, N, N] in token mode
@@ -83,7 +85,7 @@ class Saved:
         return h, mixed, state, z
 
 
-class WeightDtypes(NamedTuple):
+class ProjectionDtypes(NamedTuple):
     """The dtypes of the gradients of both weights; the weights' own where ``None``."""
 
     down: torch.dtype | None = None

@@ -1,7 +1,7 @@
-"""What the operations share.
+"""The parts that all operations share.
 
 dispatch.py       which backend runs a call, on which GPUs kernels run, and in which dtype
-launcher.py       launches prepared for a size, and what a GPU is asked for
+launcher.py       launches prepared for a size, and what a GPU has
 compile_ahead.py  kernels compile in parallel threads before their first launch
 hopper.py         the import of Hopper's kernels, on first use
 gluon_hopper.py   Gluon under the names of every Triton, and the ring buffer

@@ -1,4 +1,4 @@
-"""What the tests of all operations with kernels share: where they run, and how exact is enough."""
+"""Shared by the tests of all operations with kernels: where they run, and how exact is enough."""
 
 from __future__ import annotations
 

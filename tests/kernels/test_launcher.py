@@ -116,7 +116,7 @@ def described(kernel, numbers=NUMBERS, **options):
 
 
 def as_triton_would(kernel, stream, *tensors):
-    """What the native function gets from Triton's launcher, with addresses for tensors."""
+    """Return what the native function gets from Triton's launcher, with addresses for tensors."""
     before = len(kernel.native.calls)
     head = (5, 1, 1, stream, 4711, (4, 1, 1024), None, None, None)
     kernel.compiled.run(*head, *tensors, *NUMBERS, *CONSTANTS, True)
