@@ -34,6 +34,7 @@ class Inert(dict[Any, Any]):
         super().__init__()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        """Do nothing."""
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -77,6 +78,7 @@ class Rebuild:
         object.__setattr__(self, "_function", function)
 
     def __call__(self, *args: Any) -> Any:
+        """Rebuild a tensor or a container."""
         return self._function(*args)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -63,7 +63,8 @@ def _steps(pattern: str, length: int) -> float:
     """Bound the matcher's steps for one name; see the module's equation."""
     _check_syntax(pattern)
     alternatives, optional, unbounded = 1, 0, 1  # the prefix before the pattern is unbounded
-    groups, closed, at = [_Group()], None, 0
+    groups, at = [_Group()], 0
+    closed: _Group | None = None
     for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{[\d,]+\}|.", pattern, re.S):
         text = token[0]
         if text == "(":
@@ -77,8 +78,8 @@ def _steps(pattern: str, length: int) -> float:
         elif text == "?" and pattern[at : at + 1] in "*+?}" and at == token.start() - 1:
             pass  # a lazy or possessive quantifier's second character
         elif text in "*+?" or (text[0] == "{" and len(text) > 2):
-            after_group = closed is not None and pattern[token.start() - 1] == ")"
-            if after_group and text != "?" and (closed.repeats or closed.alternatives > 1):
+            group = closed if pattern[token.start() - 1] == ")" else None
+            if group and text != "?" and (group.repeats or group.alternatives > 1):
                 raise InputError(
                     f"the pattern {pattern[:80]!r} repeats a group that has repetitions or "
                     "alternatives itself, which can take for ever: write it without"

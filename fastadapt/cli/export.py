@@ -107,7 +107,7 @@ def verify(given: Given) -> None:
     console.print(artefact_table(result.artefacts))
     for artefact in result.artefacts:
         if artefact.parity:
-            console.print(parity_table(artefact.parity, artefact.path))
+            console.print(parity_table(artefact.parity, artefact.path or artefact.kind))
     if not result.passed:
         raise GateError(
             f"{settings.bundle} does not run here as it did before: {result.problems[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer.core
 
@@ -32,7 +32,7 @@ class Method(Settings):
 class TrainCommand(typer.core.TyperCommand):
     """``train``, which names the new command where options of the old one are given."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse ``--method gdpl`` before options of GDPL are called unknown."""
         for place, word in enumerate(args):
             if word == "--method=gdpl" or args[place : place + 2] == ["--method", "gdpl"]:
