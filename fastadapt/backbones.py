@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from fastadapt.weights_match import load_weights, pooling_options
 FeatureFn = Callable[[nn.Module, Tensor], Tensor]
 MOST_VALUES = 2**27  # of one image or volume: [1, 512, 512, 512], say
 LARGEST_IMAGE = 8192  # in pixels, of models whose position embedding is made for a size
+# How timm names models that stand in a folder or on a hub, with their own configuration.
+SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+CLASS_TOKEN = re.compile(
+    r"(^|\.)(cls|class|dist|reg|register)_?(tokens?|embedding|emb|pos_emb)(_?\d+)?$"
+)
+CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}  # open_clip's, timm's
 LAYOUTS = ("tokens", "channels_first", "channels_last")
 
 
@@ -102,7 +109,7 @@ def create_backbone(
     if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE:
         raise InputError(f"input_size is {image_size}; expected 1 to {LARGEST_IMAGE} pixels")
     architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
+    if not name.startswith(SCHEMES) and not timm.is_model(architecture):
         known = [*timm.list_models(), *timm.list_models(pretrained=True)]
         raise InputError(f"timm has no model {name!r}. Nearest: {nearest(name, known)}")
     kwargs: dict[str, Any] = {"pretrained": pretrained and weights is None}
@@ -222,6 +229,14 @@ def pretrained_cfg(backbone: nn.Module) -> dict[str, Any]:
     tower: Any = backbone
     if getattr(tower, "image_mean", None) is not None:
         result |= {"mean": tuple(tower.image_mean), "std": tuple(tower.image_std)}
+    # What the weights were trained with, SigLIP's and CLIPA's squashed images for one.
+    given = getattr(tower, "preprocess_cfg", None) or {}
+    result |= {key: tuple(given[key]) for key in ("mean", "std") if given.get(key)}
+    if given.get("interpolation"):
+        result["interpolation"] = given["interpolation"]
+    if given.get("resize_mode"):
+        mode = given["resize_mode"]
+        result["crop_mode"] = CROP_MODES.get(mode, mode)
     return result
 
 
@@ -304,8 +319,9 @@ def probe(
     if layout == "tokens":
         prefix: Any = num_prefix_tokens
         if prefix is None:
-            prefix = 1 if feature_fn is _clip_vit_features else 0
-            prefix = getattr(backbone, "num_prefix_tokens", prefix)
+            prefix = stated_prefix_tokens(backbone, feature_fn)
+        if prefix is None:
+            prefix = _find_prefix_tokens(backbone, shape[1], input_size, settings)
         if not 0 <= prefix < shape[1]:
             raise InputError(f"num_prefix_tokens is {prefix}; the features have {shape[1]} tokens")
         return FeatureSpec(shape[2], layout, prefix, shape[1] - prefix, input_size)
@@ -313,6 +329,51 @@ def probe(
         (shape[1], *shape[2:]) if layout == "channels_first" else (shape[-1], *shape[1:-1])
     )
     return FeatureSpec(dim, layout, 0, math.prod(spatial), input_size)
+
+
+def stated_prefix_tokens(backbone: nn.Module, feature_fn: FeatureFn) -> int | None:
+    """Return how many class and register tokens the features begin with, if the backbone says."""
+    if feature_fn is _clip_vit_features:
+        return 1
+    return getattr(backbone, "num_prefix_tokens", None)  # type: ignore[return-value]
+
+
+def _find_prefix_tokens(
+    backbone: nn.Module, tokens: int, input_size: tuple[int, ...], settings: str
+) -> int:
+    """Find how many tokens are no patches in a backbone that has class tokens and does not say.
+
+    The patches form a grid of the image's aspect ratio: VOLO's 197 tokens are 1 + 14 · 14.
+
+    Raises:
+        InputError: the features are class tokens alone (PiT), or no number or several fit.
+    """
+    own = [p for name, p in backbone.named_parameters() if CLASS_TOKEN.search(name)]
+    if not own:
+        return 0
+    name = type(backbone).__name__
+    rows = sum(p.shape[-2] if p.dim() > 1 else 1 for p in own)
+    if tokens <= rows:
+        raise InputError(
+            f"the features of {name} are its {tokens} class tokens alone, without patches to "
+            f"adapt: give {settings}(features=...), a function that returns the tokens before"
+        )
+    fits = [count for count in range(rows + 1) if _is_grid(tokens - count, input_size[1:])]
+    fits = [count for count in fits if count == rows] or fits
+    if len(fits) != 1:
+        raise InputError(
+            f"{name} has class tokens and does not say how many of its {tokens} tokens are no "
+            f"patches: give {settings}(num_prefix_tokens=...)"
+        )
+    return fits[0]
+
+
+def _is_grid(tokens: int, size: tuple[int, ...]) -> bool:
+    """Tell whether some tokens form a grid with the aspect ratio of the image."""
+    if tokens < 1:
+        return False
+    patch = (math.prod(size) / tokens) ** (1 / len(size))  # its side in pixels
+    return all(abs(length / patch - round(length / patch)) < 1e-6 for length in size)
 
 
 def _layout(backbone: nn.Module, shape: tuple[int, ...], settings: str) -> Layout:

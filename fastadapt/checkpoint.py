@@ -12,6 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel, adapt
+from fastadapt.backbones import (
+    create_backbone,
+    feature_function,
+    image_tower,
+    stated_prefix_tokens,
+)
 from fastadapt.checkpoint_reader import find_state_dict
 from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.config import AdaptConfig
@@ -104,7 +110,11 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
             "fingerprint": None if model.backbone_trained else backbone_fingerprint(model),
             "dtypes": _dtypes(frozen_state(model)),
         },
-        "adapt": {**model.config.to_dict(), "lora": None},
+        "adapt": {
+            **model.config.to_dict(),
+            "lora": None,
+            "num_prefix_tokens": model.spec.num_prefix_tokens,
+        },
         "lora_layers": {
             plain_name(name): {
                 "dropout": layer.dropout.p,
@@ -158,17 +168,26 @@ def load_adapter(
             f"{folder} was made on a {on.name} that fastadapt cannot build by name: "
             "pass the same backbone, load_adapter(folder, backbone=...)"
         )
-    if backbone is not None:
-        model = adapt(backbone, settings, saved.num_classes)
-    else:
+    if backbone is None:
         file = None if on.trained else weights or on.weights
         if file is not None and not Path(file).is_file():
             raise InputError(
                 f"{folder} needs the weights {file}, which are not there: say where they are "
                 "with `weights=...`"
             )
-        pretrained = on.pretrained and not on.trained
-        model = adapt(on.name, settings, saved.num_classes, pretrained=pretrained, weights=file)
+        held = {n.removeprefix("backbone."): t for n, t in state.items() if "backbone." in n}
+        backbone = create_backbone(
+            on.name,
+            pretrained=on.pretrained and not on.trained,
+            weights=file,
+            image_size=None if settings.input_size is None else settings.input_size[-1],
+            state=held if on.trained else None,
+        )
+    if settings.num_prefix_tokens is None:  # older versions took 0 where the backbone says nothing
+        module = image_tower(backbone).module
+        stated = stated_prefix_tokens(module, feature_function(module, settings.features))
+        settings = AdaptConfig(**{**vars(settings), "num_prefix_tokens": stated or 0})
+    model = adapt(backbone, settings, saved.num_classes)
     model.source = on.source()
     model.backbone_trained = on.trained
     model.replaced = frozenset(saved.changed)

@@ -1,13 +1,16 @@
 import copy
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import fastadapt as fa
 from fastadapt.config import AdaptConfig
+from fastadapt.data.preprocess import Preprocess
 from fastadapt.lora import lora_layers, remove_lora
 
 SMALL = {"rank": 8, "num_centers": 3, "mlp_ratio": 0.5}
@@ -40,9 +43,12 @@ def vit(**kwargs):
     return timm.create_model("test_vit", pretrained=False, num_classes=0, **kwargs)
 
 
-def clip_tower():
+def clip_tower(timm_trunk=False):
     open_clip = pytest.importorskip("open_clip")
     vision = {"layers": 2, "width": 32, "patch_size": 8, "image_size": 32, "head_width": 16}
+    if timm_trunk:
+        vision = {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": ""}
+        vision |= {"timm_proj": "linear", "image_size": 160}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
     return open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
 
@@ -79,6 +85,97 @@ class TestBackbones:
             assert model.spec.num_tokens == 16
             torch.testing.assert_close(model.backbone_features(x), tokens)
         assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+    @pytest.mark.parametrize(
+        ("mode", "interpolation", "crop_mode"),
+        [
+            ("squash", "bilinear", "squash"),
+            ("shortest", "bicubic", "center"),
+            ("longest", "bicubic", "border"),
+        ],
+    )
+    @pytest.mark.parametrize("timm_trunk", [True, False])
+    def test_open_clip_s_preprocessing(self, mode, interpolation, crop_mode, timm_trunk):
+        clip = clip_tower(timm_trunk)
+        given = {"resize_mode": mode, "interpolation": interpolation, "mean": (0.5, 0.4, 0.3)}
+        open_clip = pytest.importorskip("open_clip")
+        open_clip.model.set_model_preprocess_cfg(clip, {**given, "std": (0.5, 0.6, 0.7)})
+        for each in (clip, clip.visual):
+            config = fa.adapt(each, AdaptConfig(**SMALL), 2).pretrained_cfg
+            ours = Preprocess.from_pretrained_cfg(config)
+            assert (ours.crop_mode, ours.interpolation) == (crop_mode, interpolation)
+            assert ours.mean == (0.5, 0.4, 0.3) and ours.std == (0.5, 0.6, 0.7)
+            assert ours.crop_pct == 1.0
+
+    def test_squashed_images_equal_open_clip_s(self):
+        open_clip = pytest.importorskip("open_clip")
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        clip = clip_tower()
+        given = {
+            "resize_mode": "squash",
+            "interpolation": "bicubic",
+            "mean": (0.5,) * 3,
+            "std": (0.5,) * 3,
+        }
+        open_clip.model.set_model_preprocess_cfg(clip, given)
+        theirs = image_transform_v2(PreprocessCfg(size=32, **given), is_train=False)
+        ours = Preprocess.from_pretrained_cfg(
+            fa.adapt(clip, AdaptConfig(adapter="none"), 2).pretrained_cfg
+        )
+        pixels = np.random.default_rng(0).integers(0, 255, (30, 60, 3)).astype(np.uint8)
+        image = Image.fromarray(pixels).resize((96, 64))
+        got = ours.normalize(ours.transform(image)[None])[0]
+        torch.testing.assert_close(got, theirs(image), rtol=0, atol=0.02)  # a level of uint8
+
+    @pytest.mark.parametrize(
+        ("name", "prefix", "tokens"),
+        [("volo_d1_224", 1, 196), ("coat_lite_tiny", 1, 49), ("cait_xxs24_224", 1, 196)],
+    )
+    def test_class_tokens_that_timm_does_not_count(self, name, prefix, tokens):
+        backbone = timm.create_model(name, num_classes=0).eval()
+        model = fa.adapt(backbone, AdaptConfig(adapter="none"), 0).eval()
+        assert (model.spec.num_prefix_tokens, model.spec.num_tokens) == (prefix, tokens)
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), backbone.forward_features(x)[:, 1:].mean(1))
+
+    @pytest.mark.parametrize("name", ["pit_ti_224", "pit_ti_distilled_224"])
+    def test_class_tokens_alone_are_refused(self, name):
+        with pytest.raises(fa.InputError, match=r"PoolingVisionTransformer.*class tokens alone"):
+            fa.adapt(timm.create_model(name, num_classes=0), AdaptConfig(adapter="none"), 2)
+
+    def test_class_tokens_whose_number_nobody_knows(self):
+        class Odd(nn.Module):
+            def __init__(self, tokens):
+                super().__init__()
+                self.class_token, self.tokens = nn.Parameter(torch.zeros(1, 4, 8)), tokens
+
+            def forward(self, x):
+                return self.class_token.new_zeros(len(x), self.tokens, 8) + self.class_token.sum()
+
+        config = {"input_size": (3, 64, 32), "adapter": "none"}
+        assert fa.adapt(Odd(12), AdaptConfig(**config), 2).spec.num_prefix_tokens == 4
+        assert fa.adapt(Odd(8), AdaptConfig(**config), 2).spec.num_prefix_tokens == 0
+        with pytest.raises(fa.InputError, match=r"how many of its 23 tokens.*num_prefix_tokens"):
+            fa.adapt(Odd(23), AdaptConfig(**config), 2)
+        assert (
+            fa.adapt(Odd(23), AdaptConfig(**config, num_prefix_tokens=1), 2).spec.num_tokens == 22
+        )
+
+    def test_models_in_a_folder(self, tmp_path, monkeypatch):
+        from timm.models import save_for_hf
+
+        monkeypatch.chdir(tmp_path)
+        saved = timm.create_model("test_vit", num_classes=4).eval()
+        save_for_hf(saved, "folder")
+        model = fa.adapt("local-dir:folder", AdaptConfig(**SMALL), 2).eval()
+        x = torch.randn(1, *model.spec.input_size)
+        torch.testing.assert_close(model.backbone.forward_features(x), saved.forward_features(x))
+        fa.save_adapter(model, "run")
+        assert torch.equal(fa.load_adapter("run")(x), model(x))
+        with pytest.raises(fa.InputError, match="nowhere"):
+            fa.adapt("local-dir:nowhere", AdaptConfig(**SMALL), 2)
 
     def test_video_backbone(self):
         models = pytest.importorskip("torchvision.models.video")
