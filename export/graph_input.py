@@ -97,9 +97,12 @@ class GraphInput:
         p = self.preprocess
         composed: Any = p.transform
         timm_steps = composed.transforms
+        scaling = "16 bit / 257"
+        if p.intensity_range is not None:
+            scaling = "values from {:g} to {:g} to 0–255".format(*p.intensity_range)
         steps = [
             (
-                "decode to 8-bit RGB: orientation tag applied, transparency on black, 16 bit / 257",
+                f"decode to 8-bit RGB: orientation tag applied, transparency on black, {scaling}",
                 False,
             ),
             *((str(step), self.resize) for step in timm_steps[:-1]),

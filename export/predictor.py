@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastadapt.data.decode import load_image, to_rgb
+from fastadapt.data.decode import decode, to_rgb
+from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.errors import InputError
 
 from .artefact import VERIFIED, Artefact
@@ -84,14 +86,15 @@ class Predictor:
 
         Args:
             images: one or many, of any size: paths, PIL images, uint8 RGB arrays [H, W, 3] or
-                uint8 RGB tensors [3, H, W]; or an array [B, H, W, 3] or tensor [B, 3, H, W].
+                uint8 RGB tensors [3, H, W]; or an array [B, H, W, 3] or tensor [B, 3, H, W]. Arrays
+                of 16-bit images, uint16 or int16, may be [H, W], too. All values are as decoded.
             **others: further inputs of the model, by name: fp32 arrays [images, ...]
                 (``domain_features``, where a GDPL model's encoder was left out).
 
         Raises:
             InputError: an image cannot be read, or is of another type; an input is missing.
         """
-        pixels = [self._pixels(image) for image in _listed(images)]
+        pixels = [self._pixels(image) for image in self._listed(images)]
         if not pixels:
             raise InputError("there are no images to predict")
         self._check_others(others, len(pixels))
@@ -107,6 +110,17 @@ class Predictor:
                     outputs[index] = row
         logits = np.stack([outputs[i] for i in range(len(pixels))])
         return Prediction(logits.astype(np.float32), self.classes)
+
+    def _listed(self, images: Picture | Sequence[Picture]) -> list[Image.Image]:
+        """Convert one or many pictures to RGB images."""
+        if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
+            pictures: list[Picture] = list(images)
+        elif isinstance(images, Sequence) and not isinstance(images, str | bytes):
+            pictures = list(images)
+        else:
+            pictures = [images]
+        intensity_range = self.graph_input.preprocess.intensity_range
+        return [_image(picture, intensity_range) for picture in pictures]
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         """Convert an image to uint8 [3, H, W] for :meth:`GraphInput.array`."""
@@ -191,26 +205,25 @@ def _speed(artefact: Artefact, on_gpu: bool) -> float:
     return max(speeds, default=0.0)
 
 
-def _listed(images: Picture | Sequence[Picture]) -> list[Image.Image]:
-    """Convert one or many pictures to RGB images."""
-    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
-        return [_image(image) for image in images]
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
-        return [_image(image) for image in images]
-    return [_image(images)]
-
-
-def _image(image: Picture) -> Image.Image:
+def _image(image: Picture, intensity_range: ValueRange | None) -> Image.Image:
+    """Convert a picture to RGB, with the values of the range as black and white."""
     if isinstance(image, str | os.PathLike):
-        return load_image(image)
+        decoded = decode(image)
+        for kind in decoded.dropped:
+            warnings.warn(f"{image} loses {kind} when it is read", stacklevel=5)
+        return to_eight_bit_rgb(decoded.image, intensity_range, str(image))
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(image, intensity_range)
     if isinstance(image, Tensor):
         _check_array(image.dtype == torch.uint8, image, 0, "tensor [3, H, W]")
-        return Image.fromarray(image.movedim(0, -1).contiguous().cpu().numpy())
+        image = image.movedim(0, -1).contiguous().cpu().numpy()
+    if isinstance(image, np.ndarray) and image.dtype in (np.uint16, np.int16):
+        if image.ndim != 2:
+            _check_array(True, image, -1, "array [H, W, 3]")
+        return to_eight_bit_rgb(DeepImage(image, 16), intensity_range, "the image")
     if isinstance(image, np.ndarray):
         _check_array(image.dtype == np.uint8, image, -1, "array [H, W, 3]")
-        return Image.fromarray(np.ascontiguousarray(image))
+        return to_rgb(Image.fromarray(np.ascontiguousarray(image)), intensity_range)
     raise InputError(
         f"an image is a {type(image).__name__}; expected a path, a PIL image, a uint8 array or a "
         "uint8 tensor"

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.data.pixels import ValueRange
+
+from ..graph_input import GraphInput
 from ..speed import format_rate
 from .report_figures import parity_svg, speed_svg
 from .samples import Sample
@@ -155,6 +158,7 @@ def _speed(manifest: dict[str, Any]) -> str:
 
 def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
     labels = manifest["labels"]
+    intensity_range = GraphInput.from_dict(manifest["preprocessing"]).preprocess.intensity_range
     figures = []
     for sample, outputs in zip(samples, expected, strict=True):
         caption = [] if sample.label is None else [f"is {sample.label}"]
@@ -162,15 +166,16 @@ def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.nd
             caption.append(f"model: {labels[int(outputs.argmax())]}")
         text = escape(", ".join(caption))
         figures.append(
-            f'<figure><img src="{_thumbnail(sample)}" alt="{escape(sample.path.name)}">'
+            f'<figure><img src="{_thumbnail(sample, intensity_range)}" '
+            f'alt="{escape(sample.path.name)}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
     origin = escape(manifest["golden"]["origin"])
     return f'<p class="note">From {origin}</p>\n{"".join(figures)}'
 
 
-def _thumbnail(sample: Sample) -> str:
-    image = sample.read().copy()
+def _thumbnail(sample: Sample, intensity_range: ValueRange | None) -> str:
+    image = sample.read(intensity_range).copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastadapt.data.decode import load_image
+from fastadapt.data.pixels import ValueRange
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.table import list_table
 from fastadapt.data.walker import walk
@@ -40,9 +41,9 @@ class Sample:
     label: str | None = None
     image: Image.Image | None = None
 
-    def read(self) -> Image.Image:
-        """Decode the file as RGB, or return the synthetic image."""
-        return load_image(self.path) if self.image is None else self.image
+    def read(self, intensity_range: ValueRange | None = None) -> Image.Image:
+        """Decode the file as RGB, or return the synthetic image, which has 8 bits."""
+        return load_image(self.path, intensity_range) if self.image is None else self.image
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
     Decoded images are resized to the most frequent size, at most 1,024 pixels long.
     """
     preprocess = graph_input.preprocess
-    images = [sample.read() for sample in samples]
+    images = [sample.read(preprocess.intensity_range) for sample in samples]
     if not graph_input.resize:
         pixels = torch.stack([preprocess.transform(image) for image in images])
         return Pixels(pixels, pixels, pixels)

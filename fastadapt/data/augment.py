@@ -29,7 +29,7 @@ def read_view(
 
     Args:
         path: of the image.
-        preprocess: size, crop and interpolation of the plain view.
+        preprocess: range of values, size, crop and interpolation of the plain view.
         augment: ``"none"``; ``"flips"``, left-right and up-down; ``"dihedral"``, the eight
             symmetries of the square; ``"crops"``, random resized crops and flips.
         seed: integers that decide the view; ``None`` for the plain view, as in evaluation.
@@ -37,7 +37,7 @@ def read_view(
     Raises:
         InputError: as :func:`fastadapt.data.decode.load_image`.
     """
-    image = load_image(path)
+    image = load_image(path, preprocess.intensity_range)
     if augment == "none" or seed is None:
         return preprocess.transform(image)
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastadapt.data.decode import load_image
+from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError
 
 CROP_MODES = ("center", "squash", "border")
@@ -30,6 +32,8 @@ class Preprocess:
         crop_mode: ``"center"`` (shorter side resized, centre cropped), ``"squash"`` (both sides
             resized, aspect ratio lost) or ``"border"``.
         mean, std: of the normalisation, for values in [0, 1].
+        intensity_range: the values of a file that become 0 and 255; ``None`` for the range of its
+            type (:mod:`fastadapt.data.intensity`).
     """
 
     input_size: tuple[int, int, int]
@@ -38,6 +42,7 @@ class Preprocess:
     crop_mode: str = "center"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    intensity_range: ValueRange | None = None
 
     @classmethod
     def from_pretrained_cfg(cls, config: dict[str, Any], **overrides: Any) -> Preprocess:
@@ -71,7 +76,22 @@ class Preprocess:
                 f"interpolation is {result.interpolation!r}; "
                 f"expected one of {', '.join(INTERPOLATIONS)}"
             )
+        result._check_intensity_range()
         return result
+
+    def _check_intensity_range(self) -> None:
+        value: Any = self.intensity_range
+        if value is None:
+            return
+        numbers = isinstance(value, tuple) and all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+            for v in value
+        )
+        if not (numbers and len(value) == 2 and value[0] < value[1]):
+            raise InputError(
+                f"intensity_range is {value!r}; expected null, or two numbers of which the first "
+                "is the smaller"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dictionary for JSON files."""
@@ -93,7 +113,7 @@ class Preprocess:
 
     def read(self, path: str | os.PathLike[str]) -> Tensor:
         """Read an image file as uint8 [3, H, W]. Raises InputError as :func:`load_image`."""
-        return self.transform(load_image(path))
+        return self.transform(load_image(path, self.intensity_range))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize uint8 [B, 3, H, W] to the backbone's fp32 input."""

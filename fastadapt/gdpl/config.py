@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal, Self
 from fastadapt.config import MODEL
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
-from fastadapt.train.config import IMAGES, MOST_EPOCHS, MOST_IMAGES, RUN, TRAINING
+from fastadapt.train.config import (
+    IMAGES,
+    MOST_EPOCHS,
+    MOST_IMAGES,
+    RUN,
+    TRAINING,
+    IntensityRange,
+    check_intensity_range,
+)
 
 PROMPTS, DOMAIN = "Prompts", "Domain features"
 
@@ -228,6 +236,11 @@ class GDPLTrainConfig(Settings):
             expected="more than 0, less than 1",
         ),
     ] = 0.2
+    intensity_range: IntensityRange = "dtype"
+
+    def check_together(self) -> None:
+        """Refuse intensity ranges that are none."""
+        check_intensity_range(self.intensity_range)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -114,15 +114,20 @@ def train_gdpl(
 
     with progress_bars(quiet) as progress:
         say = progress.console.print
-        read = [
-            scanned(
+        asked = config.intensity_range
+        read, value_range = [], None
+        for path in (data, *eval_data):
+            scan = scanned(
                 read_dataset(path, config.val_fraction),
                 workers,
                 progress,
+                intensity_range=asked,
                 skip_unreadable=skip_unreadable,
-            ).dataset
-            for path in (data, *eval_data)
-        ]
+            )
+            read.append(scan.dataset)
+            if len(read) == 1 and scan.value_range is not None:
+                value_range = scan.value_range
+                asked = "{!r}:{!r}".format(*value_range)  # other data are scaled as DATA
         dataset = read[0]
         names = read_names(names_file, read)
         train_range, tasks = _tasks(dataset, names, config)
@@ -148,6 +153,7 @@ def train_gdpl(
                 **asdict(gdpl_config),
                 **asdict(config),
                 "classes": {task.name: task.classes for task in tasks},
+                "intensity_range": value_range,
             }
             for name in ("cuda_graph", "grad_checkpointing"):
                 del settings[name]  # the result does not depend on it
@@ -163,7 +169,9 @@ def train_gdpl(
                 say(f"seed {seed} is finished already")
                 continue
             if evaluator is None:
-                images = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
+                images = Preprocess.from_pretrained_cfg(
+                    model.pretrained_cfg, intensity_range=value_range
+                )
                 check_augment(config.augment, images)
                 graph = config.cuda_graph == "auto"
                 evaluator = Evaluator(

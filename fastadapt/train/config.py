@@ -15,7 +15,28 @@ DATA_HELP = (
     "A folder of class folders, one with train/, val/ (and test/) of such folders, or a CSV with "
     "path, label and optionally split (train, val, test)."
 )
+IntensityRange = Annotated[
+    str,
+    Setting(
+        "Pixel values that become black and white: those of the files' type (dtype), of as many "
+        "bits as the training images fill (auto), two values (0:4095), or two percentiles of all "
+        "training pixels (0.5%:99.5%).",
+        panel=IMAGES,
+        metavar="dtype|auto|LOW:HIGH|P%:Q%",
+    ),
+]
 MOST_EPOCHS, MOST_IMAGES = 10_000_000, 10_000_000
+
+
+def check_intensity_range(text: str) -> None:
+    """Refuse a setting of the intensity range that is none of its forms.
+
+    Raises:
+        InputError: as said.
+    """
+    from fastadapt.data.intensity import IntensitySetting  # NumPy and Pillow: not for --help
+
+    IntensitySetting.parse(text)
 
 
 @dataclass(frozen=True)
@@ -165,9 +186,11 @@ class TrainConfig(Settings):
     seed: Annotated[
         int, Setting("Seed of everything that is random.", panel=TRAINING, ge=0, limit=2**63 - 1)
     ] = 0
+    intensity_range: IntensityRange = "dtype"
 
     def check_together(self) -> None:
-        """Refuse views that would all be the same."""
+        """Refuse views that would all be the same, and intensity ranges that are none."""
+        check_intensity_range(self.intensity_range)
         if self.views > 1 and self.augment == "none":
             raise InputError(
                 f"views is {self.views}, but augment is 'none', so all views would be the same: "

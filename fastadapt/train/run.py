@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ def train(
             f"preprocess gives images of {images.input_size}, the model was adapted for "
             f"{model.spec.input_size}: set AdaptConfig(input_size=...) instead"
         )
+    if images.intensity_range is not None:
+        raise InputError("set the intensity range in TrainConfig(intensity_range=...)")
     check_augment(config.augment, images)
     cached = config.cache and not lora_layers(model.backbone)
     if not cached and config.views > 1:
@@ -148,15 +150,22 @@ def train(
 
     with progress_bars(quiet) as progress:
         say = progress.console.print
-        found = scanned(dataset, workers, progress, skip_unreadable=skip_unreadable)
+        found = scanned(
+            dataset,
+            workers,
+            progress,
+            intensity_range=config.intensity_range,
+            skip_unreadable=skip_unreadable,
+        )
         dataset = found.dataset
+        images = replace(images, intensity_range=found.value_range)
         settings = {
             "data": dataset.fingerprint(),
             "backbone": model.source["name"],
             "fingerprint": backbone_fingerprint(model),
             **model.config.to_dict(),
-            **images.to_dict(),
             **asdict(config),
+            **images.to_dict(),  # the intensity range as it was found, not as it was asked for
         }
         del settings["cuda_graph"]  # the result does not depend on it
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -283,6 +292,7 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
         train={
             "data": data,
             "settings": trainer.settings,
+            "intensity_range": trainer.config.intensity_range,
             "best": best,
             "versions": {k: v for k, v in versions().items() if k in RECORDED},
         },
