@@ -157,7 +157,7 @@ def prepare(subject: Subject, part: str, folder: str) -> float:
             check_gpu()
             images = make_images(SAMPLES, seed=2).to(harness.device())
             model, name = quantize_fp8(shipped, [images], _on_device)[0], FP8
-        batch = Batches(min(BATCHES), 64, max(BATCHES))
+        batch = Batches(min(BATCHES), min(64, max(BATCHES)), max(BATCHES))
         example = (make_images(2).to(harness.device()),)
         path = Path(folder) / name
         build_aoti(_on_device(model), example, path, batch, precision=name.split(".")[1])
