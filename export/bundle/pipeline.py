@@ -230,6 +230,10 @@ class _Export:
 
     def __init__(self, out: Path, settings: ExportSettings, console: Console | None):
         settings.check()
+        if out.name in ("", ".."):  # the working folder, say, whose name the rejected one needs
+            out = out.resolve()
+        if not out.name:
+            raise InputError(f"{out} cannot be a bundle: choose the name of a folder as `out`")
         self.out, self.settings = out, settings
         self.rejected = out.with_name(out.name + ".rejected")
         self.console = console or Console(quiet=True)

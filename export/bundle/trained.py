@@ -17,7 +17,7 @@ from fastadapt.backbones import create_backbone
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.checkpoint_reader import read_checkpoint
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, nearest
 from fastadapt.files import (
     read_json,
     read_tensors,
@@ -256,7 +256,15 @@ def _classifier(config: dict[str, Any]) -> str | None:
 
 def _classifier_rows(name: str, state: dict[str, Tensor]) -> int:
     """Count the classes of a state dict's classifier; 0 if it has none."""
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    architecture, _, tag = name.partition(".")
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(architecture) else None
+    except RuntimeError:  # timm has no such tag
+        known = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise InputError(
+            f"timm has no {tag!r} of {architecture}. Nearest: {nearest(name, known)}. Or leave "
+            f"the tag out: {architecture}"
+        ) from None
     if config is None:  # a deprecated name, which timm resolves when it makes the model
         model = meta_model(name)
         config = None if model is None else model.pretrained_cfg

@@ -98,3 +98,38 @@ class TestCommand:
         assert "nothing is no folder" in capfd.readouterr().err
         assert command(monkeypatch, "export", run, "--weights", tmp_path / "gone.pth") == 1
         assert "gone.pth, which are not there" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "says"),
+    [
+        ("test_resnet", "/", "/ cannot be a bundle: choose the name of a folder as --out"),
+        (
+            "test_resnet.foo",
+            "b",
+            "timm has no 'foo' of test_resnet. Nearest: test_resnet.r160_in1k",
+        ),
+    ],
+)
+def test_no_internal_error(tmp_path, monkeypatch, capfd, name, out, says):
+    import timm
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), "w.pth")
+    arguments = ("--backbone", name, "--checkpoint", "w.pth", "--out", out)
+    assert command(monkeypatch, "export", *arguments) == 1
+    error = capfd.readouterr().err
+    assert says in error and error.count("\n") == 1 and "internal" not in error
+
+
+def test_the_working_folder_as_bundle(tmp_path, monkeypatch):
+    import timm
+    import torch
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), "../w.pth")
+    arguments = ("--backbone", "test_resnet", "--checkpoint", "../w.pth", "--out", ".")
+    assert command(monkeypatch, "export", *arguments, "--no-speed") == 0
+    assert (tmp_path / "empty" / "model.onnx").is_file()
