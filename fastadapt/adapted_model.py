@@ -18,6 +18,7 @@ from fastadapt import backbones
 from fastadapt.backbones import Backbone
 from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
+from fastadapt.fusion.depthwise_convolution import depthwise_convolutions
 from fastadapt.fusion.frozen_blocks import fused_blocks, release_fused_blocks
 from fastadapt.layers import CLAdapter
 from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
@@ -192,10 +193,15 @@ class AdaptedModel(nn.Module):
             [B, N, dim], [B, dim, H, W] (or 3D), or channels last, as ``spec.layout`` says.
         """
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            with torch.no_grad(), fused_blocks(self.backbone, x):
+            with (
+                torch.no_grad(),
+                depthwise_convolutions(self.backbone, x),
+                fused_blocks(self.backbone, x),
+            ):
                 features = self.feature_fn(self.backbone, x)
         else:
-            features = self.feature_fn(self.backbone, x)
+            with depthwise_convolutions(self.backbone, x):
+                features = self.feature_fn(self.backbone, x)
         return (
             features[:, self.spec.num_prefix_tokens :] if self.spec.num_prefix_tokens else features
         )

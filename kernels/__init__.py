@@ -11,6 +11,8 @@ An operation's function and its folder share a name. The functions are bound her
 from .cluster_attention.op import cluster_attention
 from .cluster_attention.reference import center_attention, cluster_attention_reference
 from .common.dispatch import BackendError
+from .depthwise_conv.op import depthwise_conv2d
+from .depthwise_conv.reference import depthwise_conv2d_reference
 from .layer_norm.op import layer_norm
 from .layer_norm.op_mean import layer_norm_mean
 from .layer_norm.op_twice import layer_norm_twice
@@ -29,6 +31,8 @@ __all__ = [
     "center_attention",
     "cluster_attention",
     "cluster_attention_reference",
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
     "layer_norm",
     "layer_norm_mean",
     "layer_norm_mean_reference",
