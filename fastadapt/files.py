@@ -10,12 +10,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fastadapt.errors import InputError
+
+if TYPE_CHECKING:  # finding images needs no PyTorch
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -163,8 +163,8 @@ def check_finite(tensors: dict[str, Tensor], source: str) -> None:
         InputError: naming the first such tensor.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
             raise InputError(
                 f"{source}: {name} holds {bad} values that are NaN or infinite, out of "
                 f"{tensor.numel()}. The training that made it diverged; lower its learning rate."
@@ -179,6 +179,8 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 def sha256_tensors(tensors: dict[str, Tensor]) -> str:
     """Hash names, dtypes, shapes and values, whatever the order and the device."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastadapt.data.decode import load_image
 from fastadapt.data.pixels import ValueRange
+from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
 
 CROP_MODES = ("center", "squash", "border")
@@ -111,12 +113,25 @@ class Preprocess:
             normalize=False,
         )
 
+    @property
+    def geometry(self) -> Geometry:
+        """How an image is resized and cropped, as :attr:`transform` does it."""
+        _, height, width = self.input_size
+        return Geometry(height, width, self.interpolation, self.crop_pct, self.crop_mode)
+
     def read(self, path: str | os.PathLike[str]) -> Tensor:
         """Read an image file as uint8 [3, H, W]. Raises InputError as :func:`load_image`."""
         return self.transform(load_image(path, self.intensity_range))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize uint8 [B, 3, H, W] to the backbone's fp32 input."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean, std = _on_device(self.mean, self.std, images.device)
         return (images.float() / 255 - mean) / std
+
+
+@functools.cache
+def _on_device(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [3, 1, 1]; made anew, they would wait for the GPU."""
+    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))

@@ -7,33 +7,31 @@ intensity range follows.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from PIL import Image
 
 from fastadapt.data.dataset import Dataset, Sample
-from fastadapt.data.decode import Decoded, decode
+from fastadapt.data.decode import decode
+from fastadapt.data.decode_pool import INLINE, DecodePool, Job
+from fastadapt.data.facts import ImageFacts, look_at
 from fastadapt.data.intensity import (
     IntensitySetting,
     ValueStatistics,
     choose_range,
     warn_of_little_range,
 )
-from fastadapt.data.pixels import (
-    EIGHT_BITS,
-    DeepImage,
-    ValueRange,
-    check_values,
-    range_for,
-    type_name,
-)
+from fastadapt.data.memory import available_memory
+from fastadapt.data.pixels import EIGHT_BITS, DeepImage, ValueRange
 from fastadapt.data.splits import SPLITS
 from fastadapt.errors import InputError, first_few
 from fastadapt.progress import prefetch
+
+KEPT_SHARE = 0.2  # of the free memory that decoded images may take until their size is known
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,79 @@ class Scanned:
     lines: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What one image's decoding gave; ``problem`` alone if it failed."""
+class Scan:
+    """A look at every image of a data set, begun at once and in processes.
 
-    sample: Sample
-    problem: str = ""
-    type_name: str = ""
-    digest: bytes = b""
-    dropped: tuple[str, ...] = ()
-    statistics: ValueStatistics = field(default_factory=ValueStatistics)
+    What was decoded is kept, as far as the memory allows, for the resizing that follows. Use it as
+    a context manager: the processes end with the context.
+
+    Args:
+        dataset: whose images to decode.
+        workers: processes that decode; a small data set is decoded by this one.
+        intensity_range: see :mod:`fastadapt.data.intensity`.
+
+    Attributes:
+        dataset: as given.
+        pool: the processes; ``None`` for a small data set.
+
+    Raises:
+        InputError: ``intensity_range`` cannot be.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int, intensity_range: str = "dtype"):
+        self.dataset = dataset
+        self.pool: DecodePool | None = None
+        self._workers = max(workers, 1)
+        self._given = intensity_range
+        self._setting = IntensitySetting.parse(intensity_range)
+        self._job: Job | None = None
+        samples = dataset.samples
+        if len(samples) > INLINE:
+            self.pool = DecodePool(min(self._workers, len(samples) // 8))
+            looks = [(str(s.path), self._setting, s.split == "train") for s in samples]
+            self._job = self.pool.look(looks, int(KEPT_SHARE * available_memory()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
+    def _facts(self, advance: Callable[[int], object]) -> list[ImageFacts]:
+        if self._job is not None:
+            return self._job.wait(advance)
+        found = []
+        for sample in self.dataset.samples:
+            found.append(look_at(sample.path, self._setting, sample.split == "train")[0])
+            advance(1)
+        return found
+
+    def wait(
+        self,
+        *,
+        skip_unreadable: bool = False,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> Scanned:
+        """Wait for all images; decide how their values are scaled.
+
+        Args:
+            skip_unreadable: leave out images that cannot be read instead of refusing the data set.
+            advance: called with the number of images that were decoded, for a progress bar.
+
+        Raises:
+            InputError: an image cannot be read, nor left out; the same bytes stand under two
+                labels; the training images have no range as asked for.
+        """
+        facts = self._facts(advance)
+        found = [_Found(s, f) for s, f in zip(self.dataset.samples, facts, strict=True)]
+        statistics = ValueStatistics()
+        for item in found:
+            if item.sample.split == "train" and not item.facts.problem:
+                statistics.add(item.facts.statistics)
+        return _scanned(
+            self.dataset, found, statistics, self._given, self._workers, skip_unreadable
+        )
 
 
 def scan(
@@ -75,42 +136,42 @@ def scan(
 
     Args:
         dataset: whose images to decode.
-        workers: threads that decode.
+        workers: processes that decode.
         intensity_range: see :mod:`fastadapt.data.intensity`.
         skip_unreadable: leave out images that cannot be read instead of refusing the data set.
         on_image: called after every image, for a progress bar.
 
     Raises:
-        InputError: an image cannot be read, nor left out; the same bytes stand under two labels;
-            the training images have no range as asked for.
+        InputError: as :meth:`Scan.wait`.
     """
-    setting = IntensitySetting.parse(intensity_range)
-    given = (setting.low, setting.high) if setting.kind == "values" else None
 
-    def look(sample: Sample) -> _Found:
-        try:
-            decoded = decode(sample.path)
-            check_values(decoded.image, str(sample.path))
-            if setting.kind in ("dtype", "values"):  # others are found from the images
-                range_for(decoded.image, given, str(sample.path))
-        except InputError as error:
-            return _Found(sample, str(error))
-        return _of_decoded(sample, decoded, setting.kind == "percentiles")
-
-    found = []
-    statistics = ValueStatistics()
-    for result in prefetch(look, dataset.samples, workers, ahead=4 * workers):
-        if result.sample.split == "train" and not result.problem:
-            statistics.add(result.statistics)
-        found.append(replace(result, statistics=ValueStatistics()))  # counts take memory
-        if on_image:
+    def advance(count: int) -> None:
+        for _ in range(count if on_image is not None else 0):
             on_image()
 
+    with Scan(dataset, workers, intensity_range) as begun:
+        return begun.wait(skip_unreadable=skip_unreadable, advance=advance)
+
+
+class _Found(NamedTuple):
+    sample: Sample
+    facts: ImageFacts
+
+
+def _scanned(
+    dataset: Dataset,
+    found: list[_Found],
+    statistics: ValueStatistics,
+    intensity_range: str,
+    workers: int,
+    skip_unreadable: bool,
+) -> Scanned:
+    setting = IntensitySetting.parse(intensity_range)
     lines: list[str] = []
-    bad = [item for item in found if item.problem]
+    bad = [item for item in found if item.facts.problem]
     if bad:
         total = f"{len(bad)} of {len(found)} images cannot be read"
-        reasons = first_few((item.problem for item in bad), 2)
+        reasons = first_few((item.facts.problem for item in bad), 2)
         if not skip_unreadable:
             raise InputError(
                 f"{total}: {reasons}. Repair or remove them, or leave them out with "
@@ -118,8 +179,8 @@ def scan(
             )
         lines.append(f"left out: {total}: {reasons}")
         dataset = dataset.without(item.sample.path for item in bad)
-    read = [item for item in found if not item.problem]
-    lines += dropped_lines({item.sample.path: item.dropped for item in read})
+    read = [item for item in found if not item.facts.problem]
+    lines += dropped_lines({item.sample.path: item.facts.dropped for item in read})
     dataset, said = _without_copies(dataset, read)
     lines += said
 
@@ -151,15 +212,6 @@ def dropped_lines(dropped: dict[Path, tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _of_decoded(sample: Sample, decoded: Decoded, with_counts: bool) -> _Found:
-    with sample.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-    statistics = ValueStatistics()
-    if sample.split == "train":
-        statistics = ValueStatistics.of(decoded.image, with_counts)
-    return _Found(sample, "", type_name(decoded.image), digest, decoded.dropped, statistics)
-
-
 def _without_copies(dataset: Dataset, read: list[_Found]) -> tuple[Dataset, list[str]]:
     """Look for the same bytes in two places.
 
@@ -168,7 +220,7 @@ def _without_copies(dataset: Dataset, read: list[_Found]) -> tuple[Dataset, list
     """
     groups: dict[bytes, list[Sample]] = {}
     for item in read:
-        groups.setdefault(item.digest, []).append(item.sample)
+        groups.setdefault(item.facts.digest, []).append(item.sample)
     copies = [group for group in groups.values() if len(group) > 1]
     contrary = [group for group in copies if len({sample.label for sample in group}) > 1]
     if contrary:
@@ -212,7 +264,7 @@ def _without_copies(dataset: Dataset, read: list[_Found]) -> tuple[Dataset, list
 def _check_kinds(value_range: ValueRange, read: list[_Found]) -> None:
     """Refuse a range of deep images where some images have 8 bits."""
     low, high = value_range
-    kinds = Counter(item.type_name for item in read)
+    kinds = Counter(item.facts.type_name for item in read)
     if kinds[EIGHT_BITS] and (low < 0 or high > 255):
         listed = ", ".join(f"{count} {name}" for name, count in kinds.items())
         raise InputError(

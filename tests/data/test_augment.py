@@ -1,43 +1,113 @@
+"""Views follow from their seeds alone, and show the right pixels."""
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastadapt.data.augment import AUGMENTS, check_augment, read_view
+from fastadapt.data.augment import AUGMENTATIONS, AUGMENTS, Augmentation, check_augment, draw
 from fastadapt.data.preprocess import Preprocess
+from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
 
-PLAIN = Preprocess((3, 32, 32), crop_pct=1.0)
+PLAIN = Geometry(16, 16)
 
 
-@pytest.fixture
-def photo(tmp_path):
-    values = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(values).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+def images(count=6, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("augment", AUGMENTS)
-def test_views_depend_on_their_seed_alone(photo, augment):
-    plain = read_view(photo, PLAIN, augment)
-    views = [read_view(photo, PLAIN, augment, (0, 0, number)) for number in range(1, 30)]
-    again = [read_view(photo, PLAIN, augment, (0, 0, number)) for number in range(1, 30)]
-    assert torch.equal(plain, PLAIN.read(photo))
-    assert all(torch.equal(a, b) for a, b in zip(views, again, strict=True))
-    different = {view.numpy().tobytes() for view in views}
-    assert len(different) == {"none": 1, "flips": 4, "dihedral": 8, "crops": 29}[augment]
-    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
+def drawn(count, **columns):
+    """Neutral draws: the middle of everything, no flips; with some columns set."""
+    draws = torch.full((count, 14), 0.5)
+    for column, value in columns.items():
+        draws[:, int(column[1:])] = value
+    return draws
 
 
-def test_symmetries_keep_every_pixel(photo):
-    plain = read_view(photo, PLAIN, "dihedral")
-    for number in range(1, 9):
-        view = read_view(photo, PLAIN, "dihedral", (0, 0, number))
-        assert torch.equal(view.flatten(1).sort().values, plain.flatten(1).sort().values)
+@pytest.mark.parametrize("name", AUGMENTS)
+def test_a_view_depends_on_its_draws_alone(name):
+    augmentation = AUGMENTATIONS[name]
+    stored = augmentation.stored(PLAIN)
+    batch = images(8, stored.height)
+    table = torch.from_numpy(draw(0, 3, 8))
+    whole = augmentation.apply(batch, table, PLAIN)
+    assert whole.shape == (8, 3, 16, 16)
+    rows = torch.tensor([5, 0, 7])
+    torch.testing.assert_close(
+        augmentation.apply(batch[rows], table[rows], PLAIN), whole[rows], rtol=0, atol=1e-3
+    )
+    assert np.array_equal(draw(0, 3, 8), draw(0, 3, 8))
+    assert not np.array_equal(draw(0, 3, 8), draw(0, 4, 8))
+    assert not np.array_equal(draw(1, 3, 8), draw(0, 3, 8))
 
 
-def test_augmentations_that_cannot_be():
-    with pytest.raises(InputError, match="blur"):
-        check_augment("blur", PLAIN)
-    with pytest.raises(InputError, match="square"):
+def test_flips_and_transposition_move_pixels_exactly():
+    batch = images(200)
+    symmetries = [
+        lambda x, f=f, t=t: x.flip(f).transpose(1, 2) if t else x.flip(f)
+        for f in ([], [1], [2], [1, 2])
+        for t in (False, True)
+    ]
+    views = AUGMENTATIONS["dihedral"].apply(batch, torch.from_numpy(draw(0, 1, 200)), PLAIN)
+    assert views.dtype == torch.uint8
+    found = set()
+    for image, view in zip(batch, views, strict=True):
+        (which,) = [i for i, s in enumerate(symmetries) if torch.equal(s(image), view)]
+        found.add(which)
+    assert found == set(range(8))
+    flips = AUGMENTATIONS["flips"].apply(batch, torch.from_numpy(draw(0, 1, 200)), PLAIN)
+    assert all(
+        any(torch.equal(x.flip(f), v) for f in ([], [1], [2], [1, 2]))
+        for x, v in zip(batch, flips, strict=True)
+    )
+
+
+def test_neutral_draws_change_nothing():
+    batch = images()
+    everything = Augmentation(
+        flips=True, transpose=True, rotation=180, shift=0.1, scale=0.3, brightness=0.2, contrast=0.2
+    )
+    torch.testing.assert_close(
+        everything.apply(batch, drawn(6), PLAIN), batch.float(), rtol=0, atol=1e-3
+    )
+
+
+def test_rotation_by_quarters_shifts_and_crops_read_the_right_pixels():
+    batch = images()
+    turned = Augmentation(rotation=90).apply(batch, drawn(6, c8=1.0), PLAIN)
+    assert any(torch.allclose(turned, batch.float().rot90(k, (2, 3)), atol=1e-2) for k in (1, 3))
+    moved = Augmentation(shift=0.25).apply(batch, drawn(6, c10=1.0), PLAIN)
+    torch.testing.assert_close(moved[..., :12], batch.float()[..., 4:], rtol=0, atol=1e-2)
+    crop = Augmentation(crop_area=(0.25, 0.25), crop_aspect=(1, 1))
+    large = images(6, 32)
+    assert crop.stored(PLAIN) == Geometry(32, 32, "bicubic")
+    corner = crop.apply(large, drawn(6, c5=0.0, c6=0.0), PLAIN)
+    torch.testing.assert_close(corner, large.float()[..., :16, :16], rtol=0, atol=1e-2)
+    flipped = Augmentation(flips=True, crop_area=(0.25, 0.25), crop_aspect=(1, 1))
+    mirrored = flipped.apply(large, drawn(6, c0=0.0, c5=0.0, c6=0.0), PLAIN)
+    torch.testing.assert_close(mirrored, corner.flip(3), rtol=0, atol=1e-2)
+
+
+def test_reduced_images_lose_no_pixel_between_those_read():
+    crop = Augmentation(crop_area=(0.0625, 1.0), crop_aspect=(1, 1))
+    assert crop.stored(PLAIN).height == 64
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 255  # read at every fourth column alone, all black or all white
+    whole = crop.apply(stripes, drawn(1, c3=1.0), PLAIN)
+    torch.testing.assert_close(whole, torch.full_like(whole, 127.5), rtol=0, atol=1.0)
+
+
+def test_brightness_and_contrast_stay_in_range():
+    batch = images()
+    bright = Augmentation(brightness=0.5).apply(batch, drawn(6, c13=1.0), PLAIN)
+    torch.testing.assert_close(bright, (batch.float() + 127.5).clamp(max=255))
+    flat = Augmentation(contrast=0.5).apply(batch, drawn(6, c12=0.0), PLAIN)
+    torch.testing.assert_close(flat, batch.float() * 0.5)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(InputError, match="augment is 'blur'"):
+        check_augment("blur", Preprocess((3, 32, 32)))
+    with pytest.raises(InputError, match="needs square images; these are 32×48"):
         check_augment("dihedral", Preprocess((3, 32, 48)))

@@ -5,9 +5,22 @@ import pytest
 import tifffile
 
 from fastadapt.data.dataset import read_dataset
-from fastadapt.data.scan import scan
+from fastadapt.data.scan import Scan, scan
 from fastadapt.errors import InputError
 from tests.helpers.imagesets import CLASSES, make_folders, put_image, truncate
+
+
+def test_processes_find_the_same(tmp_path):
+    root = make_folders(tmp_path / "data", 45)
+    broken = root / CLASSES[0] / "00.png"
+    truncate(broken)
+    dataset, seen = read_dataset(root), []
+    with Scan(dataset, 2) as begun:
+        assert begun.pool is not None
+        found = begun.wait(skip_unreadable=True, advance=seen.append)
+    assert {s.path for s in dataset.samples} - {s.path for s in found.dataset.samples} == {broken}
+    assert sum(seen) == 135
+    assert "1 of 135 images cannot be read" in found.lines[0]
 
 
 def test_unreadable_images_are_found(tmp_path):

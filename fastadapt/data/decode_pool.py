@@ -1,0 +1,290 @@
+"""Decode images with all cores, in processes, into memory that they share with this one.
+
+Threads that decode hold Python's lock in turn, and a thread that launches GPU work waits for it at
+each of its thousands of calls. Processes don't, and are started before PyTorch is imported: by the
+time the model is there, the images of a small data set are decoded.
+
+The memory is an anonymous file, which goes with the last process that has it; nothing is left over
+after a kill. Requests go to each process over a connection of its own, and are answered in order.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastadapt.data.resize import Geometry
+from fastadapt.errors import InputError
+
+if TYPE_CHECKING:
+    from fastadapt.data.intensity import IntensitySetting
+    from fastadapt.data.pixels import ValueRange
+
+INLINE = 128  # images that are decoded sooner than processes start
+# As many images go to a process at once: few messages, and still an even share.
+CHUNK = 16
+_START = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from fastadapt.data.decode_worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+class Reading(NamedTuple):
+    """How an image becomes the pixels that are kept: its values' range, then its size."""
+
+    geometry: Geometry
+    value_range: ValueRange | None = None
+
+
+class Region(NamedTuple):
+    """Shared memory for images of one size: where it starts, bytes of an image, all bytes."""
+
+    start: int
+    size: int
+    bytes: memoryview
+
+    def place(self, index: int) -> int:
+        """Return where an image starts."""
+        return self.start + index * self.size
+
+
+class _Part(NamedTuple):
+    """What was sent at once: for each process, the places of its images."""
+
+    shares: dict[int, list[int]]
+    count: int
+
+
+class DecodePool:
+    """Processes that decode images.
+
+    Use it as a context manager, or call :meth:`close`; it is closed with the program in any case.
+
+    Args:
+        workers: number of processes.
+    """
+
+    def __init__(self, workers: int):
+        self._memory_fd = _anonymous_file()
+        self._allocated = 0  # bytes of the memory
+        self._owner: dict[str, int] = {}  # which process holds an image since a check
+        self._children: list[subprocess.Popen] = []
+        self._connections: list[Connection] = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        for _ in range(max(workers, 1)):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                fds = (theirs.fileno(), self._memory_fd)
+                command = [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, fds)]
+                self._children.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, pass_fds=fds, env=environment
+                    )
+                )
+            self._connections.append(Connection(ours.detach()))
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes. Memory that was handed out stays until nothing refers to it."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._children:
+            process.terminate()
+        for process in self._children:
+            process.wait()
+        if self._memory_fd >= 0:
+            os.close(self._memory_fd)
+        self._connections, self._children, self._memory_fd = [], [], -1
+
+    def __del__(self):
+        with suppress(Exception):
+            self.close()
+
+    @property
+    def workers(self) -> int:
+        """The number of processes."""
+        return len(self._connections)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids."""
+        return [process.pid for process in self._children]
+
+    def look(self, images: Sequence[tuple[str, IntensitySetting, bool]], keep: int = 0) -> Job:
+        """Start to look at every image (:func:`fastadapt.data.facts.look_at`).
+
+        Args:
+            images: what that function takes: path, setting, whether values are counted.
+            keep: bytes of decoded images that all processes together may hold for :meth:`store`.
+        """
+        paths = [path for path, _, _ in images]
+        for index, path in enumerate(paths):
+            self._owner[path] = index % self.workers
+
+        def request(rows: list[int]) -> tuple:
+            return ("look", keep // self.workers, [images[i] for i in rows])
+
+        return Job(self, self._parts(paths, CHUNK * self.workers), request, depth=8)
+
+    def memory(self, count: int, geometry: Geometry) -> Region:
+        """Return new shared memory for ``count`` images, [count, height, width, 3] uint8.
+
+        Raises:
+            OSError: there is not as much memory.
+        """
+        size = geometry.height * geometry.width * 3
+        start, length = self._allocated, max(count * size, 1)
+        os.posix_fallocate(self._memory_fd, start, length)
+        self._allocated += -(-length // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._memory_fd, length, offset=start)
+        return Region(start, size, memoryview(mapped)[: count * size])
+
+    def store(self, paths: Sequence[str], reading: Reading, region: Region) -> Job:
+        """Start to decode images into the region, image i into place i.
+
+        The job's answers are ``None``, or why an image cannot be read.
+        """
+
+        def request(rows: list[int]) -> tuple:
+            return ("store", reading, [(region.place(i), paths[i]) for i in rows])
+
+        return Job(self, self._parts(paths, CHUNK * self.workers), request, depth=8)
+
+    def stream(
+        self,
+        batches: Iterable[Sequence[tuple[int, str]]],
+        reading: Reading,
+        region: Region,
+        ahead: int,
+    ) -> Iterator[list[str | None]]:
+        """Decode batches in order, up to ``ahead`` of them before they are asked for.
+
+        Args:
+            batches: for each, the place in the region and the path of its images. The places of
+                the last batch that was yielded are free once the next is asked for.
+            reading: what is done to each.
+            region: where they are put.
+            ahead: number of batches that are in work or waiting.
+
+        Yields:
+            For each image of a batch ``None``, or why it cannot be read, once the batch is there.
+        """
+        waiting: deque[_Part] = deque()
+        for batch in batches:
+            if len(waiting) == ahead:
+                yield self.collect(waiting.popleft())
+            shares: dict[int, list[int]] = {}
+            for index in range(len(batch)):
+                shares.setdefault(index % self.workers, []).append(index)
+            for worker, rows in shares.items():
+                placed = [(region.place(batch[i][0]), batch[i][1]) for i in rows]
+                self._send(worker, ("store", reading, placed))
+            waiting.append(_Part(shares, len(batch)))
+        while waiting:
+            yield self.collect(waiting.popleft())
+
+    def _parts(self, paths: Sequence[str], size: int) -> Iterator[_Part]:
+        for start in range(0, len(paths), size):
+            shares: dict[int, list[int]] = {}
+            for index in range(start, min(start + size, len(paths))):
+                worker = self._owner.get(paths[index], index % self.workers)
+                shares.setdefault(worker, []).append(index)
+            yield _Part(shares, min(size, len(paths) - start))
+
+    def send(self, part: _Part, request: Callable[[list[int]], tuple]) -> None:
+        """Send every process its share of a part."""
+        for worker, rows in part.shares.items():
+            self._send(worker, request(rows))
+
+    def _send(self, worker: int, request: tuple) -> None:
+        try:
+            self._connections[worker].send(request)
+        except (BrokenPipeError, ConnectionResetError):
+            self._fail(worker)
+
+    def collect(self, part: _Part) -> list[Any]:
+        """Wait for the answers to a part; return them in the order of its images."""
+        answers = {}
+        for worker, rows in part.shares.items():
+            try:
+                answers.update(zip(rows, self._connections[worker].recv(), strict=True))
+            except (EOFError, OSError):
+                self._fail(worker)
+        return [answers[index] for index in sorted(answers)]
+
+    def _fail(self, worker: int) -> None:
+        code = self._children[worker].wait()
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        raise InputError(
+            f"a process that decodes images ended {how}, probably for lack of memory: "
+            "use fewer workers"
+        )
+
+
+class Job:
+    """Images that are being decoded. Some are sent at once, the rest while :meth:`wait` waits."""
+
+    def __init__(
+        self,
+        pool: DecodePool,
+        parts: Iterator[_Part],
+        request: Callable[[list[int]], tuple],
+        depth: int,
+    ):
+        self._decode_pool, self._parts, self._request = pool, parts, request
+        self._sent: deque[_Part] = deque()
+        for _ in range(depth):
+            self._send_next()
+
+    def _send_next(self) -> None:
+        part = next(self._parts, None)
+        if part is not None:
+            self._decode_pool.send(part, self._request)
+            self._sent.append(part)
+
+    def wait(self, advance: Callable[[int], object] | None = None) -> list[Any]:
+        """Wait for all images; return their answers, in order.
+
+        Args:
+            advance: called with the number of images of each part that is done.
+        """
+        answers = []
+        while self._sent:
+            part = self._sent.popleft()
+            answers += self._decode_pool.collect(part)
+            self._send_next()
+            if advance is not None:
+                advance(part.count)
+        return answers
+
+
+def default_workers() -> int:
+    """Return the number of processes that decode: one for each core that this one may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _anonymous_file() -> int:
+    """Return a file in memory without a name, or on disk where the system has no such files."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("fastadapt images", 0)
+    handle, name = tempfile.mkstemp()
+    Path(name).unlink()
+    return handle

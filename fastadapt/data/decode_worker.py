@@ -1,0 +1,116 @@
+"""Decode images in a process of its own: the other end of :mod:`fastadapt.data.decode_pool`.
+
+The process imports Pillow and NumPy and not PyTorch, so that it is ready in a fraction of a second.
+It ends when its connection does, whatever became of the process at the other end.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastadapt.data.decode import load_image
+from fastadapt.data.decode_pool import Reading
+from fastadapt.data.facts import ImageFacts, look_at
+from fastadapt.data.intensity import IntensitySetting
+from fastadapt.data.pixels import DeepImage, to_eight_bit_rgb
+from fastadapt.errors import InputError
+
+
+def main(connection_fd: int, memory_fd: int) -> None:
+    """Serve requests until the connection ends.
+
+    A request is ``("look", keep, images)``, answered with a list of facts
+    (:func:`fastadapt.data.facts.look_at`), or ``("store", reading, [(place, path), …])``, answered
+    with a list that has ``None`` for each image that went well, else the reason why it did not.
+    ``keep`` is how many bytes of decoded images this process may hold until they are stored.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what Ctrl-C means
+    connection = Connection(connection_fd)
+    worker = _Worker(memory_fd)
+    while True:
+        try:
+            request = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            connection.send(worker.answer(*request))
+        except BrokenPipeError:
+            return
+
+
+class _Worker:
+    def __init__(self, memory_fd: int):
+        self.memory_fd = memory_fd
+        self.memory: mmap.mmap | None = None
+        self.held: dict[str, Image.Image | DeepImage] = {}
+        self.held_bytes = 0
+
+    def answer(self, kind: str, *arguments: Any) -> list[Any]:
+        return self.look(*arguments) if kind == "look" else self.store(*arguments)
+
+    def look(self, keep: int, images: list[tuple[str, IntensitySetting, bool]]) -> list[ImageFacts]:
+        return [self._look_at(keep, *image) for image in images]
+
+    def _look_at(
+        self, keep: int, path: str, setting: IntensitySetting, with_statistics: bool
+    ) -> ImageFacts:
+        try:
+            facts, image = look_at(Path(path), setting, with_statistics)
+        except Exception as error:  # whatever a decoder raises; the others are read all the same
+            return ImageFacts(_line(path, error))
+        if image is not None and self.held_bytes + _bytes_of(image) <= keep:
+            self.held[path] = image
+            self.held_bytes += _bytes_of(image)
+        return facts
+
+    def store(self, reading: Reading, rows: list[tuple[int, str]]) -> list[str | None]:
+        return [self._store(path, place, reading) for place, path in rows]
+
+    def _store(self, path: str, place: int, reading: Reading) -> str | None:
+        try:
+            self._store_one(path, place, reading)
+        except Exception as error:  # an image that Pillow decodes, and that cannot be resized, say
+            return str(error) if isinstance(error, InputError) else _line(path, error)
+        return None
+
+    def _store_one(self, path: str, place: int, reading: Reading) -> None:
+        geometry = reading.geometry
+        image = self.held.pop(path, None)
+        if image is None:
+            rgb = load_image(path, reading.value_range)
+        else:
+            self.held_bytes -= _bytes_of(image)
+            rgb = to_eight_bit_rgb(image, reading.value_range, path)
+        shape = (geometry.height, geometry.width, 3)
+        memory = self._memory(place + math.prod(shape))
+        target = np.ndarray(shape, np.uint8, memory, place)
+        target[:] = np.asarray(geometry.apply(rgb))
+
+    def _memory(self, needed: int) -> mmap.mmap:
+        """Map the shared memory, again if it has grown since."""
+        if self.memory is None or len(self.memory) < needed:
+            self.memory = mmap.mmap(self.memory_fd, os.fstat(self.memory_fd).st_size)
+        return self.memory
+
+
+def _bytes_of(image: Image.Image | DeepImage) -> int:
+    if isinstance(image, DeepImage):
+        return image.values.nbytes
+    return image.width * image.height * len(image.getbands())
+
+
+def _line(path: str, error: Exception) -> str:
+    """Say in one line why an image cannot be read."""
+    if isinstance(error, MemoryError):
+        return f"{path} needs more memory than there is"
+    text = str(error).strip().splitlines()
+    return f"{path} cannot be read as an image: {text[0] if text else type(error).__name__}"

@@ -1,0 +1,244 @@
+"""Keep the images of a data set decoded, and give batches of them, augmented on the device.
+
+A data set that fits is decoded once, by processes that are gone before the first batch; its batches
+cost no more than the copy of their rows. One that does not fit is decoded by processes beside the
+training, a few batches ahead. Both give the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadapt.data.augment import AUGMENTATIONS, draw
+from fastadapt.data.dataset import Sample
+from fastadapt.data.decode import load_image
+from fastadapt.data.decode_pool import INLINE, DecodePool, Reading, Region, default_workers
+from fastadapt.data.memory import available_memory
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.data.resize import Geometry
+from fastadapt.errors import InputError, first_few
+
+HOST_SHARE = 0.5  # of the free memory that decoded images may take
+DEVICE_SHARE = 0.3
+AHEAD = 4  # batches that are in work or waiting where images are streamed
+
+
+class ImageSource:
+    """The images of one split, as batches on a device.
+
+    Args:
+        samples: of the split.
+        preprocess: how images are resized, cropped and normalized.
+        device: where batches go.
+        workers: processes that decode; one for each core if ``None``.
+        augment: name of what is drawn for views other than the plain one, view 0.
+        seed: of the views (see :mod:`fastadapt.data.augment`).
+        pool: processes that decode, of the caller's; else they start and end here.
+        timed: makes a context that decoding ahead runs in.
+        resident: whether images are kept decoded; if ``None``, where they fit.
+    """
+
+    num_views = None
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preprocess: Preprocess,
+        device: torch.device,
+        workers: int | None = None,
+        augment: str = "none",
+        seed: int = 0,
+        *,
+        pool: DecodePool | None = None,
+        timed: Callable[[], AbstractContextManager] = nullcontext,
+        resident: bool | None = None,
+    ):
+        self.samples = samples
+        self.preprocess = preprocess
+        self.device = device
+        self.workers = default_workers() if workers is None else workers
+        self.augment = augment
+        self.seed = seed
+        self.labels = np.array([s.label for s in samples], dtype=np.int64)
+        self._augmentation = AUGMENTATIONS[augment]
+        self._plain = preprocess.geometry
+        self._decode_pool, self._timed, self._resident = pool, timed, resident
+        self._stored: dict[Geometry, Tensor] = {}  # [n, height, width, 3] uint8
+        self._rings: dict[tuple[Geometry, int], tuple[Region, Tensor]] = {}
+        self._draws: tuple[int, Tensor] | None = None  # of the last view
+
+    @property
+    def _paths(self) -> list[str]:
+        return [str(sample.path) for sample in self.samples]
+
+    def needed_bytes(self, views: bool = False) -> int:
+        """Return what the images take as they are kept: plain, or as views need them."""
+        geometry = self._augmentation.stored(self._plain) if views else self._plain
+        return len(self.samples) * geometry.height * geometry.width * 3
+
+    def decode(self, views: bool = False) -> bool:
+        """Decode all images now and keep them, if they fit.
+
+        Args:
+            views: as augmented views need them; else for the plain one.
+
+        Returns:
+            Whether they are kept; else batches are streamed.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        geometry = self._augmentation.stored(self._plain) if views else self._plain
+        if geometry in self._stored:
+            return True
+        needed = self.needed_bytes(views)
+        if self._resident is None and needed > HOST_SHARE * available_memory():
+            return False
+        if self._resident is False:
+            return False
+        with self._timed():
+            images = self._decode_all(geometry)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if needed <= DEVICE_SHARE * free:
+                images = images.to(self.device)
+        self._stored[geometry] = images
+        return True
+
+    def batches(
+        self, order: np.ndarray, views: np.ndarray | None, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalized images [B, 3, H, W] fp32 and labels [B] int64, in this order.
+
+        Args:
+            order: places of the images in the split.
+            views: [n], the number of each image's view; ``None`` for the plain ones. All are 0, or
+                none is.
+            batch_size: the last batch may be smaller.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        view = 0 if views is None or len(order) == 0 else int(views[order[0]])
+        if view and not (views[order] == view).all():
+            raise ValueError("all images of a pass have the same view")
+        augmented = view > 0 and self.augment != "none"
+        draws = self._draws_of(view) if augmented else None
+        labels = torch.from_numpy(self.labels).to(self.device)
+        places = torch.from_numpy(np.ascontiguousarray(order)).to(self.device)
+        geometry = self._augmentation.stored(self._plain) if augmented else self._plain
+        start = 0
+        for images in self._uint8_batches(order, geometry, augmented, batch_size):
+            rows = places[start : start + len(images)]
+            start += len(images)
+            if draws is not None:
+                images = self._augmentation.apply(images, draws[rows], self._plain)
+            images = self.preprocess.normalize(images)
+            yield images.contiguous(memory_format=torch.channels_last), labels[rows]
+
+    def _draws_of(self, view: int) -> Tensor:
+        if self._draws is None or self._draws[0] != view:
+            table = torch.from_numpy(draw(self.seed, view, len(self.samples)))
+            self._draws = (view, table.to(self.device))
+        return self._draws[1]
+
+    def _uint8_batches(
+        self, order: np.ndarray, geometry: Geometry, views: bool, batch_size: int
+    ) -> Iterator[Tensor]:
+        """Yield [B, 3, height, width] uint8 on the device, channels last."""
+        if not self.decode(views):
+            yield from self._streamed(order, geometry, batch_size)
+            return
+        stored = self._stored[geometry]
+        places = torch.from_numpy(np.ascontiguousarray(order)).to(stored.device)
+        for start in range(0, len(order), batch_size):
+            batch = stored[places[start : start + batch_size]]
+            yield to_device(batch, self.device).permute(0, 3, 1, 2)
+
+    def _reading(self, geometry: Geometry) -> Reading:
+        return Reading(geometry, self.preprocess.intensity_range)
+
+    def _decode_all(self, geometry: Geometry) -> Tensor:
+        paths, shape = self._paths, (len(self.samples), geometry.height, geometry.width, 3)
+        if self._decode_pool is None and len(paths) <= INLINE:
+            images = torch.empty(shape, dtype=torch.uint8)
+            for place, path in enumerate(paths):
+                image = load_image(path, self._reading(geometry).value_range)
+                pixels = np.array(geometry.apply(image))
+                images[place] = torch.from_numpy(pixels)
+            return images
+        pool = self._decode_pool or DecodePool(self.workers)
+        try:
+            region = pool.memory(len(paths), geometry)
+            check_decoded(pool.store(paths, self._reading(geometry), region).wait())
+            return torch.frombuffer(region.bytes, dtype=torch.uint8).view(shape)
+        finally:
+            if pool is not self._decode_pool:
+                pool.close()
+
+    def _streamed(self, order: np.ndarray, geometry: Geometry, batch_size: int) -> Iterator[Tensor]:
+        """Decode batches ahead, in a ring of shared memory."""
+        if self._decode_pool is None:
+            self._decode_pool = DecodePool(self.workers)  # for all further passes, too
+        paths, pool = self._paths, self._decode_pool
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        region, ring = self._ring_of(geometry, batch_size)
+
+        def requests() -> Iterator[list[tuple[int, str]]]:
+            for number, rows in enumerate(batches):
+                first = number % AHEAD * batch_size
+                yield [(first + i, paths[row]) for i, row in enumerate(rows)]
+
+        decoded = pool.stream(requests(), self._reading(geometry), region, AHEAD)
+        for number, (rows, problems) in enumerate(zip(batches, decoded, strict=True)):
+            check_decoded(problems)
+            first = number % AHEAD * batch_size
+            batch = ring[first : first + len(rows)]
+            if self.device.type == "cuda":
+                batch = batch.to(self.device, non_blocking=True)
+                torch.cuda.current_stream(self.device).synchronize()
+            else:
+                batch = batch.clone()
+            yield batch.permute(0, 3, 1, 2)
+
+    def _ring_of(self, geometry: Geometry, batch_size: int) -> tuple[Region, Tensor]:
+        """Return memory for the batches that are ahead, the same in each pass; page-locked."""
+        key = (geometry, batch_size)
+        if key not in self._rings:
+            region = self._decode_pool.memory(AHEAD * batch_size, geometry)
+            ring = torch.frombuffer(region.bytes, dtype=torch.uint8)
+            if self.device.type == "cuda":
+                # Copies wait for the host where this fails, and are right all the same.
+                torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.numel(), 0)
+            shape = (AHEAD * batch_size, geometry.height, geometry.width, 3)
+            self._rings[key] = (region, ring.view(shape))
+        return self._rings[key]
+
+
+def check_decoded(answers: Sequence[str | None]) -> None:
+    """Refuse images that could not be read.
+
+    Args:
+        answers: for each image ``None``, or why it cannot be read.
+
+    Raises:
+        InputError: one cannot be read; it names the first few.
+    """
+    reasons = [answer for answer in answers if answer is not None]
+    if reasons:
+        raise InputError(
+            f"{len(reasons)} images cannot be read any more: {first_few(reasons, 2)}. Were they "
+            "moved, deleted or overwritten while this command ran?"
+        )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting for the GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
