@@ -21,7 +21,7 @@ from fastadapt.gdpl.low_rank import LowRankUpdate
 from fastadapt.gdpl.prompts import DomainPromptLearner
 from fastadapt.kernels import quaternion_matrix
 from fastadapt.layers.cladapter import CLAdapterBlock
-from fastadapt.train.sources import as_tokens
+from fastadapt.train.feature_cache import as_tokens
 
 
 def cluster_attention(

@@ -221,9 +221,10 @@ def linear_probe(run_folder: Path) -> dict[str, Any]:
 def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Mean-pooled features [n, C] and labels [n] of every split, from the run's cache."""
     from fastadapt.data.dataset import read_dataset
+    from fastadapt.data.images import ImageSource
     from fastadapt.data.preprocess import Preprocess
-    from fastadapt.progress import default_workers, progress_bars
-    from fastadapt.train.sources import CacheSettings, ImageSource, cached_source
+    from fastadapt.progress import progress_bars
+    from fastadapt.train.feature_cache import CacheSettings, cached_source
 
     config = read_json(run_folder / "config.json")
     settings = config["train"]["settings"]
@@ -237,11 +238,11 @@ def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, 
             views = settings["views"] if split == "train" else 1
             cpu, seed = torch.device("cpu"), settings["seed"]
             samples = dataset.split(split)
-            images = ImageSource(samples, preprocess, cpu, default_workers(), augment, seed)
+            images = ImageSource(samples, preprocess, cpu, None, augment, seed)
             cache = CacheSettings(views, augment, seed, settings["feature_dtype"], str(None))
             folder = run_folder / "cache"
             source = cached_source(model, images, folder, cache, progress, nullcontext, split)
-            x[split] = source.features[0].astype(np.float32).mean(1)
+            x[split] = source.pooled
             y[split] = source.labels
     return x, y
 

@@ -64,10 +64,22 @@ def train(given: Given) -> None:
         input_size=None if size is None else (3, size, size),
     )
 
-    from fastadapt.train.run import summary_table
-    from fastadapt.train.run import train as run_training
+    # Finding and decoding images need no PyTorch: processes begin before it is imported.
+    from fastadapt.data.dataset import read_dataset
+    from fastadapt.data.decode_pool import default_workers
+    from fastadapt.data.scan import Scan
 
-    with how_to_continue(run.out, run.overwrite):
+    with (
+        how_to_continue(run.out, run.overwrite),
+        Scan(
+            read_dataset(run.data, config.val_fraction, config.seed),
+            default_workers() if run.workers is None else run.workers,
+            config.intensity_range,
+        ) as scan,
+    ):
+        from fastadapt.train.run import summary_table
+        from fastadapt.train.run import train as run_training
+
         result = run_training(
             run.data,
             run.out,
@@ -87,6 +99,9 @@ def train(given: Given) -> None:
             resume=run.resume,
             overwrite=run.overwrite,
             quiet=run.quiet,
+            save_every=run.save_every,
+            profile=run.profile,
+            scan=scan,
         )
     if not run.quiet:
         from rich.console import Console

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fastadapt.cuda_graph import LEAST_STEPS, GraphedCall
 from fastadapt.data.dataset import Sample
+from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.few_shot import harmonic_mean
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.train.metrics import classification_metrics
-from fastadapt.train.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Evaluator:
     batch_size: int = 32
     graph: bool = False
     _features: dict[str, list[Tensor]] = field(default_factory=dict)
+    _sources: dict[str, ImageSource] = field(default_factory=dict)
 
     def domain_features(self, model: GDPLModel, samples: Sequence[Sample]) -> Tensor:
         """Return features [len(samples), D_f] of images without augmentation, on the device."""
@@ -94,7 +95,10 @@ class Evaluator:
         if model.class_names != task.classes:
             model.set_class_names(task.classes)
         model.eval()
-        source = ImageSource(task.samples, self.preprocess, self.device, self.workers)
+        source = self._sources.get(task.name)
+        if source is None:  # its images are decoded once, for all measurements
+            source = ImageSource(task.samples, self.preprocess, self.device, self.workers)
+            self._sources[task.name] = source
         order = np.arange(len(task.samples))
         bar = self.progress.add_task(
             f"evaluate {task.name}", total=len(order), unit="images", note=""

@@ -13,6 +13,7 @@ import torch
 
 from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data.dataset import Sample
+from fastadapt.data.images import ImageSource
 from fastadapt.errors import InputError
 from fastadapt.gdpl.checkpoint import trained_state
 from fastadapt.gdpl.config import GDPLTrainConfig
@@ -20,7 +21,6 @@ from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.train.loop import copy_of, learning_rate, precision
 from fastadapt.train.run_folder import State
-from fastadapt.train.sources import ImageSource
 from fastadapt.train.step import Losses, training_step
 
 

@@ -13,7 +13,9 @@ import torch
 from fastadapt.checkpoint import CONFIG
 from fastadapt.data.augment import check_augment
 from fastadapt.data.dataset import Dataset, read_dataset
+from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.preprocess import Preprocess
+from fastadapt.data.scan import Scan
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
@@ -30,7 +32,7 @@ from fastadapt.gdpl.few_shot import (
 from fastadapt.gdpl.loop import train_epochs
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.info import versions
-from fastadapt.progress import default_workers, progress_bars
+from fastadapt.progress import progress_bars
 from fastadapt.train.loop import precision
 from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, scanned
 from fastadapt.train.run_folder import (
@@ -117,13 +119,9 @@ def train_gdpl(
         asked = config.intensity_range
         read, value_range = [], None
         for path in (data, *eval_data):
-            scan = scanned(
-                read_dataset(path, config.val_fraction),
-                workers,
-                progress,
-                intensity_range=asked,
-                skip_unreadable=skip_unreadable,
-            )
+            splits = read_dataset(path, config.val_fraction)
+            with Scan(splits, workers, asked) as begun:
+                scan = scanned(begun, progress, skip_unreadable=skip_unreadable)
             read.append(scan.dataset)
             if len(read) == 1 and scan.value_range is not None:
                 value_range = scan.value_range

@@ -268,7 +268,7 @@ class RunSettings(Settings):
     workers: Annotated[
         int | None,
         Setting(
-            "Threads that read images; one per core, at most 8, if not given.",
+            "Processes that decode images; one per core if not given.",
             panel=RUN,
             ge=0,
             limit=4_096,
@@ -277,6 +277,19 @@ class RunSettings(Settings):
     skip_unreadable: Annotated[
         bool,
         Setting("Leave damaged images out instead of refusing the data set.", panel=IMAGES),
+    ] = False
+    save_every: Annotated[
+        float,
+        Setting(
+            "Least seconds between two states on disk, from which --resume continues; 0: after "
+            "every epoch. Ctrl-C saves, too.",
+            panel=RUN,
+            ge=0,
+            limit=1e9,
+        ),
+    ] = 30.0
+    profile: Annotated[
+        bool, Setting("Print where the seconds went, and write them to profile.json.", panel=RUN)
     ] = False
     resume: Annotated[
         bool, Setting("Continue the run after its last completed epoch.", panel=RUN)

@@ -1,4 +1,4 @@
-"""The training loop: stages, epochs, validation, and a state after every epoch."""
+"""Train in stages and epochs, validate, and keep the state that a run resumes from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress, TaskID
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import trained_state
 from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data.dataset import Dataset
+from fastadapt.data.decode_pool import DecodePool
+from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source, size_text
 from fastadapt.train.metrics import classification_metrics
-from fastadapt.train.run_folder import CACHE, STATE, State, save_state, write_metrics
-from fastadapt.train.sources import CacheSettings, FeatureSource, ImageSource, Source, cached_source
+from fastadapt.train.phases import Phases
+from fastadapt.train.run_folder import (
+    CACHE,
+    STATE,
+    State,
+    append_metrics,
+    save_state,
+    write_metrics,
+)
+from fastadapt.train.sources import FeatureSource, Source, logits_of, padded
+from fastadapt.train.state_saver import StateSaver
 from fastadapt.train.step import Losses, training_step
+
+# Of validation, where a GPU is: samples are independent, so that the size is free.
+EVALUATION_BATCH_SIZE = 64
 
 
 @dataclass
@@ -39,12 +54,15 @@ class Trainer:
         dataset, preprocess: the images, and how they are read.
         config: how to train.
         settings: everything that a resumed run must have in common with this one.
-        state: where the run stands; kept up to date, and saved to ``out`` after every epoch.
+        state: where the run stands; kept up to date, and saved to ``out``.
         out: the run folder.
         device: where to compute.
-        workers: threads that read images.
+        workers: processes that decode images.
         cached: whether stage 1 trains on cached features.
         progress: bars and lines.
+        save_every: least seconds between two states on disk; 0 for one after every epoch.
+        pool: processes that decode; closed as soon as all images are kept decoded.
+        phases: where the seconds are counted.
     """
 
     model: AdaptedModel
@@ -58,6 +76,9 @@ class Trainer:
     workers: int
     cached: bool
     progress: Progress
+    save_every: float = 0.0
+    pool: DecodePool | None = None
+    phases: Phases = field(default_factory=Phases)
 
     def __post_init__(self):
         self.amp_dtype = precision(self.config.amp, self.device)
@@ -66,41 +87,85 @@ class Trainer:
         )
         # Convolutions on a CPU are several times as fast with channels last.
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self._sources: dict[tuple[str, bool], Source] = {}
+        self._images: dict[str, ImageSource] = {}
+        self._features: dict[str, FeatureSource] = {}
+        self._wrote_metrics = False
+        self._writers: list[CacheWriter] = []
+        self._saver = StateSaver(self._save, self.save_every)
 
     def run(self) -> None:
-        """Trains what is left of all stages."""
+        """Train what is left of all stages."""
+        self._prepare()
         for stage in range(self.state.stage, self.config.stages + 1):
-            self._run_stage(stage)
+            with self.phases(f"stage{stage}"):
+                self._run_stage(stage)
+
+    def save(self) -> None:
+        """Write the newest state, if it is not on disk."""
+        with self.phases("saving"):
+            self._saver.flush()
+
+    def _prepare(self) -> None:
+        """Compute features and decode images, as far as the stages to come need them."""
+        first = self.state.stage
+        splits = [split for split in ("train", "val", "test") if self.dataset.split(split)]
+        images_train = not self.cached or self.config.stages == 2
+        if self.cached and first == 1:
+            for split in splits:
+                self._features[split] = self._cached_features(split)
+        if images_train:
+            kept = []
+            for split in splits:
+                views = split == "train" and self.config.augment != "none"
+                kept.append(self._image_source(split).decode(views))
+            total = sum(self._image_source(split).needed_bytes() for split in splits)
+            if not all(kept):
+                self.progress.console.print(
+                    f"images are decoded in every epoch: {size_text(total)} is too much to keep"
+                )
+                return
+        if self.pool is not None:
+            self.pool.close()  # nothing is decoded from here on
 
     def load_best(self) -> None:
         """Gives the model the weights of the epoch that was kept."""
         self.model.load_state_dict(self.state.best_model, strict=False)
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        """Loss (with the class weights, without label smoothing) and metrics on a split."""
+        """Return loss (with class weights, without label smoothing) and metrics on a split."""
         source = self._source(split)
         order = np.arange(len(source.labels))
         _, _, batch_size = self.config.of_stage(self.state.stage)
+        if self.device.type == "cuda":
+            batch_size = max(batch_size, EVALUATION_BATCH_SIZE)
         self.model.eval()
         with torch.inference_mode():
             logits = []
-            for inputs, _ in source.batches(order, None, batch_size):
+            for inputs, labels in source.batches(order, None, batch_size):
+                if self.device.type == "cuda":  # libraries plan for each size that they meet
+                    inputs, _ = padded(inputs, labels, batch_size)
                 with self._autocast():
-                    logits.append(source.logits(self.model, inputs).float().cpu())
-            logits = torch.cat(logits)
+                    logits.append(logits_of(self.model, source, inputs).float())
+            logits = torch.cat(logits)[: len(order)].cpu()
             labels = torch.from_numpy(source.labels)
             loss = F.cross_entropy(logits, labels, weight=self._class_weights()).item()
         predictions = logits.argmax(1).numpy()
         metrics = classification_metrics(source.labels, predictions, self.dataset.classes)
         return {"loss": loss, **metrics}
 
+    def finish(self) -> None:
+        """Drop the state, which the results replace, and wait for caches that are being written."""
+        self._saver.drop()
+        for writer in self._writers:
+            writer.join()
+            if writer.problem is not None:
+                self.progress.console.print(
+                    f"the features are not kept: {writer.problem}", markup=False
+                )
+
     def remove_unused_caches(self) -> None:
         """Features that an earlier run in the same folder computed with other settings."""
-        sources = self._sources.values()
-        used = {
-            Path(s.features.filename).resolve() for s in sources if isinstance(s, FeatureSource)
-        }
+        used = {source.path.resolve() for source in self._features.values()}
         if self.cached and not used:
             return  # resumed in stage 2: stage 1's are unknown here
         for path in (self.out / CACHE).glob("*.npy"):
@@ -125,9 +190,6 @@ class Trainer:
             state.stage, state.epoch = 2, 0
             # The kept weights get the backbone too, which stage 2 is about to change.
             state.best_model = copy_of(trained_state(self.model))
-        for split in ("val", "test"):
-            if self.dataset.split(split):
-                self._source(split)  # its features are computed now, not after an epoch
         count = len(self._source("train").labels)
         step = self._training_step(optimizer)
         task = self.progress.add_task(
@@ -141,7 +203,8 @@ class Trainer:
             started = time.perf_counter()
             row = {"stage": stage, "epoch": state.epoch + 1}
             row |= self._train_epoch(row["epoch"], step, task)
-            measured = self.evaluate("val")
+            with self.phases("validation"):
+                measured = self.evaluate("val")
             self._check_finite(measured["loss"], row["epoch"], "validation")
             row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
             row["seconds"] = round(time.perf_counter() - started, 3)
@@ -149,13 +212,13 @@ class Trainer:
         self.progress.remove_task(task)
 
     def _training_step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
-        """For the present stage."""
+        """Return the step of the present stage."""
         config, source = self.config, self._source("train")
         epochs, _, batch_size = config.of_stage(self.state.stage)
         steps = (epochs - self.state.epoch) * (len(source.labels) // batch_size)
         weights = self._class_weights()
         return training_step(
-            lambda inputs: source.logits(self.model, inputs),
+            lambda inputs: logits_of(self.model, source, inputs),
             optimizer,
             self._autocast,
             scaler=self.scaler,
@@ -169,7 +232,7 @@ class Trainer:
     def _train_epoch(
         self, epoch: int, take_step: Callable[..., Any], task: TaskID
     ) -> dict[str, float]:
-        """One pass over the training split; the last learning rate and the mean loss."""
+        """Pass over the training split once; return the last learning rate and the mean loss."""
         config, stage, source = self.config, self.state.stage, self._source("train")
         epochs, peak, batch_size = config.of_stage(stage)
         count = len(source.labels)
@@ -192,20 +255,35 @@ class Trainer:
         )
         self.progress.update(task, description=f"stage {stage}, epoch {epoch} of {epochs}")
         self.model.train()
+        # Of one size, all steps are replays of one graph.
+        pad = batch_size if steps > 1 and self._samples_are_independent() else 0
         for step, (inputs, labels) in enumerate(source.batches(order, views, batch_size), start=1):
             lr = learning_rate((epoch - 1) * steps + step, epochs * steps, warmup, peak)
-            loss, _ = take_step(lr, labels, inputs)
-            losses.add(loss, len(labels))
-            self.progress.update(task, advance=len(labels), note=losses.note)
+            images = len(labels)
+            loss, _ = take_step(lr, *reversed(padded(inputs, labels, pad)))
+            losses.add(loss, images)
+            if losses.is_read:
+                self.progress.update(task, note=losses.note)
+            self.progress.advance(task, images)
         return {"lr": lr, "train_loss": losses.total() / len(order)}
 
+    def _samples_are_independent(self) -> bool:
+        """Whether a step's result for one image does not depend on the others, on a GPU."""
+        return self.device.type == "cuda" and not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+            for module in self.model.modules()
+        )
+
     def _complete_epoch(self, row: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Notes the epoch, keeps its weights if they are the best, and saves the state."""
+        """Note the epoch, keep its weights if they are the best, offer the state to be saved."""
         state, key = self.state, f"val_{self.config.select}"
         state.epoch = row["epoch"]
         state.history.append(row)
+        # Copied where they are, in passing: nothing waits for a GPU.
         state.model = copy_of(trained_state(self.model))
-        state.optimizer = optimizer.state_dict()["state"]
+        state.optimizer = {
+            index: copy_of(values) for index, values in optimizer.state_dict()["state"].items()
+        }
         state.scaler = self.scaler.state_dict()
         sign = -1 if self.config.select == "loss" else 1
         best = None if state.best is None else state.history[state.best][key]
@@ -213,13 +291,21 @@ class Trainer:
         if improved:
             state.best = len(state.history) - 1
             state.best_model = state.model
-        save_state(state, self.settings, self.out / STATE)
-        write_metrics(self.out, state.history)
+        with self.phases("saving"):
+            if self._wrote_metrics:
+                append_metrics(self.out, row)
+            else:  # anew, without epochs that a kill lost
+                write_metrics(self.out, state.history)
+                self._wrote_metrics = True
+            self._saver.offer(replace(state, history=list(state.history)))
         self.progress.console.print(
             f"stage {row['stage']}  epoch {row['epoch']:3d}  train loss {row['train_loss']:.4f}  "
             f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
             f"macro-F1 {row['val_macro_f1']:.4f}  {row['seconds']:.1f} s{'  *' if improved else ''}"
         )
+
+    def _save(self, state: State) -> None:
+        save_state(state, self.settings, self.out / STATE)
 
     def _stalled(self) -> bool:
         """Whether the stage had ``patience`` epochs without improvement."""
@@ -229,35 +315,46 @@ class Trainer:
         return min(len(state.history) - 1 - state.best, state.epoch) >= patience
 
     def _source(self, split: str) -> Source:
-        """A split for the present stage; made once."""
-        cached = self.cached and self.state.stage == 1
-        if (split, cached) not in self._sources:
-            self._sources[split, cached] = self._make_source(split, cached)
-        return self._sources[split, cached]
+        """Return a split for the present stage."""
+        if self.cached and self.state.stage == 1:
+            return self._features[split]
+        return self._image_source(split)
 
-    def _make_source(self, split: str, cached: bool) -> Source:
-        config = self.config
-        augment = config.augment if split == "train" else "none"
-        images = ImageSource(
-            self.dataset.split(split),
-            self.preprocess,
-            self.device,
-            self.workers,
-            augment,
-            config.seed,
-        )
-        if not cached:
-            return images
+    def _image_source(self, split: str) -> ImageSource:
+        if split not in self._images:
+            config = self.config
+            self._images[split] = ImageSource(
+                self.dataset.split(split),
+                self.preprocess,
+                self.device,
+                self.workers,
+                config.augment if split == "train" else "none",
+                config.seed,
+                pool=self.pool,
+                timed=partial(self.phases, "decode"),
+            )
+        return self._images[split]
+
+    def _cached_features(self, split: str) -> FeatureSource:
+        config, images = self.config, self._image_source(split)
         settings = CacheSettings(
             views=config.views if split == "train" else 1,
-            augment=augment,
+            augment=images.augment,
             seed=config.seed,
             dtype=config.feature_dtype,
             amp=str(self.amp_dtype),
         )
-        return cached_source(
-            self.model, images, self.out / CACHE, settings, self.progress, self._autocast, split
-        )
+        with self.phases("features"):
+            return cached_source(
+                self.model,
+                images,
+                self.out / CACHE,
+                settings,
+                self.progress,
+                self._autocast,
+                split,
+                self._writers,
+            )
 
     def _autocast(self):
         if self.amp_dtype is None:
@@ -323,5 +420,5 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, where further training leaves it alone."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    """Copy tensors, on their device, where further training leaves them alone."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -14,25 +14,28 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from fastadapt.adapted_model import adapt
+from fastadapt.adapted_model import AdaptedModel, adapt
 from fastadapt.checkpoint import backbone_fingerprint, save_adapter
 from fastadapt.config import AdaptConfig
 from fastadapt.data.augment import check_augment
 from fastadapt.data.dataset import Dataset, read_dataset
+from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.data.scan import Scanned, scan
+from fastadapt.data.scan import Scan, Scanned
 from fastadapt.data.splits import SPLITS as SPLIT_ORDER
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
 from fastadapt.lora import lora_layers
-from fastadapt.progress import default_workers, progress_bars
+from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import Trainer, precision
+from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.plots import plot_curves
 from fastadapt.train.run_folder import (
     CURVES,
     LABELS,
+    PROFILE,
     RESULTS,
     SPLITS,
     STATE,
@@ -82,14 +85,20 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = True,
+    save_every: float = 30.0,
+    profile: bool = False,
+    scan: Scan | None = None,
 ) -> TrainResult:
-    """Trains an adapter for ``backbone`` on ``data`` and writes a run folder.
+    """Train an adapter for ``backbone`` on ``data`` and write a run folder.
 
     The folder holds ``config.json`` and ``adapter.safetensors`` (:func:`fastadapt.load_adapter`),
     ``labels.txt``, ``splits.csv``, ``metrics.jsonl``, ``results.json``, ``curves.png`` and
     ``cache/`` (safe to delete). While the run is unfinished it also holds ``state.safetensors``,
-    written after every epoch, from which ``resume`` continues; on a CPU the result is then bit for
-    bit that of an uninterrupted run with the same number of threads.
+    from which ``resume`` continues; on a CPU the result is then bit for bit that of an
+    uninterrupted run with the same number of threads.
+
+    Images are decoded once, by processes of their own, and kept where they fit into half of the
+    free memory; else they are decoded again in every epoch that needs them.
 
     Args:
         data: see :func:`fastadapt.data.dataset.read_dataset`.
@@ -101,11 +110,16 @@ def train(
             that the backbone was trained with.
         pretrained, weights: as for :func:`fastadapt.adapt`.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        workers: threads that read images; one per core, at most 8, if ``None``.
+        workers: processes that decode images; one per core if ``None``.
         skip_unreadable: leave damaged images out instead of refusing the data set.
         resume: continue an unfinished run with the same settings; a finished one is left as it is.
         overwrite: replace a run. Its files stay until the new run has its first ones.
         quiet: no progress bars, no lines.
+        save_every: least seconds between two states on disk; 0 for one after every epoch. Ctrl-C
+            and errors write the last epoch's state, a kill loses what came after the last one.
+        profile: write ``profile.json``, the seconds of each phase, and print them.
+        scan: of ``data``, begun before with the same settings; the caller
+            closes its processes.
 
     Raises:
         InputError: anything given does not fit; the loss is no longer finite; the disk or the
@@ -117,12 +131,106 @@ def train(
     target = parse_device(device)
     precision(config.amp, target)  # refused now rather than after the features were computed
     workers = default_workers() if workers is None else workers
-    dataset = read_dataset(data, config.val_fraction, config.seed)
+    phases = Phases(process_age() if profile else 0.0)
+    begun = scan or Scan(
+        read_dataset(data, config.val_fraction, config.seed), workers, config.intensity_range
+    )
+    try:
+        with progress_bars(quiet) as progress:
+            prepared = _prepared(
+                begun,
+                backbone,
+                config,
+                adapt_config,
+                preprocess=preprocess,
+                pretrained=pretrained,
+                weights=weights,
+            )
+            with phases("decode"):
+                found = scanned(begun, progress, skip_unreadable=skip_unreadable)
+            dataset = found.dataset
+            prepared = replace(
+                prepared,
+                preprocess=replace(prepared.preprocess, intensity_range=found.value_range),
+            )
+            state = _state_of(prepared, dataset, config, out, target, resume, progress)
+            if isinstance(state, TrainResult):
+                return state
+            existed = out.is_dir()
+            trainer = Trainer(
+                model=prepared.model,
+                dataset=dataset,
+                preprocess=prepared.preprocess,
+                config=config,
+                settings=prepared.settings(dataset, config),
+                state=state,
+                out=out,
+                device=target,
+                workers=workers,
+                cached=prepared.cached,
+                progress=progress,
+                save_every=save_every,
+                pool=begun.pool,
+                phases=phases,
+            )
+            try:
+                with full_disk_or_memory(out):
+                    remove_leftovers(out)
+                    try:
+                        trainer.run()
+                        result = _write_outputs(trainer, str(Path(data).absolute()))
+                    except BaseException:
+                        trainer.save()
+                        raise
+            finally:
+                if not existed:
+                    remove_if_empty(out)
+            if profile:
+                write_json(out / PROFILE, phases.to_dict())
+                progress.console.print(phase_table(phases.to_dict()))
+            return result
+    finally:
+        if begun.pool is not None and scan is None:
+            begun.pool.close()
 
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model and how it sees images, before the data set is known to be readable."""
+
+    model: AdaptedModel
+    preprocess: Preprocess
+    cached: bool
+
+    def settings(self, dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
+        """Return everything that a resumed run must have in common with this one."""
+        settings = {
+            "data": dataset.fingerprint(),
+            "backbone": self.model.source["name"],
+            "fingerprint": backbone_fingerprint(self.model),
+            **self.model.config.to_dict(),
+            **asdict(config),
+            **self.preprocess.to_dict(),  # the intensity range as found, not as asked for
+        }
+        del settings["cuda_graph"]  # the result does not depend on it
+        return settings
+
+
+def _prepared(
+    scan: Scan,
+    backbone: str | nn.Module,
+    config: TrainConfig,
+    adapt_config: AdaptConfig | None,
+    *,
+    preprocess: dict[str, Any] | None,
+    pretrained: bool,
+    weights: str | Path | None,
+) -> _Prepared:
+    """Make the model; refuse settings that do not fit it or each other."""
     torch.manual_seed(config.seed)
     weights = None if weights is None else str(Path(weights).absolute())
     model = adapt(
-        backbone, adapt_config, len(dataset.classes), pretrained=pretrained, weights=weights
+        backbone, adapt_config, len(scan.dataset.classes), pretrained=pretrained, weights=weights
     )
     if isinstance(backbone, str) and not pretrained and weights is None:
         # Random weights exist nowhere else: the checkpoint must hold them.
@@ -147,68 +255,39 @@ def train(
             f"augment is {config.augment!r}, but with one cached view, the plain one, it has no "
             "effect in stage 1: give `views` of 2 or more, or `cache=False` for fresh views"
         )
+    return _Prepared(model, images, cached)
 
-    with progress_bars(quiet) as progress:
-        say = progress.console.print
-        found = scanned(
-            dataset,
-            workers,
-            progress,
-            intensity_range=config.intensity_range,
-            skip_unreadable=skip_unreadable,
-        )
-        dataset = found.dataset
-        images = replace(images, intensity_range=found.value_range)
-        settings = {
-            "data": dataset.fingerprint(),
-            "backbone": model.source["name"],
-            "fingerprint": backbone_fingerprint(model),
-            **model.config.to_dict(),
-            **asdict(config),
-            **images.to_dict(),  # the intensity range as it was found, not as it was asked for
-        }
-        del settings["cuda_graph"]  # the result does not depend on it
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
-        say(f"{len(dataset.classes)} classes, images: {counts}")
-        say(f"{model.source['name']} on {target}: {trainable:,} parameters train in stage 1")
-        state = State()
-        if resume and (out / STATE).is_file():
-            state, then = load_state(out / STATE)
-            check_settings(settings, then, out)
-            say(f"resuming after epoch {state.epoch} of stage {state.stage}")
-        elif resume:
-            results = finished_results(out, settings)
-            if results is not None:
-                say(f"{out} is finished already: nothing to resume")
-                return TrainResult(out, results["best"], results)
-            say("no epoch was completed: starting from the beginning")
-        if not cached:
-            reason = "low-rank adapters change them" if config.cache else "the cache is off"
-            say(f"features are not cached ({reason}): every epoch runs the backbone")
 
-        existed = out.is_dir()
-        trainer = Trainer(
-            model=model,
-            dataset=dataset,
-            preprocess=images,
-            config=config,
-            settings=settings,
-            state=state,
-            out=out,
-            device=target,
-            workers=workers,
-            cached=cached,
-            progress=progress,
-        )
-        try:
-            with full_disk_or_memory(out):
-                remove_leftovers(out)
-                trainer.run()
-                return _write_outputs(trainer, str(Path(data).absolute()))
-        finally:
-            if not existed:
-                remove_if_empty(out)
+def _state_of(
+    prepared: _Prepared,
+    dataset: Dataset,
+    config: TrainConfig,
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    progress: Progress,
+) -> State | TrainResult:
+    """Return where training begins, or the result of a run that is finished; say what is there."""
+    say, model = progress.console.print, prepared.model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
+    say(f"{len(dataset.classes)} classes, images: {counts}")
+    say(f"{model.source['name']} on {device}: {trainable:,} parameters train in stage 1")
+    state = State()
+    if resume and (out / STATE).is_file():
+        state, then = load_state(out / STATE)
+        check_settings(prepared.settings(dataset, config), then, out)
+        say(f"resuming after epoch {state.epoch} of stage {state.stage}")
+    elif resume:
+        results = finished_results(out, prepared.settings(dataset, config))
+        if results is not None:
+            say(f"{out} is finished already: nothing to resume")
+            return TrainResult(out, results["best"], results)
+        say("no epoch was completed: starting from the beginning")
+    if not prepared.cached:
+        reason = "low-rank adapters change them" if config.cache else "the cache is off"
+        say(f"features are not cached ({reason}): every epoch runs the backbone")
+    return state
 
 
 def summary_table(result: TrainResult) -> Table:
@@ -246,30 +325,20 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def scanned(
-    dataset: Dataset,
-    workers: int,
-    progress: Progress,
-    *,
-    intensity_range: str = "dtype",
-    skip_unreadable: bool = False,
-) -> Scanned:
-    """Scan a data set's images, with a progress bar, and print what was found.
+def scanned(scan: Scan, progress: Progress, *, skip_unreadable: bool = False) -> Scanned:
+    """Wait for a scan, with a progress bar, and print what was found.
 
     Raises:
-        InputError: as :func:`fastadapt.data.scan.scan`.
+        InputError: as :meth:`fastadapt.data.scan.Scan.wait`.
     """
-    task = progress.add_task("checking images", total=len(dataset.samples), unit="images", note="")
-    found = scan(
-        dataset,
-        workers,
-        intensity_range,
-        skip_unreadable=skip_unreadable,
-        on_image=lambda: progress.advance(task),
+    total = len(scan.dataset.samples)
+    task = progress.add_task("reading images", total=total, unit="images", note="")
+    found = scan.wait(
+        skip_unreadable=skip_unreadable, advance=lambda count: progress.advance(task, count)
     )
     progress.remove_task(task)
-    for line in (*dataset.summary(), *found.lines):
-        progress.console.print(line)
+    for line in (*scan.dataset.summary(), *found.lines):
+        progress.console.print(line, markup=False)
     return found
 
 
@@ -303,6 +372,8 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
     plot_curves(state.history, out / CURVES, state.best)
     write_json(out / RESULTS, results)
     trainer.remove_unused_caches()
+    with trainer.phases("saving"):
+        trainer.finish()
     # What it holds is in the files above, but for the optimizer's moments.
     (out / STATE).unlink(missing_ok=True)
     return TrainResult(out, best, results)

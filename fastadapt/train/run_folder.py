@@ -21,7 +21,8 @@ METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CURVES = "curves.png"
 CACHE = "cache"
-OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, CURVES, CACHE}
+PROFILE = "profile.json"
+OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, CURVES, CACHE, PROFILE}
 
 
 @dataclass
@@ -138,6 +139,12 @@ def finished_results(out: Path, settings: dict[str, Any]) -> dict[str, Any] | No
         return None
     check_settings(settings, read_json(out / CONFIG).get("train", {}).get("settings", {}), out)
     return read_json(out / RESULTS)
+
+
+def append_metrics(out: Path, row: dict[str, Any]) -> None:
+    """Add an epoch's line to ``metrics.jsonl``."""
+    with (out / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:

@@ -92,6 +92,7 @@ class Losses:
 
     def __init__(self, check: Callable[[float, int], None]):
         self.note = ""
+        self.is_read = False  # whether the last call of `add` read losses
         self._check = check
         self._waiting: list[tuple[Tensor, int]] = []
         self._read = 0
@@ -100,7 +101,8 @@ class Losses:
     def add(self, loss: Tensor, count: int) -> None:
         """The mean loss of a batch of ``count`` images."""
         self._waiting.append((loss, count))
-        if not loss.is_cuda or len(self._waiting) == self.EVERY:
+        self.is_read = not loss.is_cuda or len(self._waiting) == self.EVERY
+        if self.is_read:
             self.total()
 
     def total(self) -> float:

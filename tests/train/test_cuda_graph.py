@@ -23,7 +23,8 @@ SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
 
 
 def run(data, out, config=CONFIG, backbone="test_vit", **options):
-    train(data, out, backbone, config, ADAPT, pretrained=False, workers=1, **options)
+    options = {"workers": 1, "save_every": 0, **options}
+    train(data, out, backbone, config, ADAPT, pretrained=False, **options)
     return read_tensors(out / "adapter.safetensors")[0], rows_of(out)
 
 

@@ -29,7 +29,7 @@ from tests.helpers.imagesets import CLASSES, make_folders, truncate
 ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48))
 QUICK = TrainConfig(epochs=3, lr=3e-3, batch_size=8, val_fraction=0.25)
 OPTIONS = ["--no-pretrained", "--rank", "8", "--centers", "4", "--mlp-ratio", "1"]
-OPTIONS += ["--image-size", "48", "--epochs", "2", "--batch-size", "8"]
+OPTIONS += ["--image-size", "48", "--epochs", "2", "--batch-size", "8", "--save-every", "0"]
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def data(tmp_path):
 
 
 def run(data, out, config=QUICK, adapt=ADAPT, backbone="test_vit", **options):
-    return train(data, out, backbone, config, adapt, pretrained=False, workers=1, **options)
+    options = {"workers": 1, "save_every": 0, **options}
+    return train(data, out, backbone, config, adapt, pretrained=False, **options)
 
 
 @pytest.fixture

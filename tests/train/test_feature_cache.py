@@ -10,12 +10,14 @@ import torch
 
 import fastadapt as fa
 from fastadapt.data.dataset import read_dataset
+from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.fusion import frozen_blocks as frozen
 from fastadapt.progress import progress_bars
-from fastadapt.train import sources as features
-from fastadapt.train.sources import CacheSettings, ImageSource, cache_key, cached_source
+from fastadapt.train import feature_cache as features
+from fastadapt.train.feature_cache import CacheSettings, cache_key, cached_source
+from fastadapt.train.sources import logits_of
 from tests.helpers.imagesets import make_folders
 
 CPU = torch.device("cpu")
@@ -60,15 +62,19 @@ def test_cached_features_equal_recomputed_ones(tmp_path, images, name, adapter):
         model = make_model(name, adapter=adapter).eval()
     source = make_source(model, images, tmp_path / "cache")
     order = np.array([5, 0, 3])
-    views = np.arange(len(images.labels)) % 2
-    (cached, labels), (fresh, expected) = (
-        next(s.batches(order, views, batch_size=8)) for s in (source, images)
-    )
-    assert torch.equal(labels, expected)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            source.logits(model, cached), images.logits(model, fresh), rtol=1e-4, atol=1e-5
+    for view in (0, 1):
+        views = np.full(len(images.labels), view)
+        (cached, labels), (fresh, expected) = (
+            next(s.batches(order, views, batch_size=8)) for s in (source, images)
         )
+        assert torch.equal(labels, expected)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                logits_of(model, source, cached),
+                logits_of(model, images, fresh),
+                rtol=1e-4,
+                atol=1e-5,
+            )
 
 
 def test_nothing_is_kept_of_a_backbone_that_is_not_called_again(tmp_path, images, monkeypatch):
@@ -102,7 +108,9 @@ def test_damaged_cache_is_recomputed(tmp_path, images):
     model, folder = make_model(), tmp_path / "cache"
     first = np.array(make_source(model, images, folder).features)
     (file,) = folder.iterdir()
-    for content in (file.read_bytes()[:-100], b"", b"no array"):
+    whole = file.read_bytes()
+    zeroed = whole[:1000] + bytes(len(whole) - 1032) + whole[-32:]
+    for content in (whole[:-100], whole[:-1], zeroed, b"", b"no array"):
         file.write_bytes(content)
         assert np.array_equal(make_source(model, images, folder).features, first)
 

@@ -1,0 +1,394 @@
+"""Compute the frozen backbone's features of a split once, and keep them in a file.
+
+A cache is a ``.npy`` file with the SHA-256 of its content after it, and its name is a hash of
+everything that the features depend on. It may be deleted at any time while no training runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fastadapt.adapted_model import AdaptedModel
+from fastadapt.checkpoint import backbone_fingerprint
+from fastadapt.data.images import DEVICE_SHARE, ImageSource
+from fastadapt.errors import InputError
+from fastadapt.files import atomic_path
+from fastadapt.fusion.batch_norm import fuse_batch_norms
+from fastadapt.fusion.frozen_blocks import release_fused_blocks
+from fastadapt.train.sources import FeatureSource, padded
+
+FORMAT_VERSION = 2  # of the cache: raised when what is stored changes
+FEATURE_DTYPES = ("auto", "fp16", "fp32")
+BATCH_SIZE = 16  # of the frozen backbone; on a CPU larger batches fall out of the caches
+GPU_BATCH_SIZE = 64
+_DIGEST = 32  # bytes after the array
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What cached features depend on, beside the backbone and the image files.
+
+    Attributes:
+        views: number of views of each image, the plain one first.
+        augment: of the other views.
+        seed: of the other views.
+        dtype: ``"fp16"``, ``"fp32"``, or ``"auto"``: fp16 if every value is finite in it.
+        amp: the precision that the backbone computes in (``"off"``: its own).
+    """
+
+    views: int = 1
+    augment: str = "none"
+    seed: int = 0
+    dtype: str = "auto"
+    amp: str = "off"
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """The shape of a backbone's features.
+
+    Attributes:
+        tokens: positions that are kept; 1 where only their mean is used.
+        dim: channels.
+        spatial: the shape that the layout gives the positions; empty for tokens.
+    """
+
+    tokens: int
+    dim: int
+    spatial: tuple[int, ...]
+
+
+def cached_source(
+    model: AdaptedModel,
+    images: ImageSource,
+    folder: Path,
+    settings: CacheSettings,
+    progress: Progress,
+    autocast: Callable[[], AbstractContextManager],
+    name: str = "features",
+    writers: list[CacheWriter] | None = None,
+) -> FeatureSource:
+    """Return the features of a split, from the cache in ``folder`` or computed into it.
+
+    On a GPU with room for them they stay there, and the file is written by another thread.
+
+    Args:
+        model: its backbone must be frozen and without low-rank adapters.
+        images: the split; its ``augment`` and ``seed`` are those of ``settings``.
+        folder: of the cache, made if need be.
+        settings: see :class:`CacheSettings`.
+        progress: shows images per second and the time left.
+        autocast: makes the context that the backbone runs in.
+        name: of the split, for the progress bar.
+        writers: where threads that still write are put; without it, this waits for them.
+
+    Raises:
+        InputError: the features do not fit on the disk, or are not finite.
+        OSError: the disk got full; the unfinished file is removed.
+    """
+    path = folder.absolute() / f"{cache_key(model, images, settings)}.npy"
+    features: Tensor | np.ndarray | None = open_cache(path)
+    shape = _shape_of(model, autocast)
+    if features is not None and features.shape[2:] != (shape.tokens, shape.dim):
+        features = None
+    if features is None:
+        frozen = fuse_batch_norms(model, _probe(model)) if images.device.type == "cpu" else model
+        work = _Computation(frozen, images, path, settings, shape, progress, autocast, name)
+        features = work.run(fp16=settings.dtype != "fp32")
+        if features is None and settings.dtype == "fp16":
+            raise InputError(
+                "the backbone's features exceed fp16's range (65504): use `feature_dtype='fp32'`"
+            )
+        if features is None:
+            features = work.run(fp16=False)
+        if isinstance(features, Tensor):
+            writer = CacheWriter(path, features)
+            if writers is None:
+                writer.join()
+            else:
+                writers.append(writer)
+    elif images.device.type == "cuda" and _fits(features.nbytes, images.device):
+        features = torch.from_numpy(np.ascontiguousarray(features)).to(images.device)
+    release_fused_blocks(model.backbone)
+    channels_last = model.spec.layout == "channels_last"
+    return FeatureSource(features, images.labels, images.device, shape.spatial, channels_last, path)
+
+
+def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings) -> str:
+    """Return a hash of everything that cached features depend on."""
+    function = model.feature_fn
+    ingredients = {
+        "version": FORMAT_VERSION,
+        "torch": torch.__version__.split(".")[:2],
+        "device": images.device.type,
+        "backbone": [model.source.get("name"), backbone_fingerprint(model)],
+        "function": [function.__module__, function.__qualname__, str(model.config.features)],
+        "spec": asdict(model.spec),
+        "pooled": isinstance(model.adapter, nn.Identity),
+        "preprocess": images.preprocess.to_dict(),
+        **asdict(settings),
+    }
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode())
+    for sample in images.samples:
+        status = sample.path.stat()
+        digest.update(f"{sample.path}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def open_cache(path: Path) -> np.ndarray | None:
+    """Map a cache; return ``None``, and remove it, if it is not what was written."""
+    try:
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            file.seek(-_DIGEST, 2)
+            said = file.read()
+        end = features.offset + features.nbytes
+        if path.stat().st_size == end + _DIGEST and _digest(features).digest() == said:
+            return features
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+class CacheWriter(threading.Thread):
+    """Write features that a GPU holds to a file, while training goes on.
+
+    A full disk costs the cache and not the run: ``problem`` then says what happened.
+    """
+
+    def __init__(self, path: Path, features: Tensor):
+        super().__init__(name="fastadapt writes features", daemon=True)
+        self.path = path
+        self.features = features
+        self.problem: str | None = None
+        self._computed = torch.cuda.Event()
+        self._computed.record(torch.cuda.current_stream(features.device))
+        self.start()
+
+    def run(self) -> None:
+        """Copy slice by slice, on a stream of its own."""
+        device = self.features.device
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+                self._computed.wait()
+                with _writing(self.path, self.features.shape, self.features.dtype) as file:
+                    for view in self.features:
+                        for part in view.split(GPU_BATCH_SIZE):
+                            file.write(part.cpu())
+        except OSError as error:
+            self.problem = str(error)
+
+
+class _Computation:
+    """The features of one split, computed batch by batch."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        images: ImageSource,
+        path: Path,
+        settings: CacheSettings,
+        shape: FeatureShape,
+        progress: Progress,
+        autocast: Callable[[], AbstractContextManager],
+        name: str,
+    ):
+        self.model, self.images, self.path = model, images, path
+        self.shape = (settings.views, len(images.samples), shape.tokens, shape.dim)
+        self.progress, self.autocast, self.name = progress, autocast, name
+
+    def run(self, fp16: bool) -> Tensor | np.ndarray | None:
+        """Compute every view; return ``None`` if fp16 cannot hold a value.
+
+        Returns:
+            [views, samples, tokens, C]: on a GPU with room for it, else mapped from the file.
+        """
+        dtype = torch.float16 if fp16 else torch.float32
+        needed = int(np.prod(self.shape)) * dtype.itemsize
+        free = _check_space(self.path.parent, needed)
+        count = self.shape[0] * self.shape[1]
+        self.progress.console.print(
+            f"computing features ({self.name}): {count} images, {size_text(needed)} on disk "
+            f"of {size_text(free)} free"
+        )
+        task = self.progress.add_task(
+            f"features ({self.name})", total=count, unit="images", note=""
+        )
+        device = self.images.device
+        try:
+            if device.type == "cuda" and _fits(needed, device):
+                return self._on_device(dtype, task)
+            with _writing(self.path, self.shape, dtype) as file:
+                for view in range(self.shape[0]):
+                    for first, features in self._batches(view, task):
+                        features = features.cpu()
+                        stored = features.to(dtype)
+                        self._check(stored, features, first)
+                        file.write(stored)
+            return np.load(self.path, mmap_mode="r")
+        except _Overflow:
+            return None
+        finally:
+            self.progress.remove_task(task)
+
+    def _on_device(self, dtype: torch.dtype, task) -> Tensor:
+        """Fill a tensor on the GPU; look for overflow once, at the end."""
+        result = torch.empty(self.shape, dtype=dtype, device=self.images.device)
+        bad = torch.zeros((), dtype=torch.bool, device=result.device)
+        for view in range(self.shape[0]):
+            for first, features in self._batches(view, task):
+                stored = features.to(dtype)
+                result[view, first : first + len(stored)] = stored
+                bad |= stored.isfinite().all().logical_not()
+        if bad:
+            for view in range(self.shape[0]):
+                for first, features in self._batches(view, task):
+                    self._check(features.to(dtype), features, first)
+        return result
+
+    def _batches(self, view: int, task):
+        """Yield where a batch begins, and its features [B, tokens, C] fp32."""
+        count = self.shape[1]
+        batch_size = BATCH_SIZE if self.images.device.type == "cpu" else GPU_BATCH_SIZE
+        views, first = np.full(count, view), 0
+        for batch, labels in self.images.batches(np.arange(count), views, batch_size):
+            size = len(batch)
+            if batch.is_cuda:  # libraries plan for each size that they meet
+                batch, _ = padded(batch, labels, batch_size)
+            with torch.inference_mode(), self.autocast():
+                features = as_tokens(self.model, self.model.backbone_features(batch)).float()
+            features = features[:size]
+            if self.shape[2] == 1:
+                features = features.mean(1, keepdim=True)
+            yield first, features
+            first += size
+            self.progress.advance(task, size)
+
+    def _check(self, stored: Tensor, features: Tensor, first: int) -> None:
+        """Refuse values that are not finite, or that fp16 cannot hold."""
+        if stored.isfinite().all():
+            return
+        if features.isfinite().all():
+            raise _Overflow
+        bad = int(features.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+        raise InputError(
+            "the backbone gives NaN or infinite features for "
+            f"{self.images.samples[first + bad].path}: check its weights"
+        )
+
+
+class _Overflow(Exception):
+    pass
+
+
+class _writing(AbstractContextManager):
+    """Write a cache under a temporary name; it gets its own once it is whole."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype):
+        self._context = atomic_path(path)
+        self._shape, self._dtype = tuple(shape), np.dtype("f2" if dtype.itemsize == 2 else "f4")
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO
+
+    def __enter__(self) -> _writing:
+        self._file = self._context.__enter__().open("wb")
+        header = {"shape": self._shape, "fortran_order": False}
+        header["descr"] = np.lib.format.dtype_to_descr(self._dtype)
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self
+
+    def write(self, values: Tensor) -> None:
+        """Append values on the CPU."""
+        data = values.contiguous().numpy().data
+        self._hash.update(data)
+        self._file.write(data)
+
+    def __exit__(self, kind, error, traceback) -> bool | None:
+        try:
+            if kind is None:
+                self._file.write(self._hash.digest())
+            self._file.close()
+        except OSError as failure:
+            self._context.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        return self._context.__exit__(kind, error, traceback)
+
+
+def _digest(features: np.ndarray):
+    digest = hashlib.sha256()
+    for view in features:
+        for start in range(0, len(view), 256):
+            digest.update(np.ascontiguousarray(view[start : start + 256]).data)
+    return digest
+
+
+def as_tokens(model: AdaptedModel, features: Tensor) -> Tensor:
+    """Return features in the backbone's layout as [B, N, C]."""
+    if model.spec.layout == "channels_first":
+        return features.flatten(2).transpose(1, 2)
+    return features.flatten(1, -2)
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people write it."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _probe(model: AdaptedModel) -> Tensor:
+    """Return a batch of one image, of noise: what a backbone computes has its shape."""
+    device = next(model.backbone.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, *model.spec.input_size, generator=generator).to(device)
+    return probe.contiguous(memory_format=torch.channels_last)
+
+
+def _shape_of(model: AdaptedModel, autocast: Callable[[], AbstractContextManager]) -> FeatureShape:
+    with torch.inference_mode(), autocast():
+        shape = tuple(model.backbone_features(_probe(model)).shape[1:])
+    spatial = () if model.spec.layout == "tokens" else shape[:-1]
+    if model.spec.layout == "channels_first":
+        spatial = shape[1:]
+    # Without an adapter only the mean over positions is used, which is far smaller to keep.
+    pooled = isinstance(model.adapter, nn.Identity)
+    tokens = 1 if pooled else int(np.prod(shape)) // model.spec.dim
+    if pooled:
+        spatial = tuple(1 for _ in spatial)
+    return FeatureShape(tokens, model.spec.dim, spatial)
+
+
+def _fits(needed: int, device: torch.device) -> bool:
+    return needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _check_space(folder: Path, needed: int) -> int:
+    """Return the free bytes.
+
+    Raises:
+        InputError: they are fewer than ``needed``.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the cached features need {size_text(needed)}, but {folder} has "
+            f"{size_text(free)} free: give another `out`, fewer `views`, or `cache=False` to "
+            "compute them anew in each epoch"
+        )
+    return free
