@@ -21,6 +21,27 @@ DTYPES |= {"float64": torch.float64}
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 
 
+Shapes = dict[str, tuple[int | None, ...]]  # by tensor; None fits any length
+
+
+def check_shapes(wanted: Shapes, state: Mapping[str, Tensor], where: Path) -> None:
+    """Compare the shapes that a configuration wants with the tensors that are there.
+
+    Raises:
+        InputError: a tensor has another shape, or is missing.
+    """
+    for name, shape in wanted.items():
+        if name not in state:
+            raise InputError(f"{where} lacks {name!r}, which its configuration wants")
+        found = tuple(state[name].shape)
+        fits = len(found) == len(shape)
+        if not fits or any(s not in (None, f) for s, f in zip(shape, found, strict=True)):
+            raise InputError(
+                f"{where}: {name} has shape {found}; its configuration wants "
+                f"{tuple('any' if s is None else s for s in shape)}"
+            )
+
+
 @dataclass(frozen=True)
 class SavedBackbone(Settings):
     """Say on which backbone an adapter was trained."""
@@ -121,20 +142,11 @@ class SavedAdapter:
         Raises:
             InputError: a tensor has another shape, or is missing.
         """
-        for name, shape in self._shapes(state).items():
-            if name not in state:
-                raise InputError(f"{where} lacks {name!r}, which its configuration wants")
-            found = tuple(state[name].shape)
-            wanted = tuple(f if s is None else s for s, f in zip(shape, found, strict=False))
-            if len(found) != len(shape) or wanted != found:
-                raise InputError(
-                    f"{where}: {name} has shape {found}; its configuration wants "
-                    f"{tuple('any' if s is None else s for s in shape)}"
-                )
+        check_shapes(self._shapes(state), state, where)
 
-    def _shapes(self, state: Mapping[str, Tensor]) -> dict[str, tuple[int | None, ...]]:
-        """Return the shapes of the tensors that bound all sizes; None fits any length."""
-        shapes: dict[str, tuple[int | None, ...]] = {}
+    def _shapes(self, state: Mapping[str, Tensor]) -> Shapes:
+        """Return the shapes of the tensors that bound all sizes."""
+        shapes: Shapes = {}
         if self.num_classes:
             shapes["head.weight"] = (self.num_classes, None)
         settings = self.settings

@@ -17,11 +17,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fastadapt.gdpl.checkpoint import (
         GDPLSource,
-        create_clip,
         load_gdpl,
         load_upstream,
         save_gdpl,
     )
+    from fastadapt.gdpl.clip_by_name import create_clip
     from fastadapt.gdpl.config import GDPLConfig, GDPLTrainConfig
     from fastadapt.gdpl.domain_encoder import DomainEncoder
     from fastadapt.gdpl.domain_features import FeatureTable
@@ -42,7 +42,7 @@ _MODULES = {
     "GDPLTrainConfig": "config",
     "Prompts": "prompts",
     "convert_gdpl_state_dict": "upstream",
-    "create_clip": "checkpoint",
+    "create_clip": "clip_by_name",
     "load_gdpl": "checkpoint",
     "load_upstream": "checkpoint",
     "save_gdpl": "checkpoint",

@@ -9,21 +9,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt.checkpoint import CONFIG, WEIGHTS, read_checkpoint
+from fastadapt.checkpoint import CONFIG, WEIGHTS, check_weights_hash, read_checkpoint
 from fastadapt.checkpoint_reader import find_state_dict
 from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
-from fastadapt.errors import InputError, nearest
+from fastadapt.errors import InputError
 from fastadapt.files import (
     check_finite,
+    sha256_file,
     sha256_tensors,
     write_json,
     write_tensors,
 )
 from fastadapt.gdpl.class_tree import Tokenizer
+from fastadapt.gdpl.clip import activation
+from fastadapt.gdpl.clip_by_name import create_clip
 from fastadapt.gdpl.config import FrozenParts, GDPLConfig
 from fastadapt.gdpl.domain_encoder import DomainEncoder
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.gdpl.upstream import convert_gdpl_state_dict
+from fastadapt.gdpl.upstream import compare_clip, convert_gdpl_state_dict
+from fastadapt.saved_adapter import Shapes, check_shapes
 
 FORMAT = "fastadapt-gdpl"
 FORMAT_VERSION = 1
@@ -32,9 +36,24 @@ FORMAT_VERSION = 1
 class GDPLSource(FrozenParts):
     """Name the frozen parts of a model, and make the model."""
 
-    def create(self, class_names: Sequence[str], config: GDPLConfig | None = None) -> GDPLModel:
-        """Make a new model. Raises InputError for an unknown name or unavailable weights."""
-        clip, tokenizer = create_clip(self.clip, self.clip_weights)
+    def create(
+        self,
+        class_names: Sequence[str],
+        config: GDPLConfig | None = None,
+        *,
+        quick_gelu: bool | None = None,
+    ) -> GDPLModel:
+        """Make a new model.
+
+        Args:
+            class_names: one per output.
+            config: the paper's settings if ``None``.
+            quick_gelu: as for :func:`create_clip`.
+
+        Raises:
+            InputError: a name is unknown, or weights are unavailable.
+        """
+        clip, tokenizer = create_clip(self.clip, self.clip_weights, quick_gelu=quick_gelu)
         encoder: str | int | DomainEncoder = self.domain_encoder
         if isinstance(encoder, str):
             encoder = DomainEncoder(
@@ -44,46 +63,6 @@ class GDPLSource(FrozenParts):
                 input_size=None if self.domain_size is None else (3, *(self.domain_size,) * 2),
             )
         return GDPLModel(clip, encoder, class_names, config, tokenizer=tokenizer)
-
-
-def create_clip(name: str, weights: str | None = None) -> tuple[nn.Module, Tokenizer]:
-    """Make an open_clip model and its tokenizer.
-
-    Raises:
-        InputError: open_clip is not installed, does not know the name or the weights, or cannot
-            load them.
-    """
-    try:
-        import open_clip
-    except ImportError:
-        raise InputError(
-            "GDPL needs open_clip: install it with pip install 'fastadapt[clip]'"
-        ) from None
-    comes_with_weights = name.startswith(("hf-hub:", "local-dir:"))
-    if not comes_with_weights:
-        if name not in open_clip.list_models():
-            near = nearest(name, open_clip.list_models())
-            raise InputError(f"open_clip has no model {name!r}. Nearest: {near}")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if weights is None:
-            raise InputError(
-                f"{name} needs weights: a local file, or one of {', '.join(tags) or 'none'} "
-                "(`clip_weights=...`)"
-            )
-        if weights not in tags and not Path(weights).is_file():
-            raise InputError(
-                f"{weights!r} is neither a file nor weights that open_clip knows for {name}: "
-                f"expected a path, or one of {', '.join(tags) or 'none'}"
-            )
-    elif weights is not None:
-        raise InputError(f"{name} brings its own weights; leave out `clip_weights`")
-    try:
-        clip = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the CLIP model {name} cannot be loaded: {reason}") from error
-    return clip, tokenizer
 
 
 def trained_state(model: GDPLModel) -> dict[str, Tensor]:
@@ -125,6 +104,7 @@ def save_gdpl(
     folder = Path(folder)
     state = trained_state(model)
     check_finite(state, "the model")
+    write_tensors(folder / WEIGHTS, state)
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -133,9 +113,10 @@ def save_gdpl(
         "feature_dim": model.prompt_learner.feature_dim,
         "gdpl": model.config.to_dict(),
         "class_names": list(model.class_names),
+        "clip_activation": activation(model.clip),
+        "weights_sha256": sha256_file(folder / WEIGHTS),
         **extra,
     }
-    write_tensors(folder / WEIGHTS, state)
     write_json(folder / CONFIG, config)
 
 
@@ -160,17 +141,21 @@ def load_gdpl(
             weights, where the recorded ones are gone.
 
     Raises:
-        InputError: a file is missing, damaged or of a newer version; the frozen weights are
-            others; a tensor is missing, unexpected, not finite, or has another shape.
+        InputError: a file is missing, damaged or of a newer version; the two files are not of one
+            save; the frozen weights, or the CLIP model's activation, are others; a tensor is
+            missing, unexpected, not finite, or has another shape.
     """
     folder = Path(folder)
     config, state = read_checkpoint(folder, FORMAT, "GDPL model", FORMAT_VERSION)
     try:
         settings = GDPLConfig.from_dict(config["gdpl"], f"{folder / CONFIG}, gdpl")
         names = class_names or config["class_names"]
-        source, recorded = config["source"], config["fingerprints"]
+        source, recorded, width = config["source"], config["fingerprints"], config["feature_dim"]
     except KeyError as error:
         raise InputError(f"{folder / CONFIG} lacks the key {error}") from None
+    if not isinstance(names, list | tuple) or not isinstance(recorded, dict):
+        raise InputError(f"{folder / CONFIG}: class_names or fingerprints are damaged")
+    check_shapes(_shapes(settings, width, state), state, folder / WEIGHTS)
     if clip is None and source is None:
         raise InputError(
             f"{folder} was made on modules that fastadapt cannot build by name: pass the same "
@@ -182,18 +167,43 @@ def load_gdpl(
             source = replace(source, clip_weights=clip_weights)
         if domain_weights is not None:
             source = replace(source, domain_weights=domain_weights)
-        model = source.create(names, settings)
+        # Older versions took open_clip's activation, whatever the weights were trained with.
+        model = source.create(
+            names, settings, quick_gelu=None if "clip_activation" in config else False
+        )
     else:
-        encoder = config["feature_dim"] if domain_encoder is None else domain_encoder
+        encoder = width if domain_encoder is None else domain_encoder
         model = GDPLModel(clip, encoder, names, settings, tokenizer=tokenizer)
     for part, fingerprint in fingerprints(model).items():
-        if fingerprint is not None and fingerprint != recorded[part]:
+        if fingerprint is not None and fingerprint != recorded.get(part):
             raise InputError(
                 f"{folder} was trained with other weights of the {part.replace('_', ' ')} than "
                 "these: give the ones that it was trained with"
             )
+    computes = activation(model.clip)
+    if config.get("clip_activation", computes) != computes:
+        raise InputError(
+            f"{folder} was trained on a CLIP model with {config['clip_activation']}; this one "
+            f"computes {computes}: give the same model (open_clip's names end in -quickgelu)"
+        )
     _load_trained(model, state, str(folder / WEIGHTS))
+    check_weights_hash(folder, config)
     return model.eval()
+
+
+def _shapes(settings: GDPLConfig, width: Any, state: dict[str, Tensor]) -> Shapes:
+    """Return the shapes of the tensors that bound all sizes of the configuration."""
+    if type(width) is not int or width < 1:
+        raise InputError(f"feature_dim is {width!r}; expected at least 1")
+    hidden = settings.hidden or max(width // 16, 1)
+    shapes: Shapes = {
+        "prompt_learner.ctx": (settings.n_ctx, None),
+        "prompt_learner.deep_ctx": (settings.depth - 1, settings.n_ctx, None),
+        "prompt_learner.meta_net.linear1.weight": (hidden, width),
+    }
+    if settings.rank:
+        shapes["low_rank.vision.in_proj_A"] = (settings.rank_depth, settings.rank, None)
+    return shapes
 
 
 def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Any]) -> GDPLModel:
@@ -207,7 +217,8 @@ def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Any]) -> 
 
     Raises:
         InputError: the file cannot be read; a part is missing or foreign, or has another shape
-            than the model's (another depth, rank, context or domain encoder); it is named.
+            than the model's (another depth, rank, context or domain encoder); the checkpoint's own
+            CLIP weights are not the model's; the tensor is named.
     """
     where = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
     if isinstance(checkpoint, dict):
@@ -216,12 +227,19 @@ def load_upstream(model: GDPLModel, checkpoint: str | Path | dict[str, Any]) -> 
         found = read_foreign(checkpoint)
     state = convert_gdpl_state_dict(found.state)
     check_finite(state, where)
+    _check_shapes_and_names(model, state, where)
+    compare_clip(model.clip, found.state, where)
     _load_trained(model, state, where)
     return model
 
 
 def _load_trained(model: GDPLModel, state: dict[str, Tensor], where: str) -> None:
     """Load exactly the trained tensors. Raises InputError naming the first that does not fit."""
+    _check_shapes_and_names(model, state, where)
+    model.load_state_dict(state, strict=False)
+
+
+def _check_shapes_and_names(model: GDPLModel, state: dict[str, Tensor], where: str) -> None:
     own = trained_state(model)
     for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state:
@@ -232,4 +250,3 @@ def _load_trained(model: GDPLModel, state: dict[str, Tensor], where: str) -> Non
                 f"{where}: {name} has shape {tuple(state[name].shape)}; the model "
                 f"expects {tuple(own[name].shape)}"
             )
-    model.load_state_dict(state, strict=False)

@@ -13,6 +13,7 @@ reimplemented, always batch first. Layer l, on x [B, N, D] and n prompt tokens p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,12 @@ def check_clip(clip: nn.Module) -> None:
 def pool_type(clip: nn.Module) -> str:
     """Return how the text branch finds its feature: ``argmax`` (the highest token) or ``eos``."""
     return str(getattr(clip, "text_pool_type", None) or getattr(clip.text, "pool_type", ""))
+
+
+def activation(clip: nn.Module) -> str:
+    """Return the name of the activation in the MLPs: ``GELU``, or ``QuickGELU`` (OpenAI's)."""
+    blocks: Any = clip.visual.transformer.resblocks  # type: ignore[union-attr]
+    return type(blocks[0].mlp.gelu).__name__
 
 
 def encode_image(

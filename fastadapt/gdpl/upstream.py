@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt.errors import InputError
+from fastadapt.gdpl.clip import activation, text_tower
 
 # Saved by upstream and not needed here: frozen weights, the texts' embeddings, and a network that
 # upstream never uses.
@@ -15,6 +18,8 @@ _FROZEN = re.compile(
     r"image_encoder\.|text_encoder\.|remote_model\.|medical_model\.|visual_net\.|logit_scale$"
     r"|prompt_learner\.token_(prefix|suffix)$"
 )
+_PROJECTION = re.compile(r"\.attn\.(in_proj_weight|out_proj\.weight)$")
+_LAYER = re.compile(r"transformer\.resblocks\.\d+\.(ln_|mlp\.)")
 _LEARNER = {
     "ctx": "ctx",
     "proj.weight": "proj.weight",
@@ -99,3 +104,58 @@ def convert_gdpl_state_dict(upstream: dict[str, Tensor]) -> dict[str, Tensor]:
         if key not in used and not _FROZEN.match(key):
             raise InputError(f"{key!r} is no key of an upstream GDPL checkpoint")
     return result
+
+
+def compare_clip(clip: Any, upstream: dict[str, Tensor], where: str) -> None:
+    """Check that a CLIP model has the weights that a checkpoint of upstream carries beside its own.
+
+    Projections of the attention are left out, since upstream merges low-rank updates into them. A
+    checkpoint that was stripped of its frozen weights is not compared.
+
+    Args:
+        clip: an open_clip model.
+        upstream: the state dict of upstream's ``CustomCLIP``.
+        where: names it in messages.
+
+    Raises:
+        InputError: a tensor has another shape or other values, or the model lacks its layer.
+    """
+    towers = {
+        "image_encoder": clip.visual.state_dict(),
+        "text_encoder": text_tower(clip).state_dict(),
+    }
+    compared = 0
+    for key, theirs in upstream.items():
+        tower, _, name = key.removeprefix("module.").partition(".")
+        if tower not in towers or "lora_" in name or _PROJECTION.search(name):
+            continue
+        ours = towers[tower].get(name)
+        if ours is None:
+            if not _LAYER.match(name):
+                continue  # a parameter of other versions that the model computes without
+            problem = "is not in this CLIP model"
+        elif ours.shape != theirs.shape:
+            problem = f"has shape {tuple(theirs.shape)}; this CLIP model has {tuple(ours.shape)}"
+        elif not _equal_but_rounded(ours, theirs):
+            problem = "differs from this CLIP model's"
+        else:
+            compared += 1
+            continue
+        raise InputError(
+            f"{where} was trained on another CLIP model: its {key} {problem}. Upstream trains on "
+            "OpenAI's ViT-B/16, open_clip's ViT-B-16-quickgelu with the weights openai"
+        )
+    if compared and activation(clip) != "QuickGELU":
+        warnings.warn(
+            f"{where} was trained with QuickGELU, as all of upstream's CLIP models; this one "
+            f"computes {activation(clip)}: make it with ViT-B-16-quickgelu",
+            stacklevel=3,
+        )
+
+
+def _equal_but_rounded(ours: Tensor, theirs: Tensor) -> bool:
+    """Tell whether two tensors are equal but for the rounding of their dtypes."""
+    eps = max(torch.finfo(t.dtype).eps for t in (ours, theirs) if t.is_floating_point())
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    tiny = eps * theirs.abs().max().item()
+    return torch.allclose(ours, theirs, rtol=2 * eps, atol=max(tiny, 1e-7))
