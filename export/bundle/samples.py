@@ -17,7 +17,7 @@ from fastadapt.data.decode import load_image
 from fastadapt.data.pixels import ValueRange
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.table import list_table
-from fastadapt.data.walker import walk
+from fastadapt.data.walker import WalkReport, walk
 from fastadapt.errors import InputError
 from fastadapt.train.run_folder import SPLITS
 
@@ -105,11 +105,17 @@ def folder_samples(images: str | Path, fewest: int) -> Samples:
     root = Path(images)
     if not root.is_dir():
         raise InputError(f"{root} is no folder; `images` is to be one")
-    files = sorted(walk(root))
+    report = WalkReport()
+    files = sorted(walk(root, report))
     samples = tuple(
         Sample(path, path.parent.name if path.parent != root else None) for path in files
     )
-    _check_count(samples, fewest, f"the folder {root}", "give one with more images")
+    _check_count(
+        samples,
+        fewest,
+        f"the folder {root}",
+        "; ".join(["give one with more images", *report.lines()]),
+    )
     return Samples(samples, f"the folder {root}", samples[::2], samples[1::2])
 
 

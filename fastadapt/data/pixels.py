@@ -20,6 +20,7 @@ from PIL import Image
 from fastadapt.errors import InputError
 
 ValueRange = tuple[float, float]
+PART = 2**22  # values that are scaled at a time
 EIGHT_BITS = "8-bit unsigned"
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
@@ -158,8 +159,13 @@ def to_eight_bit_rgb(
 
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    scaled = (values.astype(np.float64) - low) * 255 / (high - low)
-    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+    """Apply equation (1), in parts that bound the memory for intermediate values."""
+    scaled = np.empty(values.shape, np.uint8)
+    rows = max(1, PART // max(1, values[:1].size))
+    for start in range(0, len(values), rows):
+        part = (values[start : start + rows].astype(np.float64) - low) * 255 / (high - low)
+        scaled[start : start + rows] = np.rint(part).clip(0, 255)
+    return scaled
 
 
 def _is_transparent(image: Image.Image) -> bool:

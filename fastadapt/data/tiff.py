@@ -7,8 +7,10 @@ what Pillow drops.
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,9 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # PhotometricInterpretation
 UNASSOCIATED, ASSOCIATED = 2, 1  # ExtraSamples: alpha, and whether colours are multiplied by it
 REDUCED, MASK = 1, 4  # bits of NewSubfileType: thumbnails and pyramids, masks
 _FLIPS = {1: "", 2: "h", 3: "hv", 4: "v", 5: "t", 6: "th", 7: "thv", 8: "tv"}  # by Orientation
+
+LEAST_LIMIT = 64 * 2**20  # bytes of pixels that any file may claim
+MOST_COMPRESSED = 2000  # times a file's size that its pixels may have; deflate reaches 1,032
 
 # It reports damage of files that we report ourselves.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -61,8 +66,7 @@ def read_tiff(file: IO[bytes], name: str) -> tuple[DeepImage | None, tuple[str, 
         if photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             kind = getattr(page.photometric, "name", photometric)
             raise InputError(f"{name} is a {page.bitspersample}-bit {kind} TIFF: save it as RGB")
-        if page.imagewidth * page.imagelength * samples > 8 * (Image.MAX_IMAGE_PIXELS or 10**9):
-            raise InputError(f"{name} claims {page.imagewidth} × {page.imagelength} pixels")
+        _check_size(page, file.seek(0, os.SEEK_END), name)
         tag = page.tags.get("Orientation")
         orientation = 1 if tag is None else tag.value
         try:
@@ -80,6 +84,33 @@ def read_tiff(file: IO[bytes], name: str) -> tuple[DeepImage | None, tuple[str, 
         alpha = upright(alpha, orientation)
     image = DeepImage(upright(colours, orientation), bits, photometric == WHITE_IS_ZERO, alpha)
     return image, notes + lost
+
+
+def _check_size(page: Any, file_size: int, name: str) -> None:
+    """Refuse a page that lacks strips or tiles, or that claims more pixels than can be.
+
+    Of damaged files tifffile fills such parts with zeros, and reserves whatever is claimed.
+
+    Args:
+        page: tifffile's.
+        file_size: in bytes.
+        name: of the file, for the error message.
+
+    Raises:
+        InputError: as said.
+    """
+    parts = math.prod(page.chunked)
+    places, sizes = page.dataoffsets[:parts], page.databytecounts[:parts]
+    if len(places) < parts or len(sizes) < parts or min(places) <= 0 or min(sizes) <= 0:
+        raise InputError(f"{name} is damaged: it lacks strips or tiles of its pixels")
+    pixels = page.imagewidth * page.imagelength
+    if pixels > 2 * (Image.MAX_IMAGE_PIXELS or pixels) or page.nbytes > max(
+        LEAST_LIMIT, MOST_COMPRESSED * file_size
+    ):
+        raise InputError(
+            f"{name} claims {page.imagewidth} × {page.imagelength} pixels, which is too many for "
+            f"its {file_size:,} bytes, or to be read at all"
+        )
 
 
 def _dropped_pages(tiff) -> tuple[str, ...]:  # type: ignore[no-untyped-def]  # of tifffile

@@ -1,5 +1,8 @@
 """TIFF files of every type: the expected pixels are computed from the values that were written."""
 
+import importlib.util
+import struct
+
 import numpy as np
 import pytest
 import tifffile
@@ -241,9 +244,90 @@ def test_damaged_headers_give_pixels_or_an_input_error(tmp_path_factory, data):
     assert image.mode == "RGB"
 
 
+@pytest.mark.parametrize("field", ["offset", "count", "more"])
+def test_missing_parts_are_no_black_pixels(tmp_path, field):
+    """tifffile fills them with zeros."""
+    path = written(tmp_path, noise(np.uint16, 32, 32), tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tags = file.pages[0].tags
+        if field == "more":
+            tags["ImageLength"].overwrite(48)
+        else:
+            tag = tags["TileOffsets" if field == "offset" else "TileByteCounts"]
+            tag.overwrite([*tag.value[:-1], 0])
+    with pytest.raises(InputError, match="lacks strips or tiles"):
+        load_image(path)
+
+
+def test_a_small_file_cannot_ask_for_all_memory(tmp_path):
+    path = written(tmp_path, noise(np.uint16, 64, 64), compression="zlib", metadata=None)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+            file.pages[0].tags[name].overwrite(60_000)
+    with pytest.raises(InputError, match="60000 × 60000 pixels, which is too many"):
+        load_image(path)
+
+
 def test_kinds_without_a_reading_are_refused(tmp_path):
     values = noise(np.uint16, 16, 16, 4)
     with pytest.raises(InputError, match="16-bit SEPARATED TIFF: save it as RGB"):
         load_image(written(tmp_path, values, photometric="separated"))
     with pytest.raises(InputError, match="complex64"):
         load_image(written(tmp_path, np.zeros((8, 8), np.complex64)))
+
+
+def lzw(content):
+    """Encode bytes in TIFF's LZW with codes of 9 bits alone: literals, and the table cleared."""
+    codes = []
+    for start in range(0, len(content), 200):
+        codes += [256, *content[start : start + 200]]
+    bits = "".join(f"{code:09b}" for code in [*codes, 257])
+    bits += "0" * (-len(bits) % 8)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+def one_strip(path, strip, shape, bits, photometric, compression=1):
+    """Write a little-endian TIFF by hand, with what the writers at hand don't know."""
+    height, width, samples = shape
+    depths = struct.pack(f"<{samples}H", *[bits] * samples)
+    entries = [(256, width), (257, height), (258, bits), (259, compression), (262, photometric)]
+    entries += [(273, 400), (277, samples), (278, height), (279, len(strip))]
+    content = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    for tag, value in entries:
+        if tag == 258 and samples > 2:
+            content += struct.pack("<HHII", tag, 3, samples, 300)
+        else:
+            content += struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value)
+    content = (content + bytes(4)).ljust(300, b"\0") + depths
+    path.write_bytes(content.ljust(400, b"\0") + strip)
+    return path
+
+
+@pytest.mark.parametrize("photometric", [0, 1, 2])
+def test_lzw_of_16_bits(tmp_path, photometric):
+    values = noise(np.uint16, 20, 30, 3 if photometric == 2 else 1)
+    strip = lzw(values.astype("<u2").tobytes())
+    path = one_strip(tmp_path / "x.tif", strip, values.shape, 16, photometric, 5)
+    colours = values if photometric == 2 else values[..., 0]
+    assert np.array_equal(load_image(path), expected(colours, photometric == 0))
+
+
+def test_values_packed_in_12_bits_fill_their_type(tmp_path):
+    values = RNG.integers(0, 4096, (20, 30)).astype(np.uint16)
+    bits = "".join(f"{value:012b}" for value in values.reshape(-1))
+    strip = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    path = one_strip(tmp_path / "x.tif", strip, (20, 30, 1), 12, 1)
+    right = scaled(values, 0, 4095)
+    assert np.array_equal(np.asarray(load_image(path))[..., 0], right)
+    assert np.array_equal(np.asarray(load_image(path, (0, 4095)))[..., 0], right)
+
+
+def test_what_needs_a_package_names_it(tmp_path):
+    values = noise(np.uint16, 20, 30, 4)
+    strip = lzw(values.astype("<u2").tobytes())
+    path = one_strip(tmp_path / "x.tif", strip, values.shape, 16, 2, 5)
+    if importlib.util.find_spec("imagecodecs") is None:
+        with pytest.raises(InputError, match=r"imagecodecs: pip install 'fastadapt\[tiff\]'"):
+            load_image(path)
+    else:
+        assert load_image(path).size == (30, 20)
