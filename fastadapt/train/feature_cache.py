@@ -121,7 +121,7 @@ def cached_source(
             else:
                 writers.append(writer)
     elif images.device.type == "cuda" and _fits(features.nbytes, images.device):
-        features = torch.from_numpy(np.ascontiguousarray(features)).to(images.device)
+        features = torch.from_numpy(np.array(features)).to(images.device)
     release_fused_blocks(model.backbone)
     channels_last = model.spec.layout == "channels_last"
     return FeatureSource(features, images.labels, images.device, shape.spatial, channels_last, path)

@@ -102,7 +102,8 @@ class _DepthwiseConv(torch.autograd.Function):
             if needs_weight:
                 dw = _weight_gradient(g, x, weight, ctx.stride, ctx.padding)
             if needs_bias:
-                db = g.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+                wide = torch.float64 if g.dtype == torch.float32 else torch.float32
+                db = g.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
         return dx, dw, db, None, None
 
 

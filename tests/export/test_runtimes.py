@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -217,6 +218,10 @@ class TestTensorRT:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="this ONNX Runtime has no CUDA provider",
+)
 class TestGpu:
     @pytest.mark.parametrize("cuda_graph", [False, True])
     def test_onnx_runtime(self, model, path, cuda_graph):

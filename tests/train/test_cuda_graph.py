@@ -99,7 +99,9 @@ class TestOnAGPU:
         eager, rows = run(images, tmp_path / "eager", off, backbone, device="cuda")
         assert not replays
         graphed, graphed_rows = run(images, tmp_path / "graphed", config, backbone, device="cuda")
-        assert len(replays) == 2 * (12 + 10) - 2 * WARMUP
+        # Three steps an epoch; the last, smaller batch is filled up but where batch norms train.
+        own_size = backbone == "test_efficientnet"
+        assert len(replays) == 3 * 12 + (2 if own_size else 3) * 10 - 2 * WARMUP
         near(rows, graphed_rows, 1e-3 if amp == "off" else 5e-2)
         assert eager.keys() == graphed.keys()
 
