@@ -1,4 +1,4 @@
-"""Steps, batches and a replacement for CUDA's graphs, shared by the tests of CUDA graphs."""
+"""Provide steps, batches and a stand-in for CUDA's graphs to the tests of CUDA graphs."""
 
 import json
 
@@ -70,7 +70,7 @@ def batches(count, device="cpu", sizes=(8,)):
 
 
 def trained(kind="adamw", *, graph, device="cpu", dropout=0.0, steps=12, sizes=(8,), **settings):
-    """Weights, losses and right predictions after some steps with a learning rate that moves."""
+    """Train some steps at a changing learning rate; return weights, losses and hits."""
     model = network(device, dropout)
     optimizer = optimizers(kind, model.parameters(), device)
     step = training_step(model, optimizer, graph=graph, **settings)
@@ -105,7 +105,7 @@ def count_replays(monkeypatch):
 
 
 def near(rows, others, loose):
-    """Equal losses of every epoch, but for rounding."""
+    """Check that the losses of every epoch are equal but for rounding."""
     assert len(rows) == len(others)
     for one, other in zip(rows, others, strict=True):
         assert one["lr"] == other["lr"]

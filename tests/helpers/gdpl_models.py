@@ -1,4 +1,4 @@
-"""Small random CLIP models and a tokenizer for them."""
+"""Make small random CLIP models and a tokenizer for them."""
 
 import json
 
@@ -40,7 +40,7 @@ def clip_model(vision_layers=4, text_layers=3, custom_text=False, batch_first=Tr
 
 
 class WordTokenizer:
-    """One token per word and per full stop; cuts what is too long, as open_clip's does."""
+    """Give one token per word and per full stop, and truncate long texts as open_clip does."""
 
     def __init__(self):
         self.words = {}
@@ -57,19 +57,19 @@ class WordTokenizer:
 
 
 def tiny_config(layers):
-    """A CLIP model's settings, with the vocabulary of open_clip's own tokenizer."""
+    """Return a CLIP model's settings, with the vocabulary of open_clip's own tokenizer."""
     vision = {"layers": layers, "width": 32, "patch_size": 8, "image_size": 16, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": layers}
     return {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
 
 
 def tiny_clip(layers):
-    """A random CLIP model of that kind."""
+    """Make a random CLIP model of :func:`tiny_config`."""
     return pytest.importorskip("open_clip").CLIP(**tiny_config(layers)).eval()
 
 
 def save_source(folder):
-    """A random CLIP model and a random domain encoder as files, for training by name."""
+    """Save a random CLIP model and a random domain encoder as files, for training by name."""
     config = tiny_config(layers=3)
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -86,7 +86,7 @@ def save_source(folder):
 
 
 def make_colours(root, names, count=6, size=20):
-    """Class folders of noisy images, one colour per class."""
+    """Write class folders of noisy images, one colour per class."""
     rng = np.random.default_rng(0)
     for name in names:
         colour = rng.integers(0, 256, 3)

@@ -1,4 +1,4 @@
-"""The papers' layers, restated from their published formulas: what ours must equal."""
+"""Restate the papers' layers from their published formulas, as ground truth for ours."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from fastadapt.bench.upstream import cluster_attention
 
 
 class UpstreamClusterAttention(nn.Module):
-    """CLAdapter's channel mode, with the [B, K, R, R] that upstream materialises."""
+    """Compute CLAdapter's channel mode with the tensor [B, K, R, R] that upstream materialises."""
 
     def __init__(self, dim, centers, rank):
         super().__init__()
@@ -52,7 +52,7 @@ class UpstreamStack(nn.Module):
 
 
 class UpstreamPost(nn.Module):
-    """What upstream calls ``post``: norm, blocks, norm."""
+    """Apply norm, blocks and norm, as upstream's ``post``."""
 
     def __init__(self, dim, depth=1, centers=20, rank=256, mlp_ratio=4.0):
         super().__init__()
@@ -67,7 +67,7 @@ class UpstreamPost(nn.Module):
 
 
 class UpstreamModel(nn.Module):
-    """Backbone, ``post`` and head, as upstream trains and saves them."""
+    """Run backbone, ``post`` and head, as upstream trains and saves them."""
 
     def __init__(self, backbone, dim, classes, prefix_tokens, **post):
         super().__init__()
@@ -83,7 +83,7 @@ class UpstreamModel(nn.Module):
 
 
 def hamilton(x, r, i, j, k):
-    """The Hamilton product ``w ⊗ x``, component by component."""
+    """Compute the Hamilton product ``w ⊗ x``, component by component."""
     x_r, x_i, x_j, x_k = x.chunk(4, dim=-1)
     return torch.cat(
         [
@@ -97,7 +97,7 @@ def hamilton(x, r, i, j, k):
 
 
 def rotation(x, r, i, j, k, scale=None):
-    """The rotation by normalised weights, component by component."""
+    """Rotate by normalised weights, component by component."""
     n = (r * r + i * i + j * j + k * k + 1e-4).sqrt()
     r, i, j, k = r / n, i / n, j / n, k / n
     s = 1 if scale is None else scale

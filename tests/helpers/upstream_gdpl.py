@@ -1,4 +1,4 @@
-"""GDPL restated from its published formulas, one image, layer and prompt at a time.
+"""Restate GDPL from its published formulas, one image, layer and prompt at a time.
 
 It reads upstream's state dict and the frozen weights of an open_clip model, encodes every text of
 every image at full length, and shares no code with the library.
@@ -11,7 +11,7 @@ from tests.helpers.upstream import hamilton
 
 
 def upstream_state(clip, feature_dim, n_ctx, depth, rank, rank_depth, hidden):
-    """Random weights under upstream's keys, in fp64."""
+    """Draw random weights under upstream's keys, in fp64."""
     text, vision = clip.positional_embedding.shape[1], clip.visual.class_embedding.shape[0]
 
     def quaternion(name, i, o):
@@ -47,7 +47,7 @@ def upstream_state(clip, feature_dim, n_ctx, depth, rank, rank_depth, hidden):
 
 
 def low_rank(state, branch, layer, alpha, relation=True):
-    """Updates of in_proj and out_proj of one layer, or zeros."""
+    """Compute the updates of in_proj and out_proj of one layer, or zeros."""
     attn = f"{branch}.transformer.resblocks.{layer}.attn"
     if f"{attn}.out_proj.lora_A" not in state:
         return 0, 0
@@ -64,7 +64,7 @@ def low_rank(state, branch, layer, alpha, relation=True):
 
 
 def layer_forward(block, x, updates, causal):
-    """One pre-norm transformer layer on [N, D], a head at a time."""
+    """Run one pre-norm transformer layer on [N, D], a head at a time."""
     attn, d = block.attn, x.shape[1]
     y = block.ln_1(x)
     q, k, v = (y @ (attn.in_proj_weight + updates[0]).T + attn.in_proj_bias).split(d, dim=1)
@@ -106,7 +106,7 @@ def encode_text(clip, state, tokens, first, deeper, alpha):
 
 
 def upstream_logits(clip, state, images, features, tokens, alpha=1.0, noise=None):
-    """Logits [B, classes].
+    """Compute logits [B, classes].
 
     Args:
         clip: open_clip model in fp64.
