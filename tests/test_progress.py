@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastadapt.progress import progress_bars
-from fastadapt.train.run import TrainResult, summary_table
+from fastadapt.train.results import TrainResult, summary_table
 
 
 def test_brackets_in_names_are_no_markup(capsys):

@@ -77,7 +77,7 @@ def train(given: Given) -> None:
             config.intensity_range,
         ) as scan,
     ):
-        from fastadapt.train.run import summary_table
+        from fastadapt.train.results import summary_table
         from fastadapt.train.run import train as run_training
 
         result = run_training(

@@ -4,7 +4,7 @@ import importlib
 
 from fastadapt.train.config import TrainConfig
 
-_WHERE = {"TrainResult": "run", "summary_table": "run", "train": "run"}
+_WHERE = {"TrainResult": "results", "summary_table": "results", "train": "run"}
 __all__ = ["TrainConfig", "TrainResult", "summary_table", "train"]
 
 

@@ -133,6 +133,13 @@ class Trainer:
 
     def evaluate(self, split: str) -> dict[str, Any]:
         """Return loss (with class weights, without label smoothing) and metrics on a split."""
+        logits, source = self.predict(split), self._source(split)
+        predictions = logits.argmax(1).numpy()
+        metrics = classification_metrics(source.labels, predictions, self.dataset.classes)
+        return {"loss": self.loss(split, logits), **metrics}
+
+    def predict(self, split: str) -> Tensor:
+        """Return logits [N, num_classes] fp32, on the CPU, of the images of a split."""
         source = self._source(split)
         order = np.arange(len(source.labels))
         _, _, batch_size = self.config.of_stage(self.state.stage)
@@ -146,12 +153,12 @@ class Trainer:
                     inputs, _ = padded(inputs, labels, batch_size)
                 with self._autocast():
                     logits.append(logits_of(self.model, source, inputs).float())
-            logits = torch.cat(logits)[: len(order)].cpu()
-            labels = torch.from_numpy(source.labels)
-            loss = F.cross_entropy(logits, labels, weight=self._class_weights()).item()
-        predictions = logits.argmax(1).numpy()
-        metrics = classification_metrics(source.labels, predictions, self.dataset.classes)
-        return {"loss": loss, **metrics}
+            return torch.cat(logits)[: len(order)].cpu()
+
+    def loss(self, split: str, logits: Tensor) -> float:
+        """Return the loss of logits on a split, with class weights, without label smoothing."""
+        labels = torch.from_numpy(self._source(split).labels)
+        return F.cross_entropy(logits, labels, weight=self._class_weights()).item()
 
     def finish(self) -> None:
         """Drop the state, which the results replace, and wait for caches that are being written."""

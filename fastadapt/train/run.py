@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 from fastadapt.adapted_model import AdaptedModel, adapt
@@ -32,9 +31,11 @@ from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.plots import plot_curves
+from fastadapt.train.results import TrainResult, split_scores, write_predictions
 from fastadapt.train.run_folder import (
     CURVES,
     LABELS,
+    PREDICTIONS,
     PROFILE,
     RESULTS,
     SPLITS,
@@ -52,21 +53,6 @@ from fastadapt.train.run_folder import (
 RECORDED = ("python", "fastadapt", "torch", "timm")  # versions worth keeping with a run
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gave.
-
-    Attributes:
-        out: the run folder, for :func:`fastadapt.load_adapter` and ``fastadapt export``.
-        best: the line of ``metrics.jsonl`` of the epoch that was kept.
-        results: ``results.json``: metrics of the kept weights on ``val`` and ``test``.
-    """
-
-    out: Path
-    best: dict[str, Any]
-    results: dict[str, Any]
 
 
 def train(
@@ -92,10 +78,10 @@ def train(
     """Train an adapter for ``backbone`` on ``data`` and write a run folder.
 
     The folder holds ``config.json`` and ``adapter.safetensors`` (:func:`fastadapt.load_adapter`),
-    ``labels.txt``, ``splits.csv``, ``metrics.jsonl``, ``results.json``, ``curves.png`` and
-    ``cache/`` (safe to delete). While the run is unfinished it also holds ``state.safetensors``,
-    from which ``resume`` continues; on a CPU the result is then bit for bit that of an
-    uninterrupted run with the same number of threads.
+    ``labels.txt``, ``splits.csv``, ``metrics.jsonl``, ``results.json``, ``predictions.csv``,
+    ``curves.png`` and ``cache/`` (safe to delete). While the run is unfinished it also holds
+    ``state.safetensors``, from which ``resume`` continues; on a CPU the result is then bit for bit
+    that of an uninterrupted run with the same number of threads.
 
     Images are decoded once, by processes of their own, and kept where they fit into half of the
     free memory; else they are decoded again in every epoch that needs them.
@@ -290,24 +276,6 @@ def _state_of(
     return state
 
 
-def summary_table(result: TrainResult) -> Table:
-    """The result, for the terminal."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("kept", f"epoch {result.best['epoch']} of stage {result.best['stage']}")
-    for split in ("val", "test"):
-        if split in result.results:
-            scores = result.results[split]
-            table.add_row(
-                split,
-                f"accuracy {scores['accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f} "
-                f"({scores['images']} images)",
-            )
-    table.add_row("run", str(result.out))
-    return table
-
-
 def parse_device(name: str) -> torch.device:
     """``"auto"`` is the first GPU, or the CPU. Raises InputError for a device that is not here."""
     if name == "auto":
@@ -348,10 +316,14 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
     best = state.history[state.best]
     trainer.load_best()
     splits = ("val", "test") if dataset.split("test") else ("val",)
+    logits = {name: trainer.predict(name) for name in splits}
     results = {
         "classes": list(dataset.classes),
         "best": best,
-        **{name: trainer.evaluate(name) for name in splits},
+        **{
+            name: split_scores(dataset, name, values, trainer.loss(name, values))
+            for name, values in logits.items()
+        },
     }
     save_adapter(
         trainer.model,
@@ -370,6 +342,7 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
     dataset.write_splits(out / SPLITS)
     write_metrics(out, state.history)
     plot_curves(state.history, out / CURVES, state.best)
+    write_predictions(out / PREDICTIONS, dataset, logits)
     write_json(out / RESULTS, results)
     trainer.remove_unused_caches()
     with trainer.phases("saving"):

@@ -19,10 +19,12 @@ SPLITS = "splits.csv"
 LABELS = "labels.txt"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+PREDICTIONS = "predictions.csv"
 CURVES = "curves.png"
 CACHE = "cache"
 PROFILE = "profile.json"
-OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, CURVES, CACHE, PROFILE}
+OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, PREDICTIONS, CURVES, CACHE}
+OURS |= {PROFILE}
 
 
 @dataclass
