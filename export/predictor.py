@@ -24,7 +24,9 @@ from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.errors import InputError
 
 from .artefact import VERIFIED, Artefact
+from .bundle.consistency import check_consistency
 from .bundle.manifest import check_accepted, check_files, read_manifest
+from .bundle.trust import why_not_run
 from .graph_input import GraphInput
 from .runtimes import Runtime, RuntimeUnavailable, load_runtime
 
@@ -148,7 +150,12 @@ class Predictor:
 
 
 def load(
-    bundle: str | Path, file: str | None = None, *, device: str = "auto", check: bool = True
+    bundle: str | Path,
+    file: str | None = None,
+    *,
+    device: str = "auto",
+    check: bool = True,
+    trust: bool = False,
 ) -> Predictor:
     """Load a bundle for local use.
 
@@ -157,7 +164,8 @@ def load(
         file: the name of the file to run. If ``None``, the one that was fastest where the bundle
             was made, of those that were verified and run here.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: a GPU if there is one.
-        check: compare every file with its hash first.
+        check: compare every file with its hash first, and the parts with each other.
+        trust: run native code (.pt2, engines) of a bundle that was not made on this machine.
 
     Returns:
         A function of images.
@@ -169,20 +177,28 @@ def load(
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
     check_accepted(bundle, manifest)
+    check_files(bundle, manifest, hashes=check)
     if check:
-        check_files(bundle, manifest)
+        check_consistency(bundle, manifest)
     artefacts = [Artefact.from_dict(row) for row in manifest["artefacts"]]
     if file is not None:
         artefact = next((a for a in artefacts if a.path == file), None)
         if artefact is None:
             known = ", ".join(a.path for a in artefacts if a.path)
             raise InputError(f"{bundle} holds no {file} to run; it has {known}")
+        why_not = why_not_run(artefact, manifest, trust)
+        if why_not is not None:
+            raise InputError(why_not)
         runtime = load_runtime(bundle / file, artefact.kind, device=device)
         return Predictor(manifest, artefact, runtime)
     on_gpu = device != "cpu" and torch.cuda.is_available()
     reasons = []
     for artefact in sorted(artefacts, key=lambda a: -_speed(a, on_gpu)):
         if artefact.path is None or artefact.status != VERIFIED:
+            continue
+        why_not = why_not_run(artefact, manifest, trust)
+        if why_not is not None:
+            reasons.append(why_not)
             continue
         try:
             runtime = load_runtime(bundle / artefact.path, artefact.kind, device=device)

@@ -12,7 +12,7 @@ from fastadapt.settings import Setting, Settings
 MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "Bundle"
 ENGINES = "Engines"
 GDPL = "GDPL runs"
-MOST_IMAGES = 1_000_000
+MOST_IMAGES = 4096  # of a batch
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,16 @@ class BundleSettings(Settings):
     ] = False
     overwrite: Annotated[bool, Setting("Replace the bundle that is there.", panel=BUNDLE)] = False
     speed: Annotated[bool, Setting("Measure images per second.", panel=BUNDLE)] = True
+    golden: Annotated[
+        str | None,
+        Setting(
+            "Images that are kept in the bundle as golden samples, where those that are compared "
+            "on must not leave (patients): a folder, or synthetic ones.",
+            panel=BUNDLE,
+            metavar="DIR|synthetic",
+            shown_default="those that are compared on",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -291,4 +301,12 @@ class VerifySettings(Settings):
         Setting("Build engines that cannot run here anew, for this machine.", panel=BUNDLE),
     ] = False
     speed: Annotated[bool, Setting("Measure images per second.", panel=BUNDLE)] = True
+    trust: Annotated[
+        bool,
+        Setting(
+            "Run native code (.pt2, TensorRT engines) of a bundle that was not made on this "
+            "machine: trust its maker.",
+            panel=BUNDLE,
+        ),
+    ] = False
     json: Annotated[bool, Setting("Print the result as JSON.", panel=BUNDLE)] = False

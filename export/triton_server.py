@@ -16,6 +16,7 @@ from fastadapt.errors import InputError
 from fastadapt.files import write_text
 
 from .artefact import VERIFIED, Artefact
+from .bundle.consistency import check_consistency
 from .bundle.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
 from .bundle.staging import place, staging
 from .graph_input import GraphInput
@@ -80,6 +81,7 @@ def write_repository(
     manifest = read_manifest(bundle)
     check_accepted(bundle, manifest)
     check_files(bundle, manifest)
+    check_consistency(bundle, manifest)
     backend, artefact = _choose(bundle, manifest, backend)
     config = model_config(target.name, manifest, backend, artefact)
     with staging(target) as folder:

@@ -3,11 +3,14 @@
 import os
 import signal
 import sys
+import tempfile
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Which bundles were made here: not in the home of whoever runs the tests.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fastadapt-state-")
 
 import pytest
 import torch

@@ -28,8 +28,8 @@ END_TO_END = "end to end"
 
 def gate(file: Path, material: Material) -> list[Parity]:
     """Compare unfolded with folded, folded with ONNX Runtime, and the first with the last."""
-    expected, classes, example = material.expected, material.classes, material.example
-    parities = [_check_resizing(material)] if material.graph_input.resize else []
+    expected, classes, example = material.expected, material.classes, material.given.example
+    parities = [_check_resizing(material)] if material.given.graph_input.resize else []
     for batch in BATCHES:
         folded = model_outputs(material.folded, example, batch)
         parities.append(compare(expected, folded, stage="folding", batch=batch, classes=classes))
@@ -44,8 +44,8 @@ def gate(file: Path, material: Material) -> list[Parity]:
 def _check_resizing(material: Material) -> Parity:
     """Compare the graph's way of resizing with the training's."""
     trained, expected = material.trained, material.expected
-    normalized = trained.preprocess.normalize(material.pixels.training)
-    training = model_outputs(trained.model, (normalized, *material.example[1:]), batch=8)
+    normalized = trained.preprocess.normalize(material.given.pixels.training)
+    training = model_outputs(trained.model, (normalized, *material.given.example[1:]), batch=8)
     return compare(
         training,
         expected,

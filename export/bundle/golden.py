@@ -1,33 +1,64 @@
-"""``golden.safetensors``: a few images, and what the trained model answers to them."""
+"""Golden samples: a few images as decoded, the model's inputs of them, and the right outputs.
+
+The images are PNG files of the pixels alone: no EXIF, no file names. ``golden.safetensors`` holds
+what preprocessing makes of them and what the trained model answers. So a bundle can be verified
+all the way from pixels, and ``--golden DIR|synthetic`` keeps images of patients out of it.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from fastadapt.errors import InputError
 from fastadapt.files import write_tensors
 
-from ..graph_input import NAME, GraphInput, Inputs
+from ..graph_input import GraphInput, Inputs
 from .manifest import GOLDEN
-from .material import Material
 
 EXPECTED = "expected"
+IMAGES = "golden"  # the folder in a bundle
+# Filters of other versions of Pillow round to the next level.
+TOLERANCE = 2
 
 
-def write_golden(path: Path, material: Material) -> None:
-    """Write what the model gets (images in uint8), and the trained model's outputs."""
-    names = [sample.path.name for sample in material.chosen]
-    labels = [sample.label for sample in material.chosen]
-    expected = torch.from_numpy(material.expected)
-    tensors = {NAME: material.pixels.given, **material.others, EXPECTED: expected}
-    metadata = {"files": names, "labels": labels}
-    write_tensors(
-        path, tensors, {k: json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
-    )
+@dataclass(frozen=True)
+class GoldenSamples:
+    """The samples that a bundle keeps.
+
+    Attributes:
+        images: as decoded, RGB.
+        labels: names of their classes, where known.
+        inputs: of the graph, before :meth:`GraphInput.array`: images in uint8, and others.
+        expected: the trained model's outputs [samples, outputs].
+        origin: where the images are from, in words.
+    """
+
+    images: tuple[Image.Image, ...]
+    labels: tuple[str | None, ...]
+    inputs: dict[str, Tensor]
+    expected: np.ndarray
+    origin: str
+
+
+def write_golden(path: Path, golden: GoldenSamples) -> list[str]:
+    """Write ``path``, and the images beside it; return the images' names in the bundle."""
+    labels = json.dumps(golden.labels, ensure_ascii=False)
+    expected = torch.from_numpy(golden.expected)
+    write_tensors(path, {**golden.inputs, EXPECTED: expected}, {"labels": labels})
+    (path.parent / IMAGES).mkdir()
+    names = [f"{IMAGES}/{index:02d}.png" for index in range(len(golden.images))]
+    for name, image in zip(names, golden.images, strict=True):
+        pixels = Image.fromarray(np.asarray(image))  # the pixels alone, without metadata
+        pixels.save(path.parent / name, "PNG")
+    return names
 
 
 def golden_inputs(
@@ -46,9 +77,72 @@ def golden_inputs(
     for name in (*names, EXPECTED):
         if name not in tensors:
             raise InputError(f"{GOLDEN} lacks the model's input {name!r}: export the run again")
+    count = len(tensors[EXPECTED])
+    for name in names:
+        if len(tensors[name]) != count or not count:
+            raise InputError(
+                f"{GOLDEN} has {len(tensors[name])} rows of {name!r} and {count} of "
+                f"{EXPECTED!r}: copy the bundle again"
+            )
     images, *others = names
+    if tensors[images].dtype != torch.uint8 or tensors[images].ndim < 4:
+        raise InputError(f"{GOLDEN}: {images!r} are no uint8 images: copy it again")
     graph_input = GraphInput.from_dict(preprocessing)
     return {
         images: graph_input.array(tensors[images].numpy()),
         **{name: tensors[name].numpy() for name in others},
     }
+
+
+def check_golden_pixels(
+    bundle: Path, manifest: dict[str, Any], stored: Tensor, same_versions: bool
+) -> str | None:
+    """Preprocess the golden images anew and compare with what was made of them at export.
+
+    Args:
+        bundle: the folder.
+        manifest: of the bundle.
+        stored: uint8 [samples, 3, H, W], from ``golden.safetensors``.
+        same_versions: Pillow and timm are those that the bundle was made with; then every pixel
+            must be the same.
+
+    Returns:
+        A note, where pixels differ as other versions' filters may round; else ``None``.
+
+    Raises:
+        InputError: the pixels differ by more: size, crop or filter are not those of the export.
+    """
+    names = manifest.get("golden", {}).get("images", ())
+    if not names:
+        return None
+    graph_input = GraphInput.from_dict(manifest["preprocessing"])
+    if len(names) != len(stored):
+        raise InputError(f"{bundle} has {len(names)} golden images and {len(stored)} inputs")
+    largest = 0
+    for name, want in zip(names, stored, strict=True):
+        if name not in manifest["files"]:
+            raise InputError(f"{bundle}: {name} is not among the listed files")
+        with Image.open(bundle / name, formats=("PNG",)) as image:
+            image.load()
+            pixels = image.convert("RGB")
+        got = as_given(pixels, graph_input)
+        if got.shape != want.shape:
+            raise InputError(_differs(bundle, name, f"{list(got.shape)}, not {list(want.shape)}"))
+        largest = max(largest, int((got.int() - want.int()).abs().max()))
+        if largest > (0 if same_versions else TOLERANCE):
+            raise InputError(_differs(bundle, name, f"by {largest} levels"))
+    return f"preprocessing differs by {largest} levels, as versions do" if largest else None
+
+
+def as_given(image: Image.Image, graph_input: GraphInput) -> Tensor:
+    """Prepare an RGB image as :meth:`GraphInput.array` takes it: uint8 [3, H, W]."""
+    if graph_input.resize:
+        return torch.from_numpy(np.array(image)).movedim(-1, 0)
+    return graph_input.preprocess.transform(image)
+
+
+def _differs(bundle: Path, name: str, how: str) -> str:
+    return (
+        f"{bundle}: preprocessing makes other pixels of {name} than at export ({how}): size, crop "
+        "or filter of the manifest are not those of the export"
+    )

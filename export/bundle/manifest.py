@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, sha256_file
 from fastadapt.info import devices, gpus, versions
 
+from .schema import check_manifest
+
 FORMAT = "fastadapt-bundle"
-# 1: float input, model.onnx alone. 2: uint8 input, artefacts, environment, speed.
-SCHEMA = 2
+SCHEMA = 3  # see schema.py
 MANIFEST, MODEL, GOLDEN, LABELS = "manifest.json", "model.onnx", "golden.safetensors", "labels.txt"
 REPORT = "report.html"
+CONTENT = "content_sha256"
+LARGEST_MANIFEST = 256 << 20  # bytes
 
 RUNS_ON = (
     "onnxruntime-gpu",
@@ -25,15 +30,6 @@ RUNS_ON = (
     "timm",
     "pillow",
 )
-_KEYS = {
-    "files": dict,
-    "labels": list,
-    "model": dict,
-    "preprocessing": dict,
-    "accepted": bool,
-    "problems": list,
-    "artefacts": list,
-}
 _MEANT = "copy the bundle again"
 
 
@@ -41,38 +37,51 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
     """Read a bundle's manifest, of any schema up to this version's, in the newest one's form.
 
     Raises:
-        InputError: the folder is no bundle, or one that this version cannot read.
+        InputError: the folder is no bundle, or one that this version cannot read; a value is
+            missing or cannot be; the content is not what the manifest's own hash says.
     """
     file = Path(bundle) / MANIFEST
     if not file.is_file():
         what = f"has no {MANIFEST}" if file.parent.is_dir() else "is not there"
         raise InputError(f"{bundle} is no bundle: it {what}. fastadapt export RUN makes one.")
-    manifest = read_json(file)
+    if file.stat().st_size > LARGEST_MANIFEST:
+        raise InputError(f"{file} is larger than any manifest: {_MEANT}")
+    try:
+        manifest = read_json(file)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is no valid JSON: {_MEANT}") from None
     if manifest.get("format") != FORMAT:
         raise InputError(f"{file} is no manifest of a fastadapt bundle")
     schema = manifest.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if not isinstance(schema, int) or isinstance(schema, bool) or not 1 <= schema <= SCHEMA:
         raise InputError(
             f"{bundle} was written by a newer fastadapt (schema {schema}, this one reads up to "
             f"{SCHEMA}): update fastadapt"
         )
+    if schema == SCHEMA and manifest.get(CONTENT) != content_sha256(manifest):
+        raise InputError(
+            f"{file} was changed: its content is not what its {CONTENT} says. Copy the bundle "
+            "again."
+        )
     if schema == 1:
         manifest = _from_schema_1(manifest)
-    for key, kind in _KEYS.items():
-        if key not in manifest:
-            raise InputError(f"{file} lacks the key {key!r}: {_MEANT}")
-        if not isinstance(manifest[key], kind):
-            raise InputError(
-                f"{file}: {key!r} is a {type(manifest[key]).__name__}, expected a "
-                f"{kind.__name__}: {_MEANT}"
-            )
-    if not isinstance(manifest["model"].get("inputs"), list):
-        raise InputError(f"{file} lacks the model's 'inputs': {_MEANT}")
-    for row in manifest["artefacts"]:
-        for key in ("kind", "path", "precision", "status"):
-            if not isinstance(row, dict) or key not in row:
-                raise InputError(f"{file} lists a file to run without its {key!r}: {_MEANT}")
+    check_manifest(manifest, str(file))
     return manifest
+
+
+def content_sha256(manifest: dict[str, Any]) -> str:
+    """Hash a manifest's content, the hash itself left out, whatever its layout as text."""
+    content = {key: value for key, value in manifest.items() if key != CONTENT}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the hash of its content, as it is once it was written as JSON."""
+    plain = json.loads(json.dumps(manifest))
+    return {**plain, CONTENT: content_sha256(plain)}
 
 
 def check_accepted(bundle: str | Path, manifest: dict[str, Any]) -> None:
@@ -82,17 +91,27 @@ def check_accepted(bundle: str | Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{bundle} was rejected when it was made: {reason}")
 
 
-def check_files(bundle: str | Path, manifest: dict[str, Any]) -> None:
-    """Raise InputError naming the first file that is missing, truncated or changed."""
+def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = True) -> None:
+    """Raise InputError naming the first file that is missing, truncated, changed or a link.
+
+    Args:
+        bundle: the folder.
+        manifest: of the bundle.
+        hashes: compare sizes and hashes; else only that files that run are listed, are there, and
+            lie in the folder.
+    """
     bundle = Path(bundle)
     for name, recorded in manifest["files"].items():
         file = bundle / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        parts = PurePosixPath(name).parts
+        if PurePosixPath(name).is_absolute() or ".." in parts or ":" in parts[0]:
             raise InputError(f"{bundle / MANIFEST} lists {name!r}, outside the bundle: {_MEANT}")
-        if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= recorded.keys():
-            raise InputError(f"{bundle / MANIFEST} has no size and hash of {name!r}: {_MEANT}")
+        if any((bundle / Path(*parts[:n])).is_symlink() for n in range(1, len(parts) + 1)):
+            raise InputError(f"{file} is a link; a bundle's files are in its folder: {_MEANT}")
         if not file.is_file():
             raise InputError(f"{file} is missing: {_MEANT}")
+        if not hashes:
+            continue
         size = file.stat().st_size
         if size != recorded["bytes"]:
             raise InputError(
@@ -103,7 +122,13 @@ def check_files(bundle: str | Path, manifest: dict[str, Any]) -> None:
             raise InputError(
                 f"{file} was changed: its SHA-256 is not the manifest's. Copy the bundle again."
             )
-    for name in (MODEL, GOLDEN):
+    needed = dict.fromkeys((MODEL, GOLDEN))
+    for artefact in manifest["artefacts"]:
+        if artefact["path"] is not None:
+            needed |= dict.fromkeys((artefact["path"], *artefact.get("files", ())))
+            if artefact["kind"] != "onnx":  # what loads it reads the file beside it
+                needed[f"{artefact['path']}.json"] = None
+    for name in needed:
         if name not in manifest["files"]:
             raise InputError(f"{bundle / MANIFEST} lists no {name}: {_MEANT}")
 
@@ -111,9 +136,12 @@ def check_files(bundle: str | Path, manifest: dict[str, Any]) -> None:
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of every file of a bundle but its manifest, by name."""
     return {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != MANIFEST
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_file(file),
+        }
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / MANIFEST
     }
 
 

@@ -18,8 +18,38 @@ from ..backends.onnx import export_onnx
 from ..fold import FoldReport
 from ..graph_input import NAME, GraphInput, Inputs
 from ..precision.int8 import QuantizationImages
+from .golden import GoldenSamples
 from .samples import Pixels, Sample, Samples
 from .trained import Trained
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Some samples as inputs of the model and of the bundle's files.
+
+    Attributes:
+        chosen: the samples.
+        graph_input: what the bundle's files take.
+        pixels: of the samples.
+        others: further inputs of the model, by name.
+        example: all inputs of the model, the normalised images first.
+    """
+
+    chosen: list[Sample]
+    graph_input: GraphInput
+    pixels: Pixels
+    others: dict[str, Tensor]
+    example: tuple[Tensor, ...]
+
+    def golden(self, expected: np.ndarray, origin: str) -> GoldenSamples:
+        """Keep these samples in the bundle, with the model's outputs for them."""
+        return GoldenSamples(
+            images=self.pixels.images,
+            labels=tuple(sample.label for sample in self.chosen),
+            inputs={NAME: self.pixels.given, **self.others},
+            expected=expected,
+            origin=origin,
+        )
 
 
 @dataclass(frozen=True)
@@ -29,11 +59,7 @@ class Material:
     Attributes:
         trained: the model before folding, and what is known of it.
         samples: all images that may be used.
-        chosen: those of them that parity is checked on.
-        graph_input: what the bundle's files take.
-        pixels: of the chosen images.
-        others: further inputs of the model, by name.
-        example: all inputs of the model, the normalised images first.
+        given: the inputs that parity is checked on.
         expected: the model's outputs for them [samples, outputs].
         folded: the folded model.
         fold_report: what folding did.
@@ -41,11 +67,7 @@ class Material:
 
     trained: Trained
     samples: Samples
-    chosen: list[Sample]
-    graph_input: GraphInput
-    pixels: Pixels
-    others: dict[str, Tensor]
-    example: tuple[Tensor, ...]
+    given: ModelInputs
     expected: np.ndarray
     folded: nn.Module
     fold_report: FoldReport
@@ -58,8 +80,14 @@ class Material:
     @property
     def inputs(self) -> Inputs:
         """What the bundle's files take, for the chosen images."""
-        others = {name: x.numpy() for name, x in self.others.items()}
-        return {NAME: self.graph_input.array(self.pixels.given.numpy()), **others}
+        given = self.given
+        others = {name: x.numpy() for name, x in given.others.items()}
+        return {NAME: given.graph_input.array(given.pixels.given.numpy()), **others}
+
+    @property
+    def golden(self) -> GoldenSamples:
+        """The samples that parity is checked on, as a bundle keeps them."""
+        return self.given.golden(self.expected, self.samples.origin)
 
     def write_onnx(self, module: nn.Module, path: Path, **options: Any) -> dict[str, Any]:
         """Call :func:`export_onnx` on a module that takes and gives what ``folded`` does."""
@@ -67,8 +95,8 @@ class Material:
             module,
             path,
             input_size=self.trained.preprocess.input_size,
-            other_inputs={name: tuple(x.shape[1:]) for name, x in self.others.items()},
-            graph_input=self.graph_input,
+            other_inputs={name: tuple(x.shape[1:]) for name, x in self.given.others.items()},
+            graph_input=self.given.graph_input,
             labels=self.trained.labels,
             metadata=self._metadata(),
             **options,
@@ -78,7 +106,7 @@ class Material:
         hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
         source = self.trained.source
         return {
-            "preprocessing": self.graph_input.to_dict(),
+            "preprocessing": self.given.graph_input.to_dict(),
             "fastadapt": __version__,
             "backbone": self.trained.backbone,
             **{key: source[name] for key, name in hashes.items() if name in source},
@@ -88,7 +116,7 @@ class Material:
         """Return the images that INT8 and FP8 are calibrated with, and judged by."""
         labels, validation = self.trained.labels, self.samples.validation
         classes = [labels.index(s.label) for s in validation if s.label in labels]
-        preprocess, graph_input = self.trained.preprocess, self.graph_input
+        preprocess, graph_input = self.trained.preprocess, self.given.graph_input
 
         def read(paths: Sequence[Path]) -> np.ndarray:
             pixels = torch.stack([preprocess.read(path) for path in paths])

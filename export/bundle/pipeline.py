@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 
 from fastadapt.errors import InputError
-from fastadapt.files import read_json, write_json, write_text
+from fastadapt.files import write_json, write_text
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.settings import Setting
 
@@ -37,9 +37,10 @@ from ..graph_input import Deployed, GraphInput, check_settings
 from ..parity import GateError, Parity, Thresholds, check_problems, parity_table
 from ..settings import BundleSettings
 from .build import FoldedModel, build_artefacts
+from .consistency import check_labels
 from .engine_options import EngineOptions
 from .gate import BATCHES, END_TO_END, gate, model_outputs, model_outputs_fp64
-from .golden import write_golden
+from .golden import GoldenSamples, write_golden
 from .manifest import (
     FORMAT,
     GOLDEN,
@@ -50,8 +51,9 @@ from .manifest import (
     SCHEMA,
     environment,
     list_files,
+    seal,
 )
-from .material import Material, check_quantization
+from .material import Material, ModelInputs, check_quantization
 from .report import render_report
 from .samples import (
     GOLDEN_SAMPLES,
@@ -62,8 +64,10 @@ from .samples import (
     run_samples,
     synthetic_samples,
 )
+from .schema import check_manifest
 from .staging import check_target, place, staging
 from .trained import Trained, load_run, load_timm, read_run
+from .trust import remember_bundle
 from .verify_artefact import Reference, artefact_problems
 
 DOMAIN_INPUT = "domain_features"
@@ -242,11 +246,15 @@ class _Export:
 
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Fold, export, compare and write; raise GateError if the outputs differ."""
+        check_labels(trained.labels)
+        golden = self._golden(trained, samples)
         material = self._prepare(trained, samples)
+        golden = golden or material.golden
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
                 described = material.write_onnx(material.folded, folder / MODEL)
-            with self.step(f"compare on {len(material.chosen)} images at batch {_listed(BATCHES)}"):
+            count = len(material.given.chosen)
+            with self.step(f"compare on {count} images at batch {_listed(BATCHES)}"):
                 parities = gate(folder / MODEL, material)
             self.console.print(parity_table(parities))
             problems = check_problems(parities)
@@ -257,7 +265,8 @@ class _Export:
                 artefacts = build_artefacts(self.settings.engines, folded, self.console)
                 problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
-            write_golden(folder / GOLDEN, material)
+            images = write_golden(folder / GOLDEN, golden)
+            wanted = self.settings.engines
             manifest = {
                 "format": FORMAT,
                 "schema": SCHEMA,
@@ -266,13 +275,21 @@ class _Export:
                 "problems": problems,
                 "model": {"file": MODEL, **described},
                 "labels": trained.labels,
-                "preprocessing": material.graph_input.to_dict(),
+                "tasks": [_task(trained.labels, described)],
+                "preprocessing": material.given.graph_input.to_dict(),
                 "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
                 "source": trained.source,
+                "licences": {"weights": trained.pretrained_cfg.get("license"), "data": None},
                 "golden": {
                     "file": GOLDEN,
-                    "samples": len(material.chosen),
-                    "origin": samples.origin,
+                    "samples": len(images),
+                    "origin": golden.origin,
+                    "images": images,
+                },
+                "compared_on": samples.origin,
+                "limits": {
+                    "int8_budget": wanted.int8_budget if wanted.int8 else None,
+                    "fp8_budget": wanted.fp8_budget if wanted.fp8 else None,
                 },
                 "environment": environment(),
                 "fold_report": material.fold_report.to_dict(),
@@ -282,11 +299,13 @@ class _Export:
                 "files": list_files(folder),
             }
             # The report shows every hash but its own, which comes last.
-            write_text(folder / REPORT, render_report(manifest, material.chosen, material.expected))
+            write_text(folder / REPORT, render_report(manifest, golden))
             manifest["files"] = list_files(folder)
+            manifest = seal(manifest)
             write_json(folder / MANIFEST, manifest)
-            manifest = read_json(folder / MANIFEST)
+            check_manifest(manifest, str(folder / MANIFEST))
             place(folder, self.rejected if problems else self.out)
+        remember_bundle(manifest)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise GateError(
@@ -295,12 +314,22 @@ class _Export:
         self.console.print(_file_table(self.out, manifest))
         return ExportResult(self.out, manifest, material.fold_report, tuple(parities))
 
-    def _prepare(self, trained: Trained, samples: Samples) -> Material:
-        """Read the images and fold the model."""
+    def _golden(self, trained: Trained, samples: Samples) -> GoldenSamples | None:
+        """Make golden samples of the images that were named for it; ``None`` if none were."""
+        wanted = self.settings.golden
+        if wanted is None:
+            return None
+        if wanted == "synthetic":
+            kept = synthetic_samples(trained.preprocess)
+        else:
+            kept = folder_samples(wanted, FEWEST_SAMPLES)
+        inputs = self._inputs(trained, kept)
+        expected = model_outputs(trained.model, inputs.example, batch=8)
+        return inputs.golden(expected, kept.origin)
+
+    def _inputs(self, trained: Trained, samples: Samples) -> ModelInputs:
+        """Choose samples, read them, and compute the model's other inputs."""
         settings = self.settings
-        for flag, wanted in (("`int8`", settings.engines.int8), ("`fp8`", settings.engines.fp8)):
-            if wanted:
-                check_quantization(flag, trained, samples)
         graph_input = GraphInput(
             trained.preprocess, settings.input, settings.normalize, settings.resize
         )
@@ -311,21 +340,26 @@ class _Export:
         if trained.domain_features is not None:
             paths = [sample.path for sample in chosen]
             others[DOMAIN_INPUT] = trained.domain_features(paths, normalized)
-        example = (normalized, *others.values())
+        return ModelInputs(chosen, graph_input, pixels, others, (normalized, *others.values()))
+
+    def _prepare(self, trained: Trained, samples: Samples) -> Material:
+        """Read the images and fold the model."""
+        settings = self.settings
+        for flag, wanted in (("`int8`", settings.engines.int8), ("`fp8`", settings.engines.fp8)):
+            if wanted:
+                check_quantization(flag, trained, samples)
+        inputs = self._inputs(trained, samples)
         with self.step("fold"):
-            folded, report = fold_with_report(trained.model, tuple(x[:2] for x in example))
-            if others and isinstance(folded, GDPLModel):
+            example = tuple(x[:2] for x in inputs.example)
+            folded, report = fold_with_report(trained.model, example)
+            if inputs.others and isinstance(folded, GDPLModel):
                 folded.domain_encoder = None
         self.console.print(f"  {report.summary}", markup=False)
         return Material(
             trained=trained,
             samples=samples,
-            chosen=chosen,
-            graph_input=graph_input,
-            pixels=pixels,
-            others=others,
-            example=example,
-            expected=model_outputs(trained.model, example, batch=8),
+            given=inputs,
+            expected=model_outputs(trained.model, inputs.example, batch=8),
             folded=folded,
             fold_report=report,
         )
@@ -338,15 +372,15 @@ class _Export:
             onnx=folder / MODEL,
             onnx_parity=[parity for parity in parities if parity.stage == END_TO_END],
             module=material.folded,
-            example=tuple(x[:1] for x in material.example),
+            example=tuple(x[:1] for x in material.given.example),
             reference=Reference(
                 material.inputs,
                 material.expected,
                 material.classes,
-                exact=lambda: model_outputs_fp64(material.trained.model, material.example),
+                exact=lambda: model_outputs_fp64(material.trained.model, material.given.example),
             ),
             write_onnx=material.write_onnx,
-            deployed=lambda module: Deployed(module, material.graph_input),
+            deployed=lambda module: Deployed(module, material.given.graph_input),
             images=material.quantization_images,
             speed=self.settings.speed,
         )
@@ -357,6 +391,12 @@ class _Export:
         with self.console.status(f"{what} …"):
             yield
         self.console.print(f"[green]✓[/] {what}")
+
+
+def _task(labels: list[str], described: dict[str, Any]) -> dict[str, Any]:
+    """Describe the graph's one output."""
+    kind = "classification" if labels else "features"
+    return {"output": described["outputs"][0]["name"], "kind": kind, "labels": labels}
 
 
 def _failed_onnx(folder: Path, problems: list[str]) -> Artefact:

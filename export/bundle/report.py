@@ -9,14 +9,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
-from fastadapt.data.pixels import ValueRange
-
-from ..graph_input import GraphInput
 from ..speed import format_rate
+from .golden import GoldenSamples
 from .report_figures import parity_svg, speed_svg
-from .samples import Sample
 
 THUMBNAIL = 96
 STYLE = """
@@ -36,13 +33,12 @@ figcaption { overflow-wrap: anywhere }
 """
 
 
-def render_report(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
+def render_report(manifest: dict[str, Any], golden: GoldenSamples) -> str:
     """Render the report as HTML.
 
     Args:
         manifest: of the bundle.
-        samples: the golden samples.
-        expected: the trained model's outputs for them, [samples, outputs].
+        golden: its golden samples.
     """
     name = manifest["backbone"]["name"]
     sections = [
@@ -50,7 +46,7 @@ def render_report(manifest: dict[str, Any], samples: Sequence[Sample], expected:
         ("Agreement with the trained model", _parity(manifest)),
         ("Files that run", _artefacts(manifest)),
         ("Speed", _speed(manifest)),
-        ("Golden samples", _golden(manifest, samples, expected)),
+        ("Golden samples", _golden(manifest, golden)),
         ("From an image file to the model", _preprocessing(manifest)),
         ("What was folded", _folded(manifest)),
         ("Made with", _environment(manifest)),
@@ -156,26 +152,25 @@ def _speed(manifest: dict[str, Any]) -> str:
     )
 
 
-def _golden(manifest: dict[str, Any], samples: Sequence[Sample], expected: np.ndarray) -> str:
+def _golden(manifest: dict[str, Any], golden: GoldenSamples) -> str:
     labels = manifest["labels"]
-    intensity_range = GraphInput.from_dict(manifest["preprocessing"]).preprocess.intensity_range
     figures = []
-    for sample, outputs in zip(samples, expected, strict=True):
-        caption = [] if sample.label is None else [f"is {sample.label}"]
+    samples = zip(golden.images, golden.labels, golden.expected, strict=True)
+    for index, (image, label, outputs) in enumerate(samples):
+        caption = [] if label is None else [f"is {label}"]
         if labels:
             caption.append(f"model: {labels[int(outputs.argmax())]}")
         text = escape(", ".join(caption))
         figures.append(
-            f'<figure><img src="{_thumbnail(sample, intensity_range)}" '
-            f'alt="{escape(sample.path.name)}">'
+            f'<figure><img src="{_thumbnail(image)}" alt="golden sample {index}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
     origin = escape(manifest["golden"]["origin"])
     return f'<p class="note">From {origin}</p>\n{"".join(figures)}'
 
 
-def _thumbnail(sample: Sample, intensity_range: ValueRange | None) -> str:
-    image = sample.read(intensity_range).copy()
+def _thumbnail(image: Image.Image) -> str:
+    image = image.copy()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)

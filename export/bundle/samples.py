@@ -24,7 +24,7 @@ from fastadapt.train.run_folder import SPLITS
 from ..graph_input import GraphInput, resize_as_graph
 
 GOLDEN_SAMPLES = 16
-LONGEST_SIDE = 1024  # of golden samples that are stored as decoded
+LONGEST_SIDE = 1024  # larger images are reduced first, since they are stored as decoded
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ class Pixels:
     """The chosen samples' pixels, uint8.
 
     Attributes:
+        images: the decoded samples, RGB, none longer than 1,024 pixels.
         given: [B, 3, H, W] for :meth:`GraphInput.array`: preprocessed, or, if the graph resizes,
             decoded and of one size.
         model: [B, 3, h, w], the model's input before normalisation.
@@ -170,6 +171,7 @@ class Pixels:
             ``model`` where the graph's filter rounds differently.
     """
 
+    images: tuple[Image.Image, ...]
     given: Tensor
     model: Tensor
     training: Tensor
@@ -178,23 +180,32 @@ class Pixels:
 def read_pixels(samples: list[Sample], graph_input: GraphInput) -> Pixels:
     """Read samples as a bundle's graph takes them.
 
-    Decoded images are resized to the most frequent size, at most 1,024 pixels long.
+    Images of more than 1,024 pixels are reduced first. If the graph resizes, all are brought to
+    the most frequent size.
     """
     preprocess = graph_input.preprocess
-    images = [sample.read(preprocess.intensity_range) for sample in samples]
+    shown = preprocess.intensity_range
+    images = tuple(_reduced(sample.read(shown)) for sample in samples)
     if not graph_input.resize:
         pixels = torch.stack([preprocess.transform(image) for image in images])
-        return Pixels(pixels, pixels, pixels)
+        return Pixels(images, pixels, pixels, pixels)
     size = Counter(image.size for image in images).most_common(1)[0][0]
-    factor = min(1.0, LONGEST_SIDE / max(size))
-    width, height = (max(1, round(side * factor)) for side in size)
-    images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
+    images = tuple(image.resize(size, Image.Resampling.BICUBIC) for image in images)
     decoded = np.stack([np.asarray(image) for image in images])
     return Pixels(
+        images,
         torch.from_numpy(decoded).movedim(-1, 1).contiguous(),
         torch.from_numpy(np.ascontiguousarray(resize_as_graph(decoded, preprocess))),
         torch.stack([preprocess.transform(image) for image in images]),
     )
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    factor = LONGEST_SIDE / max(image.size)
+    if factor >= 1:
+        return image
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _check_count(samples: tuple[Sample, ...], fewest: int, where: str, remedy: str) -> None:

@@ -21,22 +21,26 @@ from rich.table import Table
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, read_tensors, write_json
 
-from ..artefact import FAILED, VERIFIED, Artefact
+from ..artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
 from ..parity import Parity
 from ..speed import format_rate
 from .build import rebuild_artefact
-from .golden import EXPECTED, golden_inputs
+from .consistency import check_consistency
+from .golden import EXPECTED, check_golden_pixels, golden_inputs
 from .manifest import (
     GOLDEN,
     MANIFEST,
     MODEL,
+    SCHEMA,
     check_accepted,
     check_files,
     environment,
     list_files,
     read_manifest,
+    seal,
     version_changes,
 )
+from .trust import NATIVE, made_here, remember_bundle, why_not_run
 from .verify_artefact import Reference, artefact_problems, verify_artefact
 
 
@@ -98,7 +102,12 @@ class Verification:
 
 
 def verify_bundle(
-    bundle: str | Path, *, speed: bool = True, rebuild: bool = False, console: Console | None = None
+    bundle: str | Path,
+    *,
+    speed: bool = True,
+    rebuild: bool = False,
+    trust: bool = False,
+    console: Console | None = None,
 ) -> Verification:
     """Check a bundle's files, and compare every file that runs here on its golden samples.
 
@@ -107,6 +116,7 @@ def verify_bundle(
         speed: measure images per second, too (a few seconds per file).
         rebuild: build TensorRT engines that cannot run here anew, for this machine, and put them
             into the bundle.
+        trust: run native code (.pt2, engines) of a bundle that was not made on this machine.
         console: where the progress of building is shown.
 
     Returns:
@@ -114,33 +124,47 @@ def verify_bundle(
 
     Raises:
         InputError: the folder is no bundle, or a newer or rejected one; a file is missing,
-            truncated or changed (it is named); an engine cannot be rebuilt.
+            truncated or changed (it is named); parts of the bundle contradict each other;
+            preprocessing makes other pixels than at export; an engine cannot be rebuilt.
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
     check_accepted(bundle, manifest)
     check_files(bundle, manifest)
+    check_consistency(bundle, manifest)
     tensors, _ = read_tensors(bundle / GOLDEN)
     names = [value["name"] for value in manifest["model"]["inputs"]]
     inputs = golden_inputs(tensors, names, manifest["preprocessing"])
     reference = Reference(inputs, tensors[EXPECTED].numpy(), classes=bool(manifest["labels"]))
-    artefacts = []
+    changes = version_changes(manifest)
+    same = not any(note.startswith(("pillow", "timm")) for note in changes)
+    pixels = check_golden_pixels(bundle, manifest, tensors[names[0]], same)
+    here, artefacts = made_here(manifest), []
     for row in manifest["artefacts"]:
         known = Artefact.from_dict(row)
         if not known.runnable:
             continue
-        found = verify_artefact(bundle, known, reference, speed=speed)
+        why_not = why_not_run(known, manifest, trust)
+        if why_not is None:
+            found = verify_artefact(bundle, known, reference, speed=speed)
+        else:
+            found = replace(known, status=UNVERIFIED, reason=why_not, parity=())
         if rebuild and found.kind.startswith("tensorrt") and not found.parity:
             if not torch.cuda.is_available():
                 raise InputError(f"`rebuild` needs the GPU that {found.path} is to run on")
             found = rebuild_artefact(bundle, found, reference, console)
-            _replace(bundle, row, found)
+            _replace(bundle, row, found, here)
         artefacts.append(found)
-    return Verification(bundle, manifest, tuple(artefacts), tuple(version_changes(manifest)))
+    notes = (*changes, *([pixels] if pixels else []))
+    return Verification(bundle, manifest, tuple(artefacts), notes)
 
 
-def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact) -> None:
-    """Put a rebuilt engine and the hashes of its files into the manifest."""
+def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact, here: bool) -> None:
+    """Put a rebuilt engine and the hashes of its files into the manifest.
+
+    If the bundle was made here (``here``), or now holds no native code from elsewhere, the new
+    manifest counts as made here.
+    """
     manifest = read_json(bundle / MANIFEST)
     manifest["artefacts"] = [
         artefact.to_dict() if other["path"] == row["path"] else other
@@ -148,7 +172,12 @@ def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact) -> None:
     ]
     hashes = list_files(bundle)
     manifest["files"] |= {name: hashes[name] for name in artefact.files}
+    if manifest["schema"] >= SCHEMA:
+        manifest = seal(manifest)
     write_json(bundle / MANIFEST, manifest)
+    foreign = [a for a in manifest["artefacts"] if a["kind"] in NATIVE and a["path"]]
+    if here or foreign == [artefact.to_dict()]:
+        remember_bundle(manifest)
 
 
 def artefact_table(artefacts: Iterable[Artefact]) -> Table:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastadapt.cli.options import Given, command
+from fastadapt.cli.options import Given, command, with_flags
 from fastadapt.errors import InputError
 from fastadapt.export.settings import (
     BundleSettings,
@@ -97,8 +98,14 @@ def verify(given: Given) -> None:
     console = Console(highlight=False, quiet=settings.json)
     with working(), console.status(f"verify {escape(str(settings.bundle))} …"):
         result = verify_bundle(
-            settings.bundle, speed=settings.speed, rebuild=settings.rebuild, console=console
+            settings.bundle,
+            speed=settings.speed,
+            rebuild=settings.rebuild,
+            trust=settings.trust,
+            console=console,
         )
+    said = (replace(a, reason=with_flags(a.reason, given.options)) for a in result.artefacts)
+    result = replace(result, artefacts=tuple(said))
     if settings.json:
         _print_json(result.to_dict())
     console.print(f"[green]✓[/] {len(result.manifest['files'])} files are whole")

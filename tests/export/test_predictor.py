@@ -1,5 +1,7 @@
 """A bundle as a function of images: the same answers as in training."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from fastadapt.export import load
 from fastadapt.export import predictor as predictor_step
 from fastadapt.export.artefact import Artefact
 from fastadapt.export.runtimes import RuntimeUnavailable
-from fastadapt.files import read_json, write_json
+from fastadapt.files import read_json
+from tests.helpers.bundles import reseal
 from tests.helpers.imagesets import CLASSES
 
 
@@ -83,13 +86,11 @@ class TestChoice:
     @pytest.fixture
     def bundle(self, tuned_bundles, tmp_path):
         """A bundle with a second file that runs, faster where the bundle was tuned_bundles."""
-        for file in (tuned_bundles[0] / "uint8").iterdir():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(tuned_bundles[0] / "uint8", tmp_path, dirs_exist_ok=True)
         fast = (tmp_path / "model.onnx").read_bytes()
         (tmp_path / "fast.onnx").write_bytes(fast)
-        manifest = read_json(tmp_path / "manifest.json")
         speeds = {"model.onnx": 10.0, "fast.onnx": 20.0}
-        manifest["artefacts"] = [
+        artefacts = [
             Artefact(
                 "onnx",
                 name,
@@ -101,7 +102,7 @@ class TestChoice:
             ).to_dict()
             for name, speed in speeds.items()
         ]
-        write_json(tmp_path / "manifest.json", manifest)
+        reseal(tmp_path, artefacts=artefacts)
         return tmp_path
 
     def test_the_fastest_that_runs_here(self, bundle, tuned_bundles, monkeypatch):
@@ -130,7 +131,7 @@ class TestChoice:
         manifest = read_json(bundle / "manifest.json")
         for row in manifest["artefacts"]:
             row["status"] = "unverified"
-        write_json(bundle / "manifest.json", manifest)
+        reseal(bundle, artefacts=manifest["artefacts"])
         with pytest.raises(fa.InputError, match=r"nothing in .* was verified"):
             load(bundle)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import fastadapt as fa
 from fastadapt.export import write_repository
 from fastadapt.export.artefact import Artefact
 from fastadapt.export.triton_server import to_pbtxt
-from fastadapt.files import read_json, sha256_file, write_json
+from fastadapt.files import read_json
+from tests.helpers.bundles import reseal
 
 
 def model_config(text):
@@ -76,9 +78,9 @@ class TestRepository:
         """A bundle as it is where TensorRT runs; the engine itself cannot be built here."""
         bundle = tmp_path / "my cells (v2)"
         bundle.mkdir()
-        for file in (tuned_bundles[0] / "uint8").iterdir():
-            (bundle / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(tuned_bundles[0] / "uint8", bundle, dirs_exist_ok=True)
         (bundle / "model.fp16.engine").write_bytes(b"plan")
+        (bundle / "model.fp16.engine.json").write_text("{}")
         manifest = read_json(bundle / "manifest.json")
         engine = Artefact(
             "tensorrt",
@@ -89,9 +91,7 @@ class TestRepository:
             details={"batch": {"min": 1, "opt": 4, "max": 16}},
         )
         manifest["artefacts"].append(engine.to_dict())
-        file = bundle / "model.fp16.engine"
-        manifest["files"][file.name] = {"bytes": 4, "sha256": sha256_file(file)}
-        write_json(bundle / "manifest.json", manifest)
+        reseal(bundle, artefacts=manifest["artefacts"])
         return bundle
 
     def test_tensorrt(self, with_engine, tmp_path):
@@ -116,7 +116,7 @@ class TestRepository:
         assert not (tmp_path / "m").exists()
         manifest = read_json(with_engine / "manifest.json")
         manifest["artefacts"][-1]["details"]["batch"]["min"] = 4
-        write_json(with_engine / "manifest.json", manifest)
+        reseal(with_engine, artefacts=manifest["artefacts"])
         with pytest.raises(fa.InputError, match=r"at least 4 images .*`batch=1:OPT:MAX`"):
             write_repository(with_engine, tmp_path / "m")
 

@@ -13,7 +13,7 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_run, fold_with_report, load, verify_bundle
 from fastadapt.export.bundle.gate import onnx_session
 from fastadapt.export.bundle.golden import golden_inputs
-from fastadapt.files import read_tensors, sha256_file, write_tensors
+from fastadapt.files import read_tensors, write_tensors
 from fastadapt.gdpl import (
     DomainEncoder,
     GDPLConfig,
@@ -24,6 +24,7 @@ from fastadapt.gdpl import (
 )
 from fastadapt.gdpl.fold import FoldedPromptLearner
 from tests.gdpl.test_model import SMALL, WIDTH, randomize, small_model
+from tests.helpers.bundles import reseal
 from tests.helpers.gdpl_models import clip_model, make_colours, save_source
 
 NAMES = ("annual_crop", "forest", "harbour", "industrial_area", "river")
@@ -177,10 +178,7 @@ class TestDomainInput:
         golden, metadata = read_tensors(file)
         golden["domain_features"] = golden["domain_features"].flip(0).contiguous()
         write_tensors(file, golden, metadata)
-        manifest = tmp_path / "bundle" / "manifest.json"
-        content = json.loads(manifest.read_text())
-        content["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        manifest.write_text(json.dumps(content))
+        reseal(tmp_path / "bundle")
         assert not verify_bundle(tmp_path / "bundle", speed=False).passed
 
     def test_a_golden_file_without_an_input(self, run, tmp_path):

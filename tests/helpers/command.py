@@ -17,4 +17,5 @@ def command(monkeypatch, *args):
 
 def contents(folder):
     """Return the content of every file of a folder, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -9,11 +9,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_run, verify_bundle, write_repository
+from fastadapt.export.bundle.golden import GoldenSamples
+from fastadapt.export.bundle.manifest import content_sha256
 from fastadapt.export.bundle.report import render_report
 from fastadapt.export.bundle.samples import Sample, choose
 from fastadapt.files import read_json
@@ -27,6 +30,7 @@ class TestBundle:
         assert names == {
             "model.onnx",
             "labels.txt",
+            "golden",
             "golden.safetensors",
             "manifest.json",
             "report.html",
@@ -44,7 +48,12 @@ class TestBundle:
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         adapter = (made / "run" / "adapter.safetensors").read_bytes()
-        assert manifest["schema"] == 2
+        assert manifest["schema"] == 3
+        assert manifest["content_sha256"] == content_sha256(manifest)
+        labels = ["crack", "good"]
+        assert manifest["tasks"] == [
+            {"output": "logits", "kind": "classification", "labels": labels}
+        ]
         assert manifest["backbone"]["name"] == "test_vit"
         assert manifest["backbone"]["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
         assert manifest["golden"]["origin"] == f"the validation split of {made / 'run'}"
@@ -88,10 +97,14 @@ class TestBundle:
         assert expected.shape == (16, 2)
         labels = json.loads(metadata["labels"])
         assert labels.count("crack") == labels.count("good") == 8
-        name = json.loads(metadata["files"])[0]
+        assert set(metadata) == {"labels"}  # no names of files
         pre = Preprocess.from_dict(read_json(made / "run" / "config.json")["preprocess"])
-        again = pre.read(made / "images" / labels[0] / name)
-        assert np.array_equal(images[0], again.numpy())
+        files = sorted((made / "images" / labels[0]).iterdir())
+        (real,) = [p for p in files if np.array_equal(images[0], pre.read(p).numpy())]
+        with Image.open(made / "bundle" / "golden" / "00.png") as image:
+            assert not image.getexif() and not image.text
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(real)))
+        again = pre.read(real)
         model = fa.load_adapter(made / "run")
         with torch.no_grad():
             want = model(pre.normalize(again[None]))
@@ -119,7 +132,7 @@ class TestBundle:
         engine = manifest["artefacts"][0]
         details = {**engine["details"], "fp32_layers": ["<i>head</i>"], "version": "10.1"}
         manifest["artefacts"].append({**engine, "path": "m.engine", "details": details})
-        report = render_report(manifest, [], np.zeros((0, 2)))
+        report = render_report(manifest, GoldenSamples((), (), {}, np.zeros((0, 2)), ""))
         assert "kept in fp32</td><td>&lt;i&gt;head&lt;/i&gt;" in report
         assert "<script" not in report and "<b>" not in report
         assert "Rejected" in report and "&lt;b&gt;bad&lt;/b&gt; &amp; worse" in report

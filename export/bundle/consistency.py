@@ -1,0 +1,99 @@
+"""Whether a bundle's parts say the same: class names, sizes and preprocessing stand in several.
+
+Class names stand in the manifest, in ``labels.txt`` and in the ONNX files' metadata, and their
+number is the width of the output; the preprocessing stands in the manifest and in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastadapt.errors import InputError
+
+from .manifest import LABELS, MANIFEST
+
+
+def check_consistency(bundle: str | Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError naming the first two parts of a bundle that contradict each other."""
+    bundle, labels = Path(bundle), manifest["labels"]
+    if LABELS in manifest["files"] and read_labels(bundle / LABELS) != labels:
+        raise InputError(_contradiction(bundle, "class names", LABELS))
+    for task in manifest.get("tasks", ())[:1]:
+        if task["labels"] != labels:
+            raise InputError(f"{bundle / MANIFEST}: the first task has other labels than 'labels'")
+    outputs = manifest["model"].get("outputs", ())
+    width = outputs[0]["shape"][-1] if outputs and outputs[0]["shape"] else None
+    if labels and width not in (None, len(labels)):
+        raise InputError(
+            f"{bundle / MANIFEST} names {len(labels)} classes; the model has {width} outputs"
+        )
+    for artefact in manifest["artefacts"]:
+        if artefact["kind"] == "onnx" and artefact["path"] is not None:
+            _check_onnx(bundle, manifest, artefact)
+
+
+def read_labels(path: Path) -> list[str]:
+    """Read class names, one a line, as they were written."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8: copy the bundle again") from None
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def check_labels(labels: list[str]) -> None:
+    """Raise InputError for a class name that files of one name a line cannot hold."""
+    for label in labels:
+        if not label.strip() or len(label.splitlines()) != 1 or label.splitlines()[0] != label:
+            raise InputError(
+                f"the class name {label!r} is empty or holds a line break, which {LABELS} cannot "
+                "hold: rename the class"
+            )
+
+
+def _check_onnx(bundle: Path, manifest: dict[str, Any], artefact: dict[str, Any]) -> None:
+    import onnx
+
+    file = bundle / artefact["path"]
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception:  # protocol buffers' errors have no common base
+        return  # the runtime says why it cannot load the file
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value not in artefact.get("files", ()):
+                raise InputError(
+                    f"{file} reads {entry.value!r}, which the manifest does not list for it"
+                )
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    labels = _parsed(metadata.get("labels"))
+    stated = labels if manifest["schema"] >= 3 else labels or None  # once left empty
+    if stated is not None and stated != manifest["labels"]:
+        raise InputError(_contradiction(bundle, "class names", f"{file.name}'s metadata"))
+    preprocessing = _parsed(metadata.get("preprocessing"))
+    if preprocessing is not None and preprocessing != manifest["preprocessing"]:
+        raise InputError(_contradiction(bundle, "preprocessing", f"{file.name}'s metadata"))
+    for output in model.graph.output[:1]:
+        sizes = output.type.tensor_type.shape.dim
+        width = sizes[-1].dim_value if len(sizes) > 1 else 0
+        if manifest["labels"] and width and width != len(manifest["labels"]):
+            raise InputError(
+                f"{bundle / MANIFEST} names {len(manifest['labels'])} classes; {file.name} has "
+                f"{width} outputs"
+            )
+
+
+def _parsed(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _contradiction(bundle: Path, what: str, where: str) -> str:
+    return (
+        f"{bundle}: the {what} of {MANIFEST} and of {where} differ: export again, or take the "
+        "bundle from where it was made"
+    )

@@ -1,0 +1,210 @@
+"""What a manifest may hold: the type and the range of every value, checked before any is used.
+
+Schemas:
+
+1. Float input, ``model.onnx`` alone.
+2. uint8 input; artefacts, environment, speed.
+3. ``content_sha256``, a hash over the manifest itself; ``tasks``, one for each output; golden
+   samples as decoded images; ``limits`` that the user chose; licences.
+
+Keys that are not declared here are kept and not read, so that a later version can add some.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastadapt.errors import InputError
+
+from ..settings import MOST_IMAGES
+
+LARGEST_SIDE = 65536
+
+Text = Annotated[str, Field(max_length=10_000)]
+FileName = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
+FilePath = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\\\x00-\x1f]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+BatchSize = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
+Finite = Annotated[float, Field(ge=-1e308, le=1e308)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Part(BaseModel):
+    """Base of all parts: no conversions, no NaN, unknown keys kept."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class TensorEntry(Part):
+    """An input or output of the graph."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    dtype: Annotated[str, Field(max_length=50)] = "float32"
+    shape: Annotated[list[Size | Text], Field(max_length=8)] = []
+
+
+class ModelEntry(Part):
+    """The graph that every bundle has."""
+
+    file: Literal["model.onnx"] = "model.onnx"
+    opset: Annotated[int, Field(ge=1, le=1000)] = 20
+    inputs: Annotated[list[TensorEntry], Field(min_length=1, max_length=16)]
+    outputs: Annotated[list[TensorEntry], Field(max_length=16)] = []
+
+
+class Task(Part):
+    """What one output of the graph means."""
+
+    output: Annotated[str, Field(max_length=200)]
+    kind: Annotated[str, Field(max_length=50)]
+    labels: Annotated[list[Text], Field(max_length=1_000_000)] = []
+
+
+class FileEntry(Part):
+    """Size and hash of a file."""
+
+    bytes: Annotated[int, Field(ge=0, le=2**50)]
+    sha256: Sha256
+
+
+class BatchEntry(Part):
+    """The batch sizes of a file."""
+
+    min: BatchSize
+    opt: BatchSize
+    max: BatchSize
+
+    @model_validator(mode="after")
+    def check_order(self) -> BatchEntry:
+        """Refuse sizes that are not in order."""
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("expected min ≤ opt ≤ max")
+        return self
+
+
+class Details(Part):
+    """What depends on the kind of a file, as far as it is used."""
+
+    batch: BatchEntry | None = None
+    onnx: FileName | None = None
+    targets: Annotated[list[Text], Field(max_length=100)] = []
+    workspace: Annotated[int, Field(ge=1, le=2**30)] | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+
+
+class ParityEntry(Part):
+    """A comparison."""
+
+    stage: Text
+    batch: Annotated[int, Field(ge=0, le=2**40)] = 0
+    samples: Annotated[int, Field(ge=0, le=2**40)] = 0
+    error: Finite | None = None
+    cosine: Finite | None = None
+    top1: Share | None = None
+    near_ties: Annotated[int, Field(ge=0)] | None = None
+    spread: Finite | None = None
+    problems: list[Text] = []
+    limit: Finite = 0.0
+
+
+class ArtefactEntry(Part):
+    """A file that runs."""
+
+    kind: Literal["onnx", "tensorrt", "tensorrt_rtx", "aotinductor"]
+    path: FileName | None
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    status: Literal["verified", "unverified", "refused", "failed"]
+    reason: Text = ""
+    parity: Annotated[list[ParityEntry], Field(max_length=1000)] = []
+    speed: dict[Text, dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Finite]] = {}
+    files: Annotated[list[FileName], Field(max_length=100)] = []
+    details: Details = Details()
+
+    @model_validator(mode="after")
+    def check_precision(self) -> ArtefactEntry:
+        """Refuse wider limits for the graph that all others are compared with."""
+        if self.path == "model.onnx" and (self.kind, self.precision) != ("onnx", "fp32"):
+            raise ValueError("model.onnx is an ONNX file in fp32")
+        return self
+
+
+class Limits(Part):
+    """Limits that the user chose; parity's own stand in the code."""
+
+    int8_budget: Share | None = None
+    fp8_budget: Share | None = None
+
+
+class Golden(Part):
+    """The golden samples."""
+
+    samples: Annotated[int, Field(ge=0, le=100_000)] = 0
+    origin: Text = ""
+    images: Annotated[list[FilePath], Field(max_length=100_000)] = []
+
+
+class PreprocessingEntry(Part):
+    """The sizes and shares from which something is allocated; the rest Preprocess checks."""
+
+    input_size: Annotated[list[Size], Field(min_length=3, max_length=3)]
+    crop_pct: Annotated[float, Field(ge=0.01, le=1)] = 0.875
+    mean: Annotated[list[Finite], Field(min_length=1, max_length=64)] = [0.0]
+    std: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(max_length=64)] = [1.0]
+    tiles: dict[str, Any] | None = None
+
+
+class Environment(Part):
+    """The machine that made the bundle."""
+
+    versions: dict[Text, Text] = {}
+    devices: list[Text] = []
+
+
+class Manifest(Part):
+    """A whole manifest, of the newest schema."""
+
+    files: Annotated[dict[FilePath, FileEntry], Field(max_length=200_000)]
+    format: Literal["fastadapt-bundle"]
+    schema_: Annotated[int, Field(alias="schema", ge=1)]
+    content_sha256: Sha256 | None = None
+    accepted: bool
+    problems: list[Text]
+    model: ModelEntry
+    labels: Annotated[list[Text], Field(max_length=1_000_000)]
+    tasks: Annotated[list[Task], Field(max_length=16)] = []
+    preprocessing: PreprocessingEntry
+    golden: Golden = Golden()
+    limits: Limits = Limits()
+    environment: Environment = Environment()
+    artefacts: Annotated[list[ArtefactEntry], Field(max_length=1000)]
+
+
+def check_manifest(manifest: dict[str, Any], where: str) -> None:
+    """Raise InputError naming the first value of a manifest that is missing or cannot be."""
+    try:
+        Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the manifest"
+        if first["type"] == "missing":
+            said = f"lacks the key {place!r}"
+        else:
+            said = f"{place!r} is {_shown(first['input'])}: {_lowered(first['msg'])}"
+        raise InputError(f"{where}: {said}. Copy the bundle again.") from None
+
+
+def _shown(value: Any) -> str:
+    text = "an object" if isinstance(value, dict) else repr(value)
+    text = "a list" if isinstance(value, list) else text
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _lowered(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

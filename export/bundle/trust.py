@@ -1,0 +1,50 @@
+"""Which bundles may run native code here: those that were made on this machine.
+
+A ``.pt2`` of AOTInductor and a TensorRT engine are programs. A bundle's hashes show that its files
+belong together, not who made them: integrity, not authenticity. So native code of a bundle runs
+only if the hash of its manifest was recorded here when it was made, or if the user says that its
+maker is trusted. ONNX files hold no code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ..artefact import Artefact
+from .manifest import content_sha256
+
+NATIVE = ("aotinductor", "tensorrt", "tensorrt_rtx")
+
+
+def remember_bundle(manifest: dict[str, Any]) -> None:
+    """Record that a bundle was made here; without a folder to write to, it counts as foreign."""
+    with contextlib.suppress(OSError):
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / content_sha256(manifest)).touch()
+
+
+def made_here(manifest: dict[str, Any]) -> bool:
+    """Tell whether :func:`remember_bundle` was called for this manifest on this machine."""
+    try:
+        return (_folder() / content_sha256(manifest)).is_file()
+    except OSError:
+        return False
+
+
+def why_not_run(artefact: Artefact, manifest: dict[str, Any], trust: bool) -> str | None:
+    """Say why a file must not run; ``None`` if it may."""
+    if artefact.kind not in NATIVE or trust or made_here(manifest):
+        return None
+    return (
+        f"{artefact.path} holds native code and the bundle was not made on this machine: run it "
+        "with `trust=True` if you trust its maker"
+    )
+
+
+def _folder() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "fastadapt" / "bundles"
