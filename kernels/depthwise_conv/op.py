@@ -190,12 +190,11 @@ def _weight_gradient(g, x, weight, stride, padding):
     batch, channels, height, width = x.shape
     k = weight.shape[2]
     pixels = g.shape[2] * g.shape[3]
-    _, cols = _tile(pixels, channels)
-    rows, taps = 16, 1 << (k - 1).bit_length()
-    blocks = ceil_div(channels, cols) * k
+    rows, cols = _tile(pixels, channels)
+    blocks = ceil_div(channels, cols) * k * k
     parts = max(1, min(batch * ceil_div(pixels, rows), _WEIGHT_PROGRAMS // blocks))
     sums = torch.empty((parts, k * k, channels), dtype=torch.float32, device=x.device)
-    kernels.weight_gradient_kernel[(parts, ceil_div(channels, cols), k)](
+    kernels.weight_gradient_kernel[(parts, ceil_div(channels, cols), k * k)](
         g,
         x,
         sums,
@@ -207,7 +206,6 @@ def _weight_gradient(g, x, weight, stride, padding):
         K=k,
         S=stride,
         P=padding,
-        BT=taps,
         BP=rows,
         BC=cols,
         num_warps=4,
