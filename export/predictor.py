@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastadapt.data.decode import decode, to_rgb
+from fastadapt.data.decode_pool import Reading, default_workers
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.errors import InputError
 
@@ -28,7 +33,8 @@ from .bundle.consistency import check_consistency
 from .bundle.manifest import check_accepted, check_files, read_manifest
 from .bundle.trust import why_not_run
 from .graph_input import GraphInput
-from .runtimes import Runtime, RuntimeUnavailable, load_runtime
+from .predict.decode_ahead import Computed, compute, open_decoder
+from .runtimes import OnnxRuntime, Runtime, RuntimeUnavailable, load_runtime
 
 Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 BATCH = 32
@@ -63,8 +69,38 @@ class Prediction:
         return len(self.logits)
 
 
+@dataclass(frozen=True)
+class PredictedImage:
+    """A model's outputs for one image file.
+
+    Attributes:
+        path: as it was given.
+        label: the most likely class; empty without a head, or if the file cannot be read.
+        probabilities, logits: fp32 [classes]; ``None`` if the file cannot be read.
+        problem: why the file cannot be read, in one line; ``None`` if it was.
+    """
+
+    path: str | os.PathLike
+    label: str = ""
+    probabilities: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    problem: str | None = None
+
+
+class Origin(NamedTuple):
+    """What a predictor was loaded from, so that another process can load it, too."""
+
+    bundle: str
+    file: str
+    device: str
+    trust: bool
+
+
 class Predictor:
     """A loaded bundle, called with images; made by :func:`load`.
+
+    Several threads may call it at once. Pickled, it is loaded again where it arrives, so that it
+    can be sent to processes that are started ("spawn"); a forked process has to load its own.
 
     Attributes:
         classes: names in the outputs' order.
@@ -74,14 +110,108 @@ class Predictor:
         others: names of its inputs beside the images.
     """
 
-    def __init__(self, manifest: dict[str, Any], artefact: Artefact, runtime: Runtime):
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        artefact: Artefact,
+        runtime: Runtime,
+        origin: Origin | None = None,
+    ):
         self.classes = tuple(manifest["labels"])
         self.graph_input = GraphInput.from_dict(manifest["preprocessing"])
         self.artefact = artefact
         self.runtime = runtime
         self.others = tuple(value["name"] for value in manifest["model"]["inputs"][1:])
+        self._outputs = manifest["model"].get("outputs", [])
         sizes = artefact.details.get("batch") or {"min": 1, "max": BATCH}
         self._fewest, self._most = sizes["min"], sizes["max"]
+        self._origin, self._pid = origin, os.getpid()
+        # ONNX Runtime's sessions are safe from several threads; the others' contexts are not.
+        safe = isinstance(runtime, OnnxRuntime)
+        self._one_at_a_time: Any = nullcontext() if safe else threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Load the bundle again where the pickle is read."""
+        if self._origin is None:
+            raise InputError("this predictor cannot be sent to another process: load() makes one")
+        return _load_again, (self._origin,)
+
+    @property
+    def reading(self) -> Reading | None:
+        """How an image file becomes the pixels that :meth:`run` takes.
+
+        ``None`` where the graph resizes: images keep their sizes.
+        """
+        preprocess = self.graph_input.preprocess
+        if self.graph_input.resize:
+            return None
+        return Reading(preprocess.geometry, preprocess.intensity_range)
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        """Map prepared images, uint8 [images, H, W, 3], to fp32 logits [images, classes].
+
+        Raises:
+            InputError: the model takes more than images, or the process is a fork of the one that
+                loaded it.
+        """
+        self._check_others({}, len(pixels))
+        images = np.moveaxis(pixels, -1, 1)
+        starts = range(0, len(images), self._most)
+        return np.concatenate([self._run(images[i : i + self._most], []) for i in starts])
+
+    def iter(
+        self,
+        paths: Iterable[str | os.PathLike],
+        batch: int = BATCH,
+        workers: int | None = None,
+    ) -> Iterator[PredictedImage]:
+        """Predict any number of image files, in order and in bounded memory.
+
+        Files are decoded in processes, a few batches ahead of the model. A file that cannot be read
+        gives a result that says why, and the others are predicted all the same.
+
+        Args:
+            paths: any iterable, an endless one for example.
+            batch: images that are computed at once.
+            workers: processes that decode; one for each core if ``None``.
+
+        Yields:
+            One result for each path.
+        """
+        if batch < 1:
+            raise InputError(f"batch is {batch}; expected at least 1")
+        preprocess = self.graph_input.preprocess
+        workers = default_workers() if workers is None else workers
+        source = iter(paths)
+        sent: deque[list[str | os.PathLike]] = deque()
+
+        def batches() -> Iterator[list[str]]:
+            while chunk := list(itertools.islice(source, batch)):
+                sent.append(chunk)
+                yield [os.fspath(path) for path in chunk]
+
+        with open_decoder(self.reading, preprocess.intensity_range, batch, workers) as decode:
+            for decoded in decode(batches()):
+                yield from self._listed_results(
+                    sent.popleft(), compute(decoded, self.run, self.width)
+                )
+
+    def _listed_results(
+        self, paths: list[str | os.PathLike], computed: Computed
+    ) -> Iterator[PredictedImage]:
+        prediction = Prediction(computed.values, self.classes)
+        found = zip(prediction.labels, prediction.probabilities, prediction.logits, strict=True)
+        for place, path in enumerate(paths):
+            problem = computed.problems.get(place)
+            if problem is None:
+                yield PredictedImage(path, *next(found))
+            else:
+                yield PredictedImage(path, problem=problem)
+
+    @property
+    def width(self) -> int:
+        """The number of outputs: classes, or features where there is no head."""
+        return len(self.classes) or int(np.prod(self._outputs[0]["shape"][1:]))
 
     def __call__(self, images: Picture | Sequence[Picture], **others: np.ndarray) -> Prediction:
         """Predict, with the preprocessing of the training.
@@ -141,11 +271,17 @@ class Predictor:
                 raise InputError(f"{name} has {len(values)} rows; there are {count} images")
 
     def _run(self, pixels: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+        if os.getpid() != self._pid:
+            raise InputError(
+                "this predictor was loaded before the process forked, where its runtime does not "
+                "work: load it in each worker, or start workers by multiprocessing's 'spawn'"
+            )
         count = len(pixels)
         inputs = [self.graph_input.array(pixels), *others]
         if count < self._fewest:  # an engine that takes no fewer
             inputs = [np.resize(x, (self._fewest, *x.shape[1:])) for x in inputs]
-        outputs = self.runtime(*inputs)
+        with self._one_at_a_time:
+            outputs = self.runtime(*inputs)
         return outputs.reshape(len(outputs), -1)[:count]
 
 
@@ -190,7 +326,9 @@ def load(
         if why_not is not None:
             raise InputError(why_not)
         runtime = load_runtime(bundle / file, artefact.kind, device=device)
-        return Predictor(manifest, artefact, runtime)
+        return Predictor(
+            manifest, artefact, runtime, Origin(str(bundle.absolute()), file, device, trust)
+        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     reasons = []
     for artefact in sorted(artefacts, key=lambda a: -_speed(a, on_gpu)):
@@ -205,10 +343,15 @@ def load(
         except RuntimeUnavailable as error:
             reasons.append(str(error))
             continue
-        return Predictor(manifest, artefact, runtime)
+        origin = Origin(str(bundle.absolute()), artefact.path, device, trust)
+        return Predictor(manifest, artefact, runtime, origin)
     if not reasons:
         raise InputError(f"nothing in {bundle} was verified: fastadapt verify says more")
     raise InputError(f"nothing in {bundle} runs here: {'; '.join(reasons)}")
+
+
+def _load_again(origin: Origin) -> Predictor:
+    return load(origin.bundle, origin.file, device=origin.device, trust=origin.trust)
 
 
 def _speed(artefact: Artefact, on_gpu: bool) -> float:

@@ -1,6 +1,10 @@
 """A bundle as a function of images: the same answers as in training."""
 
+import itertools
+import multiprocessing
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -142,3 +146,64 @@ class TestChoice:
         with pytest.raises(fa.InputError, match=r"labels\.txt has 5 bytes"):
             load(bundle)
         assert load(bundle, check=False, device="cpu").classes == CLASSES
+
+
+class TestMany:
+    @pytest.mark.parametrize("name", ["uint8", "float", "resize"])
+    def test_iter_gives_what_a_call_gives(self, tuned_bundles, name, tmp_path):
+        predict = load(tuned_bundles[0] / name)
+        paths = sorted((tuned_bundles[0] / "pictures").iterdir())
+        (tmp_path / "bad.png").write_text("no image")
+        given = [*paths[:3], tmp_path / "bad.png", *paths[3:]]
+        found = list(predict.iter(iter(given), batch=4, workers=2))
+        assert [one.path for one in found] == given
+        bad = found.pop(3)
+        assert "bad.png cannot be read" in bad.problem and bad.label == "" and bad.logits is None
+        want = predict(paths)
+        assert [one.label for one in found] == want.labels
+        for one, logits, probabilities in zip(found, want.logits, want.probabilities, strict=True):
+            np.testing.assert_allclose(one.logits, logits, atol=1e-4)
+            np.testing.assert_allclose(one.probabilities, probabilities, atol=1e-4)
+
+    def test_iter_takes_paths_only_as_needed(self, predict, tuned_bundles):
+        path = str(tuned_bundles[0] / "pictures" / "rgb0.png")
+        taken = []
+        endless = (taken.append(1) or path for _ in itertools.count())
+        found = predict.iter(endless, batch=2, workers=1)
+        assert next(found).label and next(found).label
+        found.close()
+        assert len(taken) <= 12
+        assert list(predict.iter([])) == []
+        with pytest.raises(fa.InputError, match="batch is 0"):
+            next(predict.iter([path], batch=0))
+
+
+class TestProcesses:
+    def test_a_pickle_loads_the_bundle_again(self, predict, tuned_bundles):
+        path = tuned_bundles[0] / "pictures" / "rgb0.png"
+        again = pickle.loads(pickle.dumps(predict))
+        assert again.artefact == predict.artefact and again.runtime is not predict.runtime
+        np.testing.assert_array_equal(again(path).logits, predict(path).logits)
+
+    def test_a_started_process_predicts(self, predict, tuned_bundles):
+        paths = [str(tuned_bundles[0] / "pictures" / "rgb0.png")] * 2
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            ((label,),) = pool.map(_label_of, [(predict, paths[:1])])
+        assert label == predict(paths[0]).labels[0]
+
+    def test_a_forked_process_is_told(self, predict, tuned_bundles, monkeypatch):
+        monkeypatch.setattr(predictor_step.os, "getpid", lambda: -1)
+        with pytest.raises(fa.InputError, match="loaded before the process forked"):
+            predict(tuned_bundles[0] / "pictures" / "rgb0.png")
+
+    def test_several_threads(self, predict, tuned_bundles):
+        paths = sorted((tuned_bundles[0] / "pictures").glob("*.png"))
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(predict, paths * 3))
+        for path, one in zip(paths * 3, found, strict=True):
+            np.testing.assert_allclose(one.logits, predict(path).logits, atol=1e-5)
+
+
+def _label_of(job):
+    predict, paths = job
+    return predict(paths).labels

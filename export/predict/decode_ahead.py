@@ -1,0 +1,174 @@
+"""Decode batches of images while the batches before them are computed, in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastadapt.data.decode import load_image
+from fastadapt.data.decode_pool import DecodePool, Reading
+from fastadapt.data.pixels import ValueRange
+from fastadapt.errors import InputError, first_line
+from fastadapt.progress import prefetch
+
+AHEAD = 4  # batches that are in work, waiting or being computed
+HELD_BYTES = 128 * 2**20  # of decoded images of their own sizes that wait for a batch
+
+# Images of one size: their places in the batch, and uint8 [images, H, W, 3].
+Group = tuple[list[int], np.ndarray]
+
+
+@dataclass
+class DecodedBatch:
+    """One batch of images, as decoded.
+
+    Attributes:
+        groups: images of one size each; to be used up before the next batch is asked for, which
+            overwrites them.
+        problems: why an image cannot be read, by its place; complete once ``groups`` is used up.
+    """
+
+    groups: Iterable[Group]
+    problems: dict[int, str] = field(default_factory=dict)
+
+
+# From batches of paths to decoded batches, in order.
+Decoder = Callable[[Iterable[Sequence[str]]], Iterator[DecodedBatch]]
+
+
+def open_decoder(
+    reading: Reading | None, value_range: ValueRange | None, batch: int, workers: int
+) -> AbstractContextManager[Decoder]:
+    """Return a context whose value decodes batches ahead.
+
+    Args:
+        reading: how images become pixels of one size; ``None`` to leave each its own size.
+        value_range: of the pixels, for images of their own size.
+        batch: most images of a batch.
+        workers: processes that decode, or threads for images of their own size.
+    """
+    if reading is None:
+        return nullcontext(lambda batches: _own_sizes(batches, value_range, workers))
+    return _PoolDecoder(reading, batch, workers)
+
+
+class _PoolDecoder:
+    """Decode in processes, into a ring of shared memory."""
+
+    def __init__(self, reading: Reading, batch: int, workers: int):
+        self.reading, self.batch = reading, batch
+        self.pool = DecodePool(workers)
+
+    def __enter__(self) -> Decoder:
+        return self._decode
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+    def _decode(self, batches: Iterable[Sequence[str]]) -> Iterator[DecodedBatch]:
+        geometry, size = self.reading.geometry, self.batch
+        region = self.pool.memory(AHEAD * size, geometry)
+        shape = (AHEAD * size, geometry.height, geometry.width, 3)
+        ring = np.frombuffer(region.bytes, np.uint8).reshape(shape)
+
+        def requests() -> Iterator[list[tuple[int, str]]]:
+            for number, paths in enumerate(batches):
+                first = number % AHEAD * size
+                yield [(first + i, path) for i, path in enumerate(paths)]
+
+        decoded = self.pool.stream(requests(), self.reading, region, AHEAD)
+        for number, answers in enumerate(decoded):
+            first = number % AHEAD * size
+            problems = {i: answer for i, answer in enumerate(answers) if answer is not None}
+            rows = [i for i in range(len(answers)) if i not in problems]
+            pixels = ring[first : first + len(answers)]
+            if problems:
+                pixels = pixels[rows]
+            yield DecodedBatch([(rows, pixels)] if rows else [], problems)
+
+
+def _own_sizes(
+    batches: Iterable[Sequence[str]], value_range: ValueRange | None, workers: int
+) -> Iterator[DecodedBatch]:
+    """Decode in threads, a few images ahead, whatever their sizes."""
+    counts: deque[int] = deque()
+
+    def paths() -> Iterator[str]:
+        for batch in batches:
+            counts.append(len(batch))
+            yield from batch
+
+    def read(path: str) -> np.ndarray | str:
+        try:
+            return np.asarray(load_image(path, value_range))
+        except InputError as error:
+            return str(error)
+        except Exception as error:  # an image that Pillow decodes and cannot convert, say
+            return f"{path} cannot be read as an image: {first_line(error)}"
+
+    images = prefetch(read, paths(), workers, 2 * workers)
+    for first in images:
+        decoded = DecodedBatch(())
+        batch = itertools.islice(itertools.chain([first], images), counts.popleft())
+        decoded.groups = _by_size(batch, decoded.problems)
+        yield decoded
+
+
+def _by_size(images: Iterator[np.ndarray | str], problems: dict[int, str]) -> Iterator[Group]:
+    """Group images by size, and give the groups whenever they hold much memory."""
+    held: dict[Any, list[tuple[int, np.ndarray]]] = {}
+    size = 0
+    for place, image in enumerate(images):
+        if isinstance(image, str):
+            problems[place] = image
+            continue
+        held.setdefault(image.shape, []).append((place, image))
+        size += image.nbytes
+        if size >= HELD_BYTES:
+            yield from _stacked(held)
+            size = 0
+    yield from _stacked(held)
+
+
+def _stacked(held: dict[Any, list[tuple[int, np.ndarray]]]) -> Iterator[Group]:
+    while held:
+        _, images = held.popitem()
+        yield [place for place, _ in images], np.stack([pixels for _, pixels in images])
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A model's outputs for one batch.
+
+    Attributes:
+        rows: places in the batch of the images that could be read, ascending.
+        values: fp32 [rows, outputs].
+        problems: why the others cannot be read, by place.
+    """
+
+    rows: list[int]
+    values: np.ndarray
+    problems: dict[int, str]
+
+
+def compute(batch: DecodedBatch, run: Callable[[np.ndarray], np.ndarray], width: int) -> Computed:
+    """Run a model on a decoded batch.
+
+    Args:
+        batch: of images.
+        run: from uint8 [images, H, W, 3] to [images, outputs].
+        width: outputs of the model.
+    """
+    rows: list[int] = []
+    parts: list[np.ndarray] = [np.empty((0, width), np.float32)]
+    for places, pixels in batch.groups:
+        rows += places
+        parts.append(np.asarray(run(pixels), np.float32))
+    order = np.argsort(np.array(rows, dtype=np.int64))
+    return Computed([rows[i] for i in order], np.concatenate(parts)[order], batch.problems)
