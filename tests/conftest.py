@@ -1,5 +1,6 @@
 """Share settings with every test: few threads, no network, seeds, and the package to be tested."""
 
+import importlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fastadapt-state-")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -32,10 +34,14 @@ def prefer_installed_package() -> None:
     installed = str(Path(spec.origin).parents[1])
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([installed, ROOT])
+    importlib.import_module("fastadapt")  # before pytest puts the root in front again
 
 
 prefer_installed_package()
 torch.set_num_threads(1)
+# A busy machine is no failure.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Started in the background, a shell has the tests ignore Ctrl-C; some send it to themselves and to
 # processes of theirs.

@@ -102,19 +102,19 @@ class Augmentation:
         """Read the stored images where equations (1) to (3) say."""
         height, width = images.shape[2:]
         matrix = self._matrix(draws, width / height)
-        grid = F.affine_grid(matrix, (len(images), 3, plain.height, plain.width), False)
+        grid = F.affine_grid(matrix, [len(images), 3, plain.height, plain.width], False)
         # How many stored pixels lie between two neighbours of the view, along either side.
         along_x = torch.hypot(matrix[:, 0, 0] * width, matrix[:, 1, 0] * height) / plain.width
         along_y = torch.hypot(matrix[:, 0, 1] * width, matrix[:, 1, 1] * height) / plain.height
         steps = torch.maximum(along_x, along_y)
         level = steps.clamp(min=1).log2().floor()
         levels = 1 + math.floor(math.log2(max(1.0, self._largest_step(images, plain))))
-        pixels, views = images.float(), None
-        for number in range(levels):
-            if number:
-                pixels = F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
+        pixels = images.float()
+        views = F.grid_sample(pixels, grid, "bilinear", "reflection", align_corners=False)
+        for number in range(1, levels):
+            pixels = F.avg_pool2d(pixels, 2, ceil_mode=True, count_include_pad=False)
             read = F.grid_sample(pixels, grid, "bilinear", "reflection", align_corners=False)
-            views = read if views is None else torch.where(_mask(level >= number), read, views)
+            views = torch.where(_mask(level >= number), read, views)
         return views
 
     def _largest_step(self, images: Tensor, plain: Geometry) -> float:

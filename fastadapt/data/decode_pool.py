@@ -63,7 +63,7 @@ class _Part(NamedTuple):
     """What was sent at once: for each process, the places of its images."""
 
     shares: dict[int, list[int]]
-    count: int
+    images: int
 
 
 class DecodePool:
@@ -220,7 +220,7 @@ class DecodePool:
 
     def collect(self, part: _Part) -> list[Any]:
         """Wait for the answers to a part; return them in the order of its images."""
-        answers = {}
+        answers: dict[int, Any] = {}
         for worker, rows in part.shares.items():
             try:
                 answers.update(zip(rows, self._connections[worker].recv(), strict=True))
@@ -270,7 +270,7 @@ class Job:
             answers += self._decode_pool.collect(part)
             self._send_next()
             if advance is not None:
-                advance(part.count)
+                advance(part.images)
         return answers
 
 

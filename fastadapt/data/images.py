@@ -43,7 +43,7 @@ class ImageSource:
         resident: whether images are kept decoded; if ``None``, where they fit.
     """
 
-    num_views = None
+    num_views: int | None = None
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class ImageSource:
             InputError: an image cannot be read.
         """
         view = 0 if views is None or len(order) == 0 else int(views[order[0]])
-        if view and not (views[order] == view).all():
+        if views is not None and view and not (views[order] == view).all():
             raise ValueError("all images of a pass have the same view")
         augmented = view > 0 and self.augment != "none"
         draws = self._draws_of(view) if augmented else None
@@ -187,7 +187,7 @@ class ImageSource:
             self._decode_pool = DecodePool(self.workers)  # for all further passes, too
         paths, pool = self._paths, self._decode_pool
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        region, ring = self._ring_of(geometry, batch_size)
+        region, ring = self._ring_of(pool, geometry, batch_size)
 
         def requests() -> Iterator[list[tuple[int, str]]]:
             for number, rows in enumerate(batches):
@@ -206,11 +206,13 @@ class ImageSource:
                 batch = batch.clone()
             yield batch.permute(0, 3, 1, 2)
 
-    def _ring_of(self, geometry: Geometry, batch_size: int) -> tuple[Region, Tensor]:
+    def _ring_of(
+        self, pool: DecodePool, geometry: Geometry, batch_size: int
+    ) -> tuple[Region, Tensor]:
         """Return memory for the batches that are ahead, the same in each pass; page-locked."""
         key = (geometry, batch_size)
         if key not in self._rings:
-            region = self._decode_pool.memory(AHEAD * batch_size, geometry)
+            region = pool.memory(AHEAD * batch_size, geometry)
             ring = torch.frombuffer(region.bytes, dtype=torch.uint8)
             if self.device.type == "cuda":
                 # Copies wait for the host where this fails, and are right all the same.

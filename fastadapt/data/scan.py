@@ -146,8 +146,9 @@ def scan(
     """
 
     def advance(count: int) -> None:
-        for _ in range(count if on_image is not None else 0):
-            on_image()
+        if on_image is not None:
+            for _ in range(count):
+                on_image()
 
     with Scan(dataset, workers, intensity_range) as begun:
         return begun.wait(skip_unreadable=skip_unreadable, advance=advance)

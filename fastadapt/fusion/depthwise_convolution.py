@@ -72,10 +72,10 @@ def _arguments(
         return None
     if weight.shape[2] != weight.shape[3] or compute_dtype(x) not in _HALF:
         return None
-    steps = [_single(value) for value in (stride, padding, dilation)]
-    if None in steps or steps[2] != 1:
+    step, border = _single(stride), _single(padding)
+    if step is None or border is None or _single(dilation) != 1:
         return None
-    return x, weight, bias, steps[0], steps[1]
+    return x, weight, bias, step, border
 
 
 def _single(value: Any) -> int | None:

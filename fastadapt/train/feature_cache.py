@@ -114,6 +114,7 @@ def cached_source(
             )
         if features is None:
             features = work.run(fp16=False)
+            assert features is not None  # fp32 holds every value
         if isinstance(features, Tensor):
             writer = CacheWriter(path, features)
             if writers is None:

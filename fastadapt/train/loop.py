@@ -128,7 +128,7 @@ class Trainer:
             self.pool.close()  # nothing is decoded from here on
 
     def load_best(self) -> None:
-        """Gives the model the weights of the epoch that was kept."""
+        """Give the model the weights of the epoch that was kept."""
         self.model.load_state_dict(self.state.best_model, strict=False)
 
     def evaluate(self, split: str) -> dict[str, Any]:
@@ -147,13 +147,13 @@ class Trainer:
             batch_size = max(batch_size, EVALUATION_BATCH_SIZE)
         self.model.eval()
         with torch.inference_mode():
-            logits = []
+            parts = []
             for inputs, labels in source.batches(order, None, batch_size):
                 if self.device.type == "cuda":  # libraries plan for each size that they meet
                     inputs, _ = padded(inputs, labels, batch_size)
                 with self._autocast():
-                    logits.append(logits_of(self.model, source, inputs).float())
-            return torch.cat(logits)[: len(order)].cpu()
+                    parts.append(logits_of(self.model, source, inputs).float())
+            return torch.cat(parts)[: len(order)].cpu()
 
     def loss(self, split: str, logits: Tensor) -> float:
         """Return the loss of logits on a split, with class weights, without label smoothing."""
@@ -171,8 +171,9 @@ class Trainer:
                 )
 
     def remove_unused_caches(self) -> None:
-        """Features that an earlier run in the same folder computed with other settings."""
-        used = {source.path.resolve() for source in self._features.values()}
+        """Remove features that an earlier run in the folder computed with other settings."""
+        paths = [source.path for source in self._features.values()]
+        used = {path.resolve() for path in paths if path is not None}
         if self.cached and not used:
             return  # resumed in stage 2: stage 1's are unknown here
         for path in (self.out / CACHE).glob("*.npy"):
@@ -208,11 +209,12 @@ class Trainer:
         )
         while state.epoch < epochs and not self._stalled():
             started = time.perf_counter()
-            row = {"stage": stage, "epoch": state.epoch + 1}
-            row |= self._train_epoch(row["epoch"], step, task)
+            epoch = state.epoch + 1
+            row: dict[str, Any] = {"stage": stage, "epoch": epoch}
+            row |= self._train_epoch(epoch, step, task)
             with self.phases("validation"):
                 measured = self.evaluate("val")
-            self._check_finite(measured["loss"], row["epoch"], "validation")
+            self._check_finite(measured["loss"], epoch, "validation")
             row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
             row["seconds"] = round(time.perf_counter() - started, 3)
             self._complete_epoch(row, optimizer)
@@ -389,7 +391,11 @@ class Trainer:
 
 
 def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype for autocast; None for full precision. Raises InputError for fp16 on a CPU."""
+    """Return the dtype for autocast; None for full precision.
+
+    Raises:
+        InputError: fp16 on a CPU.
+    """
     if amp == "off" or (amp == "auto" and device.type == "cpu"):
         return None
     if amp == "fp16" and device.type == "cpu":

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastadapt.files import atomic_path
 
@@ -19,7 +20,7 @@ from fastadapt.files import atomic_path
 def plot_curves(
     history: Sequence[dict[str, Any]], path: str | os.PathLike, best: int | None = None
 ) -> None:
-    """Loss on the left, validation accuracy and macro-F1 on the right, over epochs; a PNG.
+    """Draw loss on the left, validation accuracy and macro-F1 on the right, over epochs.
 
     Args:
         history: the lines of ``metrics.jsonl``.
@@ -27,7 +28,8 @@ def plot_curves(
         best: index of the epoch that was kept; marked if given.
     """
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    draw_curves(*figure.subplots(1, 2), history, best)
+    loss, score = figure.subplots(1, 2)
+    draw_curves(loss, score, history, best)
     save_figure(figure, path)
 
 
@@ -37,7 +39,7 @@ def plot_confusion(
     path: str | os.PathLike,
     title: str = "",
 ) -> None:
-    """A confusion matrix as a PNG; arguments as for :func:`draw_confusion`."""
+    """Write a confusion matrix as a PNG; arguments as for :func:`draw_confusion`."""
     size = min(max(4.0, 1.5 + 0.6 * len(classes)), 20.0)
     figure = Figure(figsize=(size + 1, size), dpi=120, layout="constrained")
     draw_confusion(figure.subplots(), confusion, classes, title)
@@ -47,7 +49,7 @@ def plot_confusion(
 def draw_curves(
     loss: Axes, score: Axes, history: Sequence[dict[str, Any]], best: int | None = None
 ) -> None:
-    """Draws losses on one axes, validation accuracy and macro-F1 on another.
+    """Draw losses on one axes, validation accuracy and macro-F1 on another.
 
     Args:
         loss, score: axes to draw on.
@@ -74,7 +76,7 @@ def draw_curves(
         if best is not None:
             axes.axvline(best + 1, color="tab:green", linewidth=1, alpha=0.6, label="kept epoch")
         axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     loss.set_ylabel("loss")
@@ -84,7 +86,7 @@ def draw_curves(
 def draw_confusion(
     axes: Axes, confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str = ""
 ) -> None:
-    """Draws a confusion matrix: counts, coloured by the share of the true class.
+    """Draw a confusion matrix: counts, coloured by the share of the true class.
 
     Args:
         axes: to draw on.
@@ -103,12 +105,12 @@ def draw_confusion(
         return  # the numbers would not be legible
     for row, column in np.ndindex(*counts.shape):
         color = "white" if share[row, column] > 0.5 else "black"
-        text = {"ha": "center", "va": "center", "color": color}
-        axes.text(column, row, counts[row, column], **text)
+        number = str(counts[row, column])
+        axes.text(column, row, number, ha="center", va="center", color=color)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Write a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -311,8 +311,9 @@ def scanned(scan: Scan, progress: Progress, *, skip_unreadable: bool = False) ->
 
 
 def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
-    """Writes the run folder's files from the weights that were kept, and drops the state."""
+    """Write the run folder's files from the weights that were kept, and drops the state."""
     out, state, dataset = trainer.out, trainer.state, trainer.dataset
+    assert state.best is not None  # an epoch was completed
     best = state.history[state.best]
     trainer.load_best()
     splits = ("val", "test") if dataset.split("test") else ("val",)

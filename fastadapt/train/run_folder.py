@@ -63,7 +63,7 @@ def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """What :func:`save_state` wrote: the state and the settings of its run."""
+    """Read what :func:`save_state` wrote: the state and the settings of its run."""
     tensors, metadata = read_tensors(path)
     try:
         state = State(**json.loads(metadata["state"]))
@@ -117,7 +117,11 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None:
-    """Raises InputError naming the first setting that differs from the run's."""
+    """Compare the settings of a run with those that it was started with.
+
+    Raises:
+        InputError: they differ; it names the first setting that does.
+    """
     now = json.loads(json.dumps(now))  # tuples to lists, as in the file
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) == then.get(key):
@@ -136,7 +140,7 @@ def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None
 
 
 def finished_results(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The results of a run that is finished; None if ``out`` holds none."""
+    """Return the results of a run that is finished; None if ``out`` holds none."""
     if not (out / RESULTS).is_file() or not (out / CONFIG).is_file():
         return None
     check_settings(settings, read_json(out / CONFIG).get("train", {}).get("settings", {}), out)
@@ -150,18 +154,19 @@ def append_metrics(out: Path, row: dict[str, Any]) -> None:
 
 
 def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
+    """Write ``metrics.jsonl`` anew."""
     write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
 
 def remove_leftovers(out: Path) -> None:
-    """Temporary files of a run that was killed while it wrote them."""
+    """Remove temporary files of a run that was killed while it wrote them."""
     for folder in (out, out / CACHE):
         for path in folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
 
 def remove_if_empty(out: Path) -> None:
-    """After a failure: the folders, if the run had nothing to put there."""
+    """Remove the folders after a failure, if the run had nothing to put there."""
     with contextlib.suppress(OSError):
         (out / CACHE).rmdir()
     with contextlib.suppress(OSError):

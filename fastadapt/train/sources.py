@@ -20,7 +20,10 @@ class Source(Protocol):
     """Give one split as batches of inputs and labels on the device."""
 
     labels: np.ndarray  # [n] int64
-    num_views: int | None  # None: a fresh view each epoch
+
+    @property
+    def num_views(self) -> int | None:
+        """The number of views of each image; ``None`` for a fresh one each epoch."""
 
     def batches(
         self, order: np.ndarray, views: np.ndarray | None, batch_size: int
@@ -55,7 +58,7 @@ class FeatureSource:
         self.device = device
         self.spatial = spatial
         self.channels_last = channels_last
-        self.num_views = len(features)
+        self.num_views: int | None = len(features)
 
     def batches(
         self, order: np.ndarray, views: np.ndarray | None, batch_size: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def training_step(
     graph: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function that takes one step: forward, cross-entropy, backward, clipping, optimizer.
+    """Make a function that takes one step: forward, cross-entropy, backward, clipping, optimizer.
 
     Args:
         logits: of the inputs, [B, classes].
@@ -69,7 +70,9 @@ def training_step(
         scaler.update()
         return loss.detach(), (y.detach().argmax(1) == labels).sum()
 
-    run = GraphedStep(train, say=say) if graph and not scaler.is_enabled() else train
+    run: Callable[..., Any] = train
+    if graph and not scaler.is_enabled():
+        run = GraphedStep(train, say=say)
 
     def step(lr: float, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         if rate is not None:
@@ -82,7 +85,7 @@ def training_step(
 
 
 class Losses:
-    """An epoch's losses. Of a GPU they are read every few steps: reading waits for it.
+    """Add up an epoch's losses. Those of a GPU are read every few steps: reading waits for it.
 
     Args:
         check: called with every loss and its step, from 1, when it is read; may raise.
@@ -99,14 +102,14 @@ class Losses:
         self._sum = 0.0
 
     def add(self, loss: Tensor, count: int) -> None:
-        """The mean loss of a batch of ``count`` images."""
+        """Add the mean loss of a batch of ``count`` images."""
         self._waiting.append((loss, count))
         self.is_read = not loss.is_cuda or len(self._waiting) == self.EVERY
         if self.is_read:
             self.total()
 
     def total(self) -> float:
-        """The sum over all images so far."""
+        """Return the sum over all images so far."""
         if self._waiting:
             values = torch.stack([loss for loss, _ in self._waiting]).tolist()
             for value, (_, count) in zip(values, self._waiting, strict=True):
