@@ -56,11 +56,10 @@ def test_python_snippets_run(document, monkeypatch, tmp_path, request):
     for block in documents.blocks(document):
         if block.language != "python":
             continue
-        setup, needs_gpu = block.setup, block.setup == "gpu"
-        if needs_gpu and not torch.cuda.is_available():
+        if block.setup.startswith("gpu;") and not torch.cuda.is_available():
             continue
-        if not needs_gpu:
-            exec(compile(setup, f"{named(document)}, before line {block.line}", "exec"), names)
+        setup = block.setup.removeprefix("gpu;").strip()
+        exec(compile(setup, f"{named(document)}, before line {block.line}", "exec"), names)
         source = "\n" * (block.line - 1) + block.text
         exec(compile(source, str(document), "exec"), names)
 
