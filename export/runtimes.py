@@ -182,7 +182,8 @@ class OnnxRuntime(Runtime):
         if batch is not None:
             options.add_free_dimension_override_by_name(self.inputs[0].shape[0], batch)
         try:
-            session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+            with contextlib.redirect_stdout(io.StringIO()):  # where it prints its own retries
+                session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             reason = first_line(error)
             if type(error).__name__ == "NotImplemented":  # bf16 on a CPU

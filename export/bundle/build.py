@@ -154,11 +154,13 @@ def rebuild_artefact(
             "made from the bundle's ONNX file; export again for another"
         )
     folder, details = Path(folder), artefact.details
+    if not {"batch", "onnx"} <= details.keys() or not (folder / details["onnx"]).is_file():
+        raise InputError(f"{artefact.path} cannot be rebuilt: its ONNX file is not in the bundle")
     config = tensorrt.EngineConfig(
         Batches(**details["batch"]),
-        workspace=details["workspace"],
-        hardware_compatible=details["hardware_compatible"],
-        version_compatible=details["version_compatible"],
+        workspace=details.get("workspace"),
+        hardware_compatible=details.get("hardware_compatible", False),
+        version_compatible=details.get("version_compatible", False),
     )
     flavour = tensorrt.choose_flavour(config)
     path, graph = folder / artefact.path, folder / details["onnx"]

@@ -6,7 +6,9 @@ checked in :mod:`fastadapt.export.bundle.verify_artefact`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,10 @@ def onnx_session(path: str | Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with contextlib.redirect_stdout(io.StringIO()):  # where it prints its own retries
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         name = Path(path).name
         raise InputError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 from fastadapt.files import write_tensors
 
 from ..graph_input import GraphInput, Inputs
 from .manifest import GOLDEN
+from .samples import LONGEST_SIDE
 
 EXPECTED = "expected"
 IMAGES = "golden"  # the folder in a bundle
@@ -84,7 +85,11 @@ def golden_inputs(
                 f"{GOLDEN} has {len(tensors[name])} rows of {name!r} and {count} of "
                 f"{EXPECTED!r}: copy the bundle again"
             )
+    if tensors[EXPECTED].dtype != torch.float32 or tensors[EXPECTED].ndim != 2:
+        raise InputError(f"{GOLDEN}: {EXPECTED!r} is no fp32 [samples, outputs]: copy it again")
     images, *others = names
+    if any(tensors[name].dtype != torch.float32 for name in others):
+        raise InputError(f"{GOLDEN}: an input beside the images is not fp32: copy it again")
     if tensors[images].dtype != torch.uint8 or tensors[images].ndim < 4:
         raise InputError(f"{GOLDEN}: {images!r} are no uint8 images: copy it again")
     graph_input = GraphInput.from_dict(preprocessing)
@@ -122,9 +127,7 @@ def check_golden_pixels(
     for name, want in zip(names, stored, strict=True):
         if name not in manifest["files"]:
             raise InputError(f"{bundle}: {name} is not among the listed files")
-        with Image.open(bundle / name, formats=("PNG",)) as image:
-            image.load()
-            pixels = image.convert("RGB")
+        pixels = _read_png(bundle / name)
         got = as_given(pixels, graph_input)
         if got.shape != want.shape:
             raise InputError(_differs(bundle, name, f"{list(got.shape)}, not {list(want.shape)}"))
@@ -132,6 +135,17 @@ def check_golden_pixels(
         if largest > (0 if same_versions else TOLERANCE):
             raise InputError(_differs(bundle, name, f"by {largest} levels"))
     return f"preprocessing differs by {largest} levels, as versions do" if largest else None
+
+
+def _read_png(path: Path) -> Image.Image:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if max(image.size) > LONGEST_SIDE:
+                raise ValueError(f"it is {image.size[0]} pixels wide and {image.size[1]} high")
+            image.load()
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises almost anything on damaged files
+        raise InputError(f"{path} is no golden image: {first_line(error)}") from None
 
 
 def as_given(image: Image.Image, graph_input: GraphInput) -> Tensor:

@@ -21,6 +21,7 @@ from fastadapt.errors import InputError
 from ..settings import MOST_IMAGES
 
 LARGEST_SIDE = 65536
+LARGEST_IMAGE = 2**27  # pixels of a resized image before it is cropped
 
 Text = Annotated[str, Field(max_length=10_000)]
 FileName = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^/\\\x00-\x1f]+$")]
@@ -74,6 +75,8 @@ class FileEntry(Part):
 
 class BatchEntry(Part):
     """The batch sizes of a file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     min: BatchSize
     opt: BatchSize
@@ -154,9 +157,22 @@ class PreprocessingEntry(Part):
 
     input_size: Annotated[list[Size], Field(min_length=3, max_length=3)]
     crop_pct: Annotated[float, Field(ge=0.01, le=1)] = 0.875
-    mean: Annotated[list[Finite], Field(min_length=1, max_length=64)] = [0.0]
-    std: Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], Field(max_length=64)] = [1.0]
+    mean: Annotated[list[Finite], Field(min_length=3, max_length=3)] = [0.0, 0.0, 0.0]
+    std: Annotated[
+        list[Annotated[float, Field(gt=0, le=1e6)]], Field(min_length=3, max_length=3)
+    ] = [1.0, 1.0, 1.0]
+    input: Literal["uint8", "float"] = "float"
+    normalization_in_graph: bool = True
+    resize_in_graph: bool = False
     tiles: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def check_size(self) -> PreprocessingEntry:
+        """Refuse images that resizing makes too large for any memory."""
+        _, height, width = self.input_size
+        if (height / self.crop_pct) * (width / self.crop_pct) > LARGEST_IMAGE:
+            raise ValueError("input_size over crop_pct is too large an image")
+        return self
 
 
 class Environment(Part):

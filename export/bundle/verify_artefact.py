@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
 from fastadapt.kernels.common.arithmetic import ceil_div
 
 from ..artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
@@ -19,6 +19,8 @@ from ..precision.half import DTYPES
 from ..runtimes import Runtime, RuntimeUnavailable, load_runtime
 from ..settings import DEFAULT_BATCHES, Batches
 from ..speed import throughput
+
+LARGEST_INPUT = 2**31  # bytes of a batch
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def verify_artefact(
         return replace(artefact, status=FAILED, reason=str(error))
     sizes = artefact.details.get("batch")
     batch = Batches(**sizes) if sizes else DEFAULT_BATCHES
+    needed = batch.max * sum(x[0].nbytes for x in reference.inputs.values())
+    if needed > LARGEST_INPUT:
+        reason = (
+            f"a batch of {batch.max} samples takes {needed / 1e9:.1f} GB, too much to be checked"
+        )
+        return replace(artefact, status=UNVERIFIED, reason=reason, parity=())
     parity = compare_runtime(runtime, reference, batch, precision=artefact.precision)
     problems = [f"at batch {p.batch}: {problem}" for p in parity for problem in p.problems]
     if problems:
@@ -105,10 +113,11 @@ def compare_runtime(
                 runtime(*(x[start : start + size] for x in tiled))
                 for start in range(0, count, size)
             ]
-        except InputError as error:
-            parities.append(Parity(runtime.name, size, count, problems=(str(error),)))
+            outputs = np.concatenate([part.reshape(len(part), -1) for part in parts])
+            outputs = outputs.astype(np.float64)
+        except (InputError, TypeError, ValueError) as error:  # outputs that are no rows of numbers
+            parities.append(Parity(runtime.name, size, count, problems=(first_line(error),)))
             continue
-        outputs = np.concatenate([part.reshape(len(part), -1) for part in parts])
 
         def against(truth, stage, size=size, outputs=outputs):
             wanted = _repeat(truth, len(outputs))

@@ -1,6 +1,7 @@
 """Golden samples: decoded images without metadata, or others where images must not leave."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from safetensors import safe_open
 
 import fastadapt as fa
 from fastadapt.export import export_run, verify_bundle
+from fastadapt.export.bundle import verify
 from fastadapt.files import read_json
+from tests.helpers.bundles import reseal
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 
@@ -69,12 +72,20 @@ def test_names_of_files_are_not_kept(made):
     assert golden["images"] == [f"golden/{index:02d}.png" for index in range(16)]
 
 
+def test_an_image_that_is_none_or_too_large(made, tmp_path):
+    bundle = shutil.copytree(made / "bundle", tmp_path / "b")
+    for content in (b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(100)):
+        (bundle / "golden" / "03.png").write_bytes(content)
+        reseal(bundle)
+        with pytest.raises(fa.InputError, match=r"golden/03\.png is no golden image"):
+            verify_bundle(bundle)
+    Image.new("RGB", (30_000, 30_000)).save(bundle / "golden" / "03.png")
+    reseal(bundle)
+    with pytest.raises(fa.InputError, match=r"03\.png is no golden image: .*30000|bomb"):
+        verify_bundle(bundle)
+
+
 def test_pixels_of_another_version_may_round_otherwise(made, tmp_path, monkeypatch):
-    import shutil
-
-    from fastadapt.export.bundle import verify
-    from tests.helpers.bundles import reseal
-
     bundle = shutil.copytree(made / "bundle", tmp_path / "b")
     image = np.asarray(Image.open(bundle / "golden" / "00.png")).astype(int)
     Image.fromarray((image + 1).clip(0, 255).astype(np.uint8)).save(bundle / "golden" / "00.png")

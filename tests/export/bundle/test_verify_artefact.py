@@ -1,8 +1,10 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from fastadapt.export.artefact import FAILED, VERIFIED, Artefact
+from fastadapt.export.artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
+from fastadapt.export.bundle import verify_artefact as verify_step
 from fastadapt.export.bundle.verify_artefact import Reference, compare_runtime, verify_artefact
 from fastadapt.export.settings import Batches
 
@@ -15,6 +17,9 @@ class FakeRuntime:
 
     def __call__(self, images):
         self.sizes.append(len(images))
+        return self.compute(images)
+
+    def compute(self, images):
         return images * 2 + self.error
 
 
@@ -57,6 +62,22 @@ class TestCompare:
         runtime, batch = FakeRuntime(error=0.03), Batches(1, 1, 1)
         assert not compare_runtime(runtime, reference, batch)[0].passed
         assert compare_runtime(runtime, reference, batch, precision="fp16")[0].passed
+
+    def test_a_batch_that_no_memory_holds_is_not_tried(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(verify_step, "load_runtime", lambda *args, **kwargs: FakeRuntime())
+        details = {"batch": {"min": 1, "opt": 1, "max": 4096}}
+        artefact = Artefact("onnx", "m.onnx", "fp32", VERIFIED, details=details)
+        wide = {"images": np.zeros((2, 300_000), np.float32)}
+        found = verify_artefact(tmp_path, artefact, Reference(wide, wide["images"]))
+        assert found.status == UNVERIFIED and "4096 samples takes 4.9 GB" in found.reason
+
+    @pytest.mark.parametrize("output", [np.float32(1), np.array([["a", "b"]])])
+    def test_outputs_that_are_no_rows_of_numbers_fail(self, output):
+        runtime = FakeRuntime()
+        runtime.compute = lambda images: output
+        reference = Reference(self.INPUTS, 2 * self.INPUTS["images"])
+        (parity,) = compare_runtime(runtime, reference, Batches(2, 2, 2))
+        assert not parity.passed and "\n" not in parity.problems[0]
 
     def test_a_file_that_does_not_load_fails(self, tmp_path):
         (tmp_path / "m.onnx").write_bytes(b"junk")
