@@ -51,14 +51,6 @@ STEPS = (
         "the paper's code",
     ),
     Figure(
-        "training step of all weights, ViT-B/16, batch 64",
-        "training",
-        "vit_base_patch16_224, 64",
-        "stage 2",
-        "upstream",
-        "the paper's code",
-    ),
-    Figure(
         "training step of GDPL, 32 images, 100 classes",
         "gdpl",
         "32 × 100",
@@ -76,14 +68,11 @@ KERNELS = (
         "compiled",
         "`torch.compile`",
     ),
-    Figure(
-        "adapter block forward and backward, 128 × 196 × 768",
-        "cladapter",
-        "128 × 196 × 768",
-        "forward + backward",
-        "compiled",
-        "`torch.compile`",
-    ),
+)
+# Whole commands: job and baseline of the benchmark `end_to_end`, and what readers call them.
+JOBS = (
+    ("two stages", "plain", "`fastadapt train`, from image files, both stages", "PyTorch and timm"),
+    ("GDPL", "upstream's loop", "`fastadapt gdpl`, from image files", "the paper's loop"),
 )
 # Tables of the deployment benchmark: the model, the best of ours, and what it is compared with.
 MODEL, BATCH = "ViT-B/16", "256"
@@ -92,15 +81,30 @@ BASELINE = "bf16, torch.compile, CUDA graph"
 
 
 def headline(results: Results, link: str) -> list[Row]:
-    """Return the rows for which there are figures, steps first, then kernels.
+    """Return the rows for which there are figures: whole commands, steps, kernels.
 
     Args:
         results: of one machine.
         link: of the file that holds them.
     """
+    jobs = [_job(results, *job, link) for job in JOBS]
     steps = [_row(results, figure, link) for figure in STEPS]
     kernels = [_row(results, figure, link) for figure in KERNELS]
-    return [row for row in (*steps, _deployed(results, link), *kernels) if row]
+    return [row for row in (*jobs, *steps, _deployed(results, link), *kernels) if row]
+
+
+def _job(
+    results: Results, job: str, baseline: str, what: str, called: str, link: str
+) -> Row | None:
+    """Return a whole command as a row, both sides with warm caches; None if one was not timed."""
+    result = results.benchmarks.get("end_to_end")
+    lines = [] if result is None else result.timelines
+    warm = {line.provider: line.total for line in lines if (line.job, line.start) == (job, "warm")}
+    if not {"ours", baseline} <= set(warm):
+        return None
+    ours, theirs = warm["ours"], warm[baseline]
+    factor = f"[{theirs / ours:.3g}×]({link})"
+    return _columns(what, f"{ours:.3g} s", f"{theirs:.3g} s, {called}", factor)
 
 
 def _row(results: Results, figure: Figure, link: str) -> Row | None:
