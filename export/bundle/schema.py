@@ -105,8 +105,8 @@ class ParityEntry(Part):
     """A comparison."""
 
     stage: Text
-    batch: Annotated[int, Field(ge=0, le=2**40)] = 0
-    samples: Annotated[int, Field(ge=0, le=2**40)] = 0
+    batch: Annotated[int, Field(ge=0, le=2**40)]
+    samples: Annotated[int, Field(ge=0, le=2**40)]
     error: Finite | None = None
     cosine: Finite | None = None
     top1: Share | None = None

@@ -26,6 +26,14 @@ def changed(place, value):
     return manifest
 
 
+@pytest.mark.parametrize("key", ["stage", "batch", "samples"])
+def test_rows_of_parity_are_whole(key):
+    manifest = copy.deepcopy(MANIFEST)
+    del manifest["artefacts"][0]["parity"][0][key]
+    with pytest.raises(InputError, match=rf"lacks the key 'artefacts\.0\.parity\.0\.{key}'"):
+        check_manifest(manifest, "manifest.json")
+
+
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
