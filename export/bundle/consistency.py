@@ -24,7 +24,8 @@ def check_consistency(bundle: str | Path, manifest: dict[str, Any]) -> None:
         if task["labels"] != labels:
             raise InputError(f"{bundle / MANIFEST}: the first task has other labels than 'labels'")
     outputs = manifest["model"].get("outputs", ())
-    width = outputs[0]["shape"][-1] if outputs and outputs[0]["shape"] else None
+    shape = outputs[0].get("shape") if outputs else None
+    width = shape[-1] if shape else None
     if labels and width not in (None, len(labels)):
         raise InputError(
             f"{bundle / MANIFEST} names {len(labels)} classes; the model has {width} outputs"

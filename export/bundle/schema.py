@@ -200,6 +200,14 @@ class Manifest(Part):
     environment: Environment = Environment()
     artefacts: Annotated[list[ArtefactEntry], Field(max_length=1000)]
 
+    @model_validator(mode="after")
+    def check_tensors(self) -> Manifest:
+        """Demand dtype and shape of every input and output, which schema 1 did not have."""
+        for entry in (*self.model.inputs, *self.model.outputs):
+            if self.schema_ > 1 and {"dtype", "shape"} - entry.model_fields_set:
+                raise ValueError(f"{entry.name!r} lacks its dtype or shape")
+        return self
+
 
 def check_manifest(manifest: dict[str, Any], where: str) -> None:
     """Raise InputError naming the first value of a manifest that is missing or cannot be."""

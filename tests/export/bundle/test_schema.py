@@ -26,6 +26,14 @@ def changed(place, value):
     return manifest
 
 
+@pytest.mark.parametrize("key", ["dtype", "shape"])
+def test_inputs_and_outputs_are_whole(key):
+    manifest = copy.deepcopy(MANIFEST)
+    del manifest["model"]["outputs"][0][key]
+    with pytest.raises(InputError, match="'logits' lacks its dtype or shape"):
+        check_manifest(manifest, "manifest.json")
+
+
 @pytest.mark.parametrize("key", ["stage", "batch", "samples"])
 def test_rows_of_parity_are_whole(key):
     manifest = copy.deepcopy(MANIFEST)
