@@ -89,7 +89,11 @@ class DecodePool:
                 command = [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, fds)]
                 self._children.append(
                     subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, pass_fds=fds, env=environment
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        pass_fds=fds,
+                        env=environment,
+                        start_new_session=True,  # Ctrl-C is this process's alone
                     )
                 )
             self._connections.append(Connection(ours.detach()))
