@@ -63,7 +63,7 @@ class Task(Part):
 
     output: Annotated[str, Field(max_length=200)]
     kind: Annotated[str, Field(max_length=50)]
-    labels: Annotated[list[Text], Field(max_length=1_000_000)] = []
+    labels: Annotated[list[Text], Field(max_length=1_000_000)]
 
 
 class FileEntry(Part):

@@ -26,6 +26,12 @@ def changed(place, value):
     return manifest
 
 
+def test_tasks_have_labels():
+    manifest = {**MANIFEST, "tasks": [{"output": "logits", "kind": "classification"}]}
+    with pytest.raises(InputError, match=r"lacks the key 'tasks\.0\.labels'"):
+        check_manifest(manifest, "manifest.json")
+
+
 @pytest.mark.parametrize("key", ["dtype", "shape"])
 def test_inputs_and_outputs_are_whole(key):
     manifest = copy.deepcopy(MANIFEST)
