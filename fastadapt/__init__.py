@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastadapt.checkpoint import convert_cladapter_state_dict, load_adapter, save_adapter
     from fastadapt.config import AdaptConfig, LoRAConfig
     from fastadapt.cuda_graph import GraphedCall, GraphedStep
+    from fastadapt.data.loader import ImageLoader
     from fastadapt.errors import InputError
     from fastadapt.export.fold import fold
     from fastadapt.layers import CLAdapter, ClusterAttention, LoRALinear, QuaternionLinear
@@ -31,6 +32,7 @@ __all__ = [
     "ClusterAttention",
     "GraphedCall",
     "GraphedStep",
+    "ImageLoader",
     "InputError",
     "LoRAConfig",
     "LoRALinear",
@@ -52,6 +54,7 @@ _MODULES = {
     "ClusterAttention": "layers",
     "GraphedCall": "cuda_graph",
     "GraphedStep": "cuda_graph",
+    "ImageLoader": "data.loader",
     "InputError": "errors",
     "LoRAConfig": "config",
     "LoRALinear": "layers",

@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers import documents
 from tests.helpers.documents import DOCUMENTS, ROOT
+from tests.helpers.imagesets import make_folders
 
 TOP = ("kernels", "fastadapt", "export", "bench", "tests", "tools", "examples", "docs")
 FOLDERS = ("", ".ci", ".github", *TOP)
@@ -51,6 +52,7 @@ def test_python_snippets_run(document, monkeypatch, tmp_path, request):
         "torch": torch,
         "a_bundle": a_bundle,
         "training_batches": documents.training_batches,
+        "image_folders": lambda name: make_folders(tmp_path / name, 5),
         "stand_in_for_open_clip": lambda: documents.stand_in_for_open_clip(monkeypatch),
     }
     for block in documents.blocks(document):
