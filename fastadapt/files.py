@@ -10,12 +10,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fastadapt.errors import InputError
 
 if TYPE_CHECKING:  # finding images needs no PyTorch
     from torch import Tensor
+
+_CHUNK = 2**20  # of a text that is read piece by piece
 
 
 @contextlib.contextmanager
@@ -78,6 +80,37 @@ def read_text(path: str | os.PathLike[str]) -> str:
     raise InputError(
         f"{path} cannot be read as text in UTF-8, UTF-16 or Windows-1252: save it as UTF-8"
     )
+
+
+@contextlib.contextmanager
+def open_text(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
+    """Open a text file of any length that a person wrote, in an encoding of :func:`read_text`.
+
+    Raises:
+        InputError: the file is missing or is no text.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            encodings = _encodings(file.read(_CHUNK))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    for encoding in encodings:
+        if _is_text(path, encoding):
+            with path.open(encoding=encoding) as text:
+                yield text
+            return
+    raise InputError(
+        f"{path} cannot be read as text in UTF-8, UTF-16 or Windows-1252: save it as UTF-8"
+    )
+
+
+def _is_text(path: Path, encoding: str) -> bool:
+    try:
+        with path.open(encoding=encoding) as file:
+            return all("\0" not in chunk for chunk in iter(lambda: file.read(_CHUNK), ""))
+    except UnicodeDecodeError:
+        return False
 
 
 def _encodings(content: bytes) -> list[str]:

@@ -16,6 +16,7 @@ from fastadapt.cli.demo import demo
 from fastadapt.cli.export import export, verify
 from fastadapt.cli.gdpl import gdpl
 from fastadapt.cli.info import info
+from fastadapt.cli.predict import embed, predict
 from fastadapt.cli.train import TrainCommand, train
 
 app = typer.Typer(
@@ -30,6 +31,8 @@ app.command(cls=TrainCommand)(train)
 app.command()(gdpl)
 app.command()(export)
 app.command()(verify)
+app.command()(predict)
+app.command()(embed)
 app.command()(bench)
 app.command()(demo)
 

@@ -24,6 +24,16 @@ def classification_metrics(
     """
     count = len(classes)
     confusion = np.bincount(labels * count + predictions, minlength=count**2).reshape(count, count)
+    return confusion_metrics(confusion, classes)
+
+
+def confusion_metrics(confusion: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Compute the metrics of :func:`classification_metrics` from the confusion matrix.
+
+    Args:
+        confusion: [classes, classes] counts, the true class in rows, the predicted in columns.
+        classes: names.
+    """
     hits = confusion.diagonal()
     present, predicted = confusion.sum(1), confusion.sum(0)
     precision = hits / np.maximum(predicted, 1)

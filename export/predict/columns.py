@@ -1,0 +1,115 @@
+"""The columns of the results: what is written of a model's outputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from .models import ImageModel
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: one value for each image, or several.
+
+    Attributes:
+        name: of the column.
+        entries: names of an image's values, which have a column each in a CSV; empty for a column
+            of one text for each image.
+        numbers: whether the values are fp32 numbers; else they are texts.
+        keyed: whether the entries' names say more than their order.
+    """
+
+    name: str
+    entries: tuple[str, ...] = ()
+    numbers: bool = False
+    keyed: bool = False
+
+
+# For each column a list of texts, or an array [images, entries].
+Values = list[list[str] | np.ndarray]
+
+
+class PredictionColumns:
+    """The columns of ``fastadapt predict``.
+
+    Args:
+        model: that predicts.
+        logits: write its outputs, too.
+        top_k: write as many of the likeliest classes, too.
+        target: write the known class, too.
+    """
+
+    def __init__(self, model: ImageModel, logits: bool, top_k: int, target: bool):
+        self.classes = model.classes
+        self.logits, self.target = logits, target
+        self.top_k = min(top_k, len(self.classes))
+        names = unique(self.classes)
+        self.columns = [
+            Column("path"),
+            Column("prediction"),
+            *([Column("target")] if target else []),
+            Column("probabilities", names, numbers=True, keyed=True),
+            *([Column("logits", names, numbers=True, keyed=True)] if logits else []),
+        ]
+        if self.top_k:
+            places = tuple(str(place + 1) for place in range(self.top_k))
+            self.columns += [
+                Column("top_classes", places),
+                Column("top_probabilities", places, numbers=True),
+            ]
+
+    def values(self, paths: list[str], labels: list[str], outputs: np.ndarray) -> Values:
+        """Return the columns' values for images that could be read."""
+        classes = np.array(self.classes, dtype=object)
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        found: Values = [paths, classes[outputs.argmax(axis=1)].tolist()]
+        if self.target:
+            found.append(labels)
+        found.append(probabilities)
+        if self.logits:
+            found.append(outputs)
+        if self.top_k:
+            order = np.argsort(-outputs, axis=1, kind="stable")[:, : self.top_k]
+            found += [classes[order], np.take_along_axis(probabilities, order, axis=1)]
+        return found
+
+    def confusion(self, labels: list[str], outputs: np.ndarray) -> Counter[tuple[int, int]]:
+        """Count the pairs of known and predicted class, by their numbers."""
+        number = {name: index for index, name in enumerate(self.classes)}
+        predicted = outputs.argmax(axis=1).tolist()
+        pairs = zip(labels, predicted, strict=True)
+        return Counter((number[label], guess) for label, guess in pairs if label)
+
+
+class FeatureColumns:
+    """The columns of ``fastadapt embed``.
+
+    Args:
+        model: that computes features.
+    """
+
+    def __init__(self, model: ImageModel):
+        entries = tuple(map(str, range(model.width)))
+        self.columns = [Column("path"), Column("features", entries, numbers=True)]
+
+    def values(self, paths: list[str], labels: list[str], outputs: np.ndarray) -> Values:
+        """Return the columns' values for images that could be read."""
+        return [paths, outputs]
+
+    def confusion(self, labels: list[str], outputs: np.ndarray) -> Counter[tuple[int, int]]:
+        """Count nothing: features have no class."""
+        return Counter()
+
+
+def unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names, and number those that occur again: ImageNet has two "crane"."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(found)

@@ -1,0 +1,204 @@
+"""What computes the rows: a bundle, the model of a run, or a backbone by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastadapt.adapted_model import AdaptedModel, adapt
+from fastadapt.checkpoint import CONFIG, backbone_fingerprint
+from fastadapt.config import AdaptConfig
+from fastadapt.data.decode_pool import Reading
+from fastadapt.data.pixels import ValueRange
+from fastadapt.data.preprocess import Preprocess
+from fastadapt.errors import InputError
+from fastadapt.files import sha256_file
+from fastadapt.train.run import parse_device
+
+from ..bundle.manifest import MANIFEST
+from ..bundle.trained import Trained, load_run, read_run
+from ..fold import fold
+from ..predictor import load
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """A model as a function of prepared images.
+
+    Attributes:
+        run: from uint8 [images, H, W, 3] to fp32 [images, width].
+        width: outputs for each image.
+        classes: their names; empty for features.
+        reading: how an image file becomes pixels; ``None`` where the graph resizes.
+        value_range: of the pixels, for images of their own size.
+        name: of what runs it, for people.
+        identity: what the outputs depend on: hashes, and the runtime.
+    """
+
+    run: Callable[[np.ndarray], np.ndarray]
+    width: int
+    classes: tuple[str, ...]
+    reading: Reading | None
+    value_range: ValueRange | None
+    name: str
+    identity: dict[str, Any]
+
+
+def open_classifier(path: str, *, device: str, trust: bool) -> ImageModel:
+    """Open a bundle or a run for predictions.
+
+    Args:
+        path: of its folder.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or, for runs, ``"cuda:1"``.
+        trust: as for :func:`fastadapt.export.load`.
+
+    Raises:
+        InputError: the folder is neither, cannot be loaded, or has no classes.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        model = _of_bundle(folder, device, trust)
+    elif (folder / CONFIG).is_file():
+        trained = load_run(folder, read_run(folder))
+        model = _of_run(trained, fold(trained.model), len(trained.labels), device)
+    else:
+        raise _neither(folder)
+    if not model.classes:
+        raise InputError(f"{path} has no classes to predict: fastadapt embed writes its features")
+    return model
+
+
+def open_embedder(
+    path: str, *, device: str, trust: bool, weights: str | None, image_size: int | None
+) -> ImageModel:
+    """Open a run, a backbone or a bundle without a head for features.
+
+    Args:
+        path: a folder, or timm's name of a backbone; what exists wins.
+        device, trust: as for :func:`open_classifier`.
+        weights: a file of the backbone's weights.
+        image_size: of a named backbone: height and width in pixels.
+
+    Raises:
+        InputError: there is neither, it cannot be loaded, or it has no output of features.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return _of_backbone(path, device, weights, image_size)
+    if image_size is not None:
+        raise InputError(f"{path} has a size of its own: leave out `image_size`")
+    if (folder / MANIFEST).is_file():
+        model = _of_bundle(folder, device, trust)
+        if model.classes:
+            raise InputError(
+                f"{path} has no output of features, only its classes: give the run folder that it "
+                "was exported from"
+            )
+        return model
+    if not (folder / CONFIG).is_file():
+        raise _neither(folder)
+    trained = load_run(folder, read_run(folder), weights=weights)
+    if not isinstance(trained.model, AdaptedModel):
+        raise InputError(
+            f"{path} is a GDPL run, whose features are those of its class names, too: embed with "
+            "its backbone, or predict with --logits"
+        )
+    width = trained.model.num_features
+    return _of_run(trained, _Features(fold(trained.model)), width, device)
+
+
+class _Features(nn.Module):
+    """Map images to the mean of their adapted features [B, dim], before the head."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.model.forward_features(images)
+        return self.model.forward_head(features, pre_logits=True)
+
+
+def _neither(folder: Path) -> InputError:
+    if not folder.exists():
+        return InputError(f"{folder} does not exist; expected a bundle, or the folder of a run")
+    seeds = sorted(folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+    hint = f"; did you mean {seeds[0].parent}?" if seeds else ""
+    return InputError(
+        f"{folder} is neither a bundle (it has no {MANIFEST}) nor a run (no {CONFIG}){hint}"
+    )
+
+
+def _of_bundle(folder: Path, device: str, trust: bool) -> ImageModel:
+    predictor = load(folder, device=device, trust=trust)
+    if predictor.others:
+        raise InputError(
+            f"{folder} takes {' and '.join(predictor.others)} beside images, which no file of "
+            "images holds: give them in Python, fa.export.load"
+        )
+    runtime = predictor.runtime.name
+    return ImageModel(
+        predictor.run,
+        predictor.width,
+        predictor.classes,
+        predictor.reading,
+        predictor.graph_input.preprocess.intensity_range,
+        f"{predictor.artefact.path} in {runtime}",
+        {
+            "bundle": sha256_file(folder / MANIFEST),
+            "file": predictor.artefact.path,
+            "runtime": runtime,
+        },
+    )
+
+
+def _of_backbone(name: str, device: str, weights: str | None, image_size: int | None) -> ImageModel:
+    size = None if image_size is None else (3, image_size, image_size)
+    config = AdaptConfig(adapter="none", input_size=size)
+    model = adapt(name, config, weights=weights).eval()
+    identity = {"backbone": name, "weights": backbone_fingerprint(model)}
+    preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
+    return _in_pytorch(_Features(model), model.num_features, (), preprocess, identity, device)
+
+
+def _of_run(trained: Trained, module: nn.Module, width: int, device: str) -> ImageModel:
+    classes = () if isinstance(module, _Features) else tuple(trained.labels)
+    hashes = ("config_sha256", "adapter_sha256")
+    identity = {key: trained.source[key] for key in hashes}
+    return _in_pytorch(module, width, classes, trained.preprocess, identity, device)
+
+
+def _in_pytorch(
+    module: nn.Module,
+    width: int,
+    classes: tuple[str, ...],
+    preprocess: Preprocess,
+    identity: dict[str, Any],
+    device: str,
+) -> ImageModel:
+    on = parse_device(device)
+    module = module.requires_grad_(False).eval().to(on)
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    dtype = next(floats, torch.float32)
+
+    @torch.inference_mode()
+    def run(pixels: np.ndarray) -> np.ndarray:
+        images = torch.from_numpy(pixels).to(on).permute(0, 3, 1, 2)
+        outputs = module(preprocess.normalize(images).to(dtype))
+        return outputs.float().cpu().numpy()
+
+    return ImageModel(
+        run,
+        width,
+        classes,
+        Reading(preprocess.geometry, preprocess.intensity_range),
+        preprocess.intensity_range,
+        f"PyTorch, {on.type.upper()}",
+        {**identity, "runtime": f"PyTorch, {on.type.upper()}"},
+    )

@@ -1,0 +1,196 @@
+"""Finished parts of the results, kept beside the file until all are there: ``FILE.parts``.
+
+A part holds the rows of a fixed number of images. Its ``.json`` is written last and makes it count:
+hash of its paths and labels, files that cannot be read, and how many predictions were right. So a
+command that was killed goes on with the first part without one, and the joined file is the same as
+if it had not been killed. ``manifest.json`` holds what the rows depend on; other settings, another
+model or another list of images are refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastadapt.errors import InputError
+from fastadapt.files import atomic_path, read_json, write_json
+
+from .formats import Format
+from .sources import Item
+
+MANIFEST = "manifest.json"  # by which the walker tells that the folder is ours
+KIND, VERSION = "fastadapt-parts", 1
+
+
+@dataclass
+class Part:
+    """What is known of a part beside its rows.
+
+    Attributes:
+        images: that it covers.
+        digest: of their paths and labels.
+        unreadable: path and reason of each that cannot be read.
+        confusion: how often a known class (number) got a predicted one, by the pair.
+    """
+
+    images: int = 0
+    digest: str = ""
+    unreadable: list[list[str]] = field(default_factory=list)
+    confusion: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the part's ``.json``."""
+        pairs = [[*pair, count] for pair, count in sorted(self.confusion.items())]
+        return {**vars(self), "confusion": pairs}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Part:
+        """Read the part's ``.json``."""
+        pairs = Counter({(known, guess): n for known, guess, n in values["confusion"]})
+        return cls(values["images"], values["digest"], values["unreadable"], pairs)
+
+
+class Parts:
+    """The folder of the parts of one file.
+
+    Args:
+        file: the results.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.folder = file.with_name(f"{file.name}.parts")
+        self.unreadable_file = file.with_name(f"{file.name}.unreadable.csv")
+
+    def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> int:
+        """Make the folder, or take the one that is there.
+
+        Args:
+            identity: what the rows depend on.
+            resume: keep finished parts.
+            overwrite: remove what is there.
+
+        Returns:
+            The number of parts that are finished.
+
+        Raises:
+            InputError: results are there; or parts of other settings.
+        """
+        manifest = self.folder / MANIFEST
+        if overwrite or not manifest.is_file():  # made or removed by halves, else
+            self.remove()
+        elif not resume:
+            raise InputError(
+                f"{self.folder} holds finished parts of an earlier command: go on from them with "
+                "`resume=True`, or start again with `overwrite=True`"
+            )
+        if self.file.exists() and not (overwrite or self.folder.exists()):
+            raise InputError(
+                f"{self.file} is there, and complete: replace it with `overwrite=True`"
+            )
+        identity = json.loads(json.dumps(identity))
+        if manifest.is_file():
+            self._check_same(read_json(manifest), identity)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(manifest, {"format": KIND, "version": VERSION, **identity})
+        count = 0
+        while self._record(count).is_file():
+            count += 1
+        return count
+
+    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if before.get("format") != KIND or before.get("version") != VERSION:
+            raise InputError(
+                f"{self.folder} was not written by this version: start again with `overwrite=True`"
+            )
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise InputError(
+                    f"{self.folder} was made with another {key} ({before.get(key)}, now {value}): "
+                    "give the same, or start again with `overwrite=True`"
+                )
+
+    def read(self, number: int) -> Part:
+        """Read what is known of a finished part."""
+        return Part.from_dict(read_json(self._record(number)))
+
+    def check_images(self, number: int, items: Sequence[Item]) -> None:
+        """Refuse images that are not those of a finished part.
+
+        Raises:
+            InputError: the list of images has changed.
+        """
+        if digest_of(items) != self.read(number).digest:
+            raise InputError(
+                f"the images are not those of {self.folder} (part {number + 1}): name the same, or "
+                "start again with `overwrite=True`"
+            )
+
+    def finish(self, number: int, part: Part, rows: Format) -> None:
+        """Write a part to disk."""
+        with atomic_path(self._rows(number)) as temporary:
+            rows.write_part(temporary)
+        write_json(self._record(number), part.to_dict())
+
+    def join(self, count: int, rows: Format) -> None:
+        """Write the results and the list of unreadable files, and remove the parts.
+
+        Args:
+            count: of parts.
+            rows: their format.
+        """
+        unreadable = (row for n in range(count) for row in self.read(n).unreadable)
+        first = next(unreadable, None)
+        if first is None:
+            self.unreadable_file.unlink(missing_ok=True)
+        else:
+            with (
+                atomic_path(self.unreadable_file) as temporary,
+                temporary.open(
+                    "w", encoding="utf-8", errors="backslashreplace", newline=""
+                ) as file,
+            ):
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([("path", "reason"), first])
+                writer.writerows(unreadable)
+        with atomic_path(self.file) as temporary:
+            rows.join((self._rows(n) for n in range(count)), temporary)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder; the manifest first, so that no half of the parts counts.
+
+        Raises:
+            InputError: it holds files of others.
+        """
+        if not self.folder.exists():
+            return
+        files = [self.folder / MANIFEST, *self.folder.glob("*part-*"), *self.folder.glob(".*.tmp")]
+        foreign = set(self.folder.iterdir()) - set(files)
+        if foreign:
+            raise InputError(
+                f"{self.folder} holds {min(foreign).name}, which this command did not write: move "
+                "it away, or name another --out"
+            )
+        for file in files:
+            file.unlink(missing_ok=True)
+        self.folder.rmdir()
+
+    def _rows(self, number: int) -> Path:
+        return self.folder / f"part-{number + 1:06}{self.file.suffix.lower()}"
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"part-{number + 1:06}.json"
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """Hash paths and labels of images, in order."""
+    text = "".join(f"{path}\0{label}\n" for path, label in items)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,177 @@
+"""Find the images to predict, one by one: folders, patterns, tables and lists of any length."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from fastadapt.data.table import SEPARATORS
+from fastadapt.data.walker import LISTS, WalkReport, walk
+from fastadapt.errors import InputError, first_few
+from fastadapt.files import open_text
+
+from .settings import FOLDERS
+
+TABLES = (".csv", ".tsv")
+STDIN = "-"
+PATH = "path"
+
+
+class Item(NamedTuple):
+    """An image to predict.
+
+    Attributes:
+        path: of the file.
+        label: the name of its class, if it is known; else empty.
+    """
+
+    path: str
+    label: str = ""
+
+
+@dataclass
+class ImageList:
+    """The images of all sources, in order.
+
+    Attributes:
+        sources: as :class:`fastadapt.export.predict.settings.WorkSettings` says.
+        labels: a column of the tables, ``"folders"``, or ``None`` for no labels.
+        classes: of the model; needed for labels from folders.
+        report: what was left out.
+    """
+
+    sources: Sequence[str]
+    labels: str | None = None
+    classes: tuple[str, ...] = ()
+    report: WalkReport = field(default_factory=WalkReport)
+
+    def check(self) -> None:
+        """Refuse sources that are not there, before any work.
+
+        Raises:
+            InputError: one does not exist, matches nothing, or lacks a column; or labels are asked
+                for that no source has.
+        """
+        column = self.labels not in (None, FOLDERS)
+        for source in self.sources:
+            if _is_table(source):
+                with open_text(source) as file:
+                    _Table(source, file, self.labels if column else None)
+            elif column:
+                raise InputError(
+                    f"the labels are the column {self.labels!r}, and {source} is no table "
+                    f"({', '.join(TABLES)}): give a table, or --labels {FOLDERS}"
+                )
+            elif source != STDIN and not Path(source).exists():
+                next(walk(source), None)
+
+    @property
+    def countable(self) -> bool:
+        """Whether the images can be counted beforehand: standard input is read once."""
+        return STDIN not in self.sources
+
+    def count(self) -> int:
+        """Count the images; it takes a walk through all folders."""
+        return sum(1 for source in self.sources for _ in self._of(source, WalkReport()))
+
+    def __iter__(self) -> Iterator[Item]:
+        for source in self.sources:
+            for item in self._of(source, self.report):
+                if self.labels == FOLDERS:
+                    item = Item(item.path, self._folder_label(item.path))
+                elif item.label and item.label not in self.classes:
+                    raise InputError(
+                        f"{item.path} has the label {item.label!r}, which is none of the model's "
+                        f"classes: {first_few(self.classes, 8)}"
+                    )
+                yield item
+
+    def _of(self, source: str, report: WalkReport) -> Iterator[Item]:
+        if source == STDIN:
+            # Not as text: names of files need not be any.
+            for name in map(os.fsdecode, sys.stdin.buffer):
+                if name.strip():
+                    yield Item(name.strip())
+        elif _is_table(source):
+            with open_text(source) as file:
+                column = None if self.labels == FOLDERS else self.labels
+                yield from _Table(source, file, column)
+        elif source.lower().endswith(LISTS) and Path(source).is_file():
+            folder = Path(source).parent
+            with open_text(source) as file:
+                for line in file:
+                    if line.strip():
+                        yield Item(str(folder / line.strip()))
+        else:
+            for path in walk(source, report):
+                yield Item(str(path))
+
+    def _folder_label(self, path: str) -> str:
+        """Return the name of the nearest folder that is called as a class."""
+        for name in reversed(Path(path).parent.parts):
+            if name in self.classes:
+                return name
+        raise InputError(
+            f"no folder above {path} has the name of a class: {first_few(self.classes, 8)}. "
+            "Labels can also be a column of a CSV, --labels COLUMN."
+        )
+
+
+def _is_table(source: str) -> bool:
+    return source.lower().endswith(TABLES) and Path(source).is_file()
+
+
+class _Table:
+    """The rows of a table with a column path, read as they are asked for."""
+
+    def __init__(self, name: str, file: IO[str], label: str | None):
+        self.name, self.folder = name, Path(name).parent
+        header = file.readline()
+        self.skipped = 0
+        if header.lower().startswith("sep="):  # how Excel notes the separator
+            header, self.skipped = file.readline(), 1
+        lines: Iterable[str] = itertools.chain([header], file)
+        separator = max(SEPARATORS, key=lambda s: (PATH in _names(header, s), header.count(s)))
+        self.rows = csv.reader(
+            lines, delimiter=separator, skipinitialspace=separator != "\t", strict=True
+        )
+        names = self._next_row() or []
+        columns = [column.strip() for column in names]
+        lowered = [column.lower() for column in columns]
+        self.path = self._place(PATH, lowered, columns)
+        self.label = None if label is None else self._place(label.lower(), lowered, columns)
+
+    def _place(self, name: str, lowered: list[str], columns: list[str]) -> int:
+        if name not in lowered:
+            known = ", ".join(filter(None, columns)) or "none"
+            raise InputError(f"{self.name} has no column {name!r}; its columns are {known}")
+        return lowered.index(name)
+
+    def _next_row(self) -> list[str] | None:
+        try:
+            return next(self.rows, None)
+        except csv.Error as error:
+            line = self.skipped + self.rows.line_num
+            raise InputError(f"{self.name}, line {line} is no row of a CSV: {error}") from None
+
+    def __iter__(self) -> Iterator[Item]:
+        while (row := self._next_row()) is not None:
+            if not any(cell.strip() for cell in row):
+                continue
+            path = row[self.path].strip() if self.path < len(row) else ""
+            if not path:
+                line = self.skipped + self.rows.line_num
+                raise InputError(f"{self.name}, line {line}: the path is empty")
+            known = self.label is not None and self.label < len(row)
+            label = row[self.label].strip() if known and self.label is not None else ""
+            yield Item(str(self.folder / path), label)
+
+
+def _names(header: str, separator: str) -> set[str]:
+    return {cell.strip().strip('"').lower() for cell in header.split(separator)}
