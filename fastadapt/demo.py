@@ -17,11 +17,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -62,7 +60,7 @@ def run(
     Raises:
         InputError: the demo's packages are not installed, or ``out`` holds something already.
     """
-    folder, weights = _packages()
+    folder, weights = packages()
     from fastadapt.export import export_run, verify_bundle
     from fastadapt.train.run import TrainConfig, train
 
@@ -105,7 +103,9 @@ def run(
     )
 
     console.rule("3  Linear probe: logistic regression on the same features", align="left")
-    probe = linear_probe(out / "run")
+    fitted = trained.results["linear_probe"]
+    probe = {key: fitted["test"][key] for key in ("accuracy", "macro_f1", "confusion")}
+    probe["C"] = fitted["C"]
     console.print(f"C = {probe['C']:g}, chosen on val, then fitted on train and val")
 
     console.rule("4  Fold, export, verify", align="left")
@@ -188,65 +188,6 @@ def convert_backbone(weights: str, path: Path) -> None:
     write_tensors(path, converted)
 
 
-def linear_probe(run_folder: Path) -> dict[str, Any]:
-    """Logistic regression on the pooled frozen features, in its strongest form.
-
-    Standardised features; C chosen on the validation split; then fitted on training and
-    validation images together.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    x, y = pooled_features(run_folder)
-
-    def fitted(c: float, *splits: str):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-        return model.fit(
-            np.concatenate([x[s] for s in splits]), np.concatenate([y[s] for s in splits])
-        )
-
-    scores = {c: fitted(c, "train").score(x["val"], y["val"]) for c in (1e-3, 1e-2, 1e-1, 1.0)}
-    best = max(scores, key=lambda c: scores[c])
-    predicted = fitted(best, "train", "val").predict(x["test"])
-    return {
-        "accuracy": float(accuracy_score(y["test"], predicted)),
-        "macro_f1": float(f1_score(y["test"], predicted, average="macro")),
-        "confusion": confusion_matrix(y["test"], predicted).tolist(),
-        "C": best,
-    }
-
-
-def pooled_features(run_folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Mean-pooled features [n, C] and labels [n] of every split, from the run's cache."""
-    from fastadapt.data.dataset import read_dataset
-    from fastadapt.data.images import ImageSource
-    from fastadapt.data.preprocess import Preprocess
-    from fastadapt.progress import progress_bars
-    from fastadapt.train.feature_cache import CacheSettings, cached_source
-
-    config = read_json(run_folder / "config.json")
-    settings = config["train"]["settings"]
-    preprocess = Preprocess.from_dict(config["preprocess"])
-    model = load_adapter(run_folder).to(memory_format=torch.channels_last)
-    dataset = read_dataset(run_folder / "splits.csv")
-    x, y = {}, {}
-    with progress_bars() as progress:
-        for split in ("train", "val", "test"):
-            augment = settings["augment"] if split == "train" else "none"
-            views = settings["views"] if split == "train" else 1
-            cpu, seed = torch.device("cpu"), settings["seed"]
-            samples = dataset.split(split)
-            images = ImageSource(samples, preprocess, cpu, None, augment, seed)
-            cache = CacheSettings(views, augment, seed, settings["feature_dtype"], str(None))
-            folder = run_folder / "cache"
-            source = cached_source(model, images, folder, cache, progress, nullcontext, split)
-            x[split] = source.pooled
-            y[split] = source.labels
-    return x, y
-
-
 def pytorch_speed(run_folder: Path, batches: Iterable[int]) -> dict[int, float]:
     """Images per second of the trained model on this CPU, by batch size."""
     from fastadapt.export.speed import throughput
@@ -321,7 +262,7 @@ def summary(result: dict[str, Any], out: Path) -> Table:
     return table
 
 
-def _packages() -> tuple[Path, str]:
+def packages() -> tuple[Path, str]:
     """Return the data set's folder and the file of ImageNet weights, from their packages."""
     try:
         import elpv_dataset

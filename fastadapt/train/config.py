@@ -133,7 +133,8 @@ class TrainConfig(Settings):
     select: Annotated[
         Literal["macro_f1", "accuracy", "loss"],
         Setting(
-            "Validation metric that decides which epoch is kept; the earlier one if equal.",
+            "Validation metric that decides which epoch is kept; of equal ones that of the lower "
+            "loss.",
             panel=TRAINING,
         ),
     ] = "macro_f1"
@@ -183,6 +184,13 @@ class TrainConfig(Settings):
             expected="more than 0, less than 1",
         ),
     ] = 0.2
+    probe: Annotated[
+        bool,
+        Setting(
+            "Beside the result, fit a linear probe (logistic regression) to the cached features.",
+            panel=TRAINING,
+        ),
+    ] = True
     seed: Annotated[
         int, Setting("Seed of everything that is random.", panel=TRAINING, ge=0, limit=2**63 - 1)
     ] = 0

@@ -155,6 +155,11 @@ class Trainer:
                     parts.append(logits_of(self.model, source, inputs).float())
             return torch.cat(parts)[: len(order)].cpu()
 
+    @property
+    def features(self) -> dict[str, FeatureSource]:
+        """The cached features by split; empty where nothing is cached, or not needed any more."""
+        return self._features
+
     def loss(self, split: str, logits: Tensor) -> float:
         """Return the loss of logits on a split, with class weights, without label smoothing."""
         labels = torch.from_numpy(self._source(split).labels)
@@ -295,8 +300,12 @@ class Trainer:
         }
         state.scaler = self.scaler.state_dict()
         sign = -1 if self.config.select == "loss" else 1
-        best = None if state.best is None else state.history[state.best][key]
-        improved = best is None or sign * row[key] > sign * best
+
+        def rank(epoch: dict[str, Any]) -> tuple[float, float]:
+            # Counts of a small validation split are often equal: the loss tells such epochs apart.
+            return sign * epoch[key], -epoch["val_loss"]
+
+        improved = state.best is None or rank(row) > rank(state.history[state.best])
         if improved:
             state.best = len(state.history) - 1
             state.best_model = state.model

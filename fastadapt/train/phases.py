@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-PHASES = ("start", "decode", "features", "stage1", "stage2", "validation", "saving")
+PHASES = ("start", "decode", "features", "stage1", "stage2", "validation", "probe", "saving")
 
 
 class Phases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from fastadapt.data.dataset import Dataset, Sample
 from fastadapt.files import write_text
-from fastadapt.train.metrics import scores
+from fastadapt.train.calibration import fit_temperature
+from fastadapt.train.linear_probe import LARGEST, linear_probe
+from fastadapt.train.metrics import calibration_error, scores
+from fastadapt.train.sources import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,49 @@ def split_scores(
     labels = np.array([sample.label for sample in dataset.split(split)])
     found = scores(labels, logits.argmax(1).numpy(), softmax(logits), dataset.classes)
     return found if loss is None else {"loss": loss, **found}
+
+
+def probe_scores(
+    features: Mapping[str, FeatureSource], classes: tuple[str, ...]
+) -> dict[str, Any] | str:
+    """Fit the linear probe to cached features, or return the line that says why there is none.
+
+    Args:
+        features: by split.
+        classes: their names.
+    """
+    if "train" not in features:
+        return "no linear probe beside the result: it takes cached features"
+    images, channels = len(features["train"].labels), features["train"].features.shape[-1]
+    if images * channels * len(classes) > LARGEST:
+        return (
+            f"no linear probe beside the result: {images} images in {len(classes)} classes are "
+            "too many for it"
+        )
+    pooled = {split: source.pooled for split, source in features.items()}
+    labels = {split: source.labels for split, source in features.items()}
+    return linear_probe(pooled, labels, classes)
+
+
+def calibration(dataset: Dataset, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fit the temperature on validation; return it, and each split's ECE before and after it.
+
+    Args:
+        dataset: the images.
+        logits: [N, K] by split, ``val`` among them.
+    """
+    labels = {
+        split: np.array([sample.label for sample in dataset.split(split)]) for split in logits
+    }
+    temperature = fit_temperature(logits["val"], labels["val"])
+    found: dict[str, Any] = {"temperature": temperature}
+    for split, values in logits.items():
+        finite = bool(values.isfinite().all())
+        found[split] = {
+            key: calibration_error(labels[split], softmax(z)) if finite else None
+            for key, z in (("ece_before", values), ("ece_after", values / temperature))
+        }
+    return found
 
 
 def softmax(logits: Tensor) -> np.ndarray:
@@ -85,6 +131,11 @@ def summary_table(result: TrainResult) -> Table:
     for split in ("val", "test"):
         if split in result.results:
             table.add_row(split, score_line(result.results[split]))
+    probe = result.results.get("linear_probe", {})
+    for split in ("test", "val"):
+        if split in probe:
+            table.add_row(f"linear probe, {split}", score_line(probe[split]))
+            break
     table.add_row("run", str(result.out))
     return table
 

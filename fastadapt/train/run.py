@@ -31,7 +31,13 @@ from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.plots import plot_curves
-from fastadapt.train.results import TrainResult, split_scores, write_predictions
+from fastadapt.train.results import (
+    TrainResult,
+    calibration,
+    probe_scores,
+    split_scores,
+    write_predictions,
+)
 from fastadapt.train.run_folder import (
     CURVES,
     LABELS,
@@ -198,7 +204,8 @@ class _Prepared:
             **asdict(config),
             **self.preprocess.to_dict(),  # the intensity range as found, not as asked for
         }
-        del settings["cuda_graph"]  # the result does not depend on it
+        for name in ("cuda_graph", "probe"):  # the trained weights do not depend on them
+            del settings[name]
         return settings
 
 
@@ -325,7 +332,15 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
             name: split_scores(dataset, name, values, trainer.loss(name, values))
             for name, values in logits.items()
         },
+        "calibration": calibration(dataset, logits),
     }
+    if trainer.config.probe:
+        with trainer.phases("probe"):
+            probe = probe_scores(trainer.features, dataset.classes)
+        if isinstance(probe, str):
+            trainer.progress.console.print(probe, markup=False)
+        else:
+            results["linear_probe"] = probe
     save_adapter(
         trainer.model,
         out,

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.data.images import ImageSource, to_device
 
+POOLED_AT_ONCE = 256  # images
 PADDING = -100  # the label of rows that only fill a batch up; cross-entropy leaves them out
 
 
@@ -93,10 +94,12 @@ class FeatureSource:
     @property
     def pooled(self) -> np.ndarray:
         """The mean over tokens of the plain view, [samples, C] fp32."""
-        plain = self.features[0]
-        if isinstance(plain, Tensor):
-            return plain.float().mean(1).cpu().numpy()
-        return plain.astype(np.float32).mean(1)
+        plain, means = self.features[0], []
+        for start in range(0, len(plain), POOLED_AT_ONCE):  # a mapped file may exceed the memory
+            part = plain[start : start + POOLED_AT_ONCE]
+            tokens = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+            means.append(tokens.float().mean(1).cpu())
+        return torch.cat(means).numpy()
 
 
 def logits_of(model: AdaptedModel, source: Source, inputs: Tensor) -> Tensor:

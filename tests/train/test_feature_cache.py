@@ -77,6 +77,15 @@ def test_cached_features_equal_recomputed_ones(tmp_path, images, name, adapter):
             )
 
 
+def test_pooled_features_are_the_means_of_the_plain_view(tmp_path, images, monkeypatch):
+    model = make_model("test_efficientnet").eval()
+    source = make_source(model, images, tmp_path / "cache")
+    monkeypatch.setattr("fastadapt.train.sources.POOLED_AT_ONCE", 4)
+    expected = np.array(source.features[0], np.float32).mean(1)
+    assert source.pooled.dtype == np.float32
+    np.testing.assert_allclose(source.pooled, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_nothing_is_kept_of_a_backbone_that_is_not_called_again(tmp_path, images, monkeypatch):
     monkeypatch.setattr(frozen, "is_covered", lambda images: True)
     model, called = make_model("test_vit"), []

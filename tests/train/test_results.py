@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from fastadapt.data.dataset import Dataset, Sample
-from fastadapt.train.results import score_line, split_scores, write_predictions
+from fastadapt.train.metrics import calibration_error
+from fastadapt.train.results import (
+    TrainResult,
+    calibration,
+    probe_scores,
+    score_line,
+    softmax,
+    split_scores,
+    summary_table,
+    write_predictions,
+)
+from fastadapt.train.sources import FeatureSource
 
 DATASET = Dataset(
     classes=("crack", 'with "quotes", and comma'),
@@ -47,3 +58,57 @@ def test_scores_of_a_split_and_their_line():
 def test_results_of_before_have_a_line():
     found = {"accuracy": 0.5, "macro_f1": 0.4, "images": 10}
     assert score_line(found) == "accuracy 50.00%, macro-F1 0.4000 (10 images)"
+
+
+def features(splits, images=30):
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for split in splits:
+        labels = np.arange(images) % 2
+        tokens = torch.randn(1, images, 4, 8, generator=generator) + torch.from_numpy(
+            labels
+        ).float().view(1, -1, 1, 1)
+        found[split] = FeatureSource(tokens.half(), labels, torch.device("cpu"))
+    return found
+
+
+def test_probe_is_fitted_to_cached_features_or_says_why_not(monkeypatch):
+    found = probe_scores(features(("train", "val", "test")), DATASET.classes)
+    assert found["test"]["accuracy"] > 0.8
+    assert "test" not in probe_scores(features(("train", "val")), DATASET.classes)
+    assert "it takes cached features" in probe_scores({}, DATASET.classes)
+    monkeypatch.setattr("fastadapt.train.results.LARGEST", 30 * 8)
+    line = probe_scores(features(("train", "val")), DATASET.classes)
+    assert "30 images in 2 classes are too many" in line
+
+
+def test_calibration_is_fitted_on_validation_and_measured_on_both():
+    generator = torch.Generator().manual_seed(0)
+    samples = tuple(
+        Sample(Path(f"/{split}{index}.png"), index % 2, split)
+        for split in ("test", "val")
+        for index in range(200)
+    )
+    dataset = Dataset(DATASET.classes, samples)
+    truth = torch.arange(200) % 2
+    logits = {
+        split: 6 * (torch.randn(200, 2, generator=generator) + 0.5 * torch.eye(2)[truth])
+        for split in ("val", "test")
+    }
+    found = calibration(dataset, logits)
+    assert found["temperature"] > 2  # it is far too sure
+    for split in ("val", "test"):
+        before, after = found[split]["ece_before"], found[split]["ece_after"]
+        assert after < before / 2
+        z = logits[split] / found["temperature"]
+        assert after == calibration_error(truth.numpy(), softmax(z))
+    broken = calibration(dataset, {"val": logits["val"] * torch.nan})
+    assert broken == {"temperature": 1.0, "val": {"ece_before": None, "ece_after": None}}
+
+
+def test_summary_names_the_probe_beside_the_result(tmp_path):
+    scored = {"accuracy": 0.5, "macro_f1": 0.4, "images": 10}
+    results = {"val": scored, "test": scored, "linear_probe": {"val": scored, "test": scored}}
+    table = summary_table(TrainResult(tmp_path, {"epoch": 3, "stage": 1}, results))
+    names = list(table.columns[0].cells)
+    assert names == ["kept", "val", "test", "linear probe, test", "run"]

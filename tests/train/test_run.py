@@ -104,6 +104,8 @@ def test_run_learns_and_leaves_a_whole_folder(tmp_path):
     assert result.results == json.loads((tmp_path / "run" / "results.json").read_text())
     assert result.results["test"]["auroc"] > 0.8 and result.results["test"]["images"] == 24
     assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 1 + 48
+    assert result.results["linear_probe"]["test"]["images"] == 24
+    assert result.results["calibration"]["temperature"] > 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "config.json",
@@ -118,7 +120,7 @@ def test_run_learns_and_leaves_a_whole_folder(tmp_path):
     }
     rows = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, 9))
-    assert result.best == max(rows, key=lambda row: row["val_accuracy"])
+    assert result.best == max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert set(rows[0]) == {"stage", "epoch", "lr", "train_loss", "val_loss", "val_accuracy"} | {
         "val_macro_f1",
         "seconds",
