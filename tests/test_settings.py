@@ -24,6 +24,7 @@ from fastadapt.train.config import (
     BackboneSource,
     ImageSettings,
     RunSettings,
+    SavingSettings,
     TrainConfig,
 )
 
@@ -41,6 +42,7 @@ GROUPS = [
     LoRAConfig,
     ModelSettings,
     RunSettings,
+    SavingSettings,
     TargetSettings,
     TrainConfig,
     VerifySettings,

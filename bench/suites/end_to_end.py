@@ -140,6 +140,7 @@ def commands(size: Size, folder: Path) -> list[Command]:
         "fastadapt",
         "train",
         *shared,
+        "--no-probe",  # the plain page fits none
         "--stages",
         "2",
         "--crop-pct",

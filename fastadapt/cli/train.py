@@ -12,7 +12,13 @@ from fastadapt.cli.resume import how_to_continue
 from fastadapt.config import MODEL, AdaptConfig, LoRAConfig
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
-from fastadapt.train.config import BackboneSource, ImageSettings, RunSettings, TrainConfig
+from fastadapt.train.config import (
+    BackboneSource,
+    ImageSettings,
+    RunSettings,
+    SavingSettings,
+    TrainConfig,
+)
 
 GDPL_MOVED = (
     "GDPL has a command of its own: fastadapt gdpl DATA --clip NAME --domain-encoder NAME --out RUN"
@@ -47,6 +53,7 @@ class TrainCommand(typer.core.TyperCommand):
     LoRAConfig,
     TrainConfig,
     ImageSettings,
+    SavingSettings,
     Method,
     lora_rank=0,
 )
@@ -57,7 +64,7 @@ def train(given: Given) -> None:
         raise InputError("train needs --backbone NAME, timm's name of a model")
     size = given.values["image_size"]
     config = given.build(TrainConfig)
-    images = given.build(ImageSettings)
+    images, saving = given.build(ImageSettings), given.build(SavingSettings)
     adapt_config = given.build(
         AdaptConfig,
         lora=given.build(LoRAConfig) if given.values["lora_rank"] else None,
@@ -99,8 +106,8 @@ def train(given: Given) -> None:
             resume=run.resume,
             overwrite=run.overwrite,
             quiet=run.quiet,
-            save_every=run.save_every,
-            profile=run.profile,
+            save_every=saving.save_every,
+            profile=saving.profile,
             scan=scan,
         )
     if not run.quiet:

@@ -286,6 +286,23 @@ class RunSettings(Settings):
         bool,
         Setting("Leave damaged images out instead of refusing the data set.", panel=IMAGES),
     ] = False
+    resume: Annotated[
+        bool, Setting("Continue the run after its last completed epoch.", panel=RUN)
+    ] = False
+    overwrite: Annotated[
+        bool,
+        Setting(
+            "Replace the run that is there; its files stay until the new run has its first ones.",
+            panel=RUN,
+        ),
+    ] = False
+    quiet: Annotated[bool, Setting("Print errors only.", panel=RUN)] = False
+
+
+@dataclass(frozen=True)
+class SavingSettings(Settings):
+    """How often the state of a run is written, and whether its seconds are told."""
+
     save_every: Annotated[
         float,
         Setting(
@@ -299,14 +316,3 @@ class RunSettings(Settings):
     profile: Annotated[
         bool, Setting("Print where the seconds went, and write them to profile.json.", panel=RUN)
     ] = False
-    resume: Annotated[
-        bool, Setting("Continue the run after its last completed epoch.", panel=RUN)
-    ] = False
-    overwrite: Annotated[
-        bool,
-        Setting(
-            "Replace the run that is there; its files stay until the new run has its first ones.",
-            panel=RUN,
-        ),
-    ] = False
-    quiet: Annotated[bool, Setting("Print errors only.", panel=RUN)] = False

@@ -42,8 +42,8 @@ def test_while_it_imports(tmp_path, seed):
     args = ("train", str(tmp_path / "none"), "--backbone", "test_vit", "--out", str(tmp_path / "r"))
     code, out, err = interrupted(after, *args)
     assert "Traceback" not in err and err.count("\n") == 1, err
-    if code != 130:  # it was quicker
-        assert code == 1 and "does not exist" in err
+    if code != 130:  # it was quicker; while Python ends, the signal has its default action again
+        assert code in (1, -signal.SIGINT) and "does not exist" in err
     else:
         assert err == "fastadapt: interrupted\n" and out == ""
 

@@ -4,7 +4,7 @@ import pytest
 
 from fastadapt.cli.train import train
 from fastadapt.settings import declared
-from fastadapt.train.config import BackboneSource, RunSettings
+from fastadapt.train.config import BackboneSource, RunSettings, SavingSettings
 
 
 def test_the_old_way_to_gdpl_names_the_new_one(command, tmp_path):
@@ -49,6 +49,7 @@ def test_defaults_are_the_functions():
     for function, group in (
         (run_training, RunSettings),
         (run_training, BackboneSource),
+        (run_training, SavingSettings),
         (train_gdpl, RunSettings),
     ):
         parameters = inspect.signature(function).parameters
