@@ -8,7 +8,7 @@ import torch
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.demo import BACKBONE, _packages, convert_backbone, read_labels
+from fastadapt.demo import BACKBONE, convert_backbone, packages, read_labels
 from fastadapt.export import export_onnx
 from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.precision import int8 as quantize
@@ -30,7 +30,7 @@ def read(paths):
 def made(tmp_path_factory):
     """An adapter whose head is fitted to 64 cells, its ONNX file, and images for INT8."""
     folder = tmp_path_factory.mktemp("int8")
-    data, weights = _packages()
+    data, weights = packages()
     cells = read_labels(data)
     whole, broken = ([p for p, q, _ in cells if q == probability] for probability in (0.0, 1.0))
     validation = whole[:32] + broken[:32]
