@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,11 +48,6 @@ def progress_bars(quiet: bool = False) -> Progress:
         disable=quiet or not console.is_terminal,
         transient=True,
     )
-
-
-def default_workers() -> int:
-    """Return the number of threads that read images: one per core, at most 8."""
-    return min(os.cpu_count() or 1, 8)
 
 
 def prefetch(

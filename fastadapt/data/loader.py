@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class ImageLoader:
 
     def __len__(self) -> int:
         count = len(self._source.labels)
-        return count // self.batch_size if self._training else -(-count // self.batch_size)
+        return (math.floor if self._training else math.ceil)(count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalized images [B, 3, H, W] fp32, channels last, and labels [B] int64."""
