@@ -217,7 +217,7 @@ def environment(command: str) -> Environment:
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
-        commit=_commit(),
+        commit=git_commit(),
         gpu=torch.cuda.get_device_name() if cuda else None,
         dtype=str(dtype()).removeprefix("torch."),
         copy_rate=four_digits(limit["bytes"] / 1e12),
@@ -235,7 +235,8 @@ def _gpu_state() -> dict[str, str]:
     return dict(zip(keys, values.split(", "), strict=False)) if values else {}
 
 
-def _commit() -> str | None:
+def git_commit() -> str | None:
+    """Return the commit of the sources, ``-dirty`` where the working tree holds changes."""
     if "FASTADAPT_COMMIT" in os.environ:  # a copy without its repository
         return os.environ["FASTADAPT_COMMIT"]
     folder = str(Path(__file__).parent)

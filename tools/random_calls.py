@@ -9,24 +9,31 @@ small and the kernels run in Triton's interpreter. A case is the seed of a call 
 comes again with ``--first CASE --cases 1 --only OPERATION``.
 
 Prints the counts as JSON, and what is wrong, call by call, to standard error; exits with 1 if
-anything is. A process that dies or hangs is counted, and another goes on with the next call.
+anything is. A process that dies or hangs is counted, and another goes on with the next call. A call
+for which the GPU has no memory left, since others hold it, is tried again. ``--seconds`` ends the
+run early; the counts say how many calls were made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FATAL = 3  # exit status of a worker whose GPU context is lost
+AT_ONCE = 2000  # calls on one process's command line, which has a limit
+KEPT = 2**30  # bytes of freed GPU memory that a worker keeps from other workers
 
 
 @dataclass
@@ -36,18 +43,19 @@ class Shard:
     calls: list[tuple[str, int]]
     environment: dict[str, str]
     timeout: float
+    seconds: float = math.inf
     counts: dict[str, Counter] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Run all calls; start another process after one that dies or hangs."""
-        done = 0
-        while done < len(self.calls):
-            done += self._run_from(done)
+        done, end = 0, time.monotonic() + self.seconds
+        while done < len(self.calls) and time.monotonic() < end:
+            done += self._run_from(done, end)
 
-    def _run_from(self, first: int) -> int:
+    def _run_from(self, first: int, end: float) -> int:
         """Run a process from call ``first`` on, and return how many calls it came through."""
-        calls = self.calls[first:]
+        calls = self.calls[first : first + AT_ONCE]
         command = [sys.executable, __file__, "--worker", json.dumps(calls)]
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, text=True
@@ -56,6 +64,10 @@ class Shard:
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         done, hung = 0, False
         while done < len(calls):
+            if time.monotonic() > end:
+                process.kill()
+                process.wait()
+                return done
             try:
                 line = lines.get(timeout=self.timeout)
             except queue.Empty:
@@ -106,13 +118,30 @@ def work(calls: list[tuple[str, int]]) -> int:
     results, sys.stdout = sys.stdout, sys.stderr  # nothing else may come between
     for operation, case in calls:
         try:
-            found = known[operation](case, "cuda" if gpu else "cpu", small=not gpu)
+            found = _call(known[operation], case, gpu)
         except Exception as error:
             found = [f"{type(error).__name__}: {error}"]
         print(json.dumps(found), file=results, flush=True)
         if any("CUDA error" in line for line in found):
             return FATAL  # nothing after it can succeed in this process
     return 0
+
+
+def _call(operation: Callable[..., list[str]], case: int, gpu: bool) -> list[str]:
+    """Run a call; wait where other workers hold the GPU's memory."""
+    import torch
+
+    for attempt in range(60):
+        try:
+            return operation(case, "cuda" if gpu else "cpu", small=not gpu)
+        except torch.OutOfMemoryError:
+            if attempt == 59:
+                raise
+        finally:
+            if gpu and torch.cuda.memory_reserved() > KEPT:
+                torch.cuda.empty_cache()
+        time.sleep(1)
+    return []
 
 
 def environments(shards: int) -> list[dict[str, str]]:
@@ -128,11 +157,14 @@ def environments(shards: int) -> list[dict[str, str]]:
     return [{**base, "CUDA_VISIBLE_DEVICES": devices[i % count]} for i in range(shards)]
 
 
-def run(cases: int, shards: int, first: int, only: str | None, timeout: float) -> dict:
+def run(
+    cases: int, shards: int, first: int, only: str | None, timeout: float, seconds: float
+) -> dict:
     """Run all shards and return the counts."""
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from fastadapt.bench.harness import git_commit
     from fastadapt.info import devices, versions
     from tests.helpers.random_calls import operations
 
@@ -142,10 +174,14 @@ def run(cases: int, shards: int, first: int, only: str | None, timeout: float) -
         raise SystemExit(f"--only {only}: expected one of {', '.join(operations())}")
     parts = [
         Shard(
-            [(n, c) for c in range(first + i, first + cases, shards) for n in names], env, timeout
+            [(n, c) for c in range(first + i, first + cases, shards) for n in names],
+            env,
+            timeout,
+            seconds,
         )
         for i, env in enumerate(environments(shards))
     ]
+    started = time.monotonic()
     threads = [threading.Thread(target=part.run) for part in parts]
     for thread in threads:
         thread.start()
@@ -159,11 +195,15 @@ def run(cases: int, shards: int, first: int, only: str | None, timeout: float) -
         for name in names
     }
     return {
+        "commit": git_commit(),
         "versions": versions(),
         "devices": devices(),
         "interpreter": interpreter,
         "first": first,
         "cases": cases,
+        "shards": shards,
+        "seconds": round(time.monotonic() - started),
+        "calls": sum(row["calls"] for row in counts.values()),
         "operations": counts,
         "failures": sorted(failure for part in parts for failure in part.failures),
     }
@@ -177,6 +217,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first case")
     parser.add_argument("--only", help="one operation's name")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one call")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after which no call is begun"
+    )
     parser.add_argument("--out", type=Path, help="file to write the counts to as well")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -185,7 +228,7 @@ def main() -> int:
     if args.cases < 1 or args.shards < 1:
         parser.error("--cases and --shards are at least 1")
     shards = min(args.shards, args.cases)
-    counts = run(args.cases, shards, args.first, args.only, args.timeout)
+    counts = run(args.cases, shards, args.first, args.only, args.timeout, args.seconds)
     text = json.dumps(counts, indent=2)
     print(text)
     if args.out is not None:

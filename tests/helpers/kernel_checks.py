@@ -14,7 +14,7 @@ from torch import Tensor
 from fastadapt.bench.harness import relative_error
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-RANDOM_CASES = int(os.environ.get("FASTADAPT_RANDOM_CASES", "100"))
+RANDOM_CASES = int(os.environ.get("FASTADAPT_RANDOM_CASES", "12"))
 FIRST_CASE = int(os.environ.get("FASTADAPT_FIRST_CASE", "0"))
 
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with the interpreter")

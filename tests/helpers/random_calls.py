@@ -12,7 +12,12 @@ from functools import partial
 import torch
 
 from fastadapt.kernels import layer_norm, layer_norm_mean, layer_norm_twice, residual_mlp
-from tests.helpers import cluster_attention_cases, quaternion_calls, row_operations
+from tests.helpers import (
+    cluster_attention_cases,
+    depthwise_calls,
+    quaternion_calls,
+    row_operations,
+)
 
 _OPERATIONS: dict[str, Callable[..., list[str]]] = {
     "cluster_attention": cluster_attention_cases.random_case,
@@ -22,6 +27,7 @@ _OPERATIONS: dict[str, Callable[..., list[str]]] = {
     "layer_norm_twice": partial(row_operations.random_case, layer_norm_twice),
     "layer_norm_mean": partial(row_operations.random_case, layer_norm_mean),
     "residual_mlp": partial(row_operations.random_case, residual_mlp),
+    "depthwise_conv2d": depthwise_calls.random_case,
 }
 
 

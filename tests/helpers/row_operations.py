@@ -211,6 +211,8 @@ def random_case(operation, case, device="cuda", *, small=False):
     if small:
         dtype, autocast = torch.float16 if dtype is torch.bfloat16 else dtype, None
         c, hidden, n, b = min(c, 200), min(hidden, 130), min(n, 20), min(b, 3)
+    widest = hidden if operation is residual_mlp else c
+    b = max(1, min(b, 2**26 // (n * widest)))  # a tensor in fp64: 512 MiB
     params = torch.float32 if autocast else dtype
     if autocast and operation is residual_mlp:
         dtype = autocast  # in fp32 it is the reference's

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 
 from fastadapt.fusion.depthwise_convolution import depthwise_convolutions
 from fastadapt.kernels import depthwise_conv2d, depthwise_conv2d_reference
-from tests.helpers.kernel_checks import gpu, interpreted, run_interpreted, starts_interpreter
+from tests.helpers.depthwise_calls import random_case
+from tests.helpers.kernel_checks import (
+    FIRST_CASE,
+    RANDOM_CASES,
+    gpu,
+    interpreted,
+    run_interpreted,
+    starts_interpreter,
+)
 
 # batch, channels, height, width, filter, stride, padding
 CASES = [
@@ -87,6 +95,20 @@ def test_error_is_at_most_twice_pytorchs(case, dtype):
     found, pytorch = (run(f, case, dtype, "cuda") for f in (ours, depthwise_conv2d_reference))
     for one, other, truth in zip(found, pytorch, expected, strict=True):
         assert relative(one, truth) <= 2 * relative(other, truth) + 1e-7
+
+
+@gpu
+def test_gpu_random():
+    """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes and strides."""
+    cases = range(FIRST_CASE, FIRST_CASE + RANDOM_CASES)
+    wrong = [", ".join(found) for case in cases if (found := random_case(case))]
+    assert not wrong, "\n".join(wrong)
+
+
+@interpreted
+def test_interpreted_random():
+    for case in range(3):
+        assert random_case(case, "cpu", small=True) == []
 
 
 @gpu
