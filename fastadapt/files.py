@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:  # finding images needs no PyTorch
     from torch import Tensor
 
 _CHUNK = 2**20  # of a text that is read piece by piece
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # as tempfile names them
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 @contextlib.contextmanager
@@ -45,6 +49,32 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def is_temporary(name: str, of: Container[str] | re.Pattern[str]) -> bool:
+    """Say whether a file's name is one that :func:`atomic_path` gives a file while it is written.
+
+    Args:
+        name: of the file.
+        of: the names that the file gets once it is whole, or their pattern.
+    """
+    found = _TEMPORARY.fullmatch(name)
+    if found is None:
+        return False
+    return bool(of.fullmatch(found[1])) if isinstance(of, re.Pattern) else found[1] in of
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step (renameat2 of Linux).
+
+    Returns:
+        Whether it was done: not every system and file system can.
+    """
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return function(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file in UTF-8."""
     with atomic_path(path) as temporary:
@@ -66,10 +96,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
         InputError: the file is missing or is no text.
     """
     path = Path(path)
-    try:
+    with _readable(path):
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
     for encoding in _encodings(content):
         try:
             text = content.decode(encoding)
@@ -90,11 +118,8 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
         InputError: the file is missing or is no text.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            encodings = _encodings(file.read(_CHUNK))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+    with _readable(path), path.open("rb") as file:
+        encodings = _encodings(file.read(_CHUNK))
     for encoding in encodings:
         if _is_text(path, encoding):
             with path.open(encoding=encoding) as text:
@@ -103,6 +128,20 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
     raise InputError(
         f"{path} cannot be read as text in UTF-8, UTF-16 or Windows-1252: save it as UTF-8"
     )
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say in one line that a file is not there, or cannot be read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; expected a file") from None
+    except (OSError, ValueError) as error:  # no permission; a name with a zero byte
+        said = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {said}") from None
 
 
 def _is_text(path: Path, encoding: str) -> bool:
@@ -138,11 +177,13 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: the file is missing, or is no JSON object.
     """
     path = Path(path)
+    with _readable(path):
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise InputError(f"{path} is no valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # of numbers of thousands of digits, too
         raise InputError(f"{path} is no valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}; expected an object")
@@ -175,9 +216,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        what = "is a folder; expected a file" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with _readable(path), safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(

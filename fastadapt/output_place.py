@@ -1,0 +1,117 @@
+"""Decide, before any work, whether a command can write where ``out`` says.
+
+1. A link to something is followed, once; one that leads nowhere is refused.
+2. A folder that is written into (a run) may be any folder, a mount point and ``.`` too. One that is
+   replaced as a whole (a bundle) is no mount point, nor a folder with the command's own working
+   folder in it, unless that is empty. A file is replaced as a whole, too.
+3. Names that file systems refuse, files where folders are expected and the other way round, and
+   places that cannot be written are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from fastadapt.errors import InputError
+
+Kind = Literal["folder", "replaced folder", "file"]
+LONGEST = 200  # bytes of a name: temporary ones beside it are longer
+
+
+def check_output(path: str | os.PathLike[str], kind: Kind, what: str = "an output") -> Path:
+    """Return where an output goes, with a link followed; see the module's first lines.
+
+    Args:
+        path: as the user gave it.
+        kind: whether a folder is written into, or a folder or a file replaced as a whole.
+        what: what it is to be, for messages: "a run".
+
+    Raises:
+        InputError: it cannot go there.
+    """
+    try:
+        return _checked(Path(path), kind, what)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        shown = str(path).replace("\0", "\\0")
+        raise InputError(f"{shown} cannot be written: {said}. Choose another `out`") from None
+
+
+def _checked(path: Path, kind: Kind, what: str) -> Path:
+    if path.is_symlink():
+        if not path.exists():
+            raise InputError(f"{path} is a link that leads nowhere: choose another `out`")
+        path = path.resolve()
+    if kind != "folder" and path.name in ("", ".."):
+        path = path.resolve()  # the name is needed for what is made beside it
+    if not path.absolute().name or path.resolve() == Path(path.resolve().anchor):
+        raise InputError(f"{path} cannot be {what}: choose the name of a folder as `out`")
+    if len(os.fsencode(path.name)) > LONGEST:
+        raise InputError(
+            f"the name of {str(path)[:60]}… is too long: choose another `out`, of at most "
+            f"{LONGEST} bytes"
+        )
+    exists = path.exists()
+    if exists and kind == "file":
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; expected a file")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is no ordinary file: choose another `out`")
+    elif exists and not path.is_dir():
+        raise InputError(f"{path} is a file; expected a folder")
+    if exists and kind != "folder":
+        _check_replaceable(path, what)
+    _check_writable(path, replaced=kind != "folder")
+    return path
+
+
+def _check_replaceable(path: Path, what: str) -> None:
+    whole = path.resolve()
+    if str(whole) in mount_points() or os.path.ismount(whole):
+        raise InputError(
+            f"{path} is a mount point, which cannot be replaced by {what}: choose a name in it as "
+            "`out`"
+        )
+    here = Path.cwd()
+    if whole in (here, *here.parents) and any(whole.iterdir()):
+        raise InputError(
+            f"{path} holds the folder that this command runs in, and cannot be replaced by {what}: "
+            "choose another `out`, or run it elsewhere"
+        )
+
+
+def _check_writable(path: Path, replaced: bool) -> None:
+    """Make a file without a name where the first file or folder will be made."""
+    there = path.absolute().parent if replaced else path.absolute()
+    folder = next(p for p in (there, *there.parents) if p.exists())
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file, so that nothing can be in it: choose another `out`")
+    for place in {folder, path} if path.is_dir() else {folder}:
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written: {place}: {error.strerror}. Choose another `out`"
+            ) from None
+
+
+def mount_points() -> frozenset[str]:
+    """Return the system's mount points, as far as it tells: Linux does."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return frozenset()
+    fields = (line.split(" ") for line in lines)
+    return frozenset(_unescaped(row[4]) for row in fields if len(row) > 4)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
