@@ -18,6 +18,7 @@ FORMAT = "fastadapt-bundle"
 SCHEMA = 3  # see schema.py
 MANIFEST, MODEL, GOLDEN, LABELS = "manifest.json", "model.onnx", "golden.safetensors", "labels.txt"
 REPORT = "report.html"
+SIGNATURE = "signature.json"  # of a maker, over all other files
 CONTENT = "content_sha256"
 LARGEST_MANIFEST = 256 << 20  # bytes
 

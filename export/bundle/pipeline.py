@@ -29,6 +29,8 @@ from torch import nn
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.gdpl.model import GDPLModel
+from fastadapt.locks import lock_beside
+from fastadapt.output_place import check_output
 from fastadapt.settings import Setting
 
 from ..artefact import FAILED, Artefact
@@ -156,19 +158,20 @@ def export_run(
     """
     run, export = Path(run), _Export(Path(out), ExportSettings(**settings), console)
     config = read_run(run)
-    samples = run_samples(run, images, FEWEST_SAMPLES)
-    with export.step("load the trained model"):
-        trained = load_run(
-            run,
-            config,
-            backbone=backbone,
-            weights=weights,
-            class_names=class_names,
-            domain_input=domain_input,
-            domain_features=domain_features,
-            domain_weights=domain_weights,
-        )
-    return export.run(trained, samples)
+    with lock_beside(export.out):
+        samples = run_samples(run, images, FEWEST_SAMPLES)
+        with export.step("load the trained model"):
+            trained = load_run(
+                run,
+                config,
+                backbone=backbone,
+                weights=weights,
+                class_names=class_names,
+                domain_input=domain_input,
+                domain_features=domain_features,
+                domain_weights=domain_weights,
+            )
+        return export.run(trained, samples)
 
 
 def export_timm(
@@ -210,20 +213,21 @@ def export_timm(
         GateError, InputError: as for :func:`export_run`.
     """
     export = _Export(Path(out), ExportSettings(**settings), console)
-    samples = None if images is None else folder_samples(images, FEWEST_SAMPLES)
-    with export.step("load the trained model"):
-        trained = load_timm(
-            name,
-            checkpoint=checkpoint,
-            peft=peft,
-            weights=weights,
-            image_size=image_size,
-            class_names=class_names,
-            checkpoint_key=checkpoint_key,
-            features=features,
-            tell=lambda line: export.console.print(f"  {escape(line)}"),
-        )
-    return export.run(trained, samples or synthetic_samples(trained.preprocess))
+    with lock_beside(export.out):
+        samples = None if images is None else folder_samples(images, FEWEST_SAMPLES)
+        with export.step("load the trained model"):
+            trained = load_timm(
+                name,
+                checkpoint=checkpoint,
+                peft=peft,
+                weights=weights,
+                image_size=image_size,
+                class_names=class_names,
+                checkpoint_key=checkpoint_key,
+                features=features,
+                tell=lambda line: export.console.print(f"  {escape(line)}"),
+            )
+        return export.run(trained, samples or synthetic_samples(trained.preprocess))
 
 
 class _Export:
@@ -234,10 +238,7 @@ class _Export:
 
     def __init__(self, out: Path, settings: ExportSettings, console: Console | None):
         settings.check()
-        if out.name in ("", ".."):  # the working folder, say, whose name the rejected one needs
-            out = out.resolve()
-        if not out.name:
-            raise InputError(f"{out} cannot be a bundle: choose the name of a folder as `out`")
+        out = check_output(out, "replaced folder", "a bundle")
         self.out, self.settings = out, settings
         self.rejected = out.with_name(out.name + ".rejected")
         self.console = console or Console(quiet=True)
@@ -304,7 +305,9 @@ class _Export:
             manifest = seal(manifest)
             write_json(folder / MANIFEST, manifest)
             check_manifest(manifest, str(folder / MANIFEST))
-            place(folder, self.rejected if problems else self.out)
+            target = self.rejected if problems else self.out
+            check_target(target, overwrite=bool(problems) or self.settings.overwrite)
+            place(folder, target)
         remember_bundle(manifest)
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

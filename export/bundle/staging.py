@@ -8,33 +8,74 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.files import read_json
+from fastadapt.files import exchange, read_json
+from fastadapt.locks import in_use, is_in_use
 
-from .manifest import FORMAT, MANIFEST
+from .manifest import FORMAT, MANIFEST, SIGNATURE
 
-try:
-    import fcntl
-except ImportError:  # Windows: the user removes what a killed export leaves
-    fcntl = None  # type: ignore[assignment]
+OURS = "fastadapt-"  # in the names of temporary folders
+NOT_OURS_TO_KEEP = frozenset((".DS_Store", "Thumbs.db", "desktop.ini"))  # systems write them
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a target that must not be replaced, with an InputError."""
+    """Refuse, before any work, a target that must not be replaced, with an InputError.
+
+    It may be replaced if it is empty, or a bundle with nothing in it that its manifest does not
+    list.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    is_bundle = (target / MANIFEST).is_file() and (
-        read_json(target / MANIFEST).get("format") == FORMAT
-    )
-    if not is_bundle:
+    manifest = _manifest(target)
+    if manifest is None:
         raise InputError(f"{target} exists and is no bundle: choose another `out`")
     if not overwrite:
         raise InputError(
             f"{target} exists: replace it with `overwrite=True`, or choose another `out`"
         )
+    files = manifest.get("files")
+    ours = {MANIFEST, SIGNATURE, *(files if isinstance(files, dict) else ())}
+    check_nothing_else(target, ours)
+
+
+def check_nothing_else(folder: Path, ours: Container[str]) -> None:
+    """Refuse to replace a folder that holds files beside those that were written here.
+
+    Args:
+        folder: that is to be replaced.
+        ours: the files that may go, relative to it.
+
+    Raises:
+        InputError: there are others; it names the first.
+    """
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_dir() and not file.is_symlink():
+            continue
+        if name not in ours and file.name not in NOT_OURS_TO_KEEP and not _is_temporary(file, ours):
+            raise InputError(
+                f"{folder} holds {name}, which no export wrote there: move it away, or choose "
+                "another `out`"
+            )
+
+
+def _is_temporary(file: Path, ours: Container[str]) -> bool:
+    """Say whether a kill left the file while it was written in place, by ``verify --rebuild``."""
+    found = re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.tmp", file.name)
+    return found is not None and found[1] in ours
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a bundle's manifest, whole or not; None if the folder is no bundle."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except InputError:
+        return None
+    return manifest if manifest.get("format") == FORMAT else None
 
 
 @contextlib.contextmanager
@@ -48,19 +89,19 @@ def staging(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with _locked(out.parent):
+        with in_use(out.parent):
             _remove_leftovers(out)
-            folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+            prefix = f".{out.name}.{OURS}"
+            folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=prefix, suffix=".tmp"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            # Held while this process lives, so that others can tell that the folder is in use.
-            stack.enter_context(_locked(folder))
+            stack.enter_context(in_use(folder))  # so that others can tell
         try:
             umask = os.umask(0)
             os.umask(umask)
             folder.chmod(0o777 & ~umask)
             yield folder
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise InputError(
                 f"no space left on the disk of {out.parent.absolute()}: free some and export "
@@ -69,11 +110,19 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 def place(folder: Path, target: Path) -> None:
-    """Rename ``folder`` to ``target``; an old target is removed once the new one is in place."""
-    with _locked(target.parent):
-        if not target.exists():
-            folder.rename(target)
-            return
+    """Give a complete folder its target's name; an old target is removed afterwards.
+
+    Old and new exchange their names in one step where the system can (Linux, on most file systems).
+    Elsewhere the old one is renamed first; after a kill between the two steps the next export to
+    this target puts it back.
+    """
+    if not target.exists():
+        folder.rename(target)
+        return
+    if exchange(folder, target):
+        shutil.rmtree(folder)
+        return
+    with in_use(target.parent):
         old = folder.with_name(f"{folder.name}.old")
         target.rename(old)
         try:
@@ -86,47 +135,16 @@ def place(folder: Path, target: Path) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what killed exports of the same name left; put back a bundle they were replacing."""
-    ours = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.tmp(\.old)?")
+    ours = re.compile(rf"\.{re.escape(out.name)}\.{OURS}[a-z0-9_]{{8}}\.tmp")
+    old = re.compile(rf"\.{re.escape(out.name)}\.({OURS})?[a-z0-9_]{{8}}\.tmp\.old")
     for folder in sorted(out.parent.glob(".*.tmp*")):
-        if not ours.fullmatch(folder.name) or not folder.is_dir() or _in_use(folder):
+        if folder.is_symlink() or not folder.is_dir():
             continue
-        if folder.suffix == ".old" and not out.exists() and _is_accepted(folder):
-            folder.rename(out)
-        else:
+        if ours.fullmatch(folder.name) and not is_in_use(folder):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_accepted(folder: Path) -> bool:
-    try:
-        return bool(read_json(folder / MANIFEST).get("accepted"))
-    except InputError:
-        return False
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process; do nothing where there are no locks."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a network's file system may have none
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _in_use(folder: Path) -> bool:
-    """Tell whether a running export holds the folder; true where that cannot be told."""
-    if fcntl is None:
-        return True
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+        elif old.fullmatch(folder.name) and not is_in_use(folder):
+            manifest = _manifest(folder)
+            if manifest is not None and not out.exists() and manifest.get("accepted"):
+                folder.rename(out)
+            elif manifest is not None:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -48,7 +48,7 @@ def export(given: Given) -> None:
     }
     with working():
         if target.repository is not None:
-            check_repository(target.repository, out, settings.overwrite)
+            check_repository(target.repository, out)
         if model.run is not None:
             domain = {name: getattr(model, name) for name in OF_A_RUN}
             result = export_run(model.run, out, **domain, **shared)
