@@ -1,11 +1,17 @@
 """NVIDIA Triton Inference Server: a bundle as a model of a model repository.
 
+A model's folder has a file that says which of its files were written here, ``fastadapt.json``.
+Models without it are never touched. To one with it a bundle is added as the next version, if its
+configuration is the same; a model of another configuration is replaced, if that is asked for and
+nothing else lies in its folder.
+
 The layout and ``config.pbtxt`` are documented in Triton's "Model Repository" and "Model
 Configuration"; the schema is ``model_config.proto`` of triton-inference-server/common.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.files import write_text
+from fastadapt.files import read_json, write_json, write_text
+from fastadapt.locks import lock_beside
+from fastadapt.output_place import check_output
 
 from .artefact import VERIFIED, Artefact
 from .bundle.consistency import check_consistency
 from .bundle.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
-from .bundle.staging import place, staging
+from .bundle.staging import check_nothing_else, place, staging
 from .graph_input import GraphInput
 
-CONFIG = "config.pbtxt"
+CONFIG, MARKER = "config.pbtxt", "fastadapt.json"
+FORMAT = "fastadapt-triton-model"
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 BACKENDS = {
     "onnxruntime": {"platform": "onnxruntime_onnx", "file": "model.onnx"},
@@ -32,21 +41,22 @@ MAX_BATCH = 32
 QUEUE_DELAY = 500  # microseconds
 
 
-def check_repository(repository: str | Path, bundle: str | Path, overwrite: bool = False) -> Path:
+def check_repository(repository: str | Path, bundle: str | Path) -> Path:
     """Return the folder that a bundle's model will have in a repository.
 
     Raises:
-        InputError: the repository is a file, or holds a model of that name.
+        InputError: the repository is a file or cannot be written, or holds a model of that name
+            that was not written here.
     """
-    repository = Path(repository)
-    if repository.exists() and not repository.is_dir():
-        raise InputError(f"{repository} is a file; expected a folder of models")
+    check_output(repository, "folder", "a model repository")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(bundle).absolute().name)
-    target = repository / name
-    if target.exists() and not (target / CONFIG).is_file():
-        raise InputError(f"{target} exists and is no Triton model: choose another `repository`")
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists: replace it with `overwrite=True`")
+    target = Path(repository) / name
+    if target.is_symlink():
+        raise InputError(f"{target} is a link: choose another `repository`")
+    check_output(target, "replaced folder", "a model")
+    if target.exists() and _marker(target) is None:
+        what = "is no Triton model" if not (target / CONFIG).is_file() else "was not written here"
+        raise InputError(f"{target} exists and {what}: choose another `repository`")
     return target
 
 
@@ -59,6 +69,10 @@ def write_repository(
 ) -> Path:
     """Add a bundle's model to a model repository: ``NAME/config.pbtxt``, ``NAME/1/model.*``.
 
+    Where the model is there, written by this function from a bundle with the same inputs, outputs
+    and settings, the bundle becomes its next version, ``NAME/2`` and so on; Triton serves the
+    newest, and older ones stay to go back to. What was edited in ``config.pbtxt`` stays.
+
     Requests are batched dynamically, the warm-up runs the smallest and the largest batch, and
     class names come with Triton's classification extension.
 
@@ -67,36 +81,97 @@ def write_repository(
         repository: a folder, made if need be.
         backend: ``"onnxruntime"`` or ``"tensorrt"``; if ``None``, TensorRT where the bundle holds
             an engine that was verified. (TensorRT-RTX is no back end of Triton's.)
-        overwrite: replace a model of that name.
+        overwrite: replace a model of that name, with all of its versions, whose configuration
+            differs.
 
     Returns:
         The model's folder.
 
     Raises:
-        InputError: the bundle is damaged or rejected, holds nothing for that back end, or the
-            model exists.
+        InputError: the bundle is damaged or rejected, or holds nothing for that back end; a model
+            of that name is there and was not written here, or differs.
     """
     bundle = Path(bundle)
-    target = check_repository(repository, bundle, overwrite)
+    target = check_repository(repository, bundle)
     manifest = read_manifest(bundle)
     check_accepted(bundle, manifest)
     check_files(bundle, manifest)
     check_consistency(bundle, manifest)
     backend, artefact = _choose(bundle, manifest, backend)
-    config = model_config(target.name, manifest, backend, artefact)
-    with staging(target) as folder:
-        version = folder / "1"
-        version.mkdir()
-        for name in artefact.files or (MODEL,):
-            if name == artefact.path:
-                shutil.copyfile(bundle / name, version / BACKENDS[backend]["file"])
-            elif name.endswith(".data"):  # the graph refers to its weights by their name
-                shutil.copyfile(bundle / name, version / name)
-        if manifest["labels"]:
-            shutil.copyfile(bundle / LABELS, folder / LABELS)
-        write_text(folder / CONFIG, to_pbtxt(config))
-        place(folder, target)
+    config = to_pbtxt(model_config(target.name, manifest, backend, artefact))
+    labels = manifest["labels"]
+    made_of = hashlib.sha256(json.dumps([config, labels]).encode()).hexdigest()
+    with lock_beside(target):
+        check_repository(repository, bundle)
+        before = _marker(target)
+        if before is not None and before["made_of"] == made_of:
+            _add_version(target, before, bundle, artefact)
+            return target
+        if before is not None:
+            _check_replaced(target, before, overwrite)
+        with staging(target) as folder:
+            files = [f"1/{file}" for file in _write_version(folder / "1", bundle, artefact)]
+            if labels:
+                shutil.copyfile(bundle / LABELS, folder / LABELS)
+            write_text(folder / CONFIG, config)
+            others = [CONFIG, *([LABELS] if labels else [])]
+            _write_marker(folder, made_of, [*others, *files])
+            place(folder, target)
     return target
+
+
+def _marker(model: Path) -> dict[str, Any] | None:
+    """Return what a model's folder says of who wrote it; None if it was not written here."""
+    try:
+        found = read_json(model / MARKER)
+    except InputError:
+        return None
+    ours = found.get("format") == FORMAT and isinstance(found.get("made_of"), str)
+    files = found.get("files")
+    known = isinstance(files, list) and all(isinstance(file, str) for file in files)
+    return found if ours and known else None
+
+
+def _write_marker(model: Path, made_of: str, files: list[str]) -> None:
+    values = {"format": FORMAT, "version": 1, "made_of": made_of, "files": sorted(files)}
+    write_json(model / MARKER, values)
+
+
+def _check_replaced(target: Path, before: dict[str, Any], overwrite: bool) -> None:
+    """Refuse to replace a model of another configuration, unless all of it was written here."""
+    if not overwrite:
+        raise InputError(
+            f"{target} exists, with another configuration or other classes than this bundle's: "
+            "replace it with `overwrite=True`, or choose another `repository`"
+        )
+    check_nothing_else(target, {MARKER, *before["files"]})
+
+
+def _add_version(target: Path, before: dict[str, Any], bundle: Path, artefact: Artefact) -> None:
+    """Add the next version; Triton reads only folders whose names are numbers."""
+    versions = [int(p.name) for p in target.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}", p.name)]
+    version = str(max(versions, default=0) + 1)
+    temporary = target / f".fastadapt-{version}.tmp"
+    if temporary.exists():
+        shutil.rmtree(temporary)  # of a killed command: the lock is held
+    try:
+        files = [f"{version}/{file}" for file in _write_version(temporary, bundle, artefact)]
+        _write_marker(target, before["made_of"], [*before["files"], *files])
+        temporary.rename(target / version)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_version(folder: Path, bundle: Path, artefact: Artefact) -> list[str]:
+    """Write a version's files; return their names."""
+    backend = "tensorrt" if artefact.kind == "tensorrt" else "onnxruntime"
+    folder.mkdir()
+    for name in artefact.files or (MODEL,):
+        if name == artefact.path:
+            shutil.copyfile(bundle / name, folder / BACKENDS[backend]["file"])
+        elif name.endswith(".data"):  # the graph refers to its weights by their name
+            shutil.copyfile(bundle / name, folder / name)
+    return [file.name for file in folder.iterdir()]
 
 
 def model_config(

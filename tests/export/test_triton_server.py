@@ -33,7 +33,7 @@ class TestRepository:
         model = write_repository(tuned_bundles[0] / "uint8", tmp_path / "models")
         assert model == tmp_path / "models" / "uint8"
         files = {str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()}
-        assert files == {"config.pbtxt", "labels.txt", "1/model.onnx"}
+        assert files == {"config.pbtxt", "fastadapt.json", "labels.txt", "1/model.onnx"}
         onnx = tuned_bundles[0] / "uint8" / "model.onnx"
         assert (model / "1" / "model.onnx").read_bytes() == onnx.read_bytes()
         config, schema = model_config((model / "config.pbtxt").read_text())
@@ -120,14 +120,51 @@ class TestRepository:
         with pytest.raises(fa.InputError, match=r"at least 4 images .*`batch=1:OPT:MAX`"):
             write_repository(with_engine, tmp_path / "m")
 
-    def test_what_is_there_is_not_replaced(self, tuned_bundles, tmp_path):
-        write_repository(tuned_bundles[0] / "uint8", tmp_path)
-        with pytest.raises(fa.InputError, match="uint8 exists: replace it with `overwrite=True`"):
-            write_repository(tuned_bundles[0] / "uint8", tmp_path)
-        write_repository(tuned_bundles[0] / "uint8", tmp_path, overwrite=True)
-        (tmp_path / "float").mkdir()
-        with pytest.raises(fa.InputError, match="is no Triton model"):
-            write_repository(tuned_bundles[0] / "float", tmp_path, overwrite=True)
+    def test_the_same_model_gets_a_version(self, tuned_bundles, tmp_path):
+        model = write_repository(tuned_bundles[0] / "uint8", tmp_path)
+        (model / "1" / "model.onnx").write_text("older weights")
+        (model / "7").mkdir()  # the user's
+        edited = (model / "config.pbtxt").read_text() + "# more instances\n"
+        (model / "config.pbtxt").write_text(edited)
+        for overwrite in (False, True):
+            write_repository(tuned_bundles[0] / "uint8", tmp_path, overwrite=overwrite)
+        assert (model / "1" / "model.onnx").read_text() == "older weights"
+        onnx = (tuned_bundles[0] / "uint8" / "model.onnx").read_bytes()
+        for version in ("8", "9"):
+            assert (model / version / "model.onnx").read_bytes() == onnx
+        assert (model / "config.pbtxt").read_text() == edited
+        assert {p.name for p in model.iterdir()} == {
+            *("1", "7", "8", "9"),
+            *("config.pbtxt", "fastadapt.json", "labels.txt"),
+        }
+
+    def test_another_model_is_replaced_only_if_all_of_it_was_written_here(
+        self, tuned_bundles, tmp_path
+    ):
+        other = shutil.copytree(tuned_bundles[0] / "float", tmp_path / "uint8")
+        model = write_repository(tuned_bundles[0] / "uint8", tmp_path / "m")
+        with pytest.raises(fa.InputError, match=r"another configuration .* `overwrite=True`"):
+            write_repository(other, tmp_path / "m")
+        (model / "1" / "notes.txt").touch()
+        with pytest.raises(fa.InputError, match=r"uint8 holds 1/notes.txt"):
+            write_repository(other, tmp_path / "m", overwrite=True)
+        (model / "1" / "notes.txt").unlink()
+        write_repository(other, tmp_path / "m", overwrite=True)
+        assert "TYPE_FP32" in (model / "config.pbtxt").read_text().partition("output")[0]
+        assert [p.name for p in (tmp_path / "m").iterdir()] == ["uint8"]
+
+    def test_models_of_others_stay(self, tuned_bundles, tmp_path):
+        for name, files in {"uint8": ("config.pbtxt", "1/model.onnx"), "float": ("notes",)}.items():
+            for file in files:
+                (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name / file).write_text("theirs")
+        (tmp_path / "resize").symlink_to("uint8")
+        says = {"uint8": "was not written here", "float": "is no Triton model", "resize": "a link"}
+        for name, said in says.items():
+            with pytest.raises(fa.InputError, match=said):
+                write_repository(tuned_bundles[0] / name, tmp_path, overwrite=True)
+        found = {p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+        assert found == {"theirs"} and len(list(tmp_path.iterdir())) == 3
 
     def test_text_that_needs_quoting(self):
         text = to_pbtxt({"name": 'a "b" \\ ä\n', "max_batch_size": 1})
