@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.files import atomic_path, read_json, write_json
+from fastadapt.files import atomic_path, is_temporary, read_json, write_json
 
 from .formats import Format
 from .sources import Item
 
 MANIFEST = "manifest.json"  # by which the walker tells that the folder is ours
 KIND, VERSION = "fastadapt-parts", 1
+_NAME = re.compile(r"part-[0-9]{6,}\.(json|jsonl|csv|parquet)|manifest\.json")
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Parts:
             InputError: results are there; or parts of other settings.
         """
         manifest = self.folder / MANIFEST
+        self._check_own()
         if overwrite or not manifest.is_file():  # made or removed by halves, else
             self.remove()
         elif not resume:
@@ -172,22 +175,45 @@ class Parts:
         """
         if not self.folder.exists():
             return
-        files = [self.folder / MANIFEST, *self.folder.glob("*part-*"), *self.folder.glob(".*.tmp")]
-        foreign = set(self.folder.iterdir()) - set(files)
-        if foreign:
-            raise InputError(
-                f"{self.folder} holds {min(foreign).name}, which this command did not write: move "
-                "it away, or name another --out"
-            )
-        for file in files:
-            file.unlink(missing_ok=True)
+        self._check_own()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for file in self.folder.iterdir():
+            file.unlink()
         self.folder.rmdir()
+
+    def _check_own(self) -> None:
+        """Refuse to go on where a file or folder of ours would stand lies something else.
+
+        Raises:
+            InputError: naming it.
+        """
+        manifest, named = self.folder / MANIFEST, "move it away, or give another `out`"
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise InputError(f"{self.folder} is no folder of parts: {named}")
+        if manifest.is_file() and read_json(manifest).get("format") != KIND:
+            raise InputError(f"{self.folder} holds {MANIFEST} of something else: {named}")
+        for file in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            known = _NAME.fullmatch(file.name) or is_temporary(file.name, _NAME)
+            if not known or not file.is_file():
+                raise InputError(
+                    f"{self.folder} holds {file.name}, which this command did not write: {named}"
+                )
+        unreadable = self.unreadable_file
+        if unreadable.exists() and not _begins_with(unreadable, b"path,reason\n"):
+            raise InputError(f"{unreadable} was not written by this command: {named}")
 
     def _rows(self, number: int) -> Path:
         return self.folder / f"part-{number + 1:06}{self.file.suffix.lower()}"
 
     def _record(self, number: int) -> Path:
         return self.folder / f"part-{number + 1:06}.json"
+
+
+def _begins_with(file: Path, content: bytes) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(content)) == content
 
 
 def digest_of(items: Sequence[Item]) -> str:

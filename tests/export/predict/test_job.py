@@ -245,6 +245,24 @@ class TestWhatIsThere:
             make_job(tmp_path / "out.csv", overwrite=True).run()
         assert (folder / "thesis.txt").read_text() == "mine"
 
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("out.csv.parts/my-part-list.txt", "mine"),
+            ("out.csv.parts/.part-mine.tmp", "mine"),
+            ("out.csv.parts/manifest.json", '{"name": "an extension"}'),
+            ("out.csv.parts", "mine"),
+            ("out.csv.unreadable.csv", "file;complaint\n"),
+        ],
+    )
+    def test_names_like_ours_are_no_proof(self, tmp_path, name, content):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        for overwrite in (False, True):
+            with pytest.raises(fa.InputError, match="give another `out`"):
+                make_job(tmp_path / "out.csv", count=10, overwrite=overwrite).run()
+        assert (tmp_path / name).read_text() == content
+
     def test_no_images(self, tmp_path):
         out = tmp_path / "out.csv"
         out.write_text("before")
