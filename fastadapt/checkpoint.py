@@ -38,6 +38,7 @@ from fastadapt.trainable import COMPILED, plain_name, uncompiled
 CONFIG = "config.json"
 WEIGHTS = "adapter.safetensors"
 FORMAT, FORMAT_VERSION = "fastadapt-adapter", 1
+FORMATS = (FORMAT, "fastadapt-gdpl")  # of configurations that folders of ours may have
 
 
 def trained_state(model: AdaptedModel) -> dict[str, Tensor]:
@@ -89,7 +90,8 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
         **extra: more keys for config.json (a training run's settings, say).
 
     Raises:
-        InputError: it is no adapted model, or a tensor holds NaN or infinity.
+        InputError: it is no adapted model, a tensor holds NaN or infinity, or the folder has a
+            configuration of something else.
     """
     given, folder = uncompiled(model), Path(folder)
     if not isinstance(given, AdaptedModel):
@@ -98,6 +100,7 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
             "returned"
         )
     model = given
+    check_own_folder(folder)
     state = trained_state(model)
     check_finite(state, "the model")
     write_tensors(folder / WEIGHTS, state)
@@ -128,6 +131,26 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
         **extra,
     }
     write_json(folder / CONFIG, config)
+
+
+def check_own_folder(folder: Path) -> None:
+    """Refuse a folder whose ``config.json`` is not of this package: Hugging Face's, for one.
+
+    Raises:
+        InputError: as said.
+    """
+    if (folder / CONFIG).exists() and not is_own_config(folder / CONFIG):
+        raise InputError(
+            f"{folder / CONFIG} was not written by fastadapt: save the model to another folder"
+        )
+
+
+def is_own_config(path: Path) -> bool:
+    """Say whether a configuration's ``format`` is one of this package's."""
+    try:
+        return read_json(path).get("format") in FORMATS
+    except InputError:
+        return False
 
 
 def load_adapter(

@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt.checkpoint import CONFIG, WEIGHTS, check_weights_hash, read_checkpoint
+from fastadapt.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    check_own_folder,
+    check_weights_hash,
+    read_checkpoint,
+)
 from fastadapt.checkpoint_reader import find_state_dict
 from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.errors import InputError
@@ -99,9 +105,11 @@ def save_gdpl(
         **extra: more keys for config.json.
 
     Raises:
-        InputError: a tensor holds NaN or infinity.
+        InputError: a tensor holds NaN or infinity, or the folder has a configuration of something
+            else.
     """
     folder = Path(folder)
+    check_own_folder(folder)
     state = trained_state(model)
     check_finite(state, "the model")
     write_tensors(folder / WEIGHTS, state)

@@ -17,7 +17,7 @@ from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.scan import Scan
 from fastadapt.errors import InputError
-from fastadapt.files import write_json, write_text
+from fastadapt.files import read_json, write_json, write_text
 from fastadapt.gdpl.checkpoint import GDPLSource, fingerprints, save_gdpl
 from fastadapt.gdpl.config import GDPLConfig, GDPLTrainConfig
 from fastadapt.gdpl.domain_features import FeatureTable
@@ -32,6 +32,8 @@ from fastadapt.gdpl.few_shot import (
 from fastadapt.gdpl.loop import train_epochs
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.info import versions
+from fastadapt.locks import lock_folder
+from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.loop import precision
 from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, scanned
@@ -103,7 +105,8 @@ def train_gdpl(
         InputError: anything given does not fit; the loss is no longer finite.
     """
     config, gdpl_config = config or GDPLTrainConfig(), gdpl_config or GDPLConfig()
-    out, seeds, table = Path(out), tuple(seeds), domain_features
+    out = check_output(out, "folder", "a run")
+    seeds, table = tuple(seeds), domain_features
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"seeds are {seeds}; expected different numbers, 0 or more")
     folders = {seed: out if len(seeds) == 1 else out / f"seed{seed}" for seed in seeds}
@@ -114,7 +117,8 @@ def train_gdpl(
     autocast = nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
     workers = default_workers() if workers is None else workers
 
-    with progress_bars(quiet) as progress:
+    with lock_folder(out), progress_bars(quiet) as progress:
+        _check_folders(out, folders.values(), resume, overwrite)  # of now that no other writes
         say = progress.console.print
         asked = config.intensity_range
         read, value_range = [], None
@@ -241,8 +245,19 @@ def _check_folders(out: Path, folders: Collection[Path], resume: bool, overwrite
         )
     for folder in folders:
         check_folder(folder, False, overwrite or resume)
-    if len(folders) > 1 and (out / RESULTS).is_file() and not (overwrite or resume):
-        raise InputError(f"{out} holds the results of other seeds: give another `out`")
+    if len(folders) > 1 and (out / RESULTS).exists():
+        if not _is_of_seeds(out / RESULTS):
+            raise InputError(f"{out / RESULTS} is no run's: give a new or empty folder as `out`")
+        if not (overwrite or resume):
+            raise InputError(f"{out} holds the results of other seeds: give another `out`")
+
+
+def _is_of_seeds(path: Path) -> bool:
+    """Say whether a file holds results of several seeds, by its keys."""
+    try:
+        return {"seeds", "zero_shot", "settings"} <= read_json(path).keys()
+    except InputError:
+        return False
 
 
 def _check_source(source: GDPLSource, table: FeatureTable | None) -> None:

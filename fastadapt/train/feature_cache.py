@@ -1,7 +1,7 @@
 """Compute the frozen backbone's features of a split once, and keep them in a file.
 
-A cache is a ``.npy`` file with the SHA-256 of its content after it, and its name is a hash of
-everything that the features depend on. It may be deleted at any time while no training runs.
+The name of the file (:mod:`fastadapt.train.cache_file`) is a hash of everything that the features
+depend on. It may be deleted at any time while no training runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,19 +21,19 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
-from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.data.images import DEVICE_SHARE, ImageSource
 from fastadapt.errors import InputError
-from fastadapt.files import atomic_path
+from fastadapt.files import sha256_tensors
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 from fastadapt.fusion.frozen_blocks import release_fused_blocks
+from fastadapt.train.cache_file import open_cache, writing
 from fastadapt.train.sources import FeatureSource, padded
+from fastadapt.trainable import COMPILED
 
 FORMAT_VERSION = 2  # of the cache: raised when what is stored changes
-FEATURE_DTYPES = ("auto", "fp16", "fp32")
+_DTYPES = {"auto": ("float16", "float32"), "fp16": ("float16",), "fp32": ("float32",)}
 BATCH_SIZE = 16  # of the frozen backbone; on a CPU larger batches fall out of the caches
 GPU_BATCH_SIZE = 64
-_DIGEST = 32  # bytes after the array
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,9 @@ def cached_source(
         OSError: the disk got full; the unfinished file is removed.
     """
     path = folder.absolute() / f"{cache_key(model, images, settings)}.npy"
-    features: Tensor | np.ndarray | None = open_cache(path)
     shape = _shape_of(model, autocast)
-    if features is not None and features.shape[2:] != (shape.tokens, shape.dim):
-        features = None
+    whole = (settings.views, len(images.samples), shape.tokens, shape.dim)
+    features: Tensor | np.ndarray | None = open_cache(path, whole, _DTYPES[settings.dtype])
     if features is None:
         frozen = fuse_batch_norms(model, _probe(model)) if images.device.type == "cpu" else model
         work = _Computation(frozen, images, path, settings, shape, progress, autocast, name)
@@ -128,6 +126,12 @@ def cached_source(
     return FeatureSource(features, images.labels, images.device, shape.spatial, channels_last, path)
 
 
+def backbone_hash(model: AdaptedModel) -> str:
+    """Hash all of the backbone's tensors, those that a checkpoint holds, too."""
+    state = model.backbone.state_dict()
+    return sha256_tensors({name.replace(COMPILED, ""): tensor for name, tensor in state.items()})
+
+
 def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings) -> str:
     """Return a hash of everything that cached features depend on."""
     function = model.feature_fn
@@ -135,7 +139,7 @@ def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings)
         "version": FORMAT_VERSION,
         "torch": torch.__version__.split(".")[:2],
         "device": images.device.type,
-        "backbone": [model.source.get("name"), backbone_fingerprint(model)],
+        "backbone": [model.source.get("name"), backbone_hash(model)],
         "function": [function.__module__, function.__qualname__, str(model.config.features)],
         "spec": asdict(model.spec),
         "pooled": isinstance(model.adapter, nn.Identity),
@@ -147,24 +151,6 @@ def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings)
         status = sample.path.stat()
         digest.update(f"{sample.path}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24]
-
-
-def open_cache(path: Path) -> np.ndarray | None:
-    """Map a cache; return ``None``, and remove it, if it is not what was written."""
-    try:
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
-        with path.open("rb") as file:
-            file.seek(-_DIGEST, 2)
-            said = file.read()
-        end = features.offset + features.nbytes
-        if path.stat().st_size == end + _DIGEST and _digest(features).digest() == said:
-            return features
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError):
-        pass
-    path.unlink(missing_ok=True)
-    return None
 
 
 class CacheWriter(threading.Thread):
@@ -188,7 +174,7 @@ class CacheWriter(threading.Thread):
         try:
             with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
                 self._computed.wait()
-                with _writing(self.path, self.features.shape, self.features.dtype) as file:
+                with writing(self.path, self.features.shape, self.features.dtype) as file:
                     for view in self.features:
                         for part in view.split(GPU_BATCH_SIZE):
                             file.write(part.cpu())
@@ -235,7 +221,7 @@ class _Computation:
         try:
             if device.type == "cuda" and _fits(needed, device):
                 return self._on_device(dtype, task)
-            with _writing(self.path, self.shape, dtype) as file:
+            with writing(self.path, self.shape, dtype) as file:
                 for view in range(self.shape[0]):
                     for first, features in self._batches(view, task):
                         features = features.cpu()
@@ -296,47 +282,6 @@ class _Computation:
 
 class _Overflow(Exception):
     pass
-
-
-class _writing(AbstractContextManager):
-    """Write a cache under a temporary name; it gets its own once it is whole."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype):
-        self._context = atomic_path(path)
-        self._shape, self._dtype = tuple(shape), np.dtype("f2" if dtype.itemsize == 2 else "f4")
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO
-
-    def __enter__(self) -> _writing:
-        self._file = self._context.__enter__().open("wb")
-        header = {"shape": self._shape, "fortran_order": False}
-        header["descr"] = np.lib.format.dtype_to_descr(self._dtype)
-        np.lib.format.write_array_header_1_0(self._file, header)
-        return self
-
-    def write(self, values: Tensor) -> None:
-        """Append values on the CPU."""
-        data = values.contiguous().numpy().data
-        self._hash.update(data)
-        self._file.write(data)
-
-    def __exit__(self, kind, error, traceback) -> bool | None:
-        try:
-            if kind is None:
-                self._file.write(self._hash.digest())
-            self._file.close()
-        except OSError as failure:
-            self._context.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        return self._context.__exit__(kind, error, traceback)
-
-
-def _digest(features: np.ndarray):
-    digest = hashlib.sha256()
-    for view in features:
-        for start in range(0, len(view), 256):
-            digest.update(np.ascontiguousarray(view[start : start + 256]).data)
-    return digest
 
 
 def as_tokens(model: AdaptedModel, features: Tensor) -> Tensor:

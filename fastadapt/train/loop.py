@@ -25,6 +25,7 @@ from fastadapt.data.decode_pool import DecodePool
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
+from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source, size_text
 from fastadapt.train.metrics import classification_metrics
@@ -182,7 +183,7 @@ class Trainer:
         if self.cached and not used:
             return  # resumed in stage 2: stage 1's are unknown here
         for path in (self.out / CACHE).glob("*.npy"):
-            if path.resolve() not in used:
+            if path.resolve() not in used and is_cache(path):
                 path.unlink()
 
     def _run_stage(self, stage: int) -> None:

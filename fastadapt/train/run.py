@@ -25,12 +25,15 @@ from fastadapt.data.splits import SPLITS as SPLIT_ORDER
 from fastadapt.errors import InputError
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
+from fastadapt.locks import lock_folder
 from fastadapt.lora import lora_layers
+from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.plots import plot_curves
+from fastadapt.train.request import REQUEST, Request
 from fastadapt.train.results import (
     TrainResult,
     calibration,
@@ -51,7 +54,7 @@ from fastadapt.train.run_folder import (
     check_settings,
     finished_results,
     load_state,
-    remove_if_empty,
+    remove_if_unused,
     remove_leftovers,
     write_metrics,
 )
@@ -118,17 +121,28 @@ def train(
             GPU's memory is full. Where a state was saved it stays, for ``resume``.
     """
     config = config or TrainConfig()
-    out = Path(out)
+    out = check_output(out, "folder", "a run")
     check_folder(out, resume, overwrite)
     target = parse_device(device)
     precision(config.amp, target)  # refused now rather than after the features were computed
     workers = default_workers() if workers is None else workers
     phases = Phases(process_age() if profile else 0.0)
+    request = Request(
+        str(Path(data).absolute()),
+        backbone if isinstance(backbone, str) else None,
+        config,
+        adapt_config,
+        preprocess or {},
+        pretrained,
+        None if weights is None else str(Path(weights).absolute()),
+        skip_unreadable,
+    )
     begun = scan or Scan(
         read_dataset(data, config.val_fraction, config.seed), workers, config.intensity_range
     )
     try:
-        with progress_bars(quiet) as progress:
+        with lock_folder(out), progress_bars(quiet) as progress:
+            check_folder(out, resume, overwrite)  # again, now that no other process writes
             prepared = _prepared(
                 begun,
                 backbone,
@@ -148,7 +162,6 @@ def train(
             state = _state_of(prepared, dataset, config, out, target, resume, progress)
             if isinstance(state, TrainResult):
                 return state
-            existed = out.is_dir()
             trainer = Trainer(
                 model=prepared.model,
                 dataset=dataset,
@@ -167,16 +180,16 @@ def train(
             )
             try:
                 with full_disk_or_memory(out):
+                    request.write(out)
                     remove_leftovers(out)
                     try:
                         trainer.run()
-                        result = _write_outputs(trainer, str(Path(data).absolute()))
+                        result = _write_outputs(trainer, request.data)
                     except BaseException:
                         trainer.save()
                         raise
             finally:
-                if not existed:
-                    remove_if_empty(out)
+                remove_if_unused(out)
             if profile:
                 write_json(out / PROFILE, phases.to_dict())
                 progress.console.print(phase_table(phases.to_dict()))
@@ -363,6 +376,7 @@ def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
     trainer.remove_unused_caches()
     with trainer.phases("saving"):
         trainer.finish()
+    (out / REQUEST).unlink(missing_ok=True)
     # What it holds is in the files above, but for the optimizer's moments.
     (out / STATE).unlink(missing_ok=True)
     return TrainResult(out, best, results)

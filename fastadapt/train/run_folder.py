@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastadapt.checkpoint import CONFIG, WEIGHTS
+from fastadapt.checkpoint import CONFIG, WEIGHTS, is_own_config
 from fastadapt.errors import InputError
-from fastadapt.files import read_json, read_tensors, write_tensors, write_text
+from fastadapt.files import is_temporary, read_json, read_tensors, write_tensors, write_text
+from fastadapt.locks import LOCK
+from fastadapt.train.cache_file import CACHE_NAME, is_cache
+from fastadapt.train.request import REQUEST, is_request
 
 STATE = "state.safetensors"
 SPLITS = "splits.csv"
@@ -24,7 +29,7 @@ CURVES = "curves.png"
 CACHE = "cache"
 PROFILE = "profile.json"
 OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, PREDICTIONS, CURVES, CACHE}
-OURS |= {PROFILE}
+OURS |= {PROFILE, REQUEST}
 
 
 @dataclass
@@ -84,7 +89,7 @@ def load_state(path: Path) -> tuple[State, dict[str, Any]]:
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses an output folder that a new or resumed run must not write to.
+    """Refuse an output folder that a new or resumed run must not write to.
 
     Raises:
         InputError: ``out`` is a file, holds something else, or a run, without ``resume`` or
@@ -94,26 +99,65 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         raise InputError("`resume` and `overwrite` exclude each other: give one of them")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; expected a folder")
-    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    found = {name for name in found if not name.endswith(".tmp")}
-    foreign = sorted(found - OURS)
-    if foreign and not found & {CONFIG, STATE}:
-        raise InputError(
-            f"{out} holds other files, {foreign[0]!r} for one: give a new or empty folder as `out`"
-        )
+    ours = is_run(out)
+    if not ours:
+        check_unused(out)
     if resume:
         if not out.is_dir():
             raise InputError(f"{out} does not exist, so there is no run to resume")
         return
     if overwrite:
         return
-    if STATE in found:
+    if (out / STATE).exists():
         raise InputError(
             f"{out} holds an unfinished run: continue it with `resume=True`, or replace it with "
             "`overwrite=True`"
         )
-    if found - {CACHE}:
+    if ours and any((out / name).exists() for name in (CONFIG, METRICS, RESULTS)):
         raise InputError(f"{out} holds a run already: give another `out`, or `overwrite=True`")
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether a folder proves itself a run by the format of its configuration or its state.
+
+    Only then are files with the names of :data:`OURS` a run's own; anything else in the folder is
+    somebody else's, and stays as it is.
+    """
+    return (
+        is_own_config(folder / CONFIG)
+        or is_request(folder / REQUEST)
+        or is_own_state(folder / STATE)
+    )
+
+
+def is_own_state(path: Path) -> bool:
+    """Say whether a file is a state that a run saved, by what stands at its beginning."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"state", "settings"} <= (file.metadata() or {}).keys()
+    except (OSError, SafetensorError):
+        return False
+
+
+def check_unused(out: Path) -> None:
+    """Refuse a folder that is no run and holds files that no run left there.
+
+    Raises:
+        InputError: naming the first of them.
+    """
+    for path in sorted(out.iterdir()) if out.is_dir() else []:
+        cache = path.name == CACHE and path.is_dir() and all(map(_is_of_cache, path.iterdir()))
+        if not cache and path.name != LOCK and not is_temporary(path.name, OURS):
+            what = "a run already, but none of fastadapt's" if path.name in OURS else "other files"
+            raise InputError(
+                f"{out} holds {what}, {path.name!r} for one: give a new or empty folder as `out`"
+            )
+
+
+def _is_of_cache(path: Path) -> bool:
+    return is_cache(path) or is_temporary(path.name, CACHE_NAME)
 
 
 def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None:
@@ -159,10 +203,20 @@ def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove temporary files of a run that was killed while it wrote them."""
-    for folder in (out, out / CACHE):
+    """Remove temporary files of a run that was killed while it wrote them, and no others."""
+    names: tuple[tuple[Path, Container[str] | re.Pattern[str]], ...]
+    names = ((out, OURS), (out / CACHE, CACHE_NAME))
+    for folder, of in names:
         for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            if is_temporary(path.name, of):
+                path.unlink(missing_ok=True)
+
+
+def remove_if_unused(out: Path) -> None:
+    """Remove after a failure what says that a run was begun, if it completed no epoch."""
+    if not (out / STATE).exists():
+        (out / REQUEST).unlink(missing_ok=True)
+    remove_if_empty(out)
 
 
 def remove_if_empty(out: Path) -> None:
