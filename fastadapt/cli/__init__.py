@@ -17,6 +17,7 @@ from fastadapt.cli.export import export, verify
 from fastadapt.cli.gdpl import gdpl
 from fastadapt.cli.info import info
 from fastadapt.cli.predict import embed, predict
+from fastadapt.cli.search import search
 from fastadapt.cli.train import TrainCommand, train
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command(cls=TrainCommand)(train)
+app.command()(search)
 app.command()(gdpl)
 app.command()(export)
 app.command()(verify)

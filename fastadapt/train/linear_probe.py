@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.train.metrics import scores
+from fastadapt.train.metrics import classification_metrics, scores
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C: the inverse of the penalty's weight
 ITERATIONS = 200
@@ -60,3 +60,46 @@ def linear_probe(
         if "test" in features:
             result["test"] = measured(fitted(best, "train", "val"), "test")
     return result
+
+
+def probe_by_folds(
+    features: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+    metric: str,
+    classes: tuple[str, ...],
+) -> float:
+    """Return the mean score of the logistic regression over folds, of the best C.
+
+    Args:
+        features: [n, C].
+        labels: [n], indices into ``classes``.
+        folds: [n], the fold that each image is held out in.
+        metric: ``"accuracy"``, ``"macro_f1"`` or ``"loss"`` (then the negative one).
+        classes: names.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    means = []
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for c in STRENGTHS:
+            found = []
+            for fold in np.unique(folds):
+                model = make_pipeline(
+                    StandardScaler(), LogisticRegression(C=c, max_iter=ITERATIONS)
+                )
+                held_out = folds == fold
+                model.fit(features[~held_out], labels[~held_out])
+                x, y = features[held_out], labels[held_out]
+                if metric == "loss":
+                    found.append(-log_loss(y, model.predict_proba(x), labels=model.classes_))
+                else:
+                    found.append(classification_metrics(y, model.predict(x), classes)[metric])
+            means.append(float(np.mean(found)))
+    return max(means)
