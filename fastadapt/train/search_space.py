@@ -94,7 +94,7 @@ class Space:
 
     def settings(self, drawn: dict[str, Value]) -> tuple[TrainConfig, AdaptConfig]:
         """Return the settings that drawn values stand for."""
-        adapter = {name: value for name, value in drawn.items() if name in OF_ADAPTER}
+        adapter: dict[str, Any] = {n: value for n, value in drawn.items() if n in OF_ADAPTER}
         training: dict[str, Any] = {
             name: value
             for name, value in drawn.items()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def frozen_backbone(
 
 def trial_features(
     backbone: FrozenBackbone,
-    parts: dict[str, Sequence[Sample]],
+    parts: Mapping[str, Sequence[Sample]],
     classes: tuple[str, ...],
     config: TrainConfig,
     device: torch.device,
@@ -102,8 +102,6 @@ def trial_features(
     Returns:
         Features of the parts' images, one part after the other.
     """
-    from dataclasses import replace
-
     if positions is None and device.type == "cpu":
         positions = CPU_POSITIONS
     amp_dtype = precision(config.amp, device)

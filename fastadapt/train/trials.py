@@ -177,7 +177,7 @@ class Trial:
         rng = np.random.default_rng((seed, 1, epoch))
         torch.manual_seed(int(rng.integers(2**63)))
         order = train[rng.permutation(count)]
-        views = rng.integers(self._source.num_views, size=len(self._source.labels))
+        views = rng.integers(len(self._source.features), size=len(self._source.labels))
         if count > config.batch_size > 1 and count % config.batch_size == 1:
             order = order[:-1]
         steps = math.ceil(len(order) / config.batch_size)
