@@ -174,6 +174,7 @@ def _input_gradient(g, x, weight, stride, padding):
         width,
         *g.shape[2:],
         channels,
+        stride,
         K=weight.shape[2],
         S=stride,
         P=padding,

@@ -299,6 +299,14 @@ def linear_gelu(m, c, hidden, dtype):
         operation(*(torch.empty(shape, dtype=dtype) for shape in shapes), backend="triton")
 
 
+def depthwise_conv2d(b, c, height, width, k, stride, padding, dtype, params=None):
+    """A call of a depthwise convolution with a bias."""
+    args = [torch.empty(b, c, height, width, dtype=dtype)]
+    args += [torch.empty(c, 1, k, k, dtype=params or dtype), torch.empty(c, dtype=params or dtype)]
+    function = fastadapt.kernels.depthwise_conv2d
+    _step(lambda *a, backend: function(*a, stride, padding, backend=backend), args)
+
+
 def _only(*numbers: int, of: int = 7) -> list[bool]:
     return [i in numbers for i in range(of)]
 
@@ -346,6 +354,7 @@ _SMALL: list[Call] = [
     (residual_mlp, (1000, 384, 1536, BF16), {}),
     (residual_mlp, (700, 63, 65, FP32), {}),
     (linear_gelu, (12608, 768, 3072, FP16), {}),
+    (depthwise_conv2d, (10, 16, 28, 28, 7, 3, 6, FP16, FP32), {}),
 ]
 
 _MORE: list[Call] = [
