@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from statistics import median as median_of
 
 import pytest
 import timm
@@ -33,8 +34,8 @@ def _no_tf32():
         module.allow_tf32 = value
 
 
-def batch(count=4, dtype=torch.float32, device=DEVICE):
-    generator = torch.Generator().manual_seed(1)
+def batch(count=4, dtype=torch.float32, device=DEVICE, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=generator)
     f = torch.randn(count, WIDTH, dtype=torch.float64, generator=generator)
     labels = torch.arange(count) % len(NAMES)
@@ -53,17 +54,30 @@ def logits_and_gradients(model, x, f, labels):
 
 @pytest.mark.parametrize("config", [{}, {"class_chunk": 2}, {"depth": 1}, {"rank": 0}], ids=str)
 def test_equals_the_cpu_in_fp32(config):
-    """As exact as the CPU: both are measured against the CPU in fp64."""
+    """As exact as the CPU: both are measured against the CPU in fp64, by medians of their errors.
+
+    Some parameters are a few numbers, with which either is now and then several times as lucky.
+    """
     config = replace(QUIET, **config)
     model = randomize(small_model(config)).train()
     exact = {name: t.clone() for name, t in model.state_dict().items()}
-    cpu = logits_and_gradients(model, *batch(device="cpu"))
-    gpu = logits_and_gradients(model.to(DEVICE), *batch())
+    seeds = range(1, 10)
+    cpu = [logits_and_gradients(model, *batch(device="cpu", seed=seed)) for seed in seeds]
+    model.to(DEVICE)
+    gpu = [logits_and_gradients(model, *batch(seed=seed)) for seed in seeds]
     model.to("cpu").double().load_state_dict(exact)
-    truth = logits_and_gradients(model.set_class_names(NAMES), *batch(4, torch.float64, "cpu"))
-    for name, want in truth.items():
-        bound = 4 * (cpu[name] - want).abs().max() + 1e-6 * want.abs().max()
-        assert (gpu[name] - want).abs().max() <= bound, name
+    model.set_class_names(NAMES)
+    truth = [logits_and_gradients(model, *batch(4, torch.float64, "cpu", seed)) for seed in seeds]
+
+    def median(found, name):
+        pairs = zip(found, truth, strict=True)
+        return median_of(
+            ((one[name] - want[name]).abs().max() / want[name].abs().max()).item()
+            for one, want in pairs
+        )
+
+    for name in truth[0]:
+        assert median(gpu, name) <= 4 * median(cpu, name) + 1e-6, name
 
 
 def test_a_model_made_on_the_gpu_stays_there():
@@ -269,18 +283,25 @@ def test_the_token_embedding_may_stay_on_the_cpu():
 
 @pytest.mark.parametrize("half", [False, True])
 def test_compiles_whole(half):
-    """Twice as far from fp32 as eager calls in the same precision, at most."""
+    """Twice as far from fp32 as eager calls in the same precision, at most, by medians."""
     model = small_model(QUIET).to(DEVICE).train()
-    exact = logits_and_gradients(model, *batch())
+    batches = [batch(seed=seed) for seed in range(1, 10)]
+    exact = [logits_and_gradients(model, *given) for given in batches]
     if half:
         model.set_frozen_dtype(torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
-        eager = logits_and_gradients(model, *batch())
+        eager = [logits_and_gradients(model, *given) for given in batches]
         model.forward = torch.compile(model.forward, fullgraph=True)
-        compiled = logits_and_gradients(model, *batch())
-    for name, want in exact.items():
-        limit = 2 * (eager[name] - want).norm() + 1e-3 * want.norm() + 1e-6
-        assert (compiled[name] - want).norm() <= limit, name
+        compiled = [logits_and_gradients(model, *given) for given in batches]
+
+    def median(found, name):
+        pairs = zip(found, exact, strict=True)
+        return median_of(
+            ((one[name] - want[name]).norm() / want[name].norm()).item() for one, want in pairs
+        )
+
+    for name in exact[0]:
+        assert median(compiled, name) <= 2 * median(eager, name) + 1e-3, name
 
 
 def test_the_kernels_of_the_prompt_networks(monkeypatch):
