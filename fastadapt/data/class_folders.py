@@ -30,11 +30,15 @@ class LabeledFile(NamedTuple):
         path: absolute.
         label: the class's name.
         split: ``"train"``, ``"val"``, ``"test"``, or ``""`` where none is given.
+        group: what images have in common that stay in one split; ``""`` where none is given.
+        fold: the fold's name in the table; ``""`` where none is given.
     """
 
     path: Path
     label: str
     split: str
+    group: str = ""
+    fold: str = ""
 
 
 def list_folder(root: Path, report: WalkReport) -> list[LabeledFile]:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fastadapt.data.class_folders import LAYOUTS, list_folder
-from fastadapt.data.splits import draw_val
+from fastadapt.data.class_folders import LAYOUTS, LabeledFile, list_folder
+from fastadapt.data.folds import chosen_folds
+from fastadapt.data.splits import SPLITS, draw_val, draw_val_groups
 from fastadapt.data.table import list_table
 from fastadapt.data.walker import WalkReport
 from fastadapt.errors import InputError, first_few
@@ -28,11 +29,15 @@ class Sample:
         path: absolute.
         label: index into the data set's classes.
         split: ``"train"``, ``"val"`` or ``"test"``.
+        group: what it has in common with images that stay in its split; ``""`` if none is given.
+        fold: its fold's name in the table; ``""`` if none is given.
     """
 
     path: Path
     label: int
     split: str
+    group: str = ""
+    fold: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,19 @@ class Dataset:
         """
         dropped = set(paths)
         kept = tuple(sample for sample in self.samples if sample.path not in dropped)
-        _check_classes(self.classes, kept)
+        _check_classes(self.classes, kept, needs_val=bool(self.split("val")))
         return replace(self, samples=kept)
+
+    def with_splits(self, splits: Sequence[str]) -> Dataset:
+        """Return the images with other splits, one for each.
+
+        Raises:
+            InputError: a class has no training image.
+        """
+        pairs = zip(self.samples, splits, strict=True)
+        samples = tuple(replace(sample, split=split) for sample, split in pairs)
+        _check_classes(self.classes, samples, needs_val="val" in splits)
+        return replace(self, samples=samples, val_drawn=False)
 
     def summary(self) -> list[str]:
         """Say in lines for the terminal what was found: classes with counts, what was left out."""
@@ -79,14 +95,36 @@ class Dataset:
             for names in alike.values()
             if len(names) > 1
         ]
-        return lines
+        return lines + self._torn_groups()
+
+    def _torn_groups(self) -> list[str]:
+        """Warn of groups that have images in two splits."""
+        splits: dict[str, set[str]] = {}
+        for sample in self.samples:
+            if sample.group:
+                splits.setdefault(sample.group, set()).add(sample.split)
+        torn = {group: found for group, found in splits.items() if len(found) > 1}
+        if not torn:
+            return []
+        group, found = next(iter(torn.items()))
+        where = " and ".join(split for split in SPLITS if split in found)
+        return [
+            f"warning: {len(torn)} of {len(splits)} groups have images in several splits (first "
+            f"{group!r}: {where}): their scores say nothing of new groups"
+        ]
 
     def csv(self) -> str:
-        """Return ``path,label,split``, one sample a line; readable by :func:`read_dataset`."""
+        """Return ``path,label,split``, one sample a line; readable by :func:`read_dataset`.
+
+        Groups and folds follow, where there are some.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("path", "label", "split"))
-        writer.writerows((s.path, self.classes[s.label], s.split) for s in self.samples)
+        more = [name for name in ("group", "fold") if any(getattr(s, name) for s in self.samples)]
+        writer.writerow(("path", "label", "split", *more))
+        for sample in self.samples:
+            row = (sample.path, self.classes[sample.label], sample.split)
+            writer.writerow((*row, *(getattr(sample, name) for name in more)))
         return text.getvalue()
 
     def write_splits(self, path: str | os.PathLike[str]) -> None:
@@ -103,6 +141,8 @@ def read_dataset(
     val_fraction: float = 0.2,
     seed: int = 0,
     *,
+    val_fold: str | None = None,
+    test_fold: str | None = None,
     check_files: bool = True,
 ) -> Dataset:
     """Find labelled images and split them.
@@ -110,9 +150,12 @@ def read_dataset(
     Args:
         data: a folder of class folders; a folder with ``train/``, ``val/`` and ``test/`` of such
             folders; or a CSV with columns ``path`` (relative to the CSV, or absolute), ``label``
-            and optionally ``split``. Without a val split, one is drawn from train.
+            and optionally ``split``, ``group`` and ``fold``. Without a val split, one is drawn
+            from train, in whole groups where there are groups.
         val_fraction: share of each class that is drawn for validation, where val is not given.
         seed: of that draw, which is stratified by class.
+        val_fold: name of the fold that validates, of the CSV's column ``fold``.
+        test_fold: name of the fold that tests.
         check_files: whether a CSV's files must exist.
 
     Returns:
@@ -120,10 +163,60 @@ def read_dataset(
 
     Raises:
         InputError: nothing there, fewer than two classes, a class that cannot be split, a CSV
-            that lacks columns, files or labels, an unknown split, a file that is listed twice.
+            that lacks columns, files or labels, an unknown split or fold, a file that is listed
+            twice.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}; expected more than 0, less than 1")
+    dataset, files = _read(data, check_files)
+    if val_fold is not None or test_fold is not None:
+        if val_fold is None:
+            raise InputError("`test_fold` needs `val_fold`, the fold that picks the epoch")
+        _check_unsplit(data, files, "`val_fold`")
+        if not all(sample.fold for sample in dataset.samples):
+            raise InputError(f"{data} has no column 'fold' with a value in every row")
+        names = [sample.fold for sample in dataset.samples]
+        return dataset.with_splits(chosen_folds(names, val_fold, test_fold))
+    if dataset.split("val"):
+        return dataset
+    samples = list(dataset.samples)
+    training = [i for i, sample in enumerate(samples) if sample.split == "train"]
+    labels = [samples[i].label for i in training]
+    groups = [samples[i].group for i in training]
+    if any(groups):
+        drawn = draw_val_groups(dataset.classes, labels, groups, val_fraction, seed)
+    else:
+        drawn = draw_val(dataset.classes, labels, val_fraction, seed)
+    for place in drawn:
+        samples[training[place]] = replace(samples[training[place]], split="val")
+    return replace(dataset, samples=tuple(samples), val_drawn=True)
+
+
+def read_unsplit(data: str | os.PathLike[str], *, check_files: bool = True) -> Dataset:
+    """Find labelled images that have no splits: all are for training, until folds are drawn.
+
+    Args:
+        data, check_files: as for :func:`read_dataset`.
+
+    Raises:
+        InputError: as for :func:`read_dataset`; the data give splits.
+    """
+    dataset, files = _read(data, check_files)
+    _check_unsplit(data, files, "`folds`")
+    return dataset
+
+
+def _check_unsplit(data: str | os.PathLike[str], files: Iterable[LabeledFile], asked: str) -> None:
+    splits = sorted({file.split for file in files if file.split}, key=SPLITS.index)
+    if splits:
+        raise InputError(
+            f"{data} gives splits ({', '.join(splits)}), and so does {asked}: leave one of them "
+            "out (a CSV's column 'split' can be removed, or set it aside as data of its own)"
+        )
+
+
+def _read(data: str | os.PathLike[str], check_files: bool) -> tuple[Dataset, Sequence[LabeledFile]]:
+    """Find labelled images, with the splits that are given; what has none is for training."""
     root = Path(data).absolute()
     report = WalkReport()
     if root.is_dir():
@@ -148,15 +241,11 @@ def read_dataset(
         if len(f"{name}.".splitlines()) > 1:
             raise InputError(f"{data}: the class name {name!r} has more than one line: rename it")
     index = {name: i for i, name in enumerate(classes)}
-    samples = [Sample(f.path, index[f.label], f.split or "train") for f in sorted(files)]
+    samples = [
+        Sample(f.path, index[f.label], f.split or "train", f.group, f.fold) for f in sorted(files)
+    ]
     _check_classes(classes, samples, needs_val=False)
-    val_drawn = not any(sample.split == "val" for sample in samples)
-    if val_drawn:
-        training = [i for i, sample in enumerate(samples) if sample.split == "train"]
-        labels = [samples[i].label for i in training]
-        for drawn in draw_val(classes, labels, val_fraction, seed):
-            samples[training[drawn]] = replace(samples[training[drawn]], split="val")
-    return Dataset(classes, tuple(samples), tuple(report.lines()), val_drawn)
+    return Dataset(classes, tuple(samples), tuple(report.lines())), files
 
 
 def _check_classes(

@@ -42,11 +42,13 @@ class Scanned:
         dataset: less the images that cannot be read.
         value_range: see :class:`fastadapt.data.preprocess.Preprocess`.
         lines: for the terminal: what was found, left out and dropped, and warnings.
+        copies: paths of images with the same bytes, together.
     """
 
     dataset: Dataset
     value_range: ValueRange | None
     lines: list[str] = field(default_factory=list)
+    copies: list[list[Path]] = field(default_factory=list)
 
 
 class Scan:
@@ -182,7 +184,8 @@ def _scanned(
         dataset = dataset.without(item.sample.path for item in bad)
     read = [item for item in found if not item.facts.problem]
     lines += dropped_lines({item.sample.path: item.facts.dropped for item in read})
-    dataset, said = _without_copies(dataset, read)
+    copies = _copies(read)
+    dataset, said = _without_copies(dataset, copies)
     lines += said
 
     def again() -> Iterator[Image.Image | DeepImage]:
@@ -198,7 +201,8 @@ def _scanned(
         _check_kinds(value_range, read)
         low, high = value_range
         lines.append(f"intensity range: {low:g} becomes black, {high:g} white ({intensity_range})")
-    return Scanned(dataset, value_range, lines)
+    paths = [[sample.path for sample in group] for group in copies]
+    return Scanned(dataset, value_range, lines, paths)
 
 
 def dropped_lines(dropped: dict[Path, tuple[str, ...]]) -> list[str]:
@@ -213,16 +217,20 @@ def dropped_lines(dropped: dict[Path, tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _without_copies(dataset: Dataset, read: list[_Found]) -> tuple[Dataset, list[str]]:
-    """Look for the same bytes in two places.
-
-    Under two labels they are refused. In two splits they are warned of, unless validation was
-    drawn here: then they go back to training.
-    """
+def _copies(read: list[_Found]) -> list[list[Sample]]:
+    """Group images that have the same bytes."""
     groups: dict[bytes, list[Sample]] = {}
     for item in read:
         groups.setdefault(item.facts.digest, []).append(item.sample)
-    copies = [group for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _without_copies(dataset: Dataset, copies: list[list[Sample]]) -> tuple[Dataset, list[str]]:
+    """Look at images with the same bytes in two places.
+
+    Under two labels they are refused. In two splits they are warned of, unless validation was
+    drawn here: then they go back to training, with the images of their groups.
+    """
     contrary = [group for group in copies if len({sample.label for sample in group}) > 1]
     if contrary:
         one, other = contrary[0][0], next(s for s in contrary[0] if s.label != contrary[0][0].label)
@@ -237,6 +245,8 @@ def _without_copies(dataset: Dataset, read: list[_Found]) -> tuple[Dataset, list
         return dataset, lines
     if dataset.val_drawn:
         back = {s.path for group in mixed for s in group if s.split == "val"}
+        torn = {s.group for s in dataset.split("val") if s.path in back and s.group}
+        back |= {s.path for s in dataset.split("val") if s.group in torn}
         kept = [s for s in dataset.samples if s.split == "val" and s.path not in back]
         mixed = [g for g in mixed if any(s.split == "test" for s in g)] if kept else mixed
         if kept:

@@ -62,3 +62,56 @@ def draw_val(classes: Sequence[str], labels: Sequence[int], fraction: float, see
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         drawn.update(rng.permutation(members)[:count].tolist())
     return drawn
+
+
+def draw_val_groups(
+    classes: Sequence[str],
+    labels: Sequence[int],
+    groups: Sequence[str],
+    fraction: float,
+    seed: int,
+) -> set[int]:
+    """Draw whole groups for validation, near to a share of every class: some of each, never all.
+
+    Args:
+        classes, labels, fraction, seed: as for :func:`draw_val`.
+        groups: of the training images.
+
+    Returns:
+        Indices into ``labels``.
+
+    Raises:
+        InputError: a class cannot be in both splits, since too few groups have images of it.
+    """
+    names = sorted(set(groups))
+    place = {name: number for number, name in enumerate(names)}
+    counts = np.zeros((len(names), len(classes)))
+    np.add.at(counts, ([place[group] for group in groups], list(labels)), 1)
+    total = counts.sum(0)
+    order = np.random.default_rng(seed).permutation(len(names))
+    chosen: list[int] = []
+
+    def distance(*more: int) -> float:
+        """Return how far the classes' shares are from what is wanted, with more groups drawn."""
+        drawn = counts[[*chosen, *more]].sum(0)
+        return float((np.abs(drawn - fraction * total) / total).sum())
+
+    def leaves_all(group: int) -> bool:
+        return bool((counts[[*chosen, group]].sum(0) < total).all())
+
+    for label in np.argsort((counts > 0).sum(0), kind="stable"):
+        if counts[chosen, label].any():
+            continue
+        fitting = [g for g in order if counts[g, label] and leaves_all(g)]
+        if not fitting:
+            raise InputError(
+                f"class {classes[label]!r} cannot be in training and in validation: its images "
+                f"are of too few groups ({int((counts[:, label] > 0).sum())}), which stay "
+                "together; add groups, or give a split column with a val split"
+            )
+        chosen.append(min(fitting, key=distance))
+    for group in order:
+        if group not in chosen and leaves_all(group) and distance(group) < distance():
+            chosen.append(group)
+    kept = {names[group] for group in chosen}
+    return {index for index, group in enumerate(groups) if group in kept}

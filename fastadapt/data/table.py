@@ -11,12 +11,13 @@ from fastadapt.data.splits import split_of
 from fastadapt.errors import InputError, first_few
 from fastadapt.files import read_text
 
-COLUMNS = ("path", "label", "split")
+COLUMNS = ("path", "label", "split", "group", "fold")
+NO_VALUES = ("nan", "<na>", "nat")  # what programs write where there is no value
 SEPARATORS = ",;\t|"
 
 
 def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
-    """List the rows of a table with the columns path, label and, optionally, split.
+    """List the rows of a table with the columns path, label and, optionally, split, group, fold.
 
     Args:
         file: separated by commas, semicolons or tabs, in any encoding of
@@ -25,13 +26,20 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
 
     Raises:
         InputError: the table cannot be read, lacks columns, files, labels or rows, has a row of
-            more values than columns, names an unknown split, or gives a split for some rows only.
+            more values than columns, a label that is no value (NaN), names an unknown split, or
+            gives a split or a group for some rows only.
     """
     files, missing = [], []
     for number, values in read_table(file):
         for column in ("path", "label"):
             if not values[column]:
                 raise InputError(f"{file}, line {number}: the {column} is empty")
+        for column in ("label", "group", "fold"):
+            if values[column].casefold() in NO_VALUES:
+                raise InputError(
+                    f"{file}, line {number}: the {column} is {values[column]}, which is no value: "
+                    "give one, or leave the row out"
+                )
         split = split_of(values["split"])
         if values["split"] and not split:
             raise InputError(
@@ -41,18 +49,20 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
         path = _resolve(file.parent, values["path"])
         if check_files and not path.is_file():
             missing.append(path)
-        files.append(LabeledFile(path, values["label"], split))
+        more = values["group"], values["fold"]
+        files.append(LabeledFile(path, values["label"], split, *more))
     if missing:
         raise InputError(
             f"{file} lists {len(missing)} files that do not exist, of {len(files)}: "
             f"{first_few(missing)}. Paths are relative to the CSV's folder."
         )
-    without = sum(not listed.split for listed in files)
-    if 0 < without < len(files):
-        raise InputError(
-            f"{file} gives a split for {len(files) - without} of its {len(files)} rows: "
-            "give one for every row, or for none"
-        )
+    for column in ("split", "group"):
+        without = sum(not getattr(listed, column) for listed in files)
+        if 0 < without < len(files):
+            raise InputError(
+                f"{file} gives a {column} for {len(files) - without} of its {len(files)} rows: "
+                "give one for every row, or for none"
+            )
     if all(split_of(listed.label) for listed in files):
         raise InputError(
             f"{file} has splits in its column 'label' ({files[0].label!r}): name that column "
@@ -62,7 +72,7 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
 
 
 def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """Read the columns path, label and split of every row that is not empty.
+    """Read the columns of :data:`COLUMNS` of every row that is not empty.
 
     Returns:
         The line number and the values by column, stripped; ``""`` where there is no value.
@@ -92,7 +102,8 @@ def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
             known = ", ".join(name.strip() for name in rows[0][1]) if names else ""
             raise InputError(
                 f"{file} has no column {column!r}; its columns are {known or 'none'}. Expected "
-                "path, label and, optionally, split (text in UTF-8, separated by commas)."
+                "path, label and, optionally, split, group and fold (text in UTF-8, separated by "
+                "commas)."
             )
         if names.count(column) > 1:
             raise InputError(f"{file} has the column {column!r} {names.count(column)} times")

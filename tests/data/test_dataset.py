@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from fastadapt.data.dataset import read_dataset
+from fastadapt.data.dataset import read_dataset, read_unsplit
 from fastadapt.errors import InputError
 from tests.helpers.imagesets import CLASSES, make_folders, write_csv
 
@@ -57,3 +57,72 @@ def test_csv_and_what_is_written_of_it(tmp_path):
 def test_bad_fraction(tmp_path, fraction):
     with pytest.raises(InputError, match="val_fraction"):
         read_dataset(tmp_path, fraction)
+
+
+HEADER = ("path", "label", "group", "fold")
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """Rows of eight images of two classes: four patients, of whom each has both, in four folds."""
+    root = make_folders(tmp_path / "data", 4, CLASSES[:2])
+    paths = sorted(root.rglob("*.png"))
+    return [(p, p.parent.name, f"patient {p.stem}", f"f{p.stem}") for p in paths]
+
+
+def test_groups_are_drawn_whole_and_kept_in_the_splits(tmp_path, grouped):
+    dataset = read_dataset(write_csv(tmp_path / "data.csv", grouped, HEADER), 0.25)
+    drawn = {s.group for s in dataset.split("val")}
+    assert len(drawn) == 1 and len(dataset.split("val")) == 2
+    assert not any("groups" in line for line in dataset.summary())
+    dataset.write_splits(tmp_path / "splits.csv")
+    assert read_dataset(tmp_path / "splits.csv").samples == dataset.samples
+
+
+def test_groups_in_two_splits_are_warned_of(tmp_path, grouped):
+    rows = [
+        (path, label, group, "train" if index != 3 else "val")
+        for index, (path, label, group, _) in enumerate(grouped)
+    ]
+    file = write_csv(tmp_path / "data.csv", rows, ("path", "label", "group", "split"))
+    warning = "warning: 1 of 4 groups have images in several splits (first 'patient 03': train and"
+    assert any(line.startswith(warning) for line in read_dataset(file).summary())
+
+
+def test_folds_of_a_table_become_splits(tmp_path, grouped):
+    file = write_csv(tmp_path / "data.csv", grouped, HEADER)
+    dataset = read_dataset(file, val_fold="f01", test_fold="f02")
+    found = {s.fold: s.split for s in dataset.samples}
+    assert found == {"f00": "train", "f01": "val", "f02": "test", "f03": "train"}
+    whole = read_unsplit(file)
+    assert {s.split for s in whole.samples} == {"train"} and not whole.val_drawn
+    with pytest.raises(InputError, match="`test_fold` needs `val_fold`"):
+        read_dataset(file, test_fold="f02")
+    with pytest.raises(InputError, match="val_fold is 9; the folds are f00, f01"):
+        read_dataset(file, val_fold="9")
+    without = write_csv(tmp_path / "without.csv", [row[:2] for row in grouped])
+    with pytest.raises(InputError, match="has no column 'fold' with a value in every row"):
+        read_dataset(without, val_fold="f01")
+    splits = write_csv(tmp_path / "splits.csv", [(*row[:2], "train") for row in grouped])
+    with pytest.raises(InputError, match=r"gives splits \(train\), and so does `folds`"):
+        read_unsplit(splits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: "nan"}, "line 2: the label is nan, which is no value"),
+        ({2: "NaN"}, "line 2: the group is NaN, which is no value"),
+        ({2: ""}, "gives a group for 7 of its 8 rows"),
+    ],
+)
+def test_missing_values_are_refused(tmp_path, grouped, change, message):
+    grouped[0] = tuple(change.get(place, value) for place, value in enumerate(grouped[0]))
+    with pytest.raises(InputError, match=message):
+        read_dataset(write_csv(tmp_path / "data.csv", grouped, HEADER))
+
+
+def test_one_group_cannot_be_split(tmp_path, grouped):
+    rows = [(path, label, "all", fold) for path, label, _, fold in grouped]
+    with pytest.raises(InputError, match="its images are of too few groups"):
+        read_dataset(write_csv(tmp_path / "data.csv", rows, HEADER))
