@@ -23,12 +23,12 @@ def how_to_continue(out: Path, overwrite: bool) -> Iterator[None]:
         if not (isinstance(error, KeyboardInterrupt) or came()):
             raise
         again = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        # GDPL has a folder per seed.
-        if any(out.glob("state.safetensors")) or any(out.glob("seed*/state.safetensors")):
+        # Folds and seeds have a folder each.
+        if any(out.glob("state.safetensors")) or any(out.glob("*/state.safetensors")):
             said = "the epochs before this one are kept. Continue"
             again.append("--resume")
-        elif any(out.glob("seed*/results.json")) and not overwrite:
-            said = "the seeds before this one are kept. Continue"
+        elif any(out.glob("*/results.json")) and not overwrite:
+            said = "the runs before this one are kept. Continue"
             again.append("--resume")
         else:
             said = "no epoch was completed. Start again"

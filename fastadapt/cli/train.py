@@ -19,6 +19,7 @@ from fastadapt.train.config import (
     SavingSettings,
     TrainConfig,
 )
+from fastadapt.train.fold_settings import FoldSettings, dataset_of
 
 GDPL_MOVED = (
     "GDPL has a command of its own: fastadapt gdpl DATA --clip NAME --domain-encoder NAME --out RUN"
@@ -52,6 +53,7 @@ class TrainCommand(typer.core.TyperCommand):
     AdaptConfig,
     LoRAConfig,
     TrainConfig,
+    FoldSettings,
     ImageSettings,
     SavingSettings,
     Method,
@@ -71,46 +73,51 @@ def train(given: Given) -> None:
         input_size=None if size is None else (3, size, size),
     )
 
+    folds = given.build(FoldSettings)
+    if folds.several and saving.profile:
+        raise InputError("--profile is of one run: leave it out with --folds and --seeds")
+
     # Finding and decoding images need no PyTorch: processes begin before it is imported.
-    from fastadapt.data.dataset import read_dataset
     from fastadapt.data.decode_pool import default_workers
     from fastadapt.data.scan import Scan
 
     with (
         how_to_continue(run.out, run.overwrite),
         Scan(
-            read_dataset(run.data, config.val_fraction, config.seed),
+            dataset_of(run.data, config, folds),
             default_workers() if run.workers is None else run.workers,
             config.intensity_range,
         ) as scan,
     ):
-        from fastadapt.train.results import summary_table
-        from fastadapt.train.run import train as run_training
-
-        result = run_training(
-            run.data,
-            run.out,
-            source.backbone,
-            config,
-            adapt_config,
-            preprocess={
+        options: dict[str, Any] = {
+            "preprocess": {
                 "crop_pct": images.crop_pct,
                 "crop_mode": images.crop_mode,
                 "interpolation": images.interpolation,
             },
-            pretrained=source.pretrained,
-            weights=source.weights,
-            device=run.device,
-            workers=run.workers,
-            skip_unreadable=run.skip_unreadable,
-            resume=run.resume,
-            overwrite=run.overwrite,
-            quiet=run.quiet,
-            save_every=saving.save_every,
-            profile=saving.profile,
-            scan=scan,
-        )
+            "pretrained": source.pretrained,
+            "weights": source.weights,
+            "device": run.device,
+            "workers": run.workers,
+            "skip_unreadable": run.skip_unreadable,
+            "resume": run.resume,
+            "overwrite": run.overwrite,
+            "quiet": run.quiet,
+            "save_every": saving.save_every,
+            "scan": scan,
+        }
+        what = (run.data, run.out, source.backbone, config, adapt_config)
+        if folds.several:
+            from fastadapt.train.cross_validation import train_folds
+            from fastadapt.train.fold_results import folds_table
+
+            table = folds_table(train_folds(*what, folds, **options))
+        else:
+            from fastadapt.train.results import summary_table
+            from fastadapt.train.run import train as run_training
+
+            table = summary_table(run_training(*what, **options, profile=saving.profile))
     if not run.quiet:
         from rich.console import Console
 
-        Console(markup=False).print(summary_table(result))
+        Console(markup=False).print(table)

@@ -7,6 +7,7 @@ training, a few batches ahead. Both give the same batches.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -65,6 +66,7 @@ class ImageSource:
         self.augment = augment
         self.seed = seed
         self.labels = np.array([s.label for s in samples], dtype=np.int64)
+        self._whole, self._rows = samples, np.arange(len(samples))
         self._augmentation = AUGMENTATIONS[augment]
         self._plain = preprocess.geometry
         self._decode_pool, self._timed, self._resident = pool, timed, resident
@@ -72,14 +74,28 @@ class ImageSource:
         self._rings: dict[tuple[Geometry, int], tuple[Region, Tensor]] = {}
         self._draws: tuple[int, Tensor] | None = None  # of the last view
 
+    def subset(self, rows: np.ndarray, augment: str = "none", seed: int = 0) -> ImageSource:
+        """Return some images as a source of their own, which shares what is decoded.
+
+        Args:
+            rows: places of the images.
+            augment, seed: of its views; a view is drawn by the image's place in the whole.
+        """
+        found = copy.copy(self)
+        found.samples = [self.samples[row] for row in rows]
+        found.labels, found._rows = self.labels[rows], self._rows[rows]
+        found.augment, found.seed, found._draws = augment, seed, None
+        found._augmentation = AUGMENTATIONS[augment]
+        return found
+
     @property
     def _paths(self) -> list[str]:
-        return [str(sample.path) for sample in self.samples]
+        return [str(sample.path) for sample in self._whole]
 
     def needed_bytes(self, views: bool = False) -> int:
         """Return what the images take as they are kept: plain, or as views need them."""
         geometry = self._augmentation.stored(self._plain) if views else self._plain
-        return len(self.samples) * geometry.height * geometry.width * 3
+        return len(self._whole) * geometry.height * geometry.width * 3
 
     def decode(self, views: bool = False) -> bool:
         """Decode all images now and keep them, if they fit.
@@ -130,20 +146,21 @@ class ImageSource:
         augmented = view > 0 and self.augment != "none"
         draws = self._draws_of(view) if augmented else None
         labels = torch.from_numpy(self.labels).to(self.device)
-        places = torch.from_numpy(np.ascontiguousarray(order)).to(self.device)
+        in_whole = self._rows[order]
+        places = torch.from_numpy(np.stack([order, in_whole])).to(self.device)
         geometry = self._augmentation.stored(self._plain) if augmented else self._plain
         start = 0
-        for images in self._uint8_batches(order, geometry, augmented, batch_size):
-            rows = places[start : start + len(images)]
+        for images in self._uint8_batches(in_whole, geometry, augmented, batch_size):
+            here, rows = places[:, start : start + len(images)]
             start += len(images)
             if draws is not None:
                 images = self._augmentation.apply(images, draws[rows], self._plain)
             images = self.preprocess.normalize(images)
-            yield images.contiguous(memory_format=torch.channels_last), labels[rows]
+            yield images.contiguous(memory_format=torch.channels_last), labels[here]
 
     def _draws_of(self, view: int) -> Tensor:
         if self._draws is None or self._draws[0] != view:
-            table = torch.from_numpy(draw(self.seed, view, len(self.samples)))
+            table = torch.from_numpy(draw(self.seed, view, len(self._whole)))
             self._draws = (view, table.to(self.device))
         return self._draws[1]
 
@@ -164,7 +181,7 @@ class ImageSource:
         return Reading(geometry, self.preprocess.intensity_range)
 
     def _decode_all(self, geometry: Geometry) -> Tensor:
-        paths, shape = self._paths, (len(self.samples), geometry.height, geometry.width, 3)
+        paths, shape = self._paths, (len(self._whole), geometry.height, geometry.width, 3)
         if self._decode_pool is None and len(paths) <= INLINE:
             images = torch.empty(shape, dtype=torch.uint8)
             for place, path in enumerate(paths):

@@ -155,7 +155,7 @@ def is_ours(folder: Path) -> bool:
     """Say whether this package wrote the folder: a run, finished or not, or a bundle."""
     if (folder / "state.safetensors").is_file() and (folder / "metrics.jsonl").is_file():
         return True
-    for name in ("config.json", "manifest.json", "run.json"):
+    for name in ("config.json", "manifest.json", "run.json", "folds.json"):
         try:
             value = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):

@@ -36,7 +36,8 @@ from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.loop import precision
-from fastadapt.train.run import RECORDED, full_disk_or_memory, parse_device, scanned
+from fastadapt.train.outputs import RECORDED
+from fastadapt.train.run import full_disk_or_memory, parse_device, scanned
 from fastadapt.train.run_folder import (
     LABELS,
     RESULTS,

@@ -3,9 +3,26 @@
 import importlib
 
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.fold_settings import FoldSettings
 
-_WHERE = {"TrainResult": "results", "summary_table": "results", "train": "run"}
-__all__ = ["TrainConfig", "TrainResult", "summary_table", "train"]
+_WHERE = {
+    "FoldsResult": "fold_results",
+    "TrainResult": "results",
+    "folds_table": "fold_results",
+    "summary_table": "results",
+    "train": "run",
+    "train_folds": "cross_validation",
+}
+__all__ = [
+    "FoldSettings",
+    "FoldsResult",
+    "TrainConfig",
+    "TrainResult",
+    "folds_table",
+    "summary_table",
+    "train",
+    "train_folds",
+]
 
 
 def __getattr__(name: str):

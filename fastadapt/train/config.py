@@ -184,6 +184,18 @@ class TrainConfig(Settings):
             expected="more than 0, less than 1",
         ),
     ] = 0.2
+    val_fold: Annotated[
+        str | None,
+        Setting(
+            "Validate on this fold of the CSV's column fold, and train on the others.",
+            panel=IMAGES,
+            metavar="NAME",
+        ),
+    ] = None
+    test_fold: Annotated[
+        str | None,
+        Setting("Test on this fold of the CSV's column fold.", panel=IMAGES, metavar="NAME"),
+    ] = None
     probe: Annotated[
         bool,
         Setting(

@@ -38,6 +38,7 @@ from fastadapt.train.run_folder import (
     save_state,
     write_metrics,
 )
+from fastadapt.train.shared_sources import SharedSources
 from fastadapt.train.sources import FeatureSource, Source, logits_of, padded
 from fastadapt.train.state_saver import StateSaver
 from fastadapt.train.step import Losses, training_step
@@ -64,6 +65,7 @@ class Trainer:
         save_every: least seconds between two states on disk; 0 for one after every epoch.
         pool: processes that decode; closed as soon as all images are kept decoded.
         phases: where the seconds are counted.
+        shared: features and images of a whole data set, of which the splits are taken.
     """
 
     model: AdaptedModel
@@ -80,6 +82,7 @@ class Trainer:
     save_every: float = 0.0
     pool: DecodePool | None = None
     phases: Phases = field(default_factory=Phases)
+    shared: SharedSources | None = None
 
     def __post_init__(self):
         self.amp_dtype = precision(self.config.amp, self.device)
@@ -341,13 +344,17 @@ class Trainer:
 
     def _image_source(self, split: str) -> ImageSource:
         if split not in self._images:
-            config = self.config
+            config, samples = self.config, self.dataset.split(split)
+            augment = config.augment if split == "train" else "none"
+            if self.shared is not None:
+                self._images[split] = self.shared.images_of(samples, augment, config.seed)
+                return self._images[split]
             self._images[split] = ImageSource(
-                self.dataset.split(split),
+                samples,
                 self.preprocess,
                 self.device,
                 self.workers,
-                config.augment if split == "train" else "none",
+                augment,
                 config.seed,
                 pool=self.pool,
                 timed=partial(self.phases, "decode"),
@@ -355,6 +362,8 @@ class Trainer:
         return self._images[split]
 
     def _cached_features(self, split: str) -> FeatureSource:
+        if self.shared is not None:
+            return self.shared.features_of(self.dataset.split(split))
         config, images = self.config, self._image_source(split)
         settings = CacheSettings(
             views=config.views if split == "train" else 1,

@@ -30,11 +30,13 @@ class TrainResult:
         out: the run folder, for :func:`fastadapt.load_adapter` and ``fastadapt export``.
         best: the line of ``metrics.jsonl`` of the epoch that was kept.
         results: ``results.json``: metrics of the kept weights on ``val`` and ``test``.
+        trained: whether something was trained now; else the run was finished before.
     """
 
     out: Path
     best: dict[str, Any]
     results: dict[str, Any]
+    trained: bool = True
 
 
 def split_scores(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,29 @@ from rich.progress import Progress
 from torch import nn
 
 from fastadapt.adapted_model import AdaptedModel, adapt
-from fastadapt.checkpoint import backbone_fingerprint, save_adapter
+from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.config import AdaptConfig
 from fastadapt.data.augment import check_augment
-from fastadapt.data.dataset import Dataset, read_dataset
-from fastadapt.data.decode_pool import default_workers
+from fastadapt.data.dataset import Dataset
+from fastadapt.data.decode_pool import DecodePool, default_workers
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.scan import Scan, Scanned
 from fastadapt.data.splits import SPLITS as SPLIT_ORDER
 from fastadapt.errors import InputError
-from fastadapt.files import write_json, write_text
-from fastadapt.info import versions
+from fastadapt.files import write_json
 from fastadapt.locks import lock_folder
 from fastadapt.lora import lora_layers
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.fold_settings import dataset_of
 from fastadapt.train.loop import Trainer, precision
+from fastadapt.train.outputs import write_outputs
 from fastadapt.train.phases import Phases, phase_table, process_age
-from fastadapt.train.plots import plot_curves
-from fastadapt.train.request import REQUEST, Request
-from fastadapt.train.results import (
-    TrainResult,
-    calibration,
-    probe_scores,
-    split_scores,
-    write_predictions,
-)
+from fastadapt.train.request import Request
+from fastadapt.train.results import TrainResult
 from fastadapt.train.run_folder import (
-    CURVES,
-    LABELS,
-    PREDICTIONS,
     PROFILE,
-    RESULTS,
-    SPLITS,
     STATE,
     State,
     check_folder,
@@ -56,10 +45,8 @@ from fastadapt.train.run_folder import (
     load_state,
     remove_if_unused,
     remove_leftovers,
-    write_metrics,
 )
-
-RECORDED = ("python", "fastadapt", "torch", "timm")  # versions worth keeping with a run
+from fastadapt.train.shared_sources import SharedSources
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -137,13 +124,11 @@ def train(
         None if weights is None else str(Path(weights).absolute()),
         skip_unreadable,
     )
-    begun = scan or Scan(
-        read_dataset(data, config.val_fraction, config.seed), workers, config.intensity_range
-    )
+    begun = scan or Scan(dataset_of(data, config), workers, config.intensity_range)
     try:
         with lock_folder(out), progress_bars(quiet) as progress:
             check_folder(out, resume, overwrite)  # again, now that no other process writes
-            prepared = _prepared(
+            prepared = prepare(
                 begun,
                 backbone,
                 config,
@@ -159,38 +144,23 @@ def train(
                 prepared,
                 preprocess=replace(prepared.preprocess, intensity_range=found.value_range),
             )
-            state = _state_of(prepared, dataset, config, out, target, resume, progress)
-            if isinstance(state, TrainResult):
-                return state
-            trainer = Trainer(
-                model=prepared.model,
-                dataset=dataset,
-                preprocess=prepared.preprocess,
-                config=config,
-                settings=prepared.settings(dataset, config),
-                state=state,
-                out=out,
-                device=target,
-                workers=workers,
-                cached=prepared.cached,
-                progress=progress,
-                save_every=save_every,
-                pool=begun.pool,
-                phases=phases,
+            result = run_prepared(
+                prepared,
+                dataset,
+                config,
+                Circumstances(
+                    request,
+                    out,
+                    target,
+                    workers,
+                    progress,
+                    resume=resume,
+                    save_every=save_every,
+                    pool=begun.pool,
+                    phases=phases,
+                ),
             )
-            try:
-                with full_disk_or_memory(out):
-                    request.write(out)
-                    remove_leftovers(out)
-                    try:
-                        trainer.run()
-                        result = _write_outputs(trainer, request.data)
-                    except BaseException:
-                        trainer.save()
-                        raise
-            finally:
-                remove_if_unused(out)
-            if profile:
+            if profile and result.trained:
                 write_json(out / PROFILE, phases.to_dict())
                 progress.console.print(phase_table(phases.to_dict()))
             return result
@@ -200,8 +170,97 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A model and how it sees images, before the data set is known to be readable."""
+class Circumstances:
+    """Where and how a run is computed; the trained weights do not depend on it.
+
+    Attributes:
+        request: what was asked for, to go on from after an interruption.
+        out: the run folder.
+        device: where to compute.
+        workers: processes that decode images.
+        progress: bars and lines.
+        resume: continue an unfinished run.
+        save_every: least seconds between two states on disk.
+        pool: processes that decode.
+        phases: where seconds are counted.
+        shared: features and images of several runs, of which this one takes its splits.
+        probe: the linear probe beside the result, where another run fitted it already.
+    """
+
+    request: Request
+    out: Path
+    device: torch.device
+    workers: int
+    progress: Progress
+    resume: bool = False
+    save_every: float = 30.0
+    pool: DecodePool | None = None
+    phases: Phases = field(default_factory=Phases)
+    shared: SharedSources | None = None
+    probe: dict[str, Any] | None = None
+
+
+def run_prepared(
+    prepared: Prepared, dataset: Dataset, config: TrainConfig, where: Circumstances
+) -> TrainResult:
+    """Train a model that is made, on images that were scanned, and write its run folder.
+
+    Args:
+        prepared: the model; its weights change.
+        dataset: with its splits.
+        config: how to train.
+        where: see :class:`Circumstances`.
+
+    Returns:
+        The result; that of the folder, where the run is finished already.
+
+    Raises:
+        InputError: as for :func:`train`.
+    """
+    settings, out = prepared.settings(dataset, config), where.out
+    state = _state_of(prepared, dataset, settings, config, where)
+    if isinstance(state, TrainResult):
+        return state
+    trainer = Trainer(
+        model=prepared.model,
+        dataset=dataset,
+        preprocess=prepared.preprocess,
+        config=config,
+        settings=settings,
+        state=state,
+        out=out,
+        device=where.device,
+        workers=where.workers,
+        cached=prepared.cached,
+        progress=where.progress,
+        save_every=where.save_every,
+        pool=where.pool,
+        phases=where.phases,
+        shared=where.shared,
+    )
+    try:
+        with full_disk_or_memory(out):
+            where.request.write(out)
+            remove_leftovers(out)
+            try:
+                trainer.run()
+                return write_outputs(trainer, where.request.data, where.probe)
+            except BaseException:
+                trainer.save()
+                raise
+    finally:
+        remove_if_unused(out)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and how it sees images, before the data set is known to be readable.
+
+    Attributes:
+        model: adapted, its backbone frozen.
+        preprocess: from image files to its input.
+        cached: whether stage 1 trains on cached features.
+    """
 
     model: AdaptedModel
     preprocess: Preprocess
@@ -222,7 +281,7 @@ class _Prepared:
         return settings
 
 
-def _prepared(
+def prepare(
     scan: Scan,
     backbone: str | nn.Module,
     config: TrainConfig,
@@ -231,8 +290,16 @@ def _prepared(
     preprocess: dict[str, Any] | None,
     pretrained: bool,
     weights: str | Path | None,
-) -> _Prepared:
-    """Make the model; refuse settings that do not fit it or each other."""
+) -> Prepared:
+    """Make the model; refuse settings that do not fit it or each other.
+
+    Args:
+        scan: of the data set.
+        backbone, config, adapt_config, preprocess, pretrained, weights: as for :func:`train`.
+
+    Raises:
+        InputError: settings do not fit.
+    """
     torch.manual_seed(config.seed)
     weights = None if weights is None else str(Path(weights).absolute())
     model = adapt(
@@ -261,34 +328,32 @@ def _prepared(
             f"augment is {config.augment!r}, but with one cached view, the plain one, it has no "
             "effect in stage 1: give `views` of 2 or more, or `cache=False` for fresh views"
         )
-    return _Prepared(model, images, cached)
+    return Prepared(model, images, cached)
 
 
 def _state_of(
-    prepared: _Prepared,
+    prepared: Prepared,
     dataset: Dataset,
+    settings: dict[str, Any],
     config: TrainConfig,
-    out: Path,
-    device: torch.device,
-    resume: bool,
-    progress: Progress,
+    where: Circumstances,
 ) -> State | TrainResult:
     """Return where training begins, or the result of a run that is finished; say what is there."""
-    say, model = progress.console.print, prepared.model
+    say, model, out = where.progress.console.print, prepared.model, where.out
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
     say(f"{len(dataset.classes)} classes, images: {counts}")
-    say(f"{model.source['name']} on {device}: {trainable:,} parameters train in stage 1")
+    say(f"{model.source['name']} on {where.device}: {trainable:,} parameters train in stage 1")
     state = State()
-    if resume and (out / STATE).is_file():
+    if where.resume and (out / STATE).is_file():
         state, then = load_state(out / STATE)
-        check_settings(prepared.settings(dataset, config), then, out)
+        check_settings(settings, then, out)
         say(f"resuming after epoch {state.epoch} of stage {state.stage}")
-    elif resume:
-        results = finished_results(out, prepared.settings(dataset, config))
+    elif where.resume:
+        results = finished_results(out, settings)
         if results is not None:
             say(f"{out} is finished already: nothing to resume")
-            return TrainResult(out, results["best"], results)
+            return TrainResult(out, results["best"], results, trained=False)
         say("no epoch was completed: starting from the beginning")
     if not prepared.cached:
         reason = "low-rank adapters change them" if config.cache else "the cache is off"
@@ -328,58 +393,6 @@ def scanned(scan: Scan, progress: Progress, *, skip_unreadable: bool = False) ->
     for line in (*scan.dataset.summary(), *found.lines):
         progress.console.print(line, markup=False)
     return found
-
-
-def _write_outputs(trainer: Trainer, data: str) -> TrainResult:
-    """Write the run folder's files from the weights that were kept, and drops the state."""
-    out, state, dataset = trainer.out, trainer.state, trainer.dataset
-    assert state.best is not None  # an epoch was completed
-    best = state.history[state.best]
-    trainer.load_best()
-    splits = ("val", "test") if dataset.split("test") else ("val",)
-    logits = {name: trainer.predict(name) for name in splits}
-    results = {
-        "classes": list(dataset.classes),
-        "best": best,
-        **{
-            name: split_scores(dataset, name, values, trainer.loss(name, values))
-            for name, values in logits.items()
-        },
-        "calibration": calibration(dataset, logits),
-    }
-    if trainer.config.probe:
-        with trainer.phases("probe"):
-            probe = probe_scores(trainer.features, dataset.classes)
-        if isinstance(probe, str):
-            trainer.progress.console.print(probe, markup=False)
-        else:
-            results["linear_probe"] = probe
-    save_adapter(
-        trainer.model,
-        out,
-        labels=list(dataset.classes),
-        preprocess=trainer.preprocess.to_dict(),
-        train={
-            "data": data,
-            "settings": trainer.settings,
-            "intensity_range": trainer.config.intensity_range,
-            "best": best,
-            "versions": {k: v for k, v in versions().items() if k in RECORDED},
-        },
-    )
-    write_text(out / LABELS, "".join(f"{name}\n" for name in dataset.classes))
-    dataset.write_splits(out / SPLITS)
-    write_metrics(out, state.history)
-    plot_curves(state.history, out / CURVES, state.best)
-    write_predictions(out / PREDICTIONS, dataset, logits)
-    write_json(out / RESULTS, results)
-    trainer.remove_unused_caches()
-    with trainer.phases("saving"):
-        trainer.finish()
-    (out / REQUEST).unlink(missing_ok=True)
-    # What it holds is in the files above, but for the optimizer's moments.
-    (out / STATE).unlink(missing_ok=True)
-    return TrainResult(out, best, results)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +43,7 @@ class FeatureSource:
         spatial: the shape that the backbone's layout gives the N tokens; empty for tokens.
         channels_last: whether that layout has the channels last.
         path: of the cache that they are in.
+        rows: [n], which of the samples these are, where they are a subset; ``labels`` are theirs.
     """
 
     def __init__(
@@ -52,8 +54,11 @@ class FeatureSource:
         spatial: tuple[int, ...] = (),
         channels_last: bool = False,
         path: Path | None = None,
+        rows: np.ndarray | None = None,
     ):
         self.path = path
+        self.rows = rows
+        self._whole: FeatureSource | None = None
         self.features = features
         self.labels = labels
         self.device = device
@@ -61,12 +66,28 @@ class FeatureSource:
         self.channels_last = channels_last
         self.num_views: int | None = len(features)
 
+    def subset(self, rows: np.ndarray) -> FeatureSource:
+        """Return some samples as a source of their own, without a copy of their features."""
+        found = FeatureSource(
+            self.features,
+            self.labels[rows],
+            self.device,
+            self.spatial,
+            self.channels_last,
+            self.path,
+            rows if self.rows is None else self.rows[rows],
+        )
+        found._whole = self if self._whole is None else self._whole
+        return found
+
     def batches(
         self, order: np.ndarray, views: np.ndarray | None, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield features in the backbone's layout and labels [B] on the device, in this order."""
         chosen = np.zeros(len(order), np.int64) if views is None else views[order]
         features, labels = self.features, self.labels[order]
+        if self.rows is not None:
+            order = self.rows[order]
         if isinstance(features, Tensor):
             # All indices go to the device at once: a step then takes its rows and nothing waits.
             flat = features.flatten(0, 1)
@@ -91,9 +112,11 @@ class FeatureSource:
             return batch.transpose(1, 2).unflatten(2, self.spatial)
         return batch
 
-    @property
+    @cached_property
     def pooled(self) -> np.ndarray:
         """The mean over tokens of the plain view, [samples, C] fp32."""
+        if self._whole is not None and self.rows is not None:
+            return self._whole.pooled[self.rows]
         plain, means = self.features[0], []
         for start in range(0, len(plain), POOLED_AT_ONCE):  # a mapped file may exceed the memory
             part = plain[start : start + POOLED_AT_ONCE]
