@@ -271,12 +271,14 @@ class _Work:
                 shared = self._share(prepared, writers)
             began = time.perf_counter()
             with progress_bars(quiet=True) as silent:
+                config = replace(self.config, seed=run.seed)
                 result = run_prepared(
                     prepared,
                     dataset,
-                    replace(self.config, seed=run.seed),
+                    config,
                     replace(
                         self.where,
+                        request=replace(self.where.request, config=config),
                         out=folder,
                         progress=silent,
                         resume=resumed,
