@@ -129,7 +129,7 @@ def train_folds(
             found = scanned(begun, progress, skip_unreadable=skip_unreadable)
             numbers, parts = parts_of(found, folds, config.seed, progress)
             plan = plan_of(folds, seeds)
-            described = {
+            described: dict[str, Any] = {
                 "format": FORMAT,
                 "version": FORMAT_VERSION,
                 "finished": False,
