@@ -30,7 +30,13 @@ from fastadapt.lora import (
     refuse_claimed_lora,
     replaced_parameters,
 )
-from fastadapt.trainable import last_blocks, plain_name, unfrozen_modules, used_parameters
+from fastadapt.trainable import (
+    last_blocks,
+    plain_name,
+    uncompiled,
+    unfrozen_modules,
+    used_parameters,
+)
 
 __all__ = ["AdaptConfig", "AdaptedModel", "adapt"]
 
@@ -75,6 +81,9 @@ class AdaptedModel(nn.Module):
         self.source = backbone.source
         self.spec = spec
         self.config = config
+        # Of the prefix tokens the first is the class token, where there is one.
+        has_one = getattr(uncompiled(self.backbone), "has_class_token", True)
+        self._class_token = config.pool == "token" and spec.num_prefix_tokens > 0 and has_one
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = spec.dim
         self.grad_checkpointing = False
@@ -186,6 +195,8 @@ class AdaptedModel(nn.Module):
     def backbone_features(self, x: Tensor) -> Tensor:
         """Compute the adapter's input: the backbone's features without prefix tokens.
 
+        With ``pool="token"`` it is the class token alone.
+
         Args:
             x: images [B, C, H, W] or volumes [B, C, D, H, W].
 
@@ -202,6 +213,8 @@ class AdaptedModel(nn.Module):
         else:
             with depthwise_convolutions(self.backbone, x):
                 features = self.feature_fn(self.backbone, x)
+        if self._class_token:
+            return features[:, :1]
         return (
             features[:, self.spec.num_prefix_tokens :] if self.spec.num_prefix_tokens else features
         )
@@ -307,8 +320,14 @@ def adapt(
             pretrained=pretrained,
             weights=weights,
             image_size=None if size is None else size[-1],
+            drop_path=config.drop_path,
         )
     elif isinstance(backbone, nn.Module):
+        if config.drop_path and not any(getattr(m, "drop_prob", 0) for m in backbone.modules()):
+            raise InputError(
+                f"drop_path is {config.drop_path}, but the backbone was made without: make it with "
+                f"timm.create_model(..., drop_path_rate={config.drop_path})"
+            )
         source = {"kind": "module", "name": type(backbone).__name__}
         module = backbone
     else:

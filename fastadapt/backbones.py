@@ -89,6 +89,7 @@ def create_backbone(
     num_classes: int | None = 0,
     state: dict[str, Tensor] | None = None,
     weights_name: str = "weights",
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Make a timm model, without its classifier unless ``num_classes`` says otherwise.
 
@@ -100,9 +101,12 @@ def create_backbone(
         num_classes: of the classifier; timm's own if ``None``.
         state: a state dict that is going to be loaded, for what the way of pooling decides.
         weights_name: what error messages call ``weights``.
+        drop_path: timm's ``drop_path_rate``: the probability that the last block is dropped in
+            training.
 
     Raises:
-        InputError: the name is unknown, or weights are unavailable or do not fit.
+        InputError: the name is unknown, weights are unavailable or do not fit, or the model cannot
+            drop blocks.
     """
     import timm
 
@@ -119,6 +123,8 @@ def create_backbone(
         state = read_state_dict(weights)
     if state is not None:
         kwargs |= pooling_options(state)
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
     try:
         if image_size is not None:
             try:
@@ -134,6 +140,12 @@ def create_backbone(
         raise InputError(
             f"no pretrained weights for {name!r} ({error}). Nearest with weights: "
             f"{nearest(name, known)}. Or give a local file with `{weights_name}=...`."
+        ) from None
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise InputError(
+            f"drop_path is {drop_path}, but {name} cannot drop blocks: leave `drop_path` out"
         ) from None
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

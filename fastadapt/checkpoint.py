@@ -205,7 +205,10 @@ def load_adapter(
             weights=file,
             image_size=None if settings.input_size is None else settings.input_size[-1],
             state=held if on.trained else None,
+            drop_path=settings.drop_path,
         )
+    elif settings.drop_path:  # a backbone that is given drops blocks as it was made
+        settings = AdaptConfig(**{**vars(settings), "drop_path": 0.0})
     if settings.num_prefix_tokens is None:  # older versions took 0 where the backbone says nothing
         module = image_tower(backbone).module
         stated = stated_prefix_tokens(module, feature_function(module, settings.features))

@@ -136,7 +136,26 @@ class AdaptConfig(Settings):
         Setting("Let the transforms mix channels, as in the paper, or tokens.", panel=MODEL),
     ] = "channel"
     proj_drop: Annotated[
-        float, Setting("Dropout on the output of the cluster attention.", ge=0, lt=1)
+        float,
+        Setting("Dropout on the output of the cluster attention.", panel=MODEL, ge=0, lt=1),
+    ] = 0.0
+    pool: Annotated[
+        Literal["mean", "token"],
+        Setting(
+            "Without an adapter, classify the mean of the features, or the class token of "
+            "backbones that have one.",
+            panel=MODEL,
+        ),
+    ] = "mean"
+    drop_path: Annotated[
+        float,
+        Setting(
+            "Drop blocks of the backbone at random where it trains (stochastic depth): the last "
+            "one with this probability, earlier ones less often.",
+            panel=MODEL,
+            ge=0,
+            lt=1,
+        ),
     ] = 0.0
     lora: Annotated[
         LoRAConfig | None, Setting("Low-rank adapters inside the backbone, too; none if None.")
@@ -171,12 +190,27 @@ class AdaptConfig(Settings):
     ] = None
 
     def check_together(self) -> None:
-        """Refuse sizes that no image has."""
+        """Refuse sizes that no image has, and a class token before an adapter of patches."""
+        if self.pool == "token" and self.adapter != "none":
+            raise InputError(
+                "pool is 'token', but the adapter works on the patches: give `adapter='none'`"
+            )
         size = self.input_size
         if size is not None and not (
             len(size) in (3, 4) and all(1 <= length <= 65_536 for length in size)
         ):
             raise InputError(f"input_size is {size}; expected (C, H, W) or (C, D, H, W)")
+
+    @classmethod
+    def paper(cls, mode: Literal["cla", "linear", "full"] = "cla", **changes: Any) -> Self:
+        """Return the settings of CLAdapter's code for what trains; the adapter's are the defaults.
+
+        Args:
+            mode: as for :meth:`fastadapt.train.TrainConfig.paper`.
+            **changes: other values of some settings.
+        """
+        values = {} if mode == "cla" else {"adapter": "none", "pool": "token"}
+        return cls(**(values | changes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for JSON.

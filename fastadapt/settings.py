@@ -128,7 +128,9 @@ class Settings:
 
     def __init_subclass__(cls) -> None:
         """Write the fields' help into the docstring."""
-        own = inspect.get_annotations(cls)
+        # With those of base classes, as a reader of the class wants them.
+        own = [name for base in reversed(cls.__mro__) for name in inspect.get_annotations(base)]
+        own = list(dict.fromkeys(own))
         hints = typing.get_type_hints(cls, include_extras=True)
         said = [f"    {name}: {_setting(hints[name]).help}" for name in own]
         if said:

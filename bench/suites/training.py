@@ -15,7 +15,7 @@ from fastadapt.adapted_model import AdaptedModel
 from fastadapt.fusion.frozen_blocks import release_fused_blocks
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.feature_cache import as_tokens
-from fastadapt.train.loop import make_optimizer
+from fastadapt.train.optimizer import make_optimizer
 from fastadapt.train.sources import logits_of_cached
 from fastadapt.train.step import training_step
 

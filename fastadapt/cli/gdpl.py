@@ -6,7 +6,7 @@ from fastadapt.cli.options import Given, command
 from fastadapt.cli.resume import how_to_continue
 from fastadapt.errors import InputError
 from fastadapt.gdpl.config import FrozenParts, GDPLConfig, GDPLRunSettings, GDPLTrainConfig
-from fastadapt.train.config import RunSettings
+from fastadapt.train.config import RecipeChoice, RunSettings
 
 OF_AN_ENCODER = ("domain_encoder", "domain_weights", "domain_size", "domain_normalization")
 
@@ -15,6 +15,7 @@ OF_AN_ENCODER = ("domain_encoder", "domain_weights", "domain_size", "domain_norm
     RunSettings,
     FrozenParts,
     GDPLConfig,
+    RecipeChoice,
     GDPLTrainConfig,
     GDPLRunSettings,
     clip=None,
@@ -23,10 +24,17 @@ OF_AN_ENCODER = ("domain_encoder", "domain_weights", "domain_size", "domain_norm
 )
 def gdpl(given: Given) -> None:
     """Train domain prompts for a frozen CLIP model on a few labelled images per class (GDPL)."""
-    run, what = given.build(RunSettings), given.build(GDPLRunSettings)
+    run, paper = given.build(RunSettings), given.values["recipe"] == "paper"
     _check(given)
-    config = given.build(GDPLTrainConfig)
-    gdpl_config = given.build(GDPLConfig, rank_depth=given.values["prompt_depth"])
+    if paper:
+        classes = given.values["train_classes"]
+        what = given.build(GDPLRunSettings, GDPLRunSettings.paper())
+        config = given.build(GDPLTrainConfig, GDPLTrainConfig.paper(classes))
+        gdpl_config = given.build(GDPLConfig, GDPLConfig.paper(classes))
+    else:
+        what, config = given.build(GDPLRunSettings), given.build(GDPLTrainConfig)
+        depth = "low_rank_depth" if "low_rank_depth" in given.names else "prompt_depth"
+        gdpl_config = given.build(GDPLConfig, rank_depth=given.values[depth])
 
     from fastadapt.gdpl import GDPLSource, train_gdpl
     from fastadapt.gdpl.domain_features import FeatureTable
@@ -44,6 +52,7 @@ def gdpl(given: Given) -> None:
             config,
             gdpl_config,
             seeds=what.seeds,
+            deviation=what.deviation,
             eval_data=what.eval_data,
             names_file=what.names_file,
             domain_features=features,

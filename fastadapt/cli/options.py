@@ -119,14 +119,20 @@ class Given:
     values: dict[str, Any]
     names: frozenset[str]
 
-    def build(self, group: type[S], **more: Any) -> S:
+    def build(self, group: type[S], base: S | None = None, **more: Any) -> S:
         """Return a group of settings as the command line gave them.
 
         Args:
             group: the settings.
+            base: has the values of options that were not given; their defaults if ``None``.
             **more: fields that are no options, or not as they were given.
         """
-        return group(**(self.fields(group) | more))
+        fields = self.fields(group)
+        if base is not None:
+            given = {option.field.name for option in self.options if option.name in self.names}
+            rest = {field.name: getattr(base, field.name) for field in declared(group)}
+            fields = rest | {name: value for name, value in fields.items() if name in given}
+        return group(**(fields | more))
 
     def fields(self, group: type[Settings]) -> dict[str, Any]:
         """Return the values of a group's options, by field."""

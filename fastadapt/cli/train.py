@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer.core
 
@@ -15,6 +15,7 @@ from fastadapt.settings import Setting, Settings
 from fastadapt.train.config import (
     BackboneSource,
     ImageSettings,
+    RecipeChoice,
     RunSettings,
     SavingSettings,
     TrainConfig,
@@ -47,11 +48,35 @@ class TrainCommand(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
 
+class Recipe(NamedTuple):
+    """The settings that options which were not given come from."""
+
+    training: TrainConfig
+    adapter: AdaptConfig
+    images: ImageSettings
+
+
+def recipe_of(given: Given) -> Recipe:
+    """Return the settings of ``--recipe``; of the paper's three modes the options choose one."""
+    if given.values["recipe"] == "default":
+        return Recipe(TrainConfig(), AdaptConfig(), ImageSettings())
+    mode: Literal["cla", "linear", "full"] = "cla"
+    if given.values["full"]:
+        mode = "full"
+    elif given.values["adapter"] == "none":
+        mode = "linear"
+    adapter = AdaptConfig.paper(mode)
+    if "adapter" in given.names and given.values["adapter"] == "cladapter":
+        adapter = AdaptConfig()  # an adapter where upstream has none
+    return Recipe(TrainConfig.paper(mode), adapter, ImageSettings.paper())
+
+
 @command(
     RunSettings,
     BackboneSource,
     AdaptConfig,
     LoRAConfig,
+    RecipeChoice,
     TrainConfig,
     FoldSettings,
     ImageSettings,
@@ -65,10 +90,12 @@ def train(given: Given) -> None:
     if source.backbone is None:
         raise InputError("train needs --backbone NAME, timm's name of a model")
     size = given.values["image_size"]
-    config = given.build(TrainConfig)
-    images, saving = given.build(ImageSettings), given.build(SavingSettings)
+    base = recipe_of(given)
+    config = given.build(TrainConfig, base.training)
+    images, saving = given.build(ImageSettings, base.images), given.build(SavingSettings)
     adapt_config = given.build(
         AdaptConfig,
+        base.adapter,
         lora=given.build(LoRAConfig) if given.values["lora_rank"] else None,
         input_size=None if size is None else (3, size, size),
     )
@@ -90,11 +117,7 @@ def train(given: Given) -> None:
         ) as scan,
     ):
         options: dict[str, Any] = {
-            "preprocess": {
-                "crop_pct": images.crop_pct,
-                "crop_mode": images.crop_mode,
-                "interpolation": images.interpolation,
-            },
+            "preprocess": images.preprocess(),
             "pretrained": source.pretrained,
             "weights": source.weights,
             "device": run.device,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadapt.data.augment import AUGMENTATIONS, draw
+from fastadapt.data.augment import Augmentation, draw, find_augmentation
 from fastadapt.data.dataset import Sample
 from fastadapt.data.decode import load_image
 from fastadapt.data.decode_pool import INLINE, DecodePool, Reading, Region, default_workers
@@ -37,7 +37,7 @@ class ImageSource:
         preprocess: how images are resized, cropped and normalized.
         device: where batches go.
         workers: processes that decode; one for each core if ``None``.
-        augment: name of what is drawn for views other than the plain one, view 0.
+        augment: what is drawn for views other than the plain one, view 0; or the name of it.
         seed: of the views (see :mod:`fastadapt.data.augment`).
         pool: processes that decode, of the caller's; else they start and end here.
         timed: makes a context that decoding ahead runs in.
@@ -52,7 +52,7 @@ class ImageSource:
         preprocess: Preprocess,
         device: torch.device,
         workers: int | None = None,
-        augment: str = "none",
+        augment: str | Augmentation = "none",
         seed: int = 0,
         *,
         pool: DecodePool | None = None,
@@ -63,18 +63,20 @@ class ImageSource:
         self.preprocess = preprocess
         self.device = device
         self.workers = default_workers() if workers is None else workers
-        self.augment = augment
+        self._augmentation = find_augmentation(augment)
+        self.augment = self._augmentation.name
         self.seed = seed
         self.labels = np.array([s.label for s in samples], dtype=np.int64)
         self._whole, self._rows = samples, np.arange(len(samples))
-        self._augmentation = AUGMENTATIONS[augment]
         self._plain = preprocess.geometry
         self._decode_pool, self._timed, self._resident = pool, timed, resident
         self._stored: dict[Geometry, Tensor] = {}  # [n, height, width, 3] uint8
         self._rings: dict[tuple[Geometry, int], tuple[Region, Tensor]] = {}
         self._draws: tuple[int, Tensor] | None = None  # of the last view
 
-    def subset(self, rows: np.ndarray, augment: str = "none", seed: int = 0) -> ImageSource:
+    def subset(
+        self, rows: np.ndarray, augment: str | Augmentation = "none", seed: int = 0
+    ) -> ImageSource:
         """Return some images as a source of their own, which shares what is decoded.
 
         Args:
@@ -84,8 +86,8 @@ class ImageSource:
         found = copy.copy(self)
         found.samples = [self.samples[row] for row in rows]
         found.labels, found._rows = self.labels[rows], self._rows[rows]
-        found.augment, found.seed, found._draws = augment, seed, None
-        found._augmentation = AUGMENTATIONS[augment]
+        found._augmentation = find_augmentation(augment)
+        found.augment, found.seed, found._draws = found._augmentation.name, seed, None
         return found
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadapt.data.augment import check_augment
+from fastadapt.data.augment import Augmentation, check_augment
 from fastadapt.data.dataset import read_dataset
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
@@ -32,7 +32,8 @@ class ImageLoader:
         batch_size: images in a batch.
         split: ``"train"``, ``"val"`` or ``"test"``. Training images come in random order, and a
             smaller last batch is left out, so that :class:`fastadapt.GraphedStep` meets one shape.
-        augment: ``"none"``, ``"flips"``, ``"dihedral"`` or ``"crops"``; of training images.
+        augment: what is drawn for training images: ``"none"``, ``"flips"``, ``"dihedral"``,
+            ``"crops"``, ``"imagenet"``, or a :class:`fastadapt.data.augment.Augmentation`.
         device: where batches go.
         seed: of order and views, and of the validation split where ``data`` gives none.
         workers: processes that decode; one for each core if ``None``.
@@ -52,7 +53,7 @@ class ImageLoader:
         batch_size: int,
         *,
         split: str = "train",
-        augment: str = "none",
+        augment: str | Augmentation = "none",
         device: str | torch.device = "cpu",
         seed: int = 0,
         workers: int | None = None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from fastadapt.config import MODEL
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
+from fastadapt.train.augment_config import AUGMENT, AugmentSettings
 from fastadapt.train.config import (
     IMAGES,
     MOST_EPOCHS,
@@ -24,7 +25,11 @@ PROMPTS, DOMAIN = "Prompts", "Domain features"
 
 @dataclass(frozen=True)
 class GDPLConfig(Settings):
-    """What GDPL adds to a CLIP model. The defaults are the paper's."""
+    """What GDPL adds to a CLIP model.
+
+    The defaults are the paper's for base-to-novel transfer, but for ``deep_start`` and for the
+    noise, which the paper's code adds to predictions, too. :meth:`paper` gives the paper's.
+    """
 
     n_ctx: Annotated[
         int,
@@ -33,7 +38,7 @@ class GDPLConfig(Settings):
     depth: Annotated[
         int,
         Setting(
-            "Layers of both branches that get prompts and low-rank updates.",
+            "Layers of both branches that get prompts.",
             panel=PROMPTS,
             option="prompt_depth",
             ge=1,
@@ -57,8 +62,24 @@ class GDPLConfig(Settings):
         ),
     ] = 1.0
     rank_depth: Annotated[
-        int, Setting("Layers of both branches that get low-rank updates.", ge=0, limit=4_096)
+        int,
+        Setting(
+            "Layers of both branches that get low-rank updates; those with prompts if not given "
+            "on the command line.",
+            panel=PROMPTS,
+            option="low_rank_depth",
+            ge=0,
+            limit=4_096,
+        ),
     ] = 9
+    deep_start: Annotated[
+        Literal["independent", "cloned"],
+        Setting(
+            "Draw the start of the deep vision layers' quaternion networks for each layer "
+            "(independent), or once for all (cloned), as the paper's code does.",
+            panel=PROMPTS,
+        ),
+    ] = "independent"
     hidden: Annotated[
         int | None,
         Setting(
@@ -86,6 +107,19 @@ class GDPLConfig(Settings):
             limit=100_000_000,
         ),
     ] = 128
+
+    @classmethod
+    def paper(cls, train_classes: Literal["base", "all"] = "base", **changes: Any) -> Self:
+        """Return the settings of the paper's code; noise stays out of predictions.
+
+        Args:
+            train_classes: as in :meth:`GDPLTrainConfig.paper`.
+            **changes: other values of some settings.
+        """
+        values: dict[str, Any] = {"deep_start": "cloned"}
+        if train_classes == "all":
+            values["depth"] = 3  # and 9 layers with low-rank updates, as in the code
+        return cls(**(values | changes))
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "the GDPL configuration") -> Self:
@@ -154,8 +188,8 @@ class FrozenParts(Settings):
 
 
 @dataclass(frozen=True)
-class GDPLTrainConfig(Settings):
-    """How to train. The defaults are the paper's.
+class GDPLTrainConfig(AugmentSettings):
+    """How to train. The defaults are this library's; :meth:`paper` gives the paper's.
 
     The validation split is evaluated where the data set has no test split; it selects nothing: the
     last epoch is kept, as in the paper. Evaluations with at least 20 full batches of 32 images
@@ -192,12 +226,18 @@ class GDPLTrainConfig(Settings):
         float | None,
         Setting("Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0),
     ] = None
-    warmup_epochs: Annotated[
-        float,
+    schedule: Annotated[
+        Literal["cosine", "gdpl"],
         Setting(
-            "Epochs of linear warm-up; a cosine to 0 follows, step by step.", panel=TRAINING, ge=0
+            "Learning rates: a linear warm-up from 0 and a cosine to 0, step by step, or those of "
+            "the paper's code, epoch by epoch.",
+            panel=TRAINING,
         ),
-    ] = 1.0
+    ] = "cosine"
+    warmup_epochs: Annotated[float, Setting("Epochs of warm-up.", panel=TRAINING, ge=0)] = 1.0
+    drop_last: Annotated[
+        bool, Setting("Leave a smaller last batch of an epoch out.", panel=TRAINING)
+    ] = False
     amp: Annotated[
         Literal["auto", "off", "bf16", "fp16"],
         Setting(
@@ -209,6 +249,7 @@ class GDPLTrainConfig(Settings):
         Literal["auto", "off"],
         Setting("Replay training steps as CUDA graphs; auto: on a GPU.", panel=TRAINING),
     ] = "auto"
+    augment: Annotated[Literal["none", "flips", "dihedral", "crops", "imagenet"], AUGMENT] = "crops"
     grad_checkpointing: Annotated[
         bool,
         Setting(
@@ -217,14 +258,6 @@ class GDPLTrainConfig(Settings):
             panel=TRAINING,
         ),
     ] = False
-    augment: Annotated[
-        Literal["none", "flips", "dihedral", "crops"],
-        Setting(
-            "Random views of training images: flips, the square's symmetries (dihedral), or "
-            "crops with flips.",
-            panel=IMAGES,
-        ),
-    ] = "crops"
     val_fraction: Annotated[
         float,
         Setting(
@@ -236,11 +269,54 @@ class GDPLTrainConfig(Settings):
             expected="more than 0, less than 1",
         ),
     ] = 0.2
+    test_fraction: Annotated[
+        float,
+        Setting(
+            "Share of each class's images to test on, where DATA has no splits at all; the "
+            "validation images then only stay out of training.",
+            panel=IMAGES,
+            ge=0,
+            lt=1,
+        ),
+    ] = 0.0
     intensity_range: IntensityRange = "dtype"
 
     def check_together(self) -> None:
-        """Refuse intensity ranges that are none."""
+        """Refuse intensity ranges that are none, and splits without training images."""
         check_intensity_range(self.intensity_range)
+        if self.test_fraction + self.val_fraction >= 1:
+            raise InputError(
+                f"test_fraction is {self.test_fraction} and val_fraction {self.val_fraction}; "
+                "expected less than 1 together, so that images to train on are left"
+            )
+
+    @classmethod
+    def paper(cls, train_classes: Literal["base", "all"] = "base", **changes: Any) -> Self:
+        """Return the settings of the paper's code.
+
+        Mixed precision stays bf16 where there is a GPU: the paper's code trains in fp16 without
+        scaling the loss.
+
+        Args:
+            train_classes: ``"base"`` for transfer to novel classes, ``"all"`` for transfer to
+                other data sets, which has settings of its own.
+            **changes: other values of some settings.
+
+        Source: ``config/trainers/MaPLe`` of caoql98/GDPL, with the defaults of dassl.
+        """
+        values: dict[str, Any] = {
+            "train_classes": train_classes,
+            "epochs": 15 if train_classes == "base" else 25,
+            "lr": 3.5e-3 if train_classes == "base" else 2.6e-3,
+            "batch_size": 4,
+            "schedule": "gdpl",
+            "warmup_epochs": 1.0,
+            "drop_last": True,
+            "augment": "imagenet",
+            "val_fraction": 0.2,
+            "test_fraction": 0.3,
+        }
+        return cls(**(values | changes))
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -267,6 +343,14 @@ class GDPLRunSettings(Settings):
             expected="different numbers, 0 or more",
         ),
     ] = (1,)
+    deviation: Annotated[
+        Literal["sample", "population"],
+        Setting(
+            "Which standard deviation stands after the mean of several seeds: over n - 1 (sample), "
+            "or over n (population), as in the paper's code.",
+            panel=RUN,
+        ),
+    ] = "sample"
     eval_data: Annotated[
         tuple[Path, ...],
         Setting("Evaluate on this data set, too; may be repeated.", panel=IMAGES),
@@ -288,3 +372,8 @@ class GDPLRunSettings(Settings):
             panel=DOMAIN,
         ),
     ] = None
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """Return the settings of the paper's code: three seeds, and their standard deviation."""
+        return cls(**({"seeds": (1, 2, 3), "deviation": "population"} | changes))

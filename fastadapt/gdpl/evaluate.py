@@ -154,8 +154,9 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
     if len(seeds) > 1:
         # As for every other column: the mean of the seeds' harmonic means.
         columns = {name: [values[name] for _, values in seeds] for name in seeds[0][1]}
+        freedom = 0 if results.get("deviation") == "population" else 1
         text = {
-            name: f"{100 * np.mean(v):.2f} ± {100 * np.std(v, ddof=1):.2f}"
+            name: f"{100 * np.mean(v):.2f} ± {100 * np.std(v, ddof=freedom):.2f}"
             for name, v in columns.items()
         }
         rows.append((f"GDPL, mean of {len(seeds)}", text))

@@ -34,6 +34,43 @@ def sample_shots(samples: Sequence[Sample], shots: int, seed: int) -> list[Sampl
     return [samples[i] for i in sorted(chosen)]
 
 
+def draw_splits(dataset: Dataset, val_fraction: float, test_fraction: float) -> Dataset:
+    """Split a data set that has no splits of its own into training, validation and test.
+
+    Each class is split apart, into whole images: the training and validation shares are rounded,
+    and the rest is tested. The draw is the same for every seed of training.
+
+    Args:
+        dataset: is returned as it is where a split was given.
+        val_fraction: share of each class for validation.
+        test_fraction: share of each class to test on; with 0 nothing is changed.
+
+    Raises:
+        InputError: a split would have no image of a class.
+
+    Source: upstream's ``read_and_split_data``: 50 %, 20 % and 30 %.
+    """
+    if not test_fraction or not dataset.val_drawn or dataset.split("test"):
+        return dataset
+    rng = np.random.default_rng(0)
+    samples = list(dataset.samples)
+    for label, name in enumerate(dataset.classes):
+        members = rng.permutation([i for i, s in enumerate(samples) if s.label == label])
+        train = round(len(members) * (1 - val_fraction - test_fraction))
+        val = round(len(members) * val_fraction)
+        parts = {"train": members[:train], "val": members[train : train + val]}
+        parts["test"] = members[train + val :]
+        for split, places in parts.items():
+            if not len(places):
+                raise InputError(
+                    f"class {name!r} has {len(members)} images, too few for training, validation "
+                    "and test: add images, give splits, or leave `test_fraction` out"
+                )
+            for place in places:
+                samples[place] = replace(samples[place], split=split)
+    return replace(dataset, samples=tuple(samples))
+
+
 def split_classes(count: int) -> tuple[range, range]:
     """Split classes into base (the first half, rounded up) and novel, as the paper does.
 

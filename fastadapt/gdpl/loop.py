@@ -19,8 +19,10 @@ from fastadapt.gdpl.checkpoint import trained_state
 from fastadapt.gdpl.config import GDPLTrainConfig
 from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.train.loop import copy_of, learning_rate, precision
+from fastadapt.train.loop import precision
+from fastadapt.train.optimizer import copy_of
 from fastadapt.train.run_folder import State
+from fastadapt.train.schedule import Schedule
 from fastadapt.train.step import Losses, training_step
 
 
@@ -52,10 +54,10 @@ def train_epochs(
     """
     device = evaluator.device
     source = ImageSource(
-        samples, evaluator.preprocess, device, evaluator.workers, config.augment, seed
+        samples, evaluator.preprocess, device, evaluator.workers, config.augmentation(), seed
     )
     # Images without augmentation have the same features in every epoch; random views do not.
-    plain = config.augment == "none" or evaluator.table is not None
+    plain = not config.augments or evaluator.table is not None
     features = evaluator.domain_features(model, samples) if plain else None
     optimizer = make_optimizer(model, config)
     fp16 = precision(config.amp, device) == torch.float16
@@ -66,8 +68,11 @@ def train_epochs(
         if state.scaler:
             scaler.load_state_dict(state.scaler)
     size = config.batch_size
-    steps = math.ceil(len(samples) / size)
-    warmup = min(round(config.warmup_epochs * steps), config.epochs * steps)
+    count = len(samples)
+    if config.drop_last and count >= size:
+        count = count // size * size
+    steps = math.ceil(count / size)
+    plan = Schedule(config.schedule, config.lr, config.epochs, steps, config.warmup_epochs)
     progress = evaluator.progress
     take_step = training_step(
         model,
@@ -89,8 +94,8 @@ def train_epochs(
 
     bar = progress.add_task(
         f"seed {seed}",
-        total=config.epochs * len(samples),
-        completed=state.epoch * len(samples),
+        total=config.epochs * count,
+        completed=state.epoch * count,
         unit="images",
         note="",
     )
@@ -98,15 +103,15 @@ def train_epochs(
         started = time.perf_counter()
         rng = np.random.default_rng((seed, epoch))
         torch.manual_seed(int(rng.integers(2**63)))
-        order = rng.permutation(len(samples))
-        views = np.full(len(samples), 0 if config.augment == "none" else epoch)
+        order = rng.permutation(len(samples))[:count]
+        views = np.full(len(samples), epoch if config.augments else 0)
         rows = torch.from_numpy(order).to(device)
         losses = Losses(partial(check_finite, epoch))
         hits = torch.zeros((), dtype=torch.long, device=device)
         model.train()
         batches = source.batches(order, views, size)
         for step, (images, labels) in enumerate(batches, start=1):
-            lr = learning_rate((epoch - 1) * steps + step, config.epochs * steps, warmup, config.lr)
+            lr = plan.rate((epoch - 1) * steps + step)
             batch = rows[(step - 1) * size : step * size]
             known = () if features is None else (features.index_select(0, batch),)
             loss, right = take_step(lr, labels, images, *known)
@@ -118,8 +123,8 @@ def train_epochs(
             {
                 "epoch": epoch,
                 "lr": lr,
-                "train_loss": losses.total() / len(samples),
-                "train_accuracy": int(hits) / len(samples),
+                "train_loss": losses.total() / count,
+                "train_accuracy": int(hits) / count,
                 "seconds": round(time.perf_counter() - started, 3),
             }
         )

@@ -107,6 +107,7 @@ class GDPLModel(nn.Module):
             depth=config.depth,
             hidden=config.hidden,
             noise=config.noise,
+            deep_start=config.deep_start,
             **widths,
         )
         self.low_rank = None

@@ -53,6 +53,8 @@ class DomainPromptLearner(nn.Module):
         noise: when normal noise times the mean of the features is added to the language prompt:
             ``"train"`` (in training only), ``"always"`` (upstream's behaviour, which makes
             predictions random) or ``"off"``.
+        deep_start: ``"cloned"``: the networks of the deep vision layers start from one draw, as
+            upstream's do.
 
     Shape:
         Features [B, D_f] to :class:`Prompts`.
@@ -73,6 +75,7 @@ class DomainPromptLearner(nn.Module):
         depth: int = 9,
         hidden: int | None = None,
         noise: Literal["train", "always", "off"] = "train",
+        deep_start: Literal["independent", "cloned"] = "independent",
     ):
         super().__init__()
         if n_ctx < 1 or depth < 1:
@@ -107,6 +110,10 @@ class DomainPromptLearner(nn.Module):
             self.vision_nets = QuaternionLinear(
                 out_features=vision_width, groups=depth - 1, **quaternion
             )
+            if deep_start == "cloned":
+                with torch.no_grad():
+                    for weight in self.vision_nets.parameters():
+                        weight.copy_(weight[:1].clone().expand_as(weight))
 
     @property
     def n_ctx(self) -> int:

@@ -23,6 +23,7 @@ from fastadapt.gdpl.config import GDPLConfig, GDPLTrainConfig
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.evaluate import Evaluator, Task
 from fastadapt.gdpl.few_shot import (
+    draw_splits,
     evaluation_samples,
     of_classes,
     read_names,
@@ -63,6 +64,7 @@ def train_gdpl(
     gdpl_config: GDPLConfig | None = None,
     *,
     seeds: Sequence[int] = (1,),
+    deviation: str = "sample",
     eval_data: Sequence[str | Path] = (),
     names_file: str | Path | None = None,
     domain_features: FeatureTable | None = None,
@@ -89,6 +91,8 @@ def train_gdpl(
         config: how to train.
         gdpl_config: what to train.
         seeds: one run each.
+        deviation: which standard deviation tables show after the mean of the seeds, ``"sample"``
+            or ``"population"``.
         eval_data: other data sets, each measured as a whole (its test split, if it has one).
         names_file: see :func:`fastadapt.gdpl.few_shot.read_names`; for all data sets.
         domain_features: of the plain images of all data sets, for a source that names a width
@@ -125,6 +129,7 @@ def train_gdpl(
         read, value_range = [], None
         for path in (data, *eval_data):
             splits = read_dataset(path, config.val_fraction)
+            splits = draw_splits(splits, config.val_fraction, config.test_fraction)
             with Scan(splits, workers, asked) as begun:
                 scan = scanned(begun, progress, skip_unreadable=skip_unreadable)
             read.append(scan.dataset)
@@ -175,7 +180,7 @@ def train_gdpl(
                 images = Preprocess.from_pretrained_cfg(
                     model.pretrained_cfg, intensity_range=value_range
                 )
-                check_augment(config.augment, images)
+                check_augment(config.augmentation(), images)
                 graph = config.cuda_graph == "auto"
                 evaluator = Evaluator(
                     images, target, workers, autocast, progress, table, graph=graph
@@ -220,6 +225,7 @@ def train_gdpl(
             "classes": {task.name: list(task.classes) for task in tasks},
             "images": {task.name: len(task.samples) for task in tasks},
             "zero_shot": first["zero_shot"],
+            "deviation": deviation,
             "settings": first["settings"],
             "versions": {k: v for k, v in versions().items() if k in RECORDED},
             "seeds": runs,

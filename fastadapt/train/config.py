@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastadapt.config import MODEL
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
+from fastadapt.train.augment_config import AUGMENTATION, AugmentSettings
 
 TRAINING, IMAGES, RUN = "Training", "Images and features", "Run"
 DATA_HELP = (
@@ -40,14 +41,16 @@ def check_intensity_range(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Settings):
+class TrainConfig(AugmentSettings):
     """How to train. Two runs with equal settings, data and device kind give equal weights on CPU.
+
+    The defaults are this library's; :meth:`paper` gives those of CLAdapter's code.
 
     ``cuda_graph="auto"`` captures a step (:class:`fastadapt.GraphedStep`) where a stage has at
     least 20 full batches, but not in fp16, whose loss is scaled. ``"off"`` is for models whose
     Python code does something else in every step; a run may be resumed with the other setting.
-    ``augment`` gives random views (:mod:`fastadapt.data.augment`): of the cached ones in stage 1,
-    fresh ones in stage 2 and where nothing is cached.
+    ``augment`` and the settings after it give random views (:mod:`fastadapt.data.augment`): of the
+    cached ones in stage 1, fresh ones in stage 2 and where nothing is cached.
     """
 
     stages: Annotated[
@@ -61,6 +64,24 @@ class TrainConfig(Settings):
             expected="1 or 2",
         ),
     ] = 1
+    full: Annotated[
+        bool,
+        Setting(
+            "Train everything in stage 1, the backbone too: with --adapter none, full fine-tuning.",
+            panel=TRAINING,
+        ),
+    ] = False
+    unfreeze_last: Annotated[
+        int | None,
+        Setting(
+            "Train the backbone's last N blocks only, in stage 2 or with --full; all of it if not "
+            "given.",
+            panel=TRAINING,
+            metavar="N",
+            ge=1,
+            limit=100_000,
+        ),
+    ] = None
     epochs: Annotated[
         int, Setting("Epochs of stage 1.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
     ] = 30
@@ -91,19 +112,44 @@ class TrainConfig(Settings):
     weight_decay: Annotated[
         float,
         Setting(
-            "Weight decay of matrices; biases, norms and other vectors have none.",
+            "Weight decay of the parameters that --decay says.",
             panel=TRAINING,
             ge=0,
         ),
     ] = 0.01
-    warmup_epochs: Annotated[
+    decay: Annotated[
+        Literal["matrices", "all"],
+        Setting(
+            "Parameters with weight decay: matrices, not biases, norms and other vectors; or all.",
+            panel=TRAINING,
+        ),
+    ] = "matrices"
+    layer_decay: Annotated[
         float,
         Setting(
-            "Epochs of linear warm-up in each stage; a cosine to 0 follows, step by step.",
+            "Learning rate of each of the backbone's layers, as a share of that of the layer "
+            "after it, where the backbone trains.",
             panel=TRAINING,
-            ge=0,
+            gt=0,
+            le=1,
         ),
     ] = 1.0
+    schedule: Annotated[
+        Literal["cosine", "cladapter"],
+        Setting(
+            "Learning rates: warm-up from 0 and a cosine to 0 after it, or those of CLAdapter's "
+            "code.",
+            panel=TRAINING,
+        ),
+    ] = "cosine"
+    warmup_epochs: Annotated[
+        float,
+        Setting("Epochs of linear warm-up in each stage.", panel=TRAINING, ge=0),
+    ] = 1.0
+    drop_last: Annotated[
+        bool,
+        Setting("Leave a smaller last batch of an epoch out.", panel=TRAINING),
+    ] = False
     clip_grad: Annotated[
         float | None,
         Setting("Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0),
@@ -111,6 +157,36 @@ class TrainConfig(Settings):
     label_smoothing: Annotated[
         float,
         Setting("Share of the target that is spread over all classes.", panel=TRAINING, ge=0, lt=1),
+    ] = 0.0
+    mixup: Annotated[
+        float,
+        Setting(
+            "Mix each training image with another one, by shares from Beta(mixup, mixup); of "
+            "cached images the features are mixed.",
+            panel=AUGMENTATION,
+            ge=0,
+            limit=1e3,
+        ),
+    ] = 0.0
+    cutmix: Annotated[
+        float,
+        Setting(
+            "Paste a rectangle of another training image, its share from Beta(cutmix, cutmix); "
+            "with mixup, one of the two in each step.",
+            panel=AUGMENTATION,
+            ge=0,
+            limit=1e3,
+        ),
+    ] = 0.0
+    ema: Annotated[
+        float,
+        Setting(
+            "Validate and keep an exponential moving average of the weights with this decay per "
+            "step (0.99); 0 for none.",
+            panel=TRAINING,
+            ge=0,
+            lt=1,
+        ),
     ] = 0.0
     class_weights: Annotated[
         Literal["none", "balanced"],
@@ -133,11 +209,17 @@ class TrainConfig(Settings):
     select: Annotated[
         Literal["macro_f1", "accuracy", "loss"],
         Setting(
-            "Validation metric that decides which epoch is kept; of equal ones that of the lower "
-            "loss.",
+            "Validation metric that decides which epoch is kept.",
             panel=TRAINING,
         ),
     ] = "macro_f1"
+    ties: Annotated[
+        Literal["loss", "later"],
+        Setting(
+            "Keep, of equal epochs, that of the lower validation loss, or the later one.",
+            panel=TRAINING,
+        ),
+    ] = "loss"
     patience: Annotated[
         int | None,
         Setting(
@@ -146,14 +228,6 @@ class TrainConfig(Settings):
             ge=1,
         ),
     ] = None
-    augment: Annotated[
-        Literal["none", "flips", "dihedral", "crops"],
-        Setting(
-            "Random views of training images: flips, the square's symmetries (dihedral), or "
-            "crops with flips.",
-            panel=IMAGES,
-        ),
-    ] = "none"
     views: Annotated[
         int,
         Setting(
@@ -209,19 +283,89 @@ class TrainConfig(Settings):
     intensity_range: IntensityRange = "dtype"
 
     def check_together(self) -> None:
-        """Refuse views that would all be the same, and intensity ranges that are none."""
+        """Refuse settings that exclude each other, and intensity ranges that are none."""
         check_intensity_range(self.intensity_range)
-        if self.views > 1 and self.augment == "none":
+        if self.views > 1 and not self.augments:
             raise InputError(
                 f"views is {self.views}, but augment is 'none', so all views would be the same: "
                 "give `augment='flips'`, dihedral or crops"
             )
+        if self.full and self.stages == 2:
+            raise InputError(
+                "stages is 2, but with `full=True` everything trains from the first one on: leave "
+                "one of them out"
+            )
+        if self.unfreeze_last is not None and not (self.full or self.stages == 2):
+            raise InputError(
+                f"unfreeze_last is {self.unfreeze_last}, but the backbone stays frozen in stage 1: "
+                "give `stages=2` or `full=True`, too"
+            )
+
+    @classmethod
+    def paper(cls, mode: Literal["cla", "linear", "full"] = "cla", **changes: Any) -> Self:
+        """Return the settings of CLAdapter's code.
+
+        Three things are kept: a frozen backbone's batch norms stay in evaluation mode, an epoch
+        of stage 1 that is better than all of stage 2 is kept, and mixed precision is bf16 where
+        there is a GPU (upstream's is fp16).
+
+        Args:
+            mode: what trains, in upstream's words: ``"cla"``, the adapter, then everything;
+                ``"linear"``, the head alone; ``"full"``, everything from the start.
+            **changes: other values of some settings.
+
+        Source: ``train.py`` and ``dataset.py`` of qklee-lz/CLAdapter with the options of its
+        README.
+        """
+        values: dict[str, Any] = {
+            "stages": 2 if mode == "cla" else 1,
+            "full": mode == "full",
+            "epochs": 100,
+            "lr": 1e-4,
+            "batch_size": 8,
+            "epochs2": 100,
+            "lr2": 1e-5,
+            "optimizer": "adam",
+            "weight_decay": 1e-3,
+            "decay": "all",
+            "schedule": "cladapter",
+            "warmup_epochs": 2.0,
+            "drop_last": True,
+            "select": "accuracy",
+            "ties": "later",
+            "cache": False,
+            "augment": "flips",
+            "rotation": 180.0,
+            "shift": 0.05,
+            "scale": 0.3,
+            "affine_probability": 0.7,
+            "border": "black",
+            "brightness": 0.1,
+            "contrast": 0.1,
+            "color_probability": 0.5,
+            "seed": 1,
+        }
+        return cls(**(values | changes))
 
     def of_stage(self, stage: int) -> tuple[int, float, int]:
         """Return epochs, peak learning rate and batch size of a stage."""
         if stage == 1:
             return self.epochs, self.lr, self.batch_size
         return self.epochs2, self.lr2, self.batch_size2 or self.batch_size
+
+
+@dataclass(frozen=True)
+class RecipeChoice(Settings):
+    """Whose settings a command starts from."""
+
+    recipe: Annotated[
+        Literal["default", "paper"],
+        Setting(
+            "Settings of options that are not given: this library's, or those of the paper's code "
+            "to the letter.",
+            panel=TRAINING,
+        ),
+    ] = "default"
 
 
 @dataclass(frozen=True)
@@ -274,6 +418,20 @@ class ImageSettings(Settings):
         Literal["nearest", "bilinear", "bicubic", "lanczos"] | None,
         Setting("Filter for resizing; the backbone's if not given.", panel=IMAGES),
     ] = None
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """Return the settings of CLAdapter's code: images are squashed into the size."""
+        values: dict[str, Any] = {
+            "crop_mode": "squash",
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+        }
+        return cls(**(values | changes))
+
+    def preprocess(self) -> dict[str, Any]:
+        """Return them as :func:`fastadapt.train.train` takes them; the size is the adapter's."""
+        return {name: getattr(self, name) for name in ("crop_pct", "crop_mode", "interpolation")}
 
 
 @dataclass(frozen=True)

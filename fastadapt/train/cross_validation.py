@@ -306,7 +306,7 @@ class _Work:
             prepared.preprocess,
             where.device,
             where.workers,
-            config.augment,
+            config.augmentation(),
             config.seed,
             pool=where.pool,
             timed=partial(where.phases, "decode"),
@@ -316,7 +316,7 @@ class _Work:
             dtype = precision(config.amp, where.device)
             prepared.model.to(where.device).to(memory_format=torch.channels_last)
             settings = CacheSettings(
-                config.views, config.augment, config.seed, config.feature_dtype, str(dtype)
+                config.views, images.augment, config.seed, config.feature_dtype, str(dtype)
             )
             features = cached_source(
                 prepared.model.eval(),

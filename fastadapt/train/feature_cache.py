@@ -135,6 +135,7 @@ def backbone_hash(model: AdaptedModel) -> str:
 def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings) -> str:
     """Return a hash of everything that cached features depend on."""
     function = model.feature_fn
+    pooled = isinstance(model.adapter, nn.Identity)
     ingredients = {
         "version": FORMAT_VERSION,
         "torch": torch.__version__.split(".")[:2],
@@ -142,7 +143,7 @@ def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings)
         "backbone": [model.source.get("name"), backbone_hash(model)],
         "function": [function.__module__, function.__qualname__, str(model.config.features)],
         "spec": asdict(model.spec),
-        "pooled": isinstance(model.adapter, nn.Identity),
+        "pooled": "token" if model.config.pool == "token" else pooled,
         "preprocess": images.preprocess.to_dict(),
         **asdict(settings),
     }

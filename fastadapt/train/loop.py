@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,13 @@ from fastadapt.data.decode_pool import DecodePool
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
+from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source, size_text
 from fastadapt.train.metrics import classification_metrics
+from fastadapt.train.mixing import make_mix
+from fastadapt.train.optimizer import copy_of, make_optimizer
 from fastadapt.train.phases import Phases
 from fastadapt.train.run_folder import (
     CACHE,
@@ -38,6 +41,8 @@ from fastadapt.train.run_folder import (
     save_state,
     write_metrics,
 )
+from fastadapt.train.schedule import Schedule
+from fastadapt.train.selection import better
 from fastadapt.train.shared_sources import SharedSources
 from fastadapt.train.sources import FeatureSource, Source, logits_of, padded
 from fastadapt.train.state_saver import StateSaver
@@ -93,6 +98,7 @@ class Trainer:
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self._images: dict[str, ImageSource] = {}
         self._features: dict[str, FeatureSource] = {}
+        self._average: WeightAverage | None = None
         self._wrote_metrics = False
         self._writers: list[CacheWriter] = []
         self._saver = StateSaver(self._save, self.save_every)
@@ -120,7 +126,7 @@ class Trainer:
         if images_train:
             kept = []
             for split in splits:
-                views = split == "train" and self.config.augment != "none"
+                views = split == "train" and self.config.augments
                 kept.append(self._image_source(split).decode(views))
             total = sum(self._image_source(split).needed_bytes() for split in splits)
             if not all(kept):
@@ -193,10 +199,10 @@ class Trainer:
         state, config = self.state, self.config
         epochs, _, _ = config.of_stage(stage)
         resumed = state.stage == stage and state.epoch > 0
-        if stage == 2:
-            if not resumed:
-                self.load_best()
-            self.model.unfreeze()
+        if stage == 2 and not resumed:
+            self.load_best()
+        if stage == 2 or config.full:
+            self.model.unfreeze(config.unfreeze_last)
         optimizer = make_optimizer(self.model, config)
         if resumed:
             self.model.load_state_dict(state.model, strict=False)
@@ -207,6 +213,9 @@ class Trainer:
             state.stage, state.epoch = 2, 0
             # The kept weights get the backbone too, which stage 2 is about to change.
             state.best_model = copy_of(trained_state(self.model))
+        self._average = None
+        if config.ema:
+            self._average = WeightAverage(self.model, config.ema, state.average if resumed else {})
         count = len(self._source("train").labels)
         step = self._training_step(optimizer)
         task = self.progress.add_task(
@@ -221,7 +230,7 @@ class Trainer:
             epoch = state.epoch + 1
             row: dict[str, Any] = {"stage": stage, "epoch": epoch}
             row |= self._train_epoch(epoch, step, task)
-            with self.phases("validation"):
+            with self.phases("validation"), self._averaged():
                 measured = self.evaluate("val")
             self._check_finite(measured["loss"], epoch, "validation")
             row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
@@ -263,11 +272,15 @@ class Trainer:
             views = np.full(count, len(self.state.history) + 1)
         else:
             views = rng.integers(source.num_views, size=count)
+        if config.drop_last and count >= batch_size:
+            order = order[: count // batch_size * batch_size]
         if count > batch_size > 1 and count % batch_size == 1:
             order = order[:-1]  # a batch of one image has no batch statistics
 
         steps = math.ceil(len(order) / batch_size)
-        warmup = min(round(config.warmup_epochs * steps), epochs * steps)
+        plan = Schedule(config.schedule, peak, epochs, steps, config.warmup_epochs)
+        images = isinstance(source, ImageSource)
+        mix = make_mix(config.mixup, config.cutmix, len(self.dataset.classes), images)
         losses = Losses(
             lambda loss, step: self._check_finite(loss, epoch, f"step {step} of {steps}")
         )
@@ -276,13 +289,17 @@ class Trainer:
         # Of one size, all steps are replays of one graph.
         pad = batch_size if steps > 1 and self._samples_are_independent() else 0
         for step, (inputs, labels) in enumerate(source.batches(order, views, batch_size), start=1):
-            lr = learning_rate((epoch - 1) * steps + step, epochs * steps, warmup, peak)
-            images = len(labels)
+            number = (epoch - 1) * steps + step
+            lr, taken = plan.rate(number), len(labels)
+            if mix is not None:
+                inputs, labels = mix(inputs, labels)
             loss, _ = take_step(lr, *reversed(padded(inputs, labels, pad)))
-            losses.add(loss, images)
+            if self._average is not None:
+                self._average.update(number)
+            losses.add(loss, taken)
             if losses.is_read:
                 self.progress.update(task, note=losses.note)
-            self.progress.advance(task, images)
+            self.progress.advance(task, taken)
         return {"lr": lr, "train_loss": losses.total() / len(order)}
 
     def _samples_are_independent(self) -> bool:
@@ -294,7 +311,7 @@ class Trainer:
 
     def _complete_epoch(self, row: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Note the epoch, keep its weights if they are the best, offer the state to be saved."""
-        state, key = self.state, f"val_{self.config.select}"
+        state = self.state
         state.epoch = row["epoch"]
         state.history.append(row)
         # Copied where they are, in passing: nothing waits for a GPU.
@@ -303,16 +320,15 @@ class Trainer:
             index: copy_of(values) for index, values in optimizer.state_dict()["state"].items()
         }
         state.scaler = self.scaler.state_dict()
-        sign = -1 if self.config.select == "loss" else 1
-
-        def rank(epoch: dict[str, Any]) -> tuple[float, float]:
-            # Counts of a small validation split are often equal: the loss tells such epochs apart.
-            return sign * epoch[key], -epoch["val_loss"]
-
-        improved = state.best is None or rank(row) > rank(state.history[state.best])
+        newest = len(state.history) - 1
+        improved = state.best is None or better(state.history, newest, state.best, self.config)
+        if self._average is not None:
+            state.average = self._average.tensors()
         if improved:
-            state.best = len(state.history) - 1
-            state.best_model = state.model
+            state.best = newest
+            with self._averaged():
+                averaged = self._average is not None
+                state.best_model = copy_of(trained_state(self.model)) if averaged else state.model
         with self.phases("saving"):
             if self._wrote_metrics:
                 append_metrics(self.out, row)
@@ -325,6 +341,10 @@ class Trainer:
             f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
             f"macro-F1 {row['val_macro_f1']:.4f}  {row['seconds']:.1f} s{'  *' if improved else ''}"
         )
+
+    def _averaged(self) -> AbstractContextManager:
+        """Give the model the average of its weights, where there is one."""
+        return nullcontext() if self._average is None else self._average.applied()
 
     def _save(self, state: State) -> None:
         save_state(state, self.settings, self.out / STATE)
@@ -345,7 +365,7 @@ class Trainer:
     def _image_source(self, split: str) -> ImageSource:
         if split not in self._images:
             config, samples = self.config, self.dataset.split(split)
-            augment = config.augment if split == "train" else "none"
+            augment = config.augmentation() if split == "train" else "none"
             if self.shared is not None:
                 self._images[split] = self.shared.images_of(samples, augment, config.seed)
                 return self._images[split]
@@ -422,35 +442,3 @@ def precision(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def make_optimizer(model: AdaptedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Over everything that requires gradients; vectors (biases, norms) without weight decay.
-
-    On a GPU in one kernel.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.lr, fused=True if trained[0].is_cuda else None)
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear from 0 to ``peak`` at step ``warmup``, then a cosine to 0 at step ``steps``.
-
-    Args:
-        step: from 1.
-    """
-    if step <= warmup:
-        return peak * step / warmup
-    # Steps count from 1, so that no step is lost to a learning rate of 0: not even the last.
-    done = (step - 1 - warmup) / max(steps - warmup, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def copy_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors, on their device, where further training leaves them alone."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

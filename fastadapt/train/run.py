@@ -31,6 +31,7 @@ from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.fold_settings import dataset_of
 from fastadapt.train.loop import Trainer, precision
+from fastadapt.train.optimizer import make_optimizer
 from fastadapt.train.outputs import write_outputs
 from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.request import Request
@@ -47,6 +48,7 @@ from fastadapt.train.run_folder import (
     remove_leftovers,
 )
 from fastadapt.train.shared_sources import SharedSources
+from fastadapt.trainable import last_blocks
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -316,17 +318,26 @@ def prepare(
         )
     if images.intensity_range is not None:
         raise InputError("set the intensity range in TrainConfig(intensity_range=...)")
-    check_augment(config.augment, images)
-    cached = config.cache and not lora_layers(model.backbone)
+    check_augment(config.augmentation(), images)
+    cached = config.cache and not config.full and not lora_layers(model.backbone)
+    if config.layer_decay < 1:
+        make_optimizer(model, config)  # refused now rather than in stage 2
+    if config.unfreeze_last is not None:
+        last_blocks(model.backbone, config.unfreeze_last)
     if not cached and config.views > 1:
         raise InputError(
-            f"views is {config.views}, but nothing is cached (`cache=False`, or LoRA), so that "
-            "every epoch has fresh views anyway: leave `views` out"
+            f"views is {config.views}, but nothing is cached (`cache=False`, LoRA or `full`), so "
+            "that every epoch has fresh views anyway: leave `views` out"
         )
-    if cached and config.stages == 1 and config.augment != "none" and config.views == 1:
+    if cached and config.stages == 1 and config.augments and config.views == 1:
         raise InputError(
             f"augment is {config.augment!r}, but with one cached view, the plain one, it has no "
             "effect in stage 1: give `views` of 2 or more, or `cache=False` for fresh views"
+        )
+    if cached and config.stages == 1 and config.cutmix:
+        raise InputError(
+            f"cutmix is {config.cutmix}, but it cuts images, and stage 1 trains on cached "
+            "features: give `cache=False`, or `mixup=0.2`, which mixes features"
         )
     return Prepared(model, images, cached)
 
@@ -357,6 +368,7 @@ def _state_of(
         say("no epoch was completed: starting from the beginning")
     if not prepared.cached:
         reason = "low-rank adapters change them" if config.cache else "the cache is off"
+        reason = "the backbone trains" if config.full else reason
         say(f"features are not cached ({reason}): every epoch runs the backbone")
     return state
 

@@ -44,6 +44,7 @@ class State:
         best_model: trained tensors of the epoch that is kept.
         optimizer: state of the optimizer, by parameter index and name.
         scaler: state of the gradient scaler (fp16 only).
+        average: moving average of the trained parameters after that epoch, where one is kept.
     """
 
     stage: int = 1
@@ -54,12 +55,14 @@ class State:
     best_model: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
     """One safetensors file, whole or not there; numbers are JSON in its metadata."""
     tensors = {f"model.{name}": t for name, t in state.model.items()}
     tensors |= {f"best.{name}": t for name, t in state.best_model.items()}
+    tensors |= {f"average.{name}": t for name, t in state.average.items()}
     for index, values in state.optimizer.items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in values.items()}
     numbers = {key: getattr(state, key) for key in ("stage", "epoch", "history", "best", "scaler")}
@@ -84,7 +87,8 @@ def load_state(path: Path) -> tuple[State, dict[str, Any]]:
             index, _, key = rest.partition(".")
             state.optimizer.setdefault(int(index), {})[key] = tensor
         else:
-            (state.model if kind == "model" else state.best_model)[rest] = tensor
+            kinds = {"model": state.model, "best": state.best_model, "average": state.average}
+            kinds[kind][rest] = tensor
     return state, settings
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastadapt.data.augment import Augmentation
 from fastadapt.data.dataset import Sample
 from fastadapt.data.images import ImageSource
 from fastadapt.train.sources import FeatureSource
@@ -38,6 +39,8 @@ class SharedSources:
         assert self.features is not None
         return self.features.subset(self._rows(samples))
 
-    def images_of(self, samples: Sequence[Sample], augment: str, seed: int) -> ImageSource:
+    def images_of(
+        self, samples: Sequence[Sample], augment: str | Augmentation, seed: int
+    ) -> ImageSource:
         """Return some images, with their own draws of views."""
         return self.images.subset(self._rows(samples), augment, seed)

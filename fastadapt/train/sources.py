@@ -146,11 +146,13 @@ def padded(batch: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     For samples that are independent of each other: a captured step then takes every batch.
 
     Returns:
-        Inputs and labels with ``size`` rows; labels of added rows are ``PADDING``.
+        Inputs and labels with ``size`` rows; labels of added rows are ``PADDING``, or, where
+        labels are shares of the classes, 0.
     """
     missing = size - len(batch)
     if missing <= 0:
         return batch, labels
     rows = torch.arange(size, device=batch.device).clamp(max=len(batch) - 1)
-    filled = torch.cat([labels, labels.new_full((missing,), PADDING)])
+    value = PADDING if labels.dim() == 1 else 0
+    filled = torch.cat([labels, labels.new_full((missing, *labels.shape[1:]), value)])
     return batch[rows], filled

@@ -30,7 +30,8 @@ def training_step(
     Args:
         logits: of the inputs, [B, classes].
         optimizer: over all that trains, its state loaded; on a GPU with ``fused=True``. Its
-            learning rate belongs to the step from now on.
+            learning rate belongs to the step from now on; a group learns ``lr_scale`` times as
+            fast, if it has that.
         autocast: makes the context of the forward pass.
         scaler: of the loss, for fp16.
         class_weights: [classes], of the loss.
@@ -42,20 +43,20 @@ def training_step(
 
     Returns:
         ``step(lr, labels, *inputs)``, which gives the loss and the number of right predictions,
-        both on the device; it never waits for a GPU.
+        both on the device; it never waits for a GPU. Labels are [B] int64, or the share of each
+        class, [B, classes] fp32, as mixup gives them.
     """
     groups = optimizer.param_groups
     trained = [p for group in groups for p in group["params"]]
     device = trained[0].device
-    # Read by the optimizer's kernel, as fp32: a number would be part of the graph.
-    rate = torch.zeros((), dtype=torch.float32, device=device) if device.type == "cuda" else None
+    rates = _Rates([group.get("lr_scale", 1.0) for group in groups], device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
 
     def train(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         with autocast():
             y = logits(*inputs)
-        loss = F.cross_entropy(y.float(), labels, class_weights, label_smoothing=label_smoothing)
+        loss = cross_entropy(y.float(), labels, class_weights, label_smoothing)
         # In this thread: a thread of autograd's would have a workspace of cuBLAS of its own.
         with torch.autograd.set_multithreading_enabled(False):
             scaler.scale(loss).backward()
@@ -64,24 +65,78 @@ def training_step(
             torch.nn.utils.clip_grad_norm_(trained, clip_grad)
         for group in groups:
             # Fused optimizers always are. PyTorch warns if this is set where nothing is captured.
-            if "capturable" in group and rate is not None:
+            if "capturable" in group and device.type == "cuda":
                 group["capturable"] = torch.cuda.is_current_stream_capturing()
         scaler.step(optimizer)
         scaler.update()
-        return loss.detach(), (y.detach().argmax(1) == labels).sum()
+        true = labels if labels.dim() == 1 else labels.argmax(1)
+        return loss.detach(), (y.detach().argmax(1) == true).sum()
 
     run: Callable[..., Any] = train
     if graph and not scaler.is_enabled():
         run = GraphedStep(train, say=say)
 
     def step(lr: float, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        if rate is not None:
-            rate.fill_(lr)
-        for group in groups:
-            group["lr"] = lr if rate is None else rate
+        for group, rate in zip(groups, rates.at(lr), strict=True):
+            group["lr"] = rate
         return run(labels, *inputs)
 
     return step
+
+
+class _Rates:
+    """The learning rates of an optimizer's groups.
+
+    On a GPU they are tensors, fp32, that the optimizer's kernels read: a number would be part of
+    the graph.
+    """
+
+    def __init__(self, scales: list[float], device: torch.device):
+        self._scales = scales
+        self._one = len(set(scales)) == 1
+        self._rates: Tensor | None = None
+        if device.type == "cuda":
+            self._on_device = torch.tensor(scales, dtype=torch.float32, device=device)
+            self._rates = torch.zeros_like(self._on_device)
+
+    def at(self, lr: float) -> list[Any]:
+        """Return the rate of each group where adapter and head have ``lr``."""
+        if self._rates is None:
+            return [lr * scale for scale in self._scales]
+        if self._one:
+            self._rates.fill_(lr * self._scales[0])
+            return [self._rates[0]] * len(self._scales)
+        torch.mul(self._on_device, lr, out=self._rates)
+        return list(self._rates.unbind())
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Return the mean cross-entropy of a batch.
+
+    Of labels that are shares s, with the weights w of the classes and smoothing ε, it is
+
+        Σ_n Σ_k ((1 − ε) s_nk + ε / K) w_k (−log p_nk)  /  Σ_n Σ_k s_nk w_k
+
+    over the rows whose shares are not all 0, which for one class a row is what PyTorch computes
+    of its label.
+
+    Args:
+        logits: [B, K], fp32.
+        labels: [B] int64, or the shares of the classes, [B, K] fp32; all 0 in rows to leave out.
+        weights: [K], of the classes.
+        smoothing: share of the target that is spread over all classes.
+    """
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    weighted = -logits.log_softmax(1)
+    if weights is not None:
+        weighted = weighted * weights
+    counted = labels.sum(1, keepdim=True)  # 1, or 0 in rows to leave out
+    target = (1 - smoothing) * labels + smoothing / logits.shape[1] * counted
+    whole = labels.sum() if weights is None else (labels * weights).sum()
+    return (target * weighted).sum() / whole
 
 
 class Losses:

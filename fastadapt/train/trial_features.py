@@ -119,7 +119,7 @@ def trial_features(
             preprocess,
             device,
             workers,
-            config.augment if augmented else "none",
+            config.augmentation() if augmented else "none",
             config.seed,
             pool=pool,
         )

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastadapt.data.augment import AUGMENTATIONS, AUGMENTS, Augmentation, check_augment, draw
+from fastadapt.data.augment import (
+    AUGMENTATIONS,
+    AUGMENTS,
+    DRAWS,
+    Augmentation,
+    check_augment,
+    draw,
+)
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
@@ -19,7 +26,7 @@ def images(count=6, size=16, seed=0):
 
 def drawn(count, **columns):
     """Neutral draws: the middle of everything, no flips; with some columns set."""
-    draws = torch.full((count, 14), 0.5)
+    draws = torch.full((count, DRAWS), 0.5)
     for column, value in columns.items():
         draws[:, int(column[1:])] = value
     return draws
@@ -111,3 +118,47 @@ def test_what_cannot_be_is_refused():
         check_augment("blur", Preprocess((3, 32, 32)))
     with pytest.raises(InputError, match="needs square images; these are 32×48"):
         check_augment("dihedral", Preprocess((3, 32, 48)))
+
+
+def test_a_black_border_stays_black_whatever_the_brightness():
+    bright = Augmentation(rotation=180, border="black", brightness=1.0, contrast=1.0)
+    view = bright.apply(images() // 2 + 60, drawn(6, c8=0.625, c13=0.7), PLAIN)  # by 45 degrees
+    assert (view[:, :, 0, 0] == 0).all() and (view[:, :, 8, 8] > 60).all()
+    mirrored = Augmentation(rotation=180).apply(images() // 2 + 60, drawn(6, c8=0.625), PLAIN)
+    assert (mirrored[:, :, 0, 0] > 50).all()
+
+
+def test_shares_of_the_views_change():
+    batch = images(2000, size=4)
+    table = torch.from_numpy(draw(0, 1, 2000))
+    some = Augmentation(brightness=0.2, color_probability=0.5).apply(batch, table, Geometry(4, 4))
+    changed = (some != batch).flatten(1).any(1).float().mean()
+    assert 0.45 < changed < 0.55
+    blurred = Augmentation(blur=1.0, blur_probability=0.3).apply(batch, table, Geometry(4, 4))
+    assert 0.18 < ((blurred - batch).abs() > 1e-3).flatten(1).any(1).float().mean() < 0.35
+    erased = Augmentation(erase=0.2).apply(batch, table, Geometry(4, 4))
+    assert 0.1 < (erased != batch).flatten(1).any(1).float().mean() < 0.25
+
+
+def test_names():
+    assert all(AUGMENTATIONS[name].name == name for name in AUGMENTS)
+    assert Augmentation(border="black", color_probability=0.5, blur_probability=0).plain
+    assert not Augmentation(rotation=1).plain and "rotation=1" in Augmentation(rotation=1).name
+
+
+def test_imagenet_crops_are_torchvision_s():
+    """Areas and aspects have its distribution: uniform, and log-uniform, where they fit."""
+    from torchvision.transforms import v2
+
+    count, (wide, high) = 4000, (300, 200)
+    torch.manual_seed(0)
+    image, random = torch.zeros(1, high, wide), v2.RandomResizedCrop(8, (0.08, 1.0))
+    theirs = [random.make_params([image]) for _ in range(count)]
+    theirs = torch.tensor([(p["width"] / wide, p["height"] / high) for p in theirs])
+    table = torch.from_numpy(draw(0, 1, count))
+    matrix = AUGMENTATIONS["imagenet"]._matrix(table, wide / high)
+    ours = torch.stack([matrix[:, 0, 0].abs(), matrix[:, 1, 1]], 1)
+    for statistic in (lambda s: s.prod(1), lambda s: (s[:, 0] / s[:, 1] * wide / high).log()):
+        mine, their = statistic(ours).sort().values, statistic(theirs).sort().values
+        assert (mine - their).abs().mean() < 0.02
+    assert (matrix[:, 1, 1] > 0).all()  # never upside down

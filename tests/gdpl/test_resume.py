@@ -33,17 +33,17 @@ def data(tmp_path_factory):
 
 def interrupt_at(patch, step):
     """Ctrl-C before a step of training, counted from 1 through all epochs and seeds."""
-    import fastadapt.gdpl.loop as loop
+    from fastadapt.train.schedule import Schedule
 
-    real, calls = loop.learning_rate, []
+    real, calls = Schedule.rate, []
 
-    def learning_rate(*args):
+    def rate(*args):
         calls.append(args)
         if len(calls) == step:
             raise KeyboardInterrupt
         return real(*args)
 
-    patch.setattr(loop, "learning_rate", learning_rate)
+    patch.setattr(Schedule, "rate", rate)
 
 
 def same_run(a, b):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -394,9 +393,3 @@ def test_folders_of_others_are_left_alone(tmp_path, data, refused):
     (tmp_path / "run" / "thesis.tex").write_text("")
     refused(data, "holds other files, 'thesis.tex'")
     refused(data, "holds other files, 'thesis.tex'", "--overwrite")
-
-
-def test_learning_rate_warms_up_and_falls():
-    rates = [trainer.learning_rate(step, 10, 4, 1.0) for step in range(1, 11)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert all(a > b > 0 for a, b in pairwise(rates[4:]))
