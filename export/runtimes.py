@@ -1,4 +1,4 @@
-"""The runtimes of a bundle's files: ONNX Runtime, AOTInductor and TensorRT, one interface.
+"""One interface to what runs a bundle's files: ONNX Runtime, OpenVINO, AOTInductor, TensorRT.
 
 >>> runtime = load_runtime("bundle/model.onnx")
 >>> logits = runtime(images)  # numpy in, numpy out; tensor in, tensor out on its device
@@ -23,7 +23,7 @@ from fastadapt.cuda_graph import GraphedCall
 from fastadapt.errors import InputError, first_line
 from fastadapt.files import read_json
 
-SUFFIXES = {".onnx": "onnx", ".pt2": "aotinductor", ".engine": "tensorrt"}
+SUFFIXES = {".onnx": "onnx", ".pt2": "aotinductor", ".engine": "tensorrt", ".xml": "openvino"}
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -90,9 +90,10 @@ def load_runtime(
     """Load a file of a bundle.
 
     Args:
-        path: ``.onnx``, ``.pt2`` or ``.engine``, with the ``.json`` beside the last two.
-        kind: ``"onnx"``, ``"aotinductor"``, ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix
-            and the file beside it if ``None``.
+        path: ``.onnx``, ``.xml`` with the ``.bin`` beside it, ``.pt2`` or ``.engine`` with the
+            ``.json`` beside it.
+        kind: ``"onnx"``, ``"openvino"``, ``"aotinductor"``, ``"tensorrt"`` or ``"tensorrt_rtx"``;
+            by the suffix and the file beside it if ``None``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU if there is one.
         cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
             where launching kernels takes most of the time. Each batch size costs a capture.
@@ -114,6 +115,10 @@ def load_runtime(
         raise InputError(f"{path} is no model; expected {', '.join(SUFFIXES)}")
     if kind == "onnx":
         return OnnxRuntime(path, device=device, cuda_graph=cuda_graph, threads=threads)
+    if kind == "openvino":
+        if device == "cuda":
+            raise RuntimeUnavailable(f"{path.name} is for OpenVINO, which runs it on the CPU")
+        return OpenVinoRuntime(path, threads=threads)
     details = read_json(path.with_name(f"{path.name}.json"))
     if kind == "aotinductor":
         return AotiRuntime(path, details, device=device, cuda_graph=cuda_graph)
@@ -254,6 +259,36 @@ def _why_no_cuda(onnxruntime: Any) -> str:
     except OSError as error:
         return first_line(error)
     return "no reason given (its CUDA or cuDNN may be of another version than the installed one)"
+
+
+class OpenVinoRuntime(Runtime):
+    """OpenVINO on the CPU. Its plans for batch sizes that it has seen are kept."""
+
+    device = "cpu"
+    name = "OpenVINO, CPU"
+    providers = ("OpenVINO",)
+
+    def __init__(self, path: Path, *, threads: int | None = None):
+        from .backends.openvino import load_openvino
+
+        try:
+            openvino = load_openvino()
+        except InputError as error:
+            raise RuntimeUnavailable(f"{path.name} cannot run here: {error}") from error
+        settings = {
+            "INFERENCE_NUM_THREADS": threads or usable_cores(),
+            "PERFORMANCE_HINT": "LATENCY",  # all threads compute one batch
+            "INFERENCE_PRECISION_HINT": "f32",  # it would take bf16 where the CPU has it
+        }
+        try:
+            model = openvino.Core().compile_model(str(path), "CPU", settings)
+        except Exception as error:  # RuntimeErrors, with the place in OpenVINO's code
+            raise InputError(f"OpenVINO cannot load {path.name}: {first_line(error)}") from error
+        self._request = model.create_infer_request()
+
+    def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
+        """Run arrays where they are; the result is copied from the buffer that it reuses."""
+        return self._request.infer(list(inputs), share_inputs=True)[0].copy()
 
 
 class AotiRuntime(Runtime):

@@ -13,6 +13,9 @@ MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "
 ENGINES = "Engines"
 GDPL = "GDPL runs"
 MOST_IMAGES = 4096  # of a batch
+# From opset 20 on, LayerNormalization and Gelu are one operator each; from 23 on, attention is one,
+# too, which not every runtime takes.
+OPSET = 20
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,16 @@ class EngineSettings(Settings):
 
     trt: Annotated[bool, Setting("Build a TensorRT or TensorRT-RTX engine.", panel=ENGINES)] = False
     aoti: Annotated[bool, Setting("Compile with AOTInductor (.pt2).", panel=ENGINES)] = False
+    openvino: Annotated[
+        bool,
+        Setting("Convert for OpenVINO (.xml), for Intel's CPUs.", panel=ENGINES),
+    ] = False
     int8: Annotated[
         bool,
-        Setting("Quantise to INT8; kept only if it is accurate and faster.", panel=ENGINES),
+        Setting(
+            "Quantise to INT8, for OpenVINO, too, if asked for; kept only if accurate and faster.",
+            panel=ENGINES,
+        ),
     ] = False
     fp8: Annotated[
         bool,
@@ -162,6 +172,15 @@ class BundleSettings(Settings):
         bool,
         Setting("Resize and crop inside the graph, too: images of any size.", panel=INPUT),
     ] = False
+    opset: Annotated[
+        int,
+        Setting(
+            "ONNX opset of the graphs in fp32 and fp16; older runtimes take lower ones.",
+            panel=INPUT,
+            ge=18,
+            le=23,
+        ),
+    ] = OPSET
     overwrite: Annotated[bool, Setting("Replace the bundle that is there.", panel=BUNDLE)] = False
     speed: Annotated[bool, Setting("Measure images per second.", panel=BUNDLE)] = True
     golden: Annotated[

@@ -21,6 +21,8 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "openvino",
+    "nncf",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "safetensors",

@@ -17,10 +17,9 @@ from torch import nn
 from fastadapt.errors import InputError
 
 from ..graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
+from ..settings import OPSET
+from .opsets import Operator, older_runtimes
 
-# From opset 20 on, LayerNormalization and Gelu are one operator each; from 23 on, attention is one,
-# too, which not every runtime takes.
-OPSET = 20
 # Protocol buffers end at 2 GiB; larger models have their weights in a file of their own.
 ONE_FILE_LIMIT = 2_000_000_000
 
@@ -57,7 +56,7 @@ def export_onnx(
         opset: of the graph; bf16 convolutions need 22.
 
     Returns:
-        The manifest's description of the file: opset, inputs, outputs.
+        The manifest's description of the file: opset, the runtimes that take it, inputs, outputs.
 
     Raises:
         InputError: the model cannot be exported, with the exporter's reason; the graph has
@@ -100,8 +99,10 @@ def export_onnx(
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     _write(program, path, external_data=size > ONE_FILE_LIMIT)
     graph = program.model.graph
+    operators = [Operator(node.op_type, _attributes(node)) for node in _nodes(program.model)]
     return {
         "opset": opset,
+        "taken_by": older_runtimes(opset, operators),
         "inputs": [_describe(value) for value in graph.inputs],
         "outputs": [_describe(value) for value in graph.outputs],
     }
@@ -153,6 +154,10 @@ def _nodes(model: Any) -> Iterator[Any]:
     from onnx_ir.traversal import RecursiveGraphIterator
 
     return iter(RecursiveGraphIterator(model.graph))
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def _describe(value: Any) -> dict[str, Any]:

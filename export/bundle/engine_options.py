@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastadapt.errors import InputError
 
-from ..backends import aotinductor, tensorrt
+from ..backends import aotinductor, openvino, tensorrt
 from ..precision import fp8
 from ..settings import EngineSettings
 
@@ -37,5 +37,7 @@ class EngineOptions(EngineSettings):
                     "`aoti=True` `precision='bf16'`"
                 )
             fp8.check_gpu()
+        if self.openvino:
+            openvino.check_installed(self.int8)
         if self.aoti:
             aotinductor.check_compiler()

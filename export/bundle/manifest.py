@@ -127,7 +127,9 @@ def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = 
     for artefact in manifest["artefacts"]:
         if artefact["path"] is not None:
             needed |= dict.fromkeys((artefact["path"], *artefact.get("files", ())))
-            if artefact["kind"] != "onnx":  # what loads it reads the file beside it
+            if artefact["kind"] == "openvino":  # its weights
+                needed[str(PurePosixPath(artefact["path"]).with_suffix(".bin"))] = None
+            elif artefact["kind"] != "onnx":  # what loads it reads the file beside it
                 needed[f"{artefact['path']}.json"] = None
     for name in needed:
         if name not in manifest["files"]:

@@ -253,7 +253,8 @@ class _Export:
         golden = golden or material.golden
         with staging(self.out) as folder:
             with self.step("export to ONNX"):
-                described = material.write_onnx(material.folded, folder / MODEL)
+                opset = self.settings.opset
+                described = material.write_onnx(material.folded, folder / MODEL, opset=opset)
             count = len(material.given.chosen)
             with self.step(f"compare on {count} images at batch {_listed(BATCHES)}"):
                 parities = gate(folder / MODEL, material)
@@ -386,6 +387,7 @@ class _Export:
             deployed=lambda module: Deployed(module, material.given.graph_input),
             images=material.quantization_images,
             speed=self.settings.speed,
+            opset=self.settings.opset,
         )
 
     @contextlib.contextmanager

@@ -107,8 +107,14 @@ def _artefacts(manifest: dict[str, Any]) -> str:
         (a["path"] or "–", a["kind"], a["precision"], a["status"], a["reason"])
         for a in manifest["artefacts"]
     ]
-    return _table(("file", "for", "precision", "status", "why"), rows) + "".join(
-        _details(artefact) for artefact in manifest["artefacts"] if len(artefact["details"]) > 1
+    taken = [*manifest["model"].get("taken_by", {}).items()]
+    older = "<p>model.onnx is taken by:</p>" + _table(("", ""), taken) if taken else ""
+    return (
+        _table(("file", "for", "precision", "status", "why"), rows)
+        + older
+        + "".join(
+            _details(artefact) for artefact in manifest["artefacts"] if len(artefact["details"]) > 1
+        )
     )
 
 

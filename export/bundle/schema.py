@@ -54,6 +54,7 @@ class ModelEntry(Part):
 
     file: Literal["model.onnx"] = "model.onnx"
     opset: Annotated[int, Field(ge=1, le=1000)] = 20
+    taken_by: dict[Text, Text] = {}
     inputs: Annotated[list[TensorEntry], Field(min_length=1, max_length=16)]
     outputs: Annotated[list[TensorEntry], Field(max_length=16)] = []
 
@@ -119,7 +120,7 @@ class ParityEntry(Part):
 class ArtefactEntry(Part):
     """A file that runs."""
 
-    kind: Literal["onnx", "tensorrt", "tensorrt_rtx", "aotinductor"]
+    kind: Literal["onnx", "openvino", "tensorrt", "tensorrt_rtx", "aotinductor"]
     path: FileName | None
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     status: Literal["verified", "unverified", "refused", "failed"]

@@ -138,7 +138,7 @@ def quantize_int8(
                 Reader(_input_name(prepared)),
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(OPERATORS),
-                nodes_to_exclude=_delicate(prepared),
+                nodes_to_exclude=delicate_nodes(prepared),
                 per_channel=True,
                 activation_type=activations,
                 weight_type=quantization.QuantType.QInt8,
@@ -238,7 +238,7 @@ def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
     return [max(speeds) for speeds in zip(*rounds, strict=True)]
 
 
-def _delicate(path: Path) -> list[str]:
+def delicate_nodes(path: Path) -> list[str]:
     """Return the nodes that stay in fp32.
 
     They are products of two activations or of pooled features, and sums of tokens: the residual

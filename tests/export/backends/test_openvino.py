@@ -1,0 +1,155 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import fastadapt as fa
+from fastadapt import cli
+from fastadapt.export import EngineOptions, verify_bundle
+from fastadapt.export.artefact import REFUSED, VERIFIED
+from fastadapt.export.backends import openvino as backend
+from fastadapt.export.bundle import build as engines
+from fastadapt.export.bundle.build import build_artefacts
+from fastadapt.export.bundle.verify_artefact import Reference
+from fastadapt.export.precision.int8 import Judgement, QuantizationImages
+from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
+from fastadapt.export.settings import Batches
+from tests.helpers.imagesets import make_folders
+
+pytest.importorskip("openvino")
+
+
+@pytest.fixture
+def folded(folded_model, tmp_path):
+    """In a folder of its own, with images that calibrate."""
+    onnx = tmp_path / "model.onnx"
+    onnx.write_bytes(folded_model.onnx.read_bytes())
+    # One colour an image: outputs differ by more than the steps of INT8.
+    pixels = np.zeros_like(folded_model.reference.inputs["images"])
+    pixels[:] = np.linspace(0, 255, len(pixels) * 3).reshape(len(pixels), 1, 1, 3)
+    expected = load_runtime(onnx)(pixels)
+    images = QuantizationImages(
+        range(len(pixels)), range(len(pixels)), None, lambda files: pixels[list(files)]
+    )
+    return replace(
+        folded_model,
+        folder=tmp_path,
+        onnx=onnx,
+        images=lambda: images,
+        reference=Reference({"images": pixels}, expected),
+    )
+
+
+def test_fp32(folded):
+    _, artefact = build_artefacts(EngineOptions(openvino=True, batch=Batches(1, 2, 4)), folded)
+    assert (artefact.kind, artefact.path, artefact.status) == (
+        "openvino",
+        "model.fp32.xml",
+        VERIFIED,
+    )
+    assert artefact.files == ("model.fp32.xml", "model.fp32.bin")
+    assert [p.batch for p in artefact.parity] == [1, 2, 3, 4]
+    assert artefact.details["library"] == "OpenVINO"
+    names = {file.name for file in folded.folder.iterdir()}
+    assert names == {"model.onnx", *artefact.files}
+
+    runtime = load_runtime(folded.folder / artefact.path, threads=1)
+    expected = load_runtime(folded.onnx)
+    images = folded.reference.inputs["images"]
+    first = runtime(images[:3])
+    kept = first.copy()
+    tensors = runtime(torch.from_numpy(images[3:8]))
+    np.testing.assert_array_equal(first, kept)  # a later call leaves earlier results alone
+    outputs = np.concatenate([first, tensors.numpy()])
+    np.testing.assert_allclose(outputs, expected(images), rtol=1e-4, atol=1e-5)
+
+
+def judged(monkeypatch, problems):
+    """The tests' model is too small to be faster in INT8: what is decided elsewhere is given."""
+
+    def judge(fp32, quantized, images, *, rival, **settings):
+        assert rival[1].name == "model.fp32.xml"
+        return replace(judgement, problems=problems)
+
+    judgement = Judgement(0.8, 0.8, 0.01, 30, 20, 8, 100, "accuracy", "OpenVINO, CPU")
+    monkeypatch.setattr(engines, "judge", judge)
+    # ONNX Runtime's own INT8 has its tests elsewhere.
+    monkeypatch.setattr(engines, "_build_int8", lambda options, folded: None)
+    monkeypatch.setattr(engines, "_tell", lambda console, artefact: None)
+
+
+def test_int8(folded, monkeypatch):
+    pytest.importorskip("nncf")
+    judged(monkeypatch, ())
+    options = EngineOptions(openvino=True, int8=True, batch=Batches(1, 2, 4))
+    artefact = build_artefacts(options, folded)[2]
+    assert (artefact.path, artefact.precision) == ("model.int8.xml", "int8"), artefact.reason
+    assert artefact.status == VERIFIED, artefact.reason
+    text = (folded.folder / artefact.path).read_text()
+    assert "FakeQuantize" in text
+    weights = (folded.folder / "model.int8.bin").stat().st_size
+    assert weights < (folded.folder / "model.fp32.bin").stat().st_size
+
+
+def test_int8_that_is_refused_leaves_nothing(folded, monkeypatch):
+    pytest.importorskip("nncf")
+    judged(monkeypatch, ("accuracy falls",))
+    artefact = build_artefacts(EngineOptions(openvino=True, int8=True), folded)[2]
+    assert (artefact.status, artefact.path, artefact.files) == (REFUSED, None, ())
+    names = {file.name for file in folded.folder.iterdir()}
+    assert names == {"model.onnx", "model.fp32.xml", "model.fp32.bin"}
+
+
+def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
+    bundle = tmp_path / "b"
+    arguments = ["export", made / "run", "--out", bundle, "--openvino", "--no-speed"]
+    monkeypatch.setattr(sys, "argv", ["fastadapt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert verify_bundle(bundle, speed=False).passed
+    make_folders(tmp_path / "images", per_class=1)
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    expected = fa.export.load(bundle, "model.onnx")(files)
+    predicted = fa.export.load(bundle, "model.fp32.xml")(files)
+    assert predicted.labels == expected.labels
+    np.testing.assert_allclose(predicted.logits, expected.logits, rtol=1e-3, atol=1e-4)
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["files"]["model.fp32.bin"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(fa.InputError):
+        fa.export.load(bundle, "model.fp32.xml")
+
+
+def test_refused(folded, tmp_path, monkeypatch):
+    with pytest.raises(fa.InputError, match=r"OpenVINO cannot convert damaged\.onnx: "):
+        (tmp_path / "damaged.onnx").write_bytes(b"no graph")
+        backend.convert(tmp_path / "damaged.onnx", tmp_path / "m.xml", Batches())
+    assert not list(tmp_path.glob("*m.xml*"))
+    (tmp_path / "m.xml").write_text("<net/>")
+    with pytest.raises(fa.InputError, match=r"OpenVINO cannot load m\.xml: "):
+        load_runtime(tmp_path / "m.xml")
+    with pytest.raises(RuntimeUnavailable, match="runs it on the CPU"):
+        load_runtime(tmp_path / "m.xml", device="cuda")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(RuntimeUnavailable, match=r"pip install 'fastadapt\[openvino\]'"):
+        load_runtime(tmp_path / "m.xml")
+    with pytest.raises(fa.InputError, match=r"openvino is not installed: pip install"):
+        EngineOptions(openvino=True).check()
+
+
+def test_its_telemetry_stays_out(tmp_path):
+    code = (
+        "import sys\n"
+        "from fastadapt.export.backends.openvino import load_openvino\n"
+        "load_openvino().Core()\n"
+        "assert 'openvino_telemetry' not in sys.modules\n"
+    )
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+    assert not (tmp_path / "intel").exists()
