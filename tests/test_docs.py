@@ -18,7 +18,14 @@ FOLDERS = ("", ".ci", ".github", *TOP)
 # What a run, a bundle or a user has, not the repository.
 ELSEWHERE = re.compile(r"cache/|~|bundle/|run/|images/|val/|train/|test/|DATA|RUN")
 # Options of other programs.
-OTHERS = {"--help", "--no-isolation"}
+OTHERS = {
+    "--help",
+    "--no-isolation",
+    "--nproc-per-node",
+    "--nnodes",
+    "--node-rank",
+    "--rdzv-endpoint",
+}
 
 
 def named(document: Path) -> str:
@@ -123,6 +130,12 @@ def check_pytest(words: list[str], command: str) -> None:
             assert (ROOT / word.partition("::")[0]).exists(), command
 
 
+def check_torchrun(words: list[str], command: str) -> None:
+    start = words.index("-m")
+    assert words[start + 1] == "fastadapt", command
+    check_fastadapt(words[start + 2 :], command)
+
+
 COMMANDS = {
     "fastadapt": check_fastadapt,
     "make": check_make,
@@ -130,6 +143,7 @@ COMMANDS = {
     "python": check_python,
     "pytest": check_pytest,
     "git": lambda words, command: None,
+    "torchrun": check_torchrun,
 }
 
 

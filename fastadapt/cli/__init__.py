@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fastadapt import interrupt
+from fastadapt import interrupt, processes
 from fastadapt.cli.bench import bench
 from fastadapt.cli.demo import demo
 from fastadapt.cli.export import export, verify
@@ -95,5 +95,7 @@ def _backend_error() -> tuple[type[Exception], ...]:
 def _fail(message: str, code: int = 1) -> NoReturn:
     if os.environ.get("FASTADAPT_DEBUG") and sys.exc_info()[0] is not None:
         raise
+    if not processes.speaks():
+        processes.end_silently(code)
     print(f"fastadapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

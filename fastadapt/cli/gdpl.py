@@ -6,6 +6,7 @@ from fastadapt.cli.options import Given, command
 from fastadapt.cli.resume import how_to_continue
 from fastadapt.errors import InputError
 from fastadapt.gdpl.config import FrozenParts, GDPLConfig, GDPLRunSettings, GDPLTrainConfig
+from fastadapt.processes import check_one_process
 from fastadapt.train.config import RecipeChoice, RunSettings
 
 OF_AN_ENCODER = ("domain_encoder", "domain_weights", "domain_size", "domain_normalization")
@@ -36,6 +37,7 @@ def gdpl(given: Given) -> None:
         depth = "low_rank_depth" if "low_rank_depth" in given.names else "prompt_depth"
         gdpl_config = given.build(GDPLConfig, rank_depth=given.values[depth])
 
+    check_one_process("GDPL")
     from fastadapt.gdpl import GDPLSource, train_gdpl
     from fastadapt.gdpl.domain_features import FeatureTable
     from fastadapt.gdpl.evaluate import result_table

@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 
 from fastadapt.interrupt import EXIT_CODE, came, working
+from fastadapt.processes import place_from_environment
 
 
 @contextmanager
@@ -33,5 +34,9 @@ def how_to_continue(out: Path, overwrite: bool) -> Iterator[None]:
         else:
             said = "no epoch was completed. Start again"
             again += ["--overwrite"] if overwrite else []
-        print(f"\nfastadapt: interrupted; {said}: fastadapt {shlex.join(again)}", file=sys.stderr)
+        place = place_from_environment()
+        if place.rank == 0:
+            command = "fastadapt" if place.size == 1 else "torchrun … -m fastadapt"
+            line = f"\nfastadapt: interrupted; {said}: {command} {shlex.join(again)}"
+            print(line, file=sys.stderr)
         raise typer.Exit(EXIT_CODE) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastadapt.cli.options import Given, command
 from fastadapt.config import AdaptConfig
 from fastadapt.interrupt import working
+from fastadapt.processes import check_one_process
 from fastadapt.train.config import BackboneSource, ImageSettings, RunSettings, TrainConfig
 from fastadapt.train.search_config import SearchConfig
 
@@ -15,6 +16,7 @@ def search(given: Given) -> None:
     run, source = given.build(RunSettings), given.build(BackboneSource)
     how, config = given.build(SearchConfig), given.build(TrainConfig)
     images, size = given.build(ImageSettings), given.values["image_size"]
+    check_one_process("searches")
     backbones = how.named_backbones(source.backbone, source.weights)
     held = [option.field.name for option in given.options if option.name in given.names]
     # Views are held only where none are wanted: one of several is a choice.

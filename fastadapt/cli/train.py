@@ -11,6 +11,7 @@ from fastadapt.cli.options import Given, command
 from fastadapt.cli.resume import how_to_continue
 from fastadapt.config import MODEL, AdaptConfig, LoRAConfig
 from fastadapt.errors import InputError
+from fastadapt.processes import check_one_process, place_from_environment
 from fastadapt.settings import Setting, Settings
 from fastadapt.train.config import (
     BackboneSource,
@@ -101,6 +102,8 @@ def train(given: Given) -> None:
     )
 
     folds = given.build(FoldSettings)
+    if folds.several:
+        check_one_process("runs with --folds or --seeds")
     if folds.several and saving.profile:
         raise InputError("--profile is of one run: leave it out with --folds and --seeds")
 
@@ -108,12 +111,14 @@ def train(given: Given) -> None:
     from fastadapt.data.decode_pool import default_workers
     from fastadapt.data.scan import Scan
 
+    place = place_from_environment()
     with (
         how_to_continue(run.out, run.overwrite),
         Scan(
             dataset_of(run.data, config, folds),
             default_workers() if run.workers is None else run.workers,
             config.intensity_range,
+            place,
         ) as scan,
     ):
         options: dict[str, Any] = {
@@ -140,7 +145,7 @@ def train(given: Given) -> None:
             from fastadapt.train.run import train as run_training
 
             table = summary_table(run_training(*what, **options, profile=saving.profile))
-    if not run.quiet:
+    if not run.quiet and place.rank == 0:
         from rich.console import Console
 
         Console(markup=False).print(table)

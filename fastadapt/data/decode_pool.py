@@ -19,13 +19,14 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
+from fastadapt.processes import place_from_environment
 
 if TYPE_CHECKING:
     from fastadapt.data.intensity import IntensitySetting
@@ -48,11 +49,15 @@ class Reading(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Shared memory for images of one size: where it starts, bytes of an image, all bytes."""
+    """Shared memory for images of one size: where it starts, bytes of an image, all bytes.
+
+    ``file`` is where other processes open it, if it is not in the pool's own memory.
+    """
 
     start: int
     size: int
     bytes: memoryview
+    file: str | None = None
 
     def place(self, index: int) -> int:
         """Return where an image starts."""
@@ -159,14 +164,21 @@ class DecodePool:
         mapped = mmap.mmap(self._memory_fd, length, offset=start)
         return Region(start, size, memoryview(mapped)[: count * size])
 
-    def store(self, paths: Sequence[str], reading: Reading, region: Region) -> Job:
-        """Start to decode images into the region, image i into place i.
+    def store(
+        self,
+        paths: Sequence[str],
+        reading: Reading,
+        region: Region,
+        places: Sequence[int] | None = None,
+    ) -> Job:
+        """Start to decode images into the region, image i into place i, or into ``places[i]``.
 
         The job's answers are ``None``, or why an image cannot be read.
         """
 
         def request(rows: list[int]) -> tuple:
-            return ("store", reading, [(region.place(i), paths[i]) for i in rows])
+            placed = [(region.place(i if places is None else places[i]), paths[i]) for i in rows]
+            return ("store", reading, placed, region.file)
 
         return Job(self, self._parts(paths, CHUNK * self.workers), request, depth=8)
 
@@ -198,7 +210,7 @@ class DecodePool:
                 shares.setdefault(index % self.workers, []).append(index)
             for worker, rows in shares.items():
                 placed = [(region.place(batch[i][0]), batch[i][1]) for i in rows]
-                self._send(worker, ("store", reading, placed))
+                self._send(worker, ("store", reading, placed, region.file))
             waiting.append(_Part(shares, len(batch)))
         while waiting:
             yield self.collect(waiting.popleft())
@@ -279,10 +291,44 @@ class Job:
 
 
 def default_workers() -> int:
-    """Return the number of processes that decode: one for each core that this one may use."""
+    """Return the number of processes that decode: one for each core that this one may use.
+
+    Processes of a job that torchrun started share the cores of their machine.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(cores // place_from_environment().local_size, 1)
+
+
+def open_region(file: str, count: int, geometry: Geometry) -> Region:
+    """Map memory for images that several programs share, ``/proc/…/fd/…`` of the one that has it.
+
+    Raises:
+        OSError: the file is gone, or there is not as much memory.
+    """
+    size = geometry.height * geometry.width * 3
+    handle = os.open(file, os.O_RDWR)
+    try:
+        os.posix_fallocate(handle, 0, max(count * size, 1))
+        mapped = mmap.mmap(handle, max(count * size, 1))
+    finally:
+        os.close(handle)
+    return Region(0, size, memoryview(mapped)[: count * size], file)
+
+
+@contextmanager
+def shared_file() -> Iterator[str | None]:
+    """Give a file in memory that other programs can open; ``None`` where there are none."""
+    if not hasattr(os, "memfd_create"):
+        yield None
+        return
+    handle = os.memfd_create("fastadapt images of several processes", 0)
+    try:
+        yield f"/proc/{os.getpid()}/fd/{handle}"
+    finally:
+        os.close(handle)
 
 
 def _anonymous_file() -> int:

@@ -29,9 +29,10 @@ def main(connection_fd: int, memory_fd: int) -> None:
     """Serve requests until the connection ends.
 
     A request is ``("look", keep, images)``, answered with a list of facts
-    (:func:`fastadapt.data.facts.look_at`), or ``("store", reading, [(place, path), …])``, answered
-    with a list that has ``None`` for each image that went well, else the reason why it did not.
-    ``keep`` is how many bytes of decoded images this process may hold until they are stored.
+    (:func:`fastadapt.data.facts.look_at`), or ``("store", reading, [(place, path), …], file)``,
+    answered with a list that has ``None`` for each image that went well, else the reason why it did
+    not. ``keep`` is how many bytes of decoded images this process may hold until they are stored;
+    ``file`` is where they go, if that is not the memory that this process was started with.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what Ctrl-C means
     connection = Connection(connection_fd)
@@ -51,6 +52,7 @@ class _Worker:
     def __init__(self, memory_fd: int):
         self.memory_fd = memory_fd
         self.memory: mmap.mmap | None = None
+        self.opened: tuple[int, mmap.mmap] | None = None  # memory of another program
         self.held: dict[str, Image.Image | DeepImage] = {}
         self.held_bytes = 0
 
@@ -72,17 +74,19 @@ class _Worker:
             self.held_bytes += _bytes_of(image)
         return facts
 
-    def store(self, reading: Reading, rows: list[tuple[int, str]]) -> list[str | None]:
-        return [self._store(path, place, reading) for place, path in rows]
+    def store(
+        self, reading: Reading, rows: list[tuple[int, str]], file: str | None
+    ) -> list[str | None]:
+        return [self._store(path, place, reading, file) for place, path in rows]
 
-    def _store(self, path: str, place: int, reading: Reading) -> str | None:
+    def _store(self, path: str, place: int, reading: Reading, file: str | None) -> str | None:
         try:
-            self._store_one(path, place, reading)
+            self._store_one(path, place, reading, file)
         except Exception as error:  # an image that Pillow decodes, and that cannot be resized, say
             return str(error) if isinstance(error, InputError) else _line(path, error)
         return None
 
-    def _store_one(self, path: str, place: int, reading: Reading) -> None:
+    def _store_one(self, path: str, place: int, reading: Reading, file: str | None) -> None:
         geometry = reading.geometry
         image = self.held.pop(path, None)
         if image is None:
@@ -91,7 +95,7 @@ class _Worker:
             self.held_bytes -= _bytes_of(image)
             rgb = to_eight_bit_rgb(image, reading.value_range, path)
         shape = (geometry.height, geometry.width, 3)
-        memory = self._memory(place + math.prod(shape))
+        memory = self._memory(place + math.prod(shape)) if file is None else self._opened(file)
         target = np.ndarray(shape, np.uint8, memory, place)
         target[:] = np.asarray(geometry.apply(rgb))
 
@@ -100,6 +104,17 @@ class _Worker:
         if self.memory is None or len(self.memory) < needed:
             self.memory = mmap.mmap(self.memory_fd, os.fstat(self.memory_fd).st_size)
         return self.memory
+
+    def _opened(self, file: str) -> mmap.mmap:
+        """Map memory of another program, which has all that it will need."""
+        status = Path(file).stat()  # a later file may have the name of an earlier one
+        if self.opened is None or self.opened[0] != status.st_ino:
+            handle = os.open(file, os.O_RDWR)
+            try:
+                self.opened = (status.st_ino, mmap.mmap(handle, status.st_size))
+            finally:
+                os.close(handle)
+        return self.opened[1]
 
 
 def _bytes_of(image: Image.Image | DeepImage) -> int:

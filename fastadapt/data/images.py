@@ -18,11 +18,20 @@ from torch import Tensor
 from fastadapt.data.augment import Augmentation, draw, find_augmentation
 from fastadapt.data.dataset import Sample
 from fastadapt.data.decode import load_image
-from fastadapt.data.decode_pool import INLINE, DecodePool, Reading, Region, default_workers
+from fastadapt.data.decode_pool import (
+    INLINE,
+    DecodePool,
+    Reading,
+    Region,
+    default_workers,
+    open_region,
+    shared_file,
+)
 from fastadapt.data.memory import available_memory
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError, first_few
+from fastadapt.processes import ALONE, Processes
 
 HOST_SHARE = 0.5  # of the free memory that decoded images may take
 DEVICE_SHARE = 0.3
@@ -42,6 +51,7 @@ class ImageSource:
         pool: processes that decode, of the caller's; else they start and end here.
         timed: makes a context that decoding ahead runs in.
         resident: whether images are kept decoded; if ``None``, where they fit.
+        processes: that train together: those of a machine decode a share each and keep one copy.
     """
 
     num_views: int | None = None
@@ -58,6 +68,7 @@ class ImageSource:
         pool: DecodePool | None = None,
         timed: Callable[[], AbstractContextManager] = nullcontext,
         resident: bool | None = None,
+        processes: Processes = ALONE,
     ):
         self.samples = samples
         self.preprocess = preprocess
@@ -66,6 +77,7 @@ class ImageSource:
         self._augmentation = find_augmentation(augment)
         self.augment = self._augmentation.name
         self.seed = seed
+        self.processes = processes
         self.labels = np.array([s.label for s in samples], dtype=np.int64)
         self._whole, self._rows = samples, np.arange(len(samples))
         self._plain = preprocess.geometry
@@ -115,9 +127,8 @@ class ImageSource:
         if geometry in self._stored:
             return True
         needed = self.needed_bytes(views)
-        if self._resident is None and needed > HOST_SHARE * available_memory():
-            return False
-        if self._resident is False:
+        fits = needed <= HOST_SHARE * available_memory() if self._resident is None else True
+        if not self.processes.all_true(fits and self._resident is not False):
             return False
         with self._timed():
             images = self._decode_all(geometry)
@@ -193,12 +204,35 @@ class ImageSource:
             return images
         pool = self._decode_pool or DecodePool(self.workers)
         try:
-            region = pool.memory(len(paths), geometry)
-            check_decoded(pool.store(paths, self._reading(geometry), region).wait())
+            if self.processes.place.local_size > 1:
+                region = self._decode_share(pool, geometry)
+            else:
+                region = pool.memory(len(paths), geometry)
+                check_decoded(pool.store(paths, self._reading(geometry), region).wait())
             return torch.frombuffer(region.bytes, dtype=torch.uint8).view(shape)
         finally:
             if pool is not self._decode_pool:
                 pool.close()
+
+    def _decode_share(self, pool: DecodePool, geometry: Geometry) -> Region:
+        """Decode this process's images into memory that the machine's processes share."""
+        processes, paths = self.processes, self._paths
+        place = processes.place
+        with shared_file() as file:
+            # Ranks of a machine follow each other, and the first of them has the memory.
+            first = processes.gather(file)[place.rank - place.local_rank]
+            if first is None:
+                region = pool.memory(len(paths), geometry)
+                mine = list(range(len(paths)))
+            else:
+                region = open_region(first, len(paths), geometry)
+                mine = [i for i, path in enumerate(paths) if place.owns_here(path)]
+            processes.gather(None)  # all of the memory is there before anyone maps it
+            job = pool.store([paths[i] for i in mine], self._reading(geometry), region, mine)
+            answers = processes.gather([answer for answer in job.wait() if answer is not None])
+        # Machines read the same files: one process's problem is everyone's.
+        check_decoded([answer for found in answers for answer in found])
+        return region
 
     def _streamed(self, order: np.ndarray, geometry: Geometry, batch_size: int) -> Iterator[Tensor]:
         """Decode batches ahead, in a ring of shared memory."""

@@ -8,7 +8,7 @@ intensity range follows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -29,6 +29,7 @@ from fastadapt.data.memory import available_memory
 from fastadapt.data.pixels import EIGHT_BITS, DeepImage, ValueRange
 from fastadapt.data.splits import SPLITS
 from fastadapt.errors import InputError, first_few
+from fastadapt.processes import ALONE, Place, Processes
 from fastadapt.progress import prefetch
 
 KEPT_SHARE = 0.2  # of the free memory that decoded images may take until their size is known
@@ -61,6 +62,7 @@ class Scan:
         dataset: whose images to decode.
         workers: processes that decode; a small data set is decoded by this one.
         intensity_range: see :mod:`fastadapt.data.intensity`.
+        place: of this process among those that train together, each of which looks at its share.
 
     Attributes:
         dataset: as given.
@@ -70,18 +72,30 @@ class Scan:
         InputError: ``intensity_range`` cannot be.
     """
 
-    def __init__(self, dataset: Dataset, workers: int, intensity_range: str = "dtype"):
+    def __init__(
+        self,
+        dataset: Dataset,
+        workers: int,
+        intensity_range: str = "dtype",
+        place: Place = ALONE.place,
+    ):
         self.dataset = dataset
         self.pool: DecodePool | None = None
         self._workers = max(workers, 1)
         self._given = intensity_range
         self._setting = IntensitySetting.parse(intensity_range)
         self._job: Job | None = None
+        self._mine: list[int] = []  # samples that this process looks at
         samples = dataset.samples
         if len(samples) > INLINE:
-            self.pool = DecodePool(min(self._workers, len(samples) // 8))
-            looks = [(str(s.path), self._setting, s.split == "train") for s in samples]
-            self._job = self.pool.look(looks, int(KEPT_SHARE * available_memory()))
+            # A small data set is looked at by each process as a whole, others in shares.
+            self._mine = [i for i, s in enumerate(samples) if place.owns(str(s.path))]
+            share = len(samples) // place.size
+            self.pool = DecodePool(max(min(self._workers, share // 8), 1))
+            own = [samples[i] for i in self._mine]
+            looks = [(str(s.path), self._setting, s.split == "train") for s in own]
+            keep = int(KEPT_SHARE * available_memory()) // place.local_size
+            self._job = self.pool.look(looks, keep)
 
     def __enter__(self) -> Self:
         return self
@@ -90,9 +104,13 @@ class Scan:
         if self.pool is not None:
             self.pool.close()
 
-    def _facts(self, advance: Callable[[int], object]) -> list[ImageFacts]:
+    def _facts(
+        self, advance: Callable[[int], object], processes: Processes
+    ) -> Sequence[ImageFacts]:
         if self._job is not None:
-            return self._job.wait(advance)
+            shares = processes.gather(list(zip(self._mine, self._job.wait(advance), strict=True)))
+            by_place = dict(pair for share in shares for pair in share)
+            return [by_place[i] for i in range(len(self.dataset.samples))]
         found = []
         for sample in self.dataset.samples:
             found.append(look_at(sample.path, self._setting, sample.split == "train")[0])
@@ -104,18 +122,20 @@ class Scan:
         *,
         skip_unreadable: bool = False,
         advance: Callable[[int], object] = lambda count: None,
+        processes: Processes = ALONE,
     ) -> Scanned:
         """Wait for all images; decide how their values are scaled.
 
         Args:
             skip_unreadable: leave out images that cannot be read instead of refusing the data set.
             advance: called with the number of images that were decoded, for a progress bar.
+            processes: that train together; each looks at its share.
 
         Raises:
             InputError: an image cannot be read, nor left out; the same bytes stand under two
                 labels; the training images have no range as asked for.
         """
-        facts = self._facts(advance)
+        facts = self._facts(advance, processes)
         found = [_Found(s, f) for s, f in zip(self.dataset.samples, facts, strict=True)]
         statistics = ValueStatistics()
         for item in found:

@@ -89,7 +89,13 @@ class TrainConfig(AugmentSettings):
         float, Setting("Peak learning rate of stage 1.", panel=TRAINING, gt=0, limit=1e38)
     ] = 1e-3
     batch_size: Annotated[
-        int, Setting("Images in a step of stage 1.", panel=TRAINING, ge=1, limit=MOST_IMAGES)
+        int,
+        Setting(
+            "Images in a step of stage 1, of all processes.",
+            panel=TRAINING,
+            ge=1,
+            limit=MOST_IMAGES,
+        ),
     ] = 32
     epochs2: Annotated[
         int, Setting("Epochs of stage 2.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)

@@ -11,7 +11,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,6 +102,9 @@ def cached_source(
     shape = _shape_of(model, autocast)
     whole = (settings.views, len(images.samples), shape.tokens, shape.dim)
     features: Tensor | np.ndarray | None = open_cache(path, whole, _DTYPES[settings.dtype])
+    processes = images.processes
+    if not processes.all_true(features is not None):
+        features = None  # a process does not see the file: all compute
     if features is None:
         frozen = fuse_batch_norms(model, _probe(model)) if images.device.type == "cpu" else model
         work = _Computation(frozen, images, path, settings, shape, progress, autocast, name)
@@ -113,7 +116,7 @@ def cached_source(
         if features is None:
             features = work.run(fp16=False)
             assert features is not None  # fp32 holds every value
-        if isinstance(features, Tensor):
+        if isinstance(features, Tensor) and processes.first:
             writer = CacheWriter(path, features)
             if writers is None:
                 writer.join()
@@ -198,6 +201,7 @@ class _Computation:
         name: str,
     ):
         self.model, self.images, self.path = model, images, path
+        self.processes = images.processes
         self.shape = (settings.views, len(images.samples), shape.tokens, shape.dim)
         self.progress, self.autocast, self.name = progress, autocast, name
 
@@ -209,7 +213,8 @@ class _Computation:
         """
         dtype = torch.float16 if fp16 else torch.float32
         needed = int(np.prod(self.shape)) * dtype.itemsize
-        free = _check_space(self.path.parent, needed)
+        processes = self.processes
+        free = processes.on_first(lambda: _check_space(self.path.parent, needed))
         count = self.shape[0] * self.shape[1]
         self.progress.console.print(
             f"computing features ({self.name}): {count} images, {size_text(needed)} on disk "
@@ -220,15 +225,19 @@ class _Computation:
         )
         device = self.images.device
         try:
-            if device.type == "cuda" and _fits(needed, device):
+            if processes.all_true(device.type == "cuda" and _fits(needed, device)):
                 return self._on_device(dtype, task)
-            with writing(self.path, self.shape, dtype) as file:
+            # Every process sees all features, in the order in which the first one writes them.
+            target = writing(self.path, self.shape, dtype) if processes.first else nullcontext()
+            with target as file:
                 for view in range(self.shape[0]):
                     for first, features in self._batches(view, task):
                         features = features.cpu()
                         stored = features.to(dtype)
                         self._check(stored, features, first)
-                        file.write(stored)
+                        if file is not None:
+                            file.write(stored)
+            processes.gather(None)  # the file is whole
             return np.load(self.path, mmap_mode="r")
         except _Overflow:
             return None
@@ -251,22 +260,26 @@ class _Computation:
         return result
 
     def _batches(self, view: int, task):
-        """Yield where a batch begins, and its features [B, tokens, C] fp32."""
+        """Yield where a batch begins, and its features [B, tokens, C] fp32.
+
+        Of several processes each computes a piece of every batch, and all get the whole.
+        """
         count = self.shape[1]
         batch_size = BATCH_SIZE if self.images.device.type == "cpu" else GPU_BATCH_SIZE
         views, first = np.full(count, view), 0
-        for batch, labels in self.images.batches(np.arange(count), views, batch_size):
-            size = len(batch)
+        share = self.processes.share(np.arange(count), batch_size * self.processes.place.size)
+        batches = self.images.batches(share.order, views, batch_size)
+        for (batch, labels), rows in zip(batches, share.rows, strict=True):
             if batch.is_cuda:  # libraries plan for each size that they meet
                 batch, _ = padded(batch, labels, batch_size)
             with torch.inference_mode(), self.autocast():
                 features = as_tokens(self.model, self.model.backbone_features(batch)).float()
-            features = features[:size]
             if self.shape[2] == 1:
                 features = features.mean(1, keepdim=True)
+            features = self.processes.gather_rows(features, rows)
             yield first, features
-            first += size
-            self.progress.advance(task, size)
+            first += len(features)
+            self.progress.advance(task, len(features))
 
     def _check(self, stored: Tensor, features: Tensor, first: int) -> None:
         """Refuse values that are not finite, or that fp16 cannot hold."""

@@ -25,6 +25,7 @@ from fastadapt.data.decode_pool import DecodePool
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
+from fastadapt.processes import ALONE, Processes
 from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
@@ -44,7 +45,7 @@ from fastadapt.train.run_folder import (
 from fastadapt.train.schedule import Schedule
 from fastadapt.train.selection import better
 from fastadapt.train.shared_sources import SharedSources
-from fastadapt.train.sources import FeatureSource, Source, logits_of, padded
+from fastadapt.train.sources import PADDING, FeatureSource, Source, logits_of, padded
 from fastadapt.train.state_saver import StateSaver
 from fastadapt.train.step import Losses, training_step
 
@@ -71,6 +72,7 @@ class Trainer:
         pool: processes that decode; closed as soon as all images are kept decoded.
         phases: where the seconds are counted.
         shared: features and images of a whole data set, of which the splits are taken.
+        processes: that train together.
     """
 
     model: AdaptedModel
@@ -88,6 +90,7 @@ class Trainer:
     pool: DecodePool | None = None
     phases: Phases = field(default_factory=Phases)
     shared: SharedSources | None = None
+    processes: Processes = ALONE
 
     def __post_init__(self):
         self.amp_dtype = precision(self.config.amp, self.device)
@@ -102,6 +105,7 @@ class Trainer:
         self._wrote_metrics = False
         self._writers: list[CacheWriter] = []
         self._saver = StateSaver(self._save, self.save_every)
+        self.processes.if_stuck(self._saver.flush)
 
     def run(self) -> None:
         """Train what is left of all stages."""
@@ -111,7 +115,7 @@ class Trainer:
                 self._run_stage(stage)
 
     def save(self) -> None:
-        """Write the newest state, if it is not on disk."""
+        """Write the newest state, if it is not on disk. Only the first process has one."""
         with self.phases("saving"):
             self._saver.flush()
 
@@ -151,19 +155,20 @@ class Trainer:
     def predict(self, split: str) -> Tensor:
         """Return logits [N, num_classes] fp32, on the CPU, of the images of a split."""
         source = self._source(split)
-        order = np.arange(len(source.labels))
+        count = len(source.labels)
+        share = self.processes.share(np.arange(count), count)
         _, _, batch_size = self.config.of_stage(self.state.stage)
         if self.device.type == "cuda":
             batch_size = max(batch_size, EVALUATION_BATCH_SIZE)
         self.model.eval()
         with torch.inference_mode():
             parts = []
-            for inputs, labels in source.batches(order, None, batch_size):
+            for inputs, labels in source.batches(share.order, None, batch_size):
                 if self.device.type == "cuda":  # libraries plan for each size that they meet
                     inputs, _ = padded(inputs, labels, batch_size)
                 with self._autocast():
                     parts.append(logits_of(self.model, source, inputs).float())
-            return torch.cat(parts)[: len(order)].cpu()
+            return self.processes.gather_rows(torch.cat(parts), share.rows[0]).cpu()
 
     @property
     def features(self) -> dict[str, FeatureSource]:
@@ -203,6 +208,7 @@ class Trainer:
             self.load_best()
         if stage == 2 or config.full:
             self.model.unfreeze(config.unfreeze_last)
+        self.processes.copy_from_first(trained_state(self.model).values())
         optimizer = make_optimizer(self.model, config)
         if resumed:
             self.model.load_state_dict(state.model, strict=False)
@@ -254,6 +260,7 @@ class Trainer:
             clip_grad=config.clip_grad,
             graph=config.cuda_graph == "auto" and steps >= LEAST_STEPS,
             say=partial(self.progress.console.print, markup=False),
+            sums=self.processes.gradient_sum(self.model.train()),
         )
 
     def _train_epoch(
@@ -266,7 +273,8 @@ class Trainer:
 
         # Every random stream of an epoch follows from these numbers: there is no state to save.
         rng = np.random.default_rng((config.seed, stage, epoch))
-        torch.manual_seed(int(rng.integers(2**63)))
+        # What is drawn in passing differs between processes, whose images differ.
+        torch.manual_seed((int(rng.integers(2**63)) + self.processes.place.rank) % 2**63)
         order = rng.permutation(count)
         if source.num_views is None:
             views = np.full(count, len(self.state.history) + 1)
@@ -286,19 +294,26 @@ class Trainer:
         )
         self.progress.update(task, description=f"stage {stage}, epoch {epoch} of {epochs}")
         self.model.train()
+        # One order for any number of processes, each of which has a piece of every batch.
+        share = self.processes.share(order, batch_size)
         # Of one size, all steps are replays of one graph.
-        pad = batch_size if steps > 1 and self._samples_are_independent() else 0
-        for step, (inputs, labels) in enumerate(source.batches(order, views, batch_size), start=1):
+        pad = share.batch_size if steps > 1 and self._samples_are_independent() else 0
+        batches = source.batches(share.order, views, share.batch_size)
+        for step, (inputs, labels) in enumerate(batches, start=1):
             number = (epoch - 1) * steps + step
-            lr, taken = plan.rate(number), len(labels)
+            lr, taken = plan.rate(number), share.images(step - 1)
             if mix is not None:
                 inputs, labels = mix(inputs, labels)
+            if share.mine(step - 1) == 0:
+                labels = torch.full_like(labels, PADDING if labels.dim() == 1 else 0)
+            self.processes.before_step()
             loss, _ = take_step(lr, *reversed(padded(inputs, labels, pad)))
             if self._average is not None:
                 self._average.update(number)
             losses.add(loss, taken)
             if losses.is_read:
                 self.progress.update(task, note=losses.note)
+                self.processes.after_reading()
             self.progress.advance(task, taken)
         return {"lr": lr, "train_loss": losses.total() / len(order)}
 
@@ -329,6 +344,16 @@ class Trainer:
             with self._averaged():
                 averaged = self._average is not None
                 state.best_model = copy_of(trained_state(self.model)) if averaged else state.model
+        if self.processes.first:
+            self._write_epoch(row)
+        self.progress.console.print(
+            f"stage {row['stage']}  epoch {row['epoch']:3d}  train loss {row['train_loss']:.4f}  "
+            f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
+            f"macro-F1 {row['val_macro_f1']:.4f}  {row['seconds']:.1f} s{'  *' if improved else ''}"
+        )
+
+    def _write_epoch(self, row: dict[str, Any]) -> None:
+        state = self.state
         with self.phases("saving"):
             if self._wrote_metrics:
                 append_metrics(self.out, row)
@@ -336,11 +361,6 @@ class Trainer:
                 write_metrics(self.out, state.history)
                 self._wrote_metrics = True
             self._saver.offer(replace(state, history=list(state.history)))
-        self.progress.console.print(
-            f"stage {row['stage']}  epoch {row['epoch']:3d}  train loss {row['train_loss']:.4f}  "
-            f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
-            f"macro-F1 {row['val_macro_f1']:.4f}  {row['seconds']:.1f} s{'  *' if improved else ''}"
-        )
 
     def _averaged(self) -> AbstractContextManager:
         """Give the model the average of its weights, where there is one."""
@@ -378,6 +398,7 @@ class Trainer:
                 config.seed,
                 pool=self.pool,
                 timed=partial(self.phases, "decode"),
+                processes=self.processes,
             )
         return self._images[split]
 

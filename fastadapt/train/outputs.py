@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fastadapt.checkpoint import save_adapter
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
@@ -38,12 +40,18 @@ def write_outputs(trainer: Trainer, data: str, probe: dict[str, Any] | None = No
         data: what it was trained on, for the configuration.
         probe: the linear probe's results, where they are known; fitted here otherwise.
     """
+    trainer.load_best()
+    splits = ("val", "test") if trainer.dataset.split("test") else ("val",)
+    logits = {name: trainer.predict(name) for name in splits}
+    return trainer.processes.on_first(lambda: _write(trainer, data, logits, probe))
+
+
+def _write(
+    trainer: Trainer, data: str, logits: dict[str, Tensor], probe: dict[str, Any] | None
+) -> TrainResult:
     out, state, dataset = trainer.out, trainer.state, trainer.dataset
     assert state.best is not None  # an epoch was completed
     best = state.history[state.best]
-    trainer.load_best()
-    splits = ("val", "test") if dataset.split("test") else ("val",)
-    logits = {name: trainer.predict(name) for name in splits}
     results = {
         "classes": list(dataset.classes),
         "best": best,

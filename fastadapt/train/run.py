@@ -24,11 +24,12 @@ from fastadapt.data.scan import Scan, Scanned
 from fastadapt.data.splits import SPLITS as SPLIT_ORDER
 from fastadapt.errors import InputError
 from fastadapt.files import write_json
-from fastadapt.locks import lock_folder
 from fastadapt.lora import lora_layers
 from fastadapt.output_place import check_output
+from fastadapt.processes import ALONE, Processes, place_from_environment
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.devices import check_batch_sizes, device_of_process, locked, together
 from fastadapt.train.fold_settings import dataset_of
 from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.optimizer import make_optimizer
@@ -112,7 +113,9 @@ def train(
     config = config or TrainConfig()
     out = check_output(out, "folder", "a run")
     check_folder(out, resume, overwrite)
-    target = parse_device(device)
+    place = place_from_environment()
+    target = parse_device(device if place.size == 1 else device_of_process(device, place))
+    check_batch_sizes(config, place)
     precision(config.amp, target)  # refused now rather than after the features were computed
     workers = default_workers() if workers is None else workers
     phases = Phases(process_age() if profile else 0.0)
@@ -126,10 +129,15 @@ def train(
         None if weights is None else str(Path(weights).absolute()),
         skip_unreadable,
     )
-    begun = scan or Scan(dataset_of(data, config), workers, config.intensity_range)
+    begun = scan or Scan(dataset_of(data, config), workers, config.intensity_range, place)
     try:
-        with lock_folder(out), progress_bars(quiet) as progress:
-            check_folder(out, resume, overwrite)  # again, now that no other process writes
+        with (
+            together(target) as processes,
+            locked(processes, out),
+            progress_bars(quiet or not processes.first) as progress,
+        ):
+            # Again, now that no other process writes.
+            processes.on_first(lambda: check_folder(out, resume, overwrite))
             prepared = prepare(
                 begun,
                 backbone,
@@ -140,7 +148,9 @@ def train(
                 weights=weights,
             )
             with phases("decode"):
-                found = scanned(begun, progress, skip_unreadable=skip_unreadable)
+                found = scanned(
+                    begun, progress, skip_unreadable=skip_unreadable, processes=processes
+                )
             dataset = found.dataset
             prepared = replace(
                 prepared,
@@ -160,9 +170,10 @@ def train(
                     save_every=save_every,
                     pool=begun.pool,
                     phases=phases,
+                    processes=processes,
                 ),
             )
-            if profile and result.trained:
+            if profile and result.trained and processes.first:
                 write_json(out / PROFILE, phases.to_dict())
                 progress.console.print(phase_table(phases.to_dict()))
             return result
@@ -187,6 +198,7 @@ class Circumstances:
         phases: where seconds are counted.
         shared: features and images of several runs, of which this one takes its splits.
         probe: the linear probe beside the result, where another run fitted it already.
+        processes: that train together.
     """
 
     request: Request
@@ -200,6 +212,7 @@ class Circumstances:
     phases: Phases = field(default_factory=Phases)
     shared: SharedSources | None = None
     probe: dict[str, Any] | None = None
+    processes: Processes = ALONE
 
 
 def run_prepared(
@@ -239,11 +252,12 @@ def run_prepared(
         pool=where.pool,
         phases=where.phases,
         shared=where.shared,
+        processes=where.processes,
     )
+    where.processes.check_same("the images or the backbone's weights", settings)
     try:
         with full_disk_or_memory(out):
-            where.request.write(out)
-            remove_leftovers(out)
+            where.processes.on_first(lambda: _begin(where))
             try:
                 trainer.run()
                 return write_outputs(trainer, where.request.data, where.probe)
@@ -251,7 +265,13 @@ def run_prepared(
                 trainer.save()
                 raise
     finally:
-        remove_if_unused(out)
+        if where.processes.first:
+            remove_if_unused(out)
+
+
+def _begin(where: Circumstances) -> None:
+    where.request.write(where.out)
+    remove_leftovers(where.out)
 
 
 @dataclass(frozen=True)
@@ -390,7 +410,13 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def scanned(scan: Scan, progress: Progress, *, skip_unreadable: bool = False) -> Scanned:
+def scanned(
+    scan: Scan,
+    progress: Progress,
+    *,
+    skip_unreadable: bool = False,
+    processes: Processes = ALONE,
+) -> Scanned:
     """Wait for a scan, with a progress bar, and print what was found.
 
     Raises:
@@ -399,7 +425,9 @@ def scanned(scan: Scan, progress: Progress, *, skip_unreadable: bool = False) ->
     total = len(scan.dataset.samples)
     task = progress.add_task("reading images", total=total, unit="images", note="")
     found = scan.wait(
-        skip_unreadable=skip_unreadable, advance=lambda count: progress.advance(task, count)
+        skip_unreadable=skip_unreadable,
+        advance=lambda count: progress.advance(task, count),
+        processes=processes,
     )
     progress.remove_task(task)
     for line in (*scan.dataset.summary(), *found.lines):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.data.images import ImageSource, to_device
+from fastadapt.train.step import IGNORED
 
 POOLED_AT_ONCE = 256  # images
-PADDING = -100  # the label of rows that only fill a batch up; cross-entropy leaves them out
+PADDING = IGNORED  # the label of rows that only fill a batch up
 
 
 class Source(Protocol):

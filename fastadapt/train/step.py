@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.cuda_graph import GraphedStep
+
+if TYPE_CHECKING:
+    from fastadapt.train.gradient_sum import GradientSum
+
+IGNORED = -100  # the label of rows that cross-entropy leaves out
 
 
 def training_step(
@@ -24,6 +29,7 @@ def training_step(
     clip_grad: float | None = None,
     graph: bool = False,
     say: Callable[[str], object] | None = None,
+    sums: GradientSum | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Make a function that takes one step: forward, cross-entropy, backward, clipping, optimizer.
 
@@ -40,6 +46,8 @@ def training_step(
         graph: on a GPU, replay a CUDA graph (:class:`fastadapt.GraphedStep`), unless the loss is
             scaled. The graph's memory is freed with the function.
         say: as for :class:`fastadapt.GraphedStep`.
+        sums: of the gradients over processes, each of which takes the step with its share of the
+            batch; rows without an image have the label ``IGNORED``, or shares of 0.
 
     Returns:
         ``step(lr, labels, *inputs)``, which gives the loss and the number of right predictions,
@@ -54,12 +62,20 @@ def training_step(
 
     def train(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with autocast():
+        if sums is not None:
+            sums.begin(*row_weights(labels, class_weights))
+        with autocast(), nullcontext() if sums is None else sums.batch_statistics():
             y = logits(*inputs)
-        loss = cross_entropy(y.float(), labels, class_weights, label_smoothing)
+        loss = cross_entropy(y.float(), labels, class_weights, label_smoothing, mean=sums is None)
+        true = labels if labels.dim() == 1 else labels.argmax(1)
+        right = (y.detach().argmax(1) == true).sum()
+        if sums is not None:
+            loss = sums.share_of_loss(loss, right)
         # In this thread: a thread of autograd's would have a workspace of cuBLAS of its own.
         with torch.autograd.set_multithreading_enabled(False):
             scaler.scale(loss).backward()
+        if sums is not None:
+            loss, right = sums.end()
         if clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(trained, clip_grad)
@@ -69,8 +85,7 @@ def training_step(
                 group["capturable"] = torch.cuda.is_current_stream_capturing()
         scaler.step(optimizer)
         scaler.update()
-        true = labels if labels.dim() == 1 else labels.argmax(1)
-        return loss.detach(), (y.detach().argmax(1) == true).sum()
+        return loss.detach(), right
 
     run: Callable[..., Any] = train
     if graph and not scaler.is_enabled():
@@ -111,7 +126,12 @@ class _Rates:
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    smoothing: float = 0.0,
+    *,
+    mean: bool = True,
 ) -> Tensor:
     """Return the mean cross-entropy of a batch.
 
@@ -127,16 +147,36 @@ def cross_entropy(
         labels: [B] int64, or the shares of the classes, [B, K] fp32; all 0 in rows to leave out.
         weights: [K], of the classes.
         smoothing: share of the target that is spread over all classes.
+        mean: divide by the rows' weights; else the numerator alone.
     """
     if labels.dim() == 1:
-        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+        reduction = "mean" if mean else "sum"
+        return F.cross_entropy(
+            logits, labels, weights, label_smoothing=smoothing, reduction=reduction
+        )
     weighted = -logits.log_softmax(1)
     if weights is not None:
         weighted = weighted * weights
     counted = labels.sum(1, keepdim=True)  # 1, or 0 in rows to leave out
     target = (1 - smoothing) * labels + smoothing / logits.shape[1] * counted
-    whole = labels.sum() if weights is None else (labels * weights).sum()
-    return (target * weighted).sum() / whole
+    total = (target * weighted).sum()
+    return total / row_weights(labels, weights)[0].sum() if mean else total
+
+
+def row_weights(labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what each row of a batch counts in the mean loss, and which rows count at all.
+
+    Args:
+        labels, weights: as for :func:`cross_entropy`.
+
+    Returns:
+        [B] fp32 and [B] bool.
+    """
+    if labels.dim() == 1:
+        valid = labels != IGNORED
+        ones = valid.float()
+        return (ones if weights is None else ones * weights[labels * valid]), valid
+    return (labels if weights is None else labels * weights).sum(1), labels.sum(1) > 0
 
 
 class Losses:
