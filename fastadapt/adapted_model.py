@@ -30,6 +30,7 @@ from fastadapt.lora import (
     refuse_claimed_lora,
     replaced_parameters,
 )
+from fastadapt.symmetries import mean_over_views, symmetric_views
 from fastadapt.trainable import (
     last_blocks,
     plain_name,
@@ -249,8 +250,14 @@ class AdaptedModel(nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to logits [B, num_classes]."""
-        return self.classify_features(self.backbone_features(x))
+        """Map images to logits [B, num_classes].
+
+        With ``config.tta`` and in evaluation mode they are the mean over the symmetric views.
+        """
+        if self.training or self.config.tta == "none":
+            return self.classify_features(self.backbone_features(x))
+        views = symmetric_views(x, self.config.tta)
+        return mean_over_views(self.classify_features(self.backbone_features(views)), x.shape[0])
 
     def get_classifier(self) -> nn.Module:
         """Return the head."""
@@ -344,6 +351,11 @@ def adapt(
         layout=config.layout,
         num_prefix_tokens=config.num_prefix_tokens,
     )
+    if config.tta != "none" and (len(spec.input_size) != 3 or not num_classes):
+        what = "volumes" if num_classes else "features"
+        raise InputError(f"tta is {config.tta!r}, which averages logits of images, not {what}")
+    if config.tta == "dihedral" and spec.input_size[1] != spec.input_size[2]:
+        raise InputError(f"tta is 'dihedral', which needs square images, not {spec.input_size}")
     found = Backbone(tower.module, tower.input_config, feature_fn, spec, source)
     model = AdaptedModel(found, config, num_classes)
     if config.lora is not None:

@@ -157,6 +157,14 @@ class AdaptConfig(Settings):
             lt=1,
         ),
     ] = 0.0
+    tta: Annotated[
+        Literal["none", "flips", "dihedral"],
+        Setting(
+            "Average the logits of each image's flips (4 views) or of the square's symmetries (8) "
+            "in evaluation, in run and bundle (test-time augmentation).",
+            panel=MODEL,
+        ),
+    ] = "none"
     lora: Annotated[
         LoRAConfig | None, Setting("Low-rank adapters inside the backbone, too; none if None.")
     ] = None

@@ -138,6 +138,9 @@ class Trainer:
                     f"images are decoded in every epoch: {size_text(total)} is too much to keep"
                 )
                 return
+        elif self.model.config.tta != "none":  # the final evaluation sees images
+            for split in splits[1:]:
+                self._image_source(split).decode()
         if self.pool is not None:
             self.pool.close()  # nothing is decoded from here on
 
@@ -152,9 +155,19 @@ class Trainer:
         metrics = classification_metrics(source.labels, predictions, self.dataset.classes)
         return {"loss": self.loss(split, logits), **metrics}
 
-    def predict(self, split: str) -> Tensor:
-        """Return logits [N, num_classes] fp32, on the CPU, of the images of a split."""
-        source = self._source(split)
+    def final_logits(self, split: str) -> Tensor:
+        """Return what :meth:`predict` does, with test-time augmentation if the model has it."""
+        plain = self.model.config.tta == "none"
+        return self.predict(split, None if plain else self._image_source(split))
+
+    def predict(self, split: str, source: Source | None = None) -> Tensor:
+        """Return logits [N, num_classes] fp32, on the CPU, of the images of a split.
+
+        Args:
+            split: its name.
+            source: of its images; that of the present stage if None, which may be cached features.
+        """
+        source = source or self._source(split)
         count = len(source.labels)
         share = self.processes.share(np.arange(count), count)
         _, _, batch_size = self.config.of_stage(self.state.stage)

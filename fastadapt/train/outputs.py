@@ -42,7 +42,7 @@ def write_outputs(trainer: Trainer, data: str, probe: dict[str, Any] | None = No
     """
     trainer.load_best()
     splits = ("val", "test") if trainer.dataset.split("test") else ("val",)
-    logits = {name: trainer.predict(name) for name in splits}
+    logits = {name: trainer.final_logits(name) for name in splits}
     return trainer.processes.on_first(lambda: _write(trainer, data, logits, probe))
 
 
