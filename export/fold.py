@@ -7,6 +7,7 @@
   bit; in rotation form they are computed in fp64 and rounded once.
 - Cluster attention becomes :class:`FoldedClusterAttention`: ordinary operators, the constants
   computed beforehand. Its mixing depends on the input, so it cannot vanish.
+- A head's temperature divides its weights, in fp64 and rounded once.
 - Dropouts are switched off, and a timm backbone's classifier, which the adapter replaces, is
   dropped.
 
@@ -37,6 +38,7 @@ from fastadapt.gdpl.fold import FoldedPromptLearner, MergedProjection, merge_low
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.gdpl.prompts import DomainPromptLearner
 from fastadapt.layers import ClusterAttention, LoRALinear, QuaternionLinear
+from fastadapt.layers.calibrated_linear import CalibratedLinear
 
 from .folded_layers import FoldedClusterAttention, GroupedLinear, probe_input
 
@@ -298,12 +300,23 @@ def _fold_cluster_attention(layer: ClusterAttention) -> Folding:
     return Folding(FoldedClusterAttention(layer), f"{k} transforms {width}×{width}")
 
 
+def _fold_calibrated(layer: CalibratedLinear) -> Folding:
+    def divided(tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter((tensor.double() / layer.temperature).to(tensor.dtype))
+
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight = divided(layer.weight)
+    linear.register_parameter("bias", None if layer.bias is None else divided(layer.bias))
+    return Folding(linear, f"Linear {_size(layer)}, divided by {layer.temperature:.4g}")
+
+
 # A rule takes a layer of the copy and returns what replaces it.
 RULES: dict[type[nn.Module], Callable[[Any], Folding]] = {
     LoRALinear: _fold_lora,
     QuaternionLinear: _fold_quaternion,
     ClusterAttention: _fold_cluster_attention,
     DomainPromptLearner: _fold_prompt_learner,
+    CalibratedLinear: _fold_calibrated,
 }
 
 

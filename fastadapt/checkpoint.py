@@ -31,6 +31,7 @@ from fastadapt.files import (
     write_json,
     write_tensors,
 )
+from fastadapt.layers.calibrated_linear import CalibratedLinear
 from fastadapt.lora import claim_lora, is_low_rank, lora_layers, wrap
 from fastadapt.saved_adapter import DTYPES, SavedAdapter, SavedBackbone
 from fastadapt.trainable import COMPILED, plain_name, uncompiled
@@ -127,6 +128,7 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
         },
         "changed": sorted(model.replaced_tensors()),
         "num_classes": model.num_classes,
+        "temperature": temperature_of(model),
         "weights_sha256": sha256_file(folder / WEIGHTS),
         **extra,
     }
@@ -224,10 +226,22 @@ def load_adapter(
         _check_backbone(model, on, state, folder)
     load_trained_state(model, state, str(folder / WEIGHTS))
     check_weights_hash(folder, config)
+    set_temperature(model, saved.temperature)
     model.freeze()
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def temperature_of(model: AdaptedModel) -> float:
+    """Return what the model's logits are divided by; 1 unless it was calibrated."""
+    return model.head.temperature if isinstance(model.head, CalibratedLinear) else 1.0
+
+
+def set_temperature(model: AdaptedModel, temperature: float) -> None:
+    """Have the model divide its logits by a temperature, which replaces an earlier one."""
+    if isinstance(model.head, nn.Linear) and temperature != temperature_of(model):
+        model.head = CalibratedLinear.of(model.head, temperature)
 
 
 def _dtypes(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -103,6 +103,7 @@ class SavedAdapter:
         lora_layers: low-rank adapters by the layers' names.
         changed: the backbone's tensors that the checkpoint holds, by name.
         num_classes: of the head; 0 for none.
+        temperature: what the logits are divided by.
     """
 
     settings: AdaptConfig
@@ -110,6 +111,7 @@ class SavedAdapter:
     lora_layers: dict[str, SavedLayer]
     changed: tuple[str, ...]
     num_classes: int
+    temperature: float = 1.0
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], where: Path) -> Self:
@@ -128,12 +130,16 @@ class SavedAdapter:
             raise InputError(f"{where}: changed is no list of names")
         if not isinstance(layers, dict):
             raise InputError(f"{where}: lora_layers is no JSON object")
+        temperature = config.get("temperature", 1.0)
+        if type(temperature) not in (int, float) or not 1e-3 <= temperature <= 1e3:
+            raise InputError(f"{where}: temperature is {temperature!r}; expected 0.001 to 1000")
         return cls(
             AdaptConfig.from_dict(config["adapt"]),
             SavedBackbone.from_dict(config["backbone"], f"{where}, backbone"),
             {name: _read_layer(layer, f"{where}, {name}") for name, layer in layers.items()},
             tuple(changed),
             count,
+            float(temperature),
         )
 
     def check_sizes(self, state: Mapping[str, Tensor], where: Path) -> None:

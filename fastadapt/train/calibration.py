@@ -15,6 +15,26 @@ from torch import Tensor
 
 # Where every validation image is right, (2) falls towards T = 0 without an end.
 LOWEST, HIGHEST = 0.05, 20.0
+FEWEST = 20  # images: fewer say too little of how sure a model may be
+
+
+def calibrate(logits: Tensor, labels: np.ndarray) -> tuple[float, str]:
+    """Return the temperature to use, and why it is kept at 1, where (2) cannot be trusted.
+
+    Args:
+        logits: [N, K] of validation images.
+        labels: [N].
+    """
+    if not logits.isfinite().all():
+        return 1.0, "the model's outputs hold NaN or infinite values"
+    if len(labels) < FEWEST:
+        return 1.0, f"validation has {len(labels)} images, and {FEWEST} are needed"
+    temperature = fit_temperature(logits, labels)
+    if temperature < 1 and bool((logits.argmax(1).numpy() == labels).all()):
+        return 1.0, "every validation image is right, so that nothing bounds the temperature"
+    if temperature in (LOWEST, HIGHEST):
+        return 1.0, f"the best temperature is out of range ({LOWEST:g} to {HIGHEST:g})"
+    return temperature, ""
 
 
 def fit_temperature(logits: Tensor, labels: np.ndarray) -> float:

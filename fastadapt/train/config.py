@@ -12,6 +12,7 @@ from fastadapt.settings import Setting, Settings
 from fastadapt.train.augment_config import AUGMENTATION, AugmentSettings
 
 TRAINING, IMAGES, RUN = "Training", "Images and features", "Run"
+DECISION = "Probabilities and decisions"
 DATA_HELP = (
     "A folder of class folders, one with train/, val/ (and test/) of such folders, or a CSV with "
     "path, label and optionally split (train, val, test)."
@@ -264,6 +265,30 @@ class TrainConfig(AugmentSettings):
             expected="more than 0, less than 1",
         ),
     ] = 0.2
+    calibrate: Annotated[
+        bool,
+        Setting(
+            "Fit a temperature to validation, by which the saved model's logits are divided.",
+            panel=DECISION,
+        ),
+    ] = True
+    threshold: Annotated[
+        Literal["none", "balanced_accuracy", "f1", "youden"],
+        Setting(
+            "Of two classes, choose on validation from which probability the second one is "
+            "predicted: the best for this metric; none: the likelier class.",
+            panel=DECISION,
+        ),
+    ] = "none"
+    abstain: Annotated[
+        float,
+        Setting(
+            "Share of the validation images, the least certain ones, whose like get no prediction.",
+            panel=DECISION,
+            ge=0,
+            lt=1,
+        ),
+    ] = 0.0
     val_fold: Annotated[
         str | None,
         Setting(

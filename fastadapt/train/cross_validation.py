@@ -174,7 +174,7 @@ def train_folds(
                     overwrite=overwrite,
                 )
                 work.run(plan, parts, first)
-                summary = summarize(out, plan, found.dataset, described)
+                summary = summarize(out, plan, found.dataset, described, found.value_range)
                 write_summary(out, summary, found.dataset, numbers)
                 if overwrite:
                     remove_others(out, plan)

@@ -26,9 +26,9 @@ from fastadapt.files import is_temporary
 from fastadapt.locks import LOCK
 from fastadapt.train.fold_results import FOLDS, TABLE, PlannedRun, read_folds
 from fastadapt.train.fold_settings import FoldSettings
-from fastadapt.train.run_folder import CACHE, PREDICTIONS, SPLITS
+from fastadapt.train.run_folder import CACHE, EVALUATION, MISTAKES, SPLITS
 
-OURS = {FOLDS, TABLE, SPLITS, CACHE, PREDICTIONS}
+OURS = {FOLDS, TABLE, SPLITS, CACHE, EVALUATION, MISTAKES}
 RUN_FOLDERS = ("fold-", "seed-")
 
 

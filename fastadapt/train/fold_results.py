@@ -16,11 +16,15 @@ import numpy as np
 from rich.table import Table
 
 from fastadapt.data.dataset import Dataset
+from fastadapt.data.pixels import ValueRange
+from fastadapt.decision import Decision
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_text
 from fastadapt.train.intervals import bootstrap_intervals
 from fastadapt.train.metrics import scores
-from fastadapt.train.run_folder import PREDICTIONS, RESULTS, SPLITS
+from fastadapt.train.mistakes import Mistakes, draw_mistakes
+from fastadapt.train.plots import plot_evaluation
+from fastadapt.train.run_folder import EVALUATION, MISTAKES, PREDICTIONS, RESULTS, SPLITS
 
 FOLDS, TABLE = "folds.json", "folds.csv"
 FORMAT, FORMAT_VERSION = "fastadapt-folds", 1
@@ -109,12 +113,18 @@ def read_held_out(out: Path, plan: Sequence[PlannedRun], classes: Sequence[str])
         with (out / run.folder / PREDICTIONS).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         split = held_out_split({row["split"] for row in rows})
+        where = out / run.folder / RESULTS
+        decision = Decision.from_dict(read_json(where).get("decision"), str(where))
         for row in rows:
             if row["split"] == split:
                 paths.append(row["path"])
                 labels.append(place[row["target"]])
-                predictions.append(place[row["prediction"]])
-                probabilities.append([float(row[f"probability_{name}"]) for name in classes])
+                values = [float(row[f"probability_{name}"]) for name in classes]
+                probabilities.append(values)
+                if row["prediction"]:
+                    predictions.append(place[row["prediction"]])
+                else:  # undecided, which is judged by the class that it would get
+                    predictions.append(int(decision.classes(np.array([values]))[0]))
     return HeldOut(paths, np.array(labels), np.array(predictions), np.array(probabilities))
 
 
@@ -124,15 +134,20 @@ def held_out_split(splits: set[str] | Mapping[str, Any]) -> str:
 
 
 def summarize(
-    out: Path, plan: Sequence[PlannedRun], dataset: Dataset, described: dict[str, Any]
+    out: Path,
+    plan: Sequence[PlannedRun],
+    dataset: Dataset,
+    described: dict[str, Any],
+    value_range: ValueRange | None = None,
 ) -> dict[str, Any]:
-    """Put all runs' results together.
+    """Put all runs' results together, and draw them.
 
     Args:
         out: the folder of the runs.
         plan: the runs, all of them finished.
         dataset: the whole data set; its groups are what intervals draw.
         described: what ``folds.json`` says of the plan.
+        value_range: of the pixels, for the pictures of mistakes.
 
     Returns:
         For ``folds.json``. ``mean`` holds the mean and the sample's standard deviation over runs,
@@ -146,6 +161,12 @@ def summarize(
     groups = {str(sample.path): sample.group for sample in dataset.samples}
     clusters = [groups[path] or path for path in held.paths]
     values = (held.labels, held.predictions, held.probabilities)
+    pooled = scores(*values, dataset.classes)
+    plot_evaluation(
+        out / EVALUATION, split, pooled, held.labels, held.probabilities, dataset.classes
+    )
+    found = Mistakes.find([Path(path) for path in held.paths], *values)
+    draw_mistakes(out / MISTAKES, found, dataset.classes, value_range)
     return {
         **described,
         "finished": True,
@@ -153,7 +174,7 @@ def summarize(
         "runs": rows,
         "mean": mean_scores(rows),
         "pooled": {
-            **scores(*values, dataset.classes),
+            **pooled,
             "intervals": bootstrap_intervals(*values, clusters),
             "clusters": "groups" if any(groups.values()) else "images",
         },

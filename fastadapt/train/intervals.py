@@ -12,7 +12,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-RESAMPLES = 1000
+RESAMPLES, FEWEST = 1000, 200
+MOST_DRAWS = 20_000_000  # rows times resamples: beyond this the interval is narrow anyway
 AT_ONCE = 1 << 22  # weights in memory
 MOST_RANKED = 200_000  # rows times classes whose AUROC is resampled: 1,000 times in a second
 
@@ -46,9 +47,10 @@ def bootstrap_intervals(
     rng = np.random.default_rng(seed)
     ranks = _Ranks.of(labels, probabilities)
     found: dict[str, list[np.ndarray]] = {}
-    size = max(1, min(RESAMPLES, AT_ONCE // max(count, 1)))
-    for start in range(0, RESAMPLES, size):
-        drawn = rng.multinomial(total, np.full(total, 1 / total), min(size, RESAMPLES - start))
+    resamples = max(FEWEST, min(RESAMPLES, MOST_DRAWS // count))
+    size = max(1, min(resamples, AT_ONCE // count))
+    for start in range(0, resamples, size):
+        drawn = rng.multinomial(total, np.full(total, 1 / total), min(size, resamples - start))
         weights = drawn[:, numbers].astype(np.float64)
         values = _of_confusion(labels, predictions, weights, classes)
         if ranks is not None:

@@ -29,7 +29,13 @@ from fastadapt.processes import ALONE, Processes
 from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
-from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source, size_text
+from fastadapt.train.feature_cache import (
+    CacheSettings,
+    CacheWriter,
+    as_tokens,
+    cached_source,
+    size_text,
+)
 from fastadapt.train.metrics import classification_metrics
 from fastadapt.train.mixing import make_mix
 from fastadapt.train.optimizer import copy_of, make_optimizer
@@ -182,6 +188,18 @@ class Trainer:
                 with self._autocast():
                     parts.append(logits_of(self.model, source, inputs).float())
             return self.processes.gather_rows(torch.cat(parts), share.rows[0]).cpu()
+
+    def pooled_features(self, split: str) -> np.ndarray:
+        """Return the means of the backbone's features of plain images [n, C], as it is now."""
+        source, parts = self._image_source(split), []
+        batch_size = max(self.config.batch_size, EVALUATION_BATCH_SIZE)
+        self.model.eval()
+        with torch.inference_mode():
+            for images, _ in source.batches(np.arange(len(source.labels)), None, batch_size):
+                with self._autocast():
+                    features = as_tokens(self.model, self.model.backbone_features(images))
+                parts.append(features.float().mean(1).cpu())
+        return torch.cat(parts).numpy()
 
     @property
     def features(self) -> dict[str, FeatureSource]:

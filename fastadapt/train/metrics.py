@@ -108,6 +108,7 @@ def scores(
     finite = bool(np.isfinite(probabilities).all())
     no_probabilities = "the model's outputs hold NaN or infinite values"
     found["ece"] = calibration_error(labels, probabilities) if finite else None
+    found["reliability"] = reliability(labels, probabilities) if finite else []
     if not finite:
         undefined["ece"] = no_probabilities
     for key, score in (
@@ -147,6 +148,32 @@ def accuracy_interval(accuracy: float, images: int, seed: int = 0) -> list[float
     return [float(low), float(high)]
 
 
+def reliability(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 15
+) -> list[dict[str, Any]]:
+    """Return the mean confidence, the accuracy and the number of images of every bin with some.
+
+    Args:
+        labels, probabilities, bins: as for :func:`calibration_error`, whose bins these are.
+    """
+    confidence = probabilities.max(1).astype(np.float64)
+    right = probabilities.argmax(1) == labels
+    index = _bins(confidence, bins)
+    return [
+        {
+            "confidence": float(confidence[index == place].mean()),
+            "accuracy": float(right[index == place].mean()),
+            "images": int((index == place).sum()),
+        }
+        for place in np.unique(index)
+    ]
+
+
+def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Return the number of each confidence's bin: closed on the right, as in the paper."""
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
     """Return the expected calibration error (Guo et al. 2017, equation 3).
 
@@ -160,7 +187,5 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
     """
     confidence = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
-    # Bins are closed on the right: (0, 1/bins], … as in the paper.
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=right - confidence, minlength=bins)
+    gaps = np.bincount(_bins(confidence, bins), weights=right - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from fastadapt.checkpoint import save_adapter
+from fastadapt.checkpoint import save_adapter, set_temperature
+from fastadapt.decision import choose_decision
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
+from fastadapt.train.linear_probe import LARGEST, linear_probe
 from fastadapt.train.loop import Trainer
-from fastadapt.train.plots import plot_curves
+from fastadapt.train.mistakes import Mistakes, draw_mistakes
+from fastadapt.train.plots import plot_curves, plot_evaluation
 from fastadapt.train.request import REQUEST
 from fastadapt.train.results import (
     TrainResult,
     calibration,
     probe_scores,
+    softmax,
     split_scores,
+    too_many_for_a_probe,
     write_predictions,
 )
 from fastadapt.train.run_folder import (
     CURVES,
+    EVALUATION,
     LABELS,
+    MISTAKES,
     PREDICTIONS,
     RESULTS,
     SPLITS,
@@ -30,6 +38,31 @@ from fastadapt.train.run_folder import (
 )
 
 RECORDED = ("python", "fastadapt", "torch", "timm")  # versions worth keeping with a run
+
+
+def frozen_probe(trainer: Trainer) -> dict[str, Any] | None:
+    """Fit the linear probe before training, where training will not have cached features.
+
+    That takes one pass over the images through the backbone as it is before it trains.
+
+    Returns:
+        Its results; ``None`` where features are cached, or the images are too many.
+    """
+    dataset = trainer.dataset
+    if not trainer.config.probe or (trainer.cached and trainer.state.stage == 1):
+        return None
+    images = len(dataset.split("train"))
+    if images * trainer.model.num_features * len(dataset.classes) > LARGEST:
+        line = too_many_for_a_probe(images, len(dataset.classes))
+        trainer.progress.console.print(line, markup=False)
+        return None
+    splits = [split for split in ("train", "val", "test") if dataset.split(split)]
+    with trainer.phases("probe"):
+        pooled = {split: trainer.pooled_features(split) for split in splits}
+        labels = {
+            split: np.array([sample.label for sample in dataset.split(split)]) for split in splits
+        }
+        return linear_probe(pooled, labels, dataset.classes)
 
 
 def write_outputs(trainer: Trainer, data: str, probe: dict[str, Any] | None = None) -> TrainResult:
@@ -47,30 +80,44 @@ def write_outputs(trainer: Trainer, data: str, probe: dict[str, Any] | None = No
 
 
 def _write(
-    trainer: Trainer, data: str, logits: dict[str, Tensor], probe: dict[str, Any] | None
+    trainer: Trainer, data: str, raw: dict[str, Tensor], probe: dict[str, Any] | None
 ) -> TrainResult:
     out, state, dataset = trainer.out, trainer.state, trainer.dataset
     assert state.best is not None  # an epoch was completed
     best = state.history[state.best]
+    calibrated = calibration(dataset, raw, trainer.config.calibrate)
+    temperature = calibrated["temperature"]
+    logits = {name: values / temperature for name, values in raw.items()}
+    decision, notes = choose_decision(
+        softmax(logits["val"]),
+        np.array([sample.label for sample in dataset.split("val")]),
+        trainer.config.threshold,
+        trainer.config.abstain,
+    )
+    for line in notes:
+        trainer.progress.console.print(line, markup=False)
     results = {
         "classes": list(dataset.classes),
         "best": best,
         **{
-            name: split_scores(dataset, name, values, trainer.loss(name, values))
+            name: split_scores(dataset, name, values, trainer.loss(name, raw[name]), decision)
             for name, values in logits.items()
         },
-        "calibration": calibration(dataset, logits),
+        "calibration": calibrated,
+        "decision": decision.to_dict(),
     }
     if trainer.config.probe:
         with trainer.phases("probe"):
             fitted = probe or probe_scores(trainer.features, dataset.classes)
-        if isinstance(fitted, str):
-            trainer.progress.console.print(fitted, markup=False)
-        else:
+        if not isinstance(fitted, str):
             results["linear_probe"] = fitted
+        elif trainer.features:
+            trainer.progress.console.print(fitted, markup=False)
+    set_temperature(trainer.model, temperature)
     save_adapter(
         trainer.model,
         out,
+        decision=decision.to_dict(),
         labels=list(dataset.classes),
         preprocess=trainer.preprocess.to_dict(),
         train={
@@ -85,7 +132,25 @@ def _write(
     dataset.write_splits(out / SPLITS)
     write_metrics(out, state.history)
     plot_curves(state.history, out / CURVES, state.best)
-    write_predictions(out / PREDICTIONS, dataset, logits)
+    write_predictions(out / PREDICTIONS, dataset, logits, decision)
+    held_out = list(raw)[-1]
+    labels = np.array([sample.label for sample in dataset.split(held_out)])
+    probabilities, paths = softmax(logits[held_out]), [s.path for s in dataset.split(held_out)]
+    if trainer.shared is None:  # of several runs the pictures are drawn once, of all
+        plot_evaluation(
+            out / EVALUATION,
+            held_out,
+            results[held_out],
+            labels,
+            probabilities,
+            dataset.classes,
+        )
+        draw_mistakes(
+            out / MISTAKES,
+            Mistakes.find(paths, labels, decision.classes(probabilities), probabilities),
+            dataset.classes,
+            trainer.preprocess.intensity_range,
+        )
     write_json(out / RESULTS, results)
     trainer.remove_unused_caches()
     with trainer.phases("saving"):

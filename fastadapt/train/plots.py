@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from fastadapt.files import atomic_path
 
+MOST_CURVES = 8  # of classes against the rest, in one picture
+
 
 def plot_curves(
     history: Sequence[dict[str, Any]], path: str | os.PathLike, best: int | None = None
@@ -27,8 +29,9 @@ def plot_curves(
         path: of the PNG, written whole or not at all.
         best: index of the epoch that was kept; marked if given.
     """
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=120)  # a constrained layout draws everything twice
     loss, score = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.07, right=0.99, bottom=0.12, top=0.97, wspace=0.2)
     draw_curves(loss, score, history, best)
     save_figure(figure, path)
 
@@ -44,6 +47,87 @@ def plot_confusion(
     figure = Figure(figsize=(size + 1, size), dpi=120, layout="constrained")
     draw_confusion(figure.subplots(), confusion, classes, title)
     save_figure(figure, path)
+
+
+def plot_evaluation(
+    path: str | os.PathLike,
+    split: str,
+    found: dict[str, Any],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """Write confusion matrix, ROC curves and reliability diagram side by side as a PNG.
+
+    Args:
+        path: of the PNG.
+        split: what was judged, for the title.
+        found: its scores.
+        labels: [N] true class indices.
+        probabilities: [N, K].
+        classes: K names.
+    """
+    size = min(max(4.0, 1.5 + 0.45 * len(classes)), 14.0)
+    figure = Figure(figsize=(size + 9.5, size), dpi=100)
+    widths = (size + 0.8, 4, 4)
+    matrix, roc, reliability = figure.subplots(1, 3, gridspec_kw={"width_ratios": widths})
+    title = f"{split}: {found['accuracy']:.1%} of {found['images']} right"
+    draw_confusion(matrix, found["confusion"], classes, title)
+    draw_roc(roc, labels, probabilities, classes)
+    draw_reliability(reliability, found)
+    figure.subplots_adjust(wspace=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
+
+
+def draw_roc(
+    axes: Axes, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> None:
+    """Draw the ROC curve of the second of two classes, or of each class against the rest.
+
+    Args:
+        axes: to draw on.
+        labels: [N] true class indices.
+        probabilities: [N, K].
+        classes: K names; of more than :data:`MOST_CURVES`, the worst are drawn.
+    """
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    curves = []
+    for index in [1] if len(classes) == 2 else range(len(classes)):
+        positive = labels == index
+        if not 0 < positive.sum() < len(labels) or not np.isfinite(probabilities).all():
+            continue
+        order = np.argsort(-probabilities[:, index], kind="stable")
+        last = np.flatnonzero(np.diff(probabilities[order, index], append=-1.0))  # of equal ones
+        hits, wrong = np.cumsum(positive[order])[last], np.cumsum(~positive[order])[last]
+        rates = [np.concatenate([[0], x / x[-1]]) for x in (wrong, hits)]
+        curves.append((float(np.trapezoid(rates[1], rates[0])), classes[index], rates))
+    for area, name, (wrong, hits) in sorted(curves, key=lambda curve: curve[0])[:MOST_CURVES]:
+        axes.plot(wrong, hits, label=f"{name} ({area:.3f})")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC (AUROC)")
+    axes.set_aspect("equal")
+    if curves:
+        axes.legend(loc="lower right", fontsize="small")
+
+
+def draw_reliability(axes: Axes, found: dict[str, Any]) -> None:
+    """Draw accuracy over confidence, and how many images each bin has.
+
+    Args:
+        axes: to draw on.
+        found: scores, with ``reliability`` and ``ece``.
+    """
+    rows = found.get("reliability") or []
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    x = [row["confidence"] for row in rows]
+    total = sum(row["images"] for row in rows) or 1
+    axes.bar(x, [row["images"] / total for row in rows], width=0.03, color="0.85", label="images")
+    axes.plot(x, [row["accuracy"] for row in rows], marker="o", label="accuracy")
+    error = "" if found.get("ece") is None else f" (ECE {found['ece']:.3f})"
+    axes.set(xlabel="confidence", ylabel="accuracy, share of images", title=f"reliability{error}")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.set_aspect("equal")
+    axes.legend(loc="upper left", fontsize="small")
 
 
 def draw_curves(

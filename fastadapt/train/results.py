@@ -15,11 +15,15 @@ from rich.table import Table
 from torch import Tensor
 
 from fastadapt.data.dataset import Dataset, Sample
+from fastadapt.decision import LIKELIEST, UNDECIDED, Decision
 from fastadapt.files import write_text
-from fastadapt.train.calibration import fit_temperature
+from fastadapt.train.calibration import calibrate
+from fastadapt.train.intervals import bootstrap_intervals
 from fastadapt.train.linear_probe import LARGEST, linear_probe
 from fastadapt.train.metrics import calibration_error, scores
 from fastadapt.train.sources import FeatureSource
+
+DECIDED = ("accuracy", "balanced_accuracy", "macro_f1")  # of the images that are decided
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,38 @@ class TrainResult:
 
 
 def split_scores(
-    dataset: Dataset, split: str, logits: Tensor, loss: float | None = None
+    dataset: Dataset,
+    split: str,
+    logits: Tensor,
+    loss: float | None = None,
+    decision: Decision = LIKELIEST,
 ) -> dict[str, Any]:
-    """Return the loss and all metrics of a split.
+    """Return the loss, all metrics of a split, and their bootstrap intervals.
 
     Args:
         dataset: the images.
         split: its name.
-        logits: [N, K] of the split's images, in their order.
+        logits: [N, K] of the split's images, in their order, calibrated.
         loss: left out if None.
+        decision: how probabilities become classes. Images that it leaves undecided count in the
+            metrics with the class that they would get; ``decided`` has those of the others.
     """
-    labels = np.array([sample.label for sample in dataset.split(split)])
-    found = scores(labels, logits.argmax(1).numpy(), softmax(logits), dataset.classes)
+    samples = dataset.split(split)
+    labels = np.array([sample.label for sample in samples])
+    probabilities = softmax(logits)
+    predictions = decision.classes(probabilities)
+    found = scores(labels, predictions, probabilities, dataset.classes)
+    clusters = [sample.group or str(sample.path) for sample in samples]
+    found["intervals"] = bootstrap_intervals(labels, predictions, probabilities, clusters)
+    if decision.threshold != 0.5:
+        likelier = scores(labels, probabilities.argmax(1), probabilities, dataset.classes)
+        found["likeliest_class"] = {name: likelier[name] for name in DECIDED}
+    if decision.band is not None or decision.confidence is not None:
+        kept = ~decision.undecided(probabilities)
+        found["decided"] = {"images": int(kept.sum())}
+        if kept.any():
+            some = scores(labels[kept], predictions[kept], probabilities[kept], dataset.classes)
+            found["decided"] |= {name: some[name] for name in DECIDED}
     return found if loss is None else {"loss": loss, **found}
 
 
@@ -68,27 +92,40 @@ def probe_scores(
         return "no linear probe beside the result: it takes cached features"
     images, channels = len(features["train"].labels), features["train"].features.shape[-1]
     if images * channels * len(classes) > LARGEST:
-        return (
-            f"no linear probe beside the result: {images} images in {len(classes)} classes are "
-            "too many for it"
-        )
+        return too_many_for_a_probe(images, len(classes))
     pooled = {split: source.pooled for split, source in features.items()}
     labels = {split: source.labels for split, source in features.items()}
     return linear_probe(pooled, labels, classes)
 
 
-def calibration(dataset: Dataset, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+def too_many_for_a_probe(images: int, classes: int) -> str:
+    """Return the line that says why there is no probe."""
+    return (
+        f"no linear probe beside the result: {images} images in {classes} classes are too many "
+        "for it"
+    )
+
+
+def calibration(dataset: Dataset, logits: Mapping[str, Tensor], fit: bool = True) -> dict[str, Any]:
     """Fit the temperature on validation; return it, and each split's ECE before and after it.
 
     Args:
         dataset: the images.
         logits: [N, K] by split, ``val`` among them.
+        fit: whether to fit it; else it is 1.
+
+    Returns:
+        For JSON. ``note`` says why the temperature is kept at 1, where it is.
     """
     labels = {
         split: np.array([sample.label for sample in dataset.split(split)]) for split in logits
     }
-    temperature = fit_temperature(logits["val"], labels["val"])
+    temperature, note = 1.0, "not asked for"
+    if fit:
+        temperature, note = calibrate(logits["val"], labels["val"])
     found: dict[str, Any] = {"temperature": temperature}
+    if note:
+        found["note"] = note
     for split, values in logits.items():
         finite = bool(values.isfinite().all())
         found[split] = {
@@ -103,13 +140,19 @@ def softmax(logits: Tensor) -> np.ndarray:
     return torch.softmax(logits.double(), 1).numpy()
 
 
-def write_predictions(path: Path, dataset: Dataset, logits: dict[str, Tensor]) -> None:
+def write_predictions(
+    path: Path,
+    dataset: Dataset,
+    logits: dict[str, Tensor],
+    decision: Decision = LIKELIEST,
+) -> None:
     """Write a CSV of every image that was predicted: its class, the predicted one, probabilities.
 
     Args:
         path: of the CSV, written whole or not at all.
         dataset: the images.
         logits: [N, K] by split, in the order of the split's images.
+        decision: how probabilities become classes; an undecided image has no prediction.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -117,9 +160,11 @@ def write_predictions(path: Path, dataset: Dataset, logits: dict[str, Tensor]) -
     writer.writerow(["path", "split", "target", "prediction", *columns])
     for split, values in logits.items():
         samples: Sequence[Sample] = dataset.split(split)
-        rows = zip(samples, values.argmax(1).tolist(), softmax(values), strict=True)
+        every = softmax(values)
+        rows = zip(samples, decision.decide(every).tolist(), every, strict=True)
         for sample, predicted, probabilities in rows:
-            names = dataset.classes[sample.label], dataset.classes[predicted]
+            name = "" if predicted == UNDECIDED else dataset.classes[predicted]
+            names = dataset.classes[sample.label], name
             writer.writerow([sample.path, split, *names, *(f"{p:.6g}" for p in probabilities)])
     write_text(path, text.getvalue())
 
@@ -138,6 +183,12 @@ def summary_table(result: TrainResult) -> Table:
         if split in probe:
             table.add_row(f"linear probe, {split}", score_line(probe[split]))
             break
+    calibrated = result.results.get("calibration", {})
+    if calibrated.get("note"):
+        table.add_row("temperature", f"1, since {calibrated['note']}")
+    decision = Decision.from_dict(result.results.get("decision"), str(result.out))
+    if not decision.plain:
+        table.add_row("decision", str(decision))
     table.add_row("run", str(result.out))
     return table
 

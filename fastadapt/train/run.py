@@ -22,6 +22,7 @@ from fastadapt.data.decode_pool import DecodePool, default_workers
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.scan import Scan, Scanned
 from fastadapt.data.splits import SPLITS as SPLIT_ORDER
+from fastadapt.decision import check_decision
 from fastadapt.errors import InputError
 from fastadapt.files import write_json
 from fastadapt.lora import lora_layers
@@ -33,7 +34,7 @@ from fastadapt.train.devices import check_batch_sizes, device_of_process, locked
 from fastadapt.train.fold_settings import dataset_of
 from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.optimizer import make_optimizer
-from fastadapt.train.outputs import write_outputs
+from fastadapt.train.outputs import frozen_probe, write_outputs
 from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.request import Request
 from fastadapt.train.results import TrainResult
@@ -258,9 +259,10 @@ def run_prepared(
     try:
         with full_disk_or_memory(out):
             where.processes.on_first(lambda: _begin(where))
+            probe = where.probe or frozen_probe(trainer)
             try:
                 trainer.run()
-                return write_outputs(trainer, where.request.data, where.probe)
+                return write_outputs(trainer, where.request.data, probe)
             except BaseException:
                 trainer.save()
                 raise
@@ -298,7 +300,8 @@ class Prepared:
             **asdict(config),
             **self.preprocess.to_dict(),  # the intensity range as found, not as asked for
         }
-        for name in ("cuda_graph", "probe"):  # the trained weights do not depend on them
+        # The trained weights do not depend on these.
+        for name in ("cuda_graph", "probe", "calibrate", "threshold", "abstain"):
             del settings[name]
         return settings
 
@@ -339,6 +342,7 @@ def prepare(
     if images.intensity_range is not None:
         raise InputError("set the intensity range in TrainConfig(intensity_range=...)")
     check_augment(config.augmentation(), images)
+    check_decision(config.threshold, len(scan.dataset.classes))
     cached = config.cache and not config.full and not lora_layers(model.backbone)
     if config.layer_decay < 1:
         make_optimizer(model, config)  # refused now rather than in stage 2

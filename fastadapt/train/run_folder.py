@@ -25,11 +25,11 @@ LABELS = "labels.txt"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 PREDICTIONS = "predictions.csv"
-CURVES = "curves.png"
+CURVES, EVALUATION, MISTAKES = "curves.png", "evaluation.png", "mistakes.png"
 CACHE = "cache"
 PROFILE = "profile.json"
 OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, PREDICTIONS, CURVES, CACHE}
-OURS |= {PROFILE, REQUEST}
+OURS |= {PROFILE, REQUEST, EVALUATION, MISTAKES}
 
 
 @dataclass

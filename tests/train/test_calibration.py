@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastadapt.train.calibration import HIGHEST, LOWEST, fit_temperature
+from fastadapt.train.calibration import HIGHEST, LOWEST, calibrate, fit_temperature
 
 
 def drawn(images=400, classes=4, seed=0):
@@ -43,3 +43,17 @@ def test_it_takes_logits_of_inference_mode():
     with torch.inference_mode():
         logits = drawn()[0].clone()
     assert fit_temperature(logits, drawn()[1]) == pytest.approx(1, rel=0.15)
+
+
+def test_it_is_kept_at_1_where_validation_says_too_little():
+    logits, labels = drawn()
+    temperature, note = calibrate(logits * 3, labels)
+    assert temperature == fit_temperature(logits * 3, labels) and note == ""
+    for z, y, reason in (
+        (logits[:19], labels[:19], "validation has 19 images, and 20 are needed"),
+        (logits, logits.argmax(1).numpy(), "every validation image is right"),
+        (logits * torch.nan, labels, "NaN or infinite"),
+        (logits * 1e3, labels, "out of range (0.05 to 20)"),
+    ):
+        temperature, note = calibrate(z, y)
+        assert temperature == 1 and reason in note

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastadapt.data.dataset import Dataset, Sample
+from fastadapt.decision import Decision
 from fastadapt.train.metrics import calibration_error
 from fastadapt.train.results import (
     TrainResult,
@@ -103,12 +104,43 @@ def test_calibration_is_fitted_on_validation_and_measured_on_both():
         z = logits[split] / found["temperature"]
         assert after == calibration_error(truth.numpy(), softmax(z))
     broken = calibration(dataset, {"val": logits["val"] * torch.nan})
-    assert broken == {"temperature": 1.0, "val": {"ece_before": None, "ece_after": None}}
+    assert broken == {
+        "temperature": 1.0,
+        "note": "the model's outputs hold NaN or infinite values",
+        "val": {"ece_before": None, "ece_after": None},
+    }
+    assert calibration(dataset, logits, fit=False)["temperature"] == 1
+
+
+def test_undecided_images_have_no_prediction_and_scores_of_their_own(tmp_path):
+    decision = Decision("f1", 0.7, 0.5, (0.5, 0.8))  # the second class's: 0.12, 0.73, 0.05, 0.27
+    found = split_scores(DATASET, "val", LOGITS, None, decision)
+    assert found["confusion"] == [[2, 0], [1, 1]]
+    assert found["likeliest_class"]["accuracy"] == 0.75
+    assert found["decided"] == {
+        "images": 3,
+        "accuracy": pytest.approx(2 / 3),
+        "balanced_accuracy": 0.5,
+        "macro_f1": pytest.approx(0.4),
+    }
+    assert set(found["intervals"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc"}
+    assert sum(row["images"] for row in found["reliability"]) == 4
+    write_predictions(tmp_path / "predictions.csv", DATASET, {"val": LOGITS}, decision)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == [
+            "crack",
+            "",
+            "crack",
+            "crack",
+        ]
 
 
 def test_summary_names_the_probe_beside_the_result(tmp_path):
     scored = {"accuracy": 0.5, "macro_f1": 0.4, "images": 10}
     results = {"val": scored, "test": scored, "linear_probe": {"val": scored, "test": scored}}
+    results["calibration"] = {"temperature": 1.0, "note": "validation has 4 images"}
+    results["decision"] = Decision("f1", 0.3).to_dict()
     table = summary_table(TrainResult(tmp_path, {"epoch": 3, "stage": 1}, results))
     names = list(table.columns[0].cells)
-    assert names == ["kept", "val", "test", "linear probe, test", "run"]
+    named = ["kept", "val", "test", "linear probe, test", "temperature", "decision", "run"]
+    assert names == named
