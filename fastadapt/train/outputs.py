@@ -96,7 +96,7 @@ def _write(
     )
     for line in notes:
         trainer.progress.console.print(line, markup=False)
-    results = {
+    results: dict[str, Any] = {
         "classes": list(dataset.classes),
         "best": best,
         **{
