@@ -25,6 +25,7 @@ NAMES = (
     "gdpl",
     "end_to_end",
     "deployment",
+    "scaling",
 )
 
 
