@@ -154,10 +154,38 @@ class Predictor:
             InputError: the model takes more than images, or the process is a fork of the one that
                 loaded it.
         """
+        return self._run_outputs(pixels, 1)[0]
+
+    def run_features(self, pixels: np.ndarray) -> np.ndarray:
+        """Map prepared images to their features before the head, [images, num_features].
+
+        Raises:
+            InputError: as for :meth:`run`; or the bundle was exported without features.
+        """
+        self._check_features()
+        return self._run_outputs(pixels, 2)[1]
+
+    def run_with_features(self, pixels: np.ndarray) -> np.ndarray:
+        """Map prepared images to logits and features, [images, classes + num_features].
+
+        Raises:
+            InputError: as for :meth:`run_features`.
+        """
+        self._check_features()
+        return np.concatenate(self._run_outputs(pixels, 2), axis=1)
+
+    def _check_features(self) -> None:
+        if not self.num_features:
+            raise InputError(
+                "this bundle has no output of features: export it with `with_features=True`"
+            )
+
+    def _run_outputs(self, pixels: np.ndarray, count: int) -> list[np.ndarray]:
         self._check_others({}, len(pixels))
         images = np.moveaxis(pixels, -1, 1)
         starts = range(0, len(images), self._most)
-        return np.concatenate([self._run(images[i : i + self._most], []) for i in starts])
+        parts = [self._run_all(images[i : i + self._most], []) for i in starts]
+        return [np.concatenate([part[i] for part in parts]) for i in range(count)]
 
     def iter(
         self,
@@ -212,6 +240,12 @@ class Predictor:
     def width(self) -> int:
         """The number of outputs: classes, or features where there is no head."""
         return len(self.classes) or int(np.prod(self._outputs[0]["shape"][1:]))
+
+    @property
+    def num_features(self) -> int:
+        """The width of the second output, features; 0 if the bundle was exported without."""
+        second = self._outputs[1:2]
+        return int(np.prod(second[0]["shape"][1:])) if second else 0
 
     def __call__(self, images: Picture | Sequence[Picture], **others: np.ndarray) -> Prediction:
         """Predict, with the preprocessing of the training.
@@ -271,6 +305,9 @@ class Predictor:
                 raise InputError(f"{name} has {len(values)} rows; there are {count} images")
 
     def _run(self, pixels: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+        return self._run_all(pixels, others)[0]
+
+    def _run_all(self, pixels: np.ndarray, others: list[np.ndarray]) -> list[np.ndarray]:
         if os.getpid() != self._pid:
             raise InputError(
                 "this predictor was loaded before the process forked, where its runtime does not "
@@ -281,8 +318,8 @@ class Predictor:
         if count < self._fewest:  # an engine that takes no fewer
             inputs = [np.resize(x, (self._fewest, *x.shape[1:])) for x in inputs]
         with self._one_at_a_time:
-            outputs = self.runtime(*inputs)
-        return outputs.reshape(len(outputs), -1)[:count]
+            outputs = self.runtime.outputs(*inputs)
+        return [output.reshape(len(output), -1)[:count] for output in outputs]
 
 
 def load(

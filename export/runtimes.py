@@ -51,7 +51,7 @@ class Runtime:
     def __call__(self, *inputs: np.ndarray) -> np.ndarray: ...
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run a batch.
+        """Run a batch, and return the first output: logits, or features without a head.
 
         Args:
             inputs: all arrays or all tensors, in the order, dtypes and layouts of the file's
@@ -60,6 +60,10 @@ class Runtime:
         Raises:
             InputError: the runtime fails, at this batch size perhaps.
         """
+        return self.outputs(*inputs)[0]
+
+    def outputs(self, *inputs: Any) -> tuple[Any, ...]:
+        """Run a batch as :meth:`__call__` does, and return all outputs."""
         try:
             if isinstance(inputs[0], Tensor):
                 return self.run_tensors(*(x.to(self.device).contiguous() for x in inputs))
@@ -69,14 +73,14 @@ class Runtime:
                 f"{self.name} fails at batch size {len(inputs[0])}: {first_line(error)}"
             ) from error
 
-    def run_tensors(self, *inputs: Tensor) -> Tensor:
-        """Run contiguous tensors that are on the runtime's device."""
-        return torch.from_numpy(self.run_arrays(*(x.numpy() for x in inputs)))
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run contiguous tensors that are on the runtime's device; return all outputs."""
+        return tuple(map(torch.from_numpy, self.run_arrays(*(x.numpy() for x in inputs))))
 
-    def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
-        """Run contiguous arrays."""
+    def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Run contiguous arrays; return all outputs."""
         tensors = (torch.from_numpy(x).to(self.device) for x in inputs)
-        return self.run_tensors(*tensors).cpu().numpy()
+        return tuple(output.cpu().numpy() for output in self.run_tensors(*tensors))
 
 
 def load_runtime(
@@ -152,7 +156,7 @@ class OnnxRuntime(Runtime):
         self.path = path
         self.threads = threads or usable_cores()
         self._sessions: dict[int | None, Any] = {}
-        self._fixed: dict[int, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._fixed: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
         self._open("cuda" if usable and device != "cpu" else "cpu")
         if self.device == "cuda" and self.providers[0] != "CUDAExecutionProvider":
             if device == "cuda":
@@ -167,7 +171,7 @@ class OnnxRuntime(Runtime):
         self.device, self.name = device, f"ONNX Runtime, {device.upper()}"
         session = self._session(None)
         self.providers = tuple(session.get_providers())
-        self.inputs, self.output = session.get_inputs(), session.get_outputs()[0]
+        self.inputs, self._outputs = session.get_inputs(), session.get_outputs()
 
     def _session(self, batch: int | None) -> Any:
         """Return a session for any batch size, or for one (with CUDA graphs)."""
@@ -198,37 +202,39 @@ class OnnxRuntime(Runtime):
         session.disable_fallback()  # it would go on on the CPU where the GPU fails
         return self._sessions.setdefault(batch, session)
 
-    def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
+    def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Run arrays; ONNX Runtime copies them to the GPU and back."""
         if self.cuda_graph:
             return super().run_arrays(*inputs)
         named = {value.name: x for value, x in zip(self.inputs, inputs, strict=True)}
-        return self._session(None).run([self.output.name], named)[0]
+        return tuple(self._session(None).run([value.name for value in self._outputs], named))
 
-    def run_tensors(self, *inputs: Tensor) -> Tensor:
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run tensors where they are, without copies."""
         if self.device == "cpu":
             return super().run_tensors(*inputs)
         if self.cuda_graph:
             return self._replay(inputs)
-        output = self._empty(len(inputs[0]))
-        self._run_bound(self._session(None), inputs, output)
-        return output
+        outputs = self._empty(len(inputs[0]))
+        self._run_bound(self._session(None), inputs, outputs)
+        return outputs
 
-    def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Copy inputs to the addresses that the graph was captured with, and replay it."""
         batch = len(inputs[0])
         if batch not in self._fixed:
             self._fixed[batch] = tuple(x.clone() for x in inputs), self._empty(batch)
-        fixed, output = self._fixed[batch]
+        fixed, outputs = self._fixed[batch]
         for own, x in zip(fixed, inputs, strict=True):
             own.copy_(x)
-        self._run_bound(self._session(batch), fixed, output)
-        return output.clone()
+        self._run_bound(self._session(batch), fixed, outputs)
+        return tuple(output.clone() for output in outputs)
 
-    def _run_bound(self, session: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _run_bound(
+        self, session: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
+    ) -> None:
         binding = session.io_binding()
-        pairs = [(binding.bind_output, self.output, output)]
+        pairs = [(binding.bind_output, *pair) for pair in zip(self._outputs, outputs, strict=True)]
         pairs += [(binding.bind_input, *pair) for pair in zip(self.inputs, inputs, strict=True)]
         for bind, value, x in pairs:
             shape, device = list(x.shape), x.device.index or 0
@@ -236,8 +242,9 @@ class OnnxRuntime(Runtime):
         torch.cuda.current_stream().synchronize()  # ONNX Runtime uses a CUDA stream of its own
         session.run_with_iobinding(binding)
 
-    def _empty(self, batch: int) -> Tensor:
-        return torch.empty(batch, *self.output.shape[1:], device="cuda")
+    def _empty(self, batch: int) -> tuple[Tensor, ...]:
+        shapes = [(batch, *value.shape[1:]) for value in self._outputs]
+        return tuple(torch.empty(shape, device="cuda") for shape in shapes)
 
 
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.uint8: np.uint8}
@@ -326,10 +333,10 @@ class AotiRuntime(Runtime):
         self._graphs = GraphedCall(self._model, say=warnings.warn) if graphed else None
 
     @torch.no_grad()
-    def run_tensors(self, *inputs: Tensor) -> Tensor:
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the compiled model, or replay its graph."""
         run: Callable[..., Any] = self._graphs or self._model
-        return run(*inputs)
+        return _all(run(*inputs))
 
 
 class TensorRTRuntime(Runtime):
@@ -377,10 +384,10 @@ class TensorRTRuntime(Runtime):
         self.providers = (flavour.name,)
         self._graphs = GraphedCall(self._enqueue, say=warnings.warn) if cuda_graph else None
 
-    def run_tensors(self, *inputs: Tensor) -> Tensor:
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Enqueue the engine, or replay its graph."""
         run: Callable[..., Any] = self._graphs or self._enqueue
-        return run(*inputs)
+        return _all(run(*inputs))
 
     def _enqueue(self, *inputs: Tensor) -> Tensor:
         context = self._context
@@ -393,6 +400,10 @@ class TensorRTRuntime(Runtime):
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._log.reason)
         return output
+
+
+def _all(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def usable_cores() -> int:

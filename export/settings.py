@@ -181,6 +181,13 @@ class BundleSettings(Settings):
             le=23,
         ),
     ] = OPSET
+    with_features: Annotated[
+        bool,
+        Setting(
+            "Give the files a second output: the features before the head, for fastadapt embed.",
+            panel=BUNDLE,
+        ),
+    ] = False
     overwrite: Annotated[bool, Setting("Replace the bundle that is there.", panel=BUNDLE)] = False
     speed: Annotated[bool, Setting("Measure images per second.", panel=BUNDLE)] = True
     golden: Annotated[

@@ -193,7 +193,9 @@ def model_config(
         "platform": BACKENDS[backend]["platform"],
         "max_batch_size": batch["max"],
         "input": [_tensor(value) for value in inputs],
-        "output": [{**_tensor(value), **label_file} for value in outputs],
+        "output": [
+            {**_tensor(value), **(label_file if value is outputs[0] else {})} for value in outputs
+        ],
     }
     if batch["max"] > 1:
         preferred = sorted({batch["opt"], batch["max"]} - {1})

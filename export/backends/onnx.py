@@ -16,6 +16,8 @@ from torch import nn
 
 from fastadapt.errors import InputError
 
+from ..features import OUTPUT as FEATURES
+from ..features import WithFeatures
 from ..graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
 from ..settings import OPSET
 from .opsets import Operator, older_runtimes
@@ -31,6 +33,7 @@ def export_onnx(
     input_size: tuple[int, ...],
     other_inputs: dict[str, tuple[int, ...]] | None = None,
     graph_input: GraphInput | None = None,
+    features: bool = False,
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
     opset: int = OPSET,
@@ -51,6 +54,8 @@ def export_onnx(
         graph_input: the part of the preprocessing that is in the graph. ``None``: nothing;
             ``images`` are then what the model takes, fp32 [batch, C, H, W] (volumes:
             [batch, C, D, H, W]).
+        features: write a second output, ``features`` [batch, dim], those before the head; the
+            module has timm's ``forward_features`` and ``forward_head``.
         labels: class names, for the file's metadata.
         metadata: further metadata; values that are no strings are written as JSON.
         opset: of the graph; bf16 convolutions need 22.
@@ -68,11 +73,11 @@ def export_onnx(
     example = [torch.rand(2, *size) for size in (input_size, *others.values())]
     if graph_input is not None and graph_input.dtype == "uint8":
         example[0] = (255 * example[0]).byte().movedim(1, -1)
-    model = Deployed(folded, graph_input, len(input_size))
+    model = Deployed(WithFeatures(folded) if features else folded, graph_input, len(input_size))
     device = next(folded.parameters(), example[0]).device
     batch = {0: torch.export.Dim(BATCH)}
     classes = bool(getattr(folded, "num_classes", len(labels)))
-    output = "logits" if classes else "features"
+    outputs = ["logits" if classes else FEATURES, *([FEATURES] if features else [])]
     with _quiet(), _plain_attention(model), torch.no_grad():
         try:
             program: Any = torch.onnx.export(
@@ -81,7 +86,7 @@ def export_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[NAME, *others],
-                output_names=[output],
+                output_names=outputs,
                 dynamic_shapes=(batch, (batch,) * len(others)) if others else (batch,),
                 verbose=False,
             )

@@ -17,6 +17,7 @@ from fastadapt.errors import InputError
 
 from ..artefact import REFUSED, UNVERIFIED, VERIFIED, Artefact
 from ..backends import aotinductor, openvino, tensorrt
+from ..features import WithFeatures
 from ..parity import Parity
 from ..precision import fp8, half
 from ..precision.int8 import (
@@ -239,7 +240,8 @@ def _reduce(options: EngineOptions, folded: FoldedModel, console: Console) -> ha
 def _compile(options: EngineOptions, folded: FoldedModel, variant: Variant) -> Artefact:
     """Compile a variant with AOTInductor; its module is moved to the GPU if there is one."""
     path = folded.path(variant.precision, "pt2")
-    model = folded.deployed(variant.module).to(_device())
+    module = variant.module if folded.reference.features is None else WithFeatures(variant.module)
+    model = folded.deployed(module).to(_device())
     inputs = folded.reference.inputs
     example = tuple(torch.from_numpy(x[:1]).to(_device()) for x in inputs.values())
     details = aotinductor.build_aoti(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastadapt.errors import InputError, first_line
 
+from ..features import Features
 from ..graph_input import Inputs
 from ..parity import RESIZED, Parity, compare
 from .material import Material
@@ -40,7 +41,22 @@ def gate(file: Path, material: Material) -> list[Parity]:
         session = onnx_session(file)
     except InputError as error:
         return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
-    return parities + compare_onnx(session, material.inputs, references, classes)
+    parities += compare_onnx(session, material.inputs, references, classes)
+    return parities + _check_features(session, material)
+
+
+def _check_features(session: Any, material: Material) -> list[Parity]:
+    """Compare the second output, features, in the same way; nothing if there is none."""
+    expected = material.features
+    if expected is None:
+        return []
+    parities = []
+    for batch in BATCHES:
+        folded = model_outputs(Features(material.folded), material.given.example, batch)
+        stage = "folding, features"
+        parities.append(compare(expected, folded, stage=stage, batch=batch, classes=False))
+    references = {"ONNX Runtime, features": folded, f"{END_TO_END}, features": expected}
+    return parities + compare_onnx(session, material.inputs, references, classes=False, output=1)
 
 
 def _check_resizing(material: Material) -> Parity:
@@ -93,18 +109,16 @@ def onnx_session(path: str | Path) -> Any:
         raise InputError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
 
 
-def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
-    """Run a session in batches of ``batch`` and return its outputs [samples, outputs].
+def run_onnx(session: Any, inputs: Inputs, batch: int, output: int = 0) -> np.ndarray:
+    """Run a session in batches of ``batch`` and return one of its outputs [samples, ...].
 
     Raises:
         InputError: ONNX Runtime fails, at this batch size perhaps.
     """
     count = len(next(iter(inputs.values())))
     try:
-        parts = [
-            session.run(None, {name: x[start : start + batch] for name, x in inputs.items()})[0]
-            for start in range(0, count, batch)
-        ]
+        slices = (slice(start, start + batch) for start in range(0, count, batch))
+        parts = [session.run(None, {k: x[s] for k, x in inputs.items()})[output] for s in slices]
     except Exception as error:
         raise InputError(
             f"ONNX Runtime fails at batch size {batch}: {first_line(error)}"
@@ -113,13 +127,17 @@ def run_onnx(session: Any, inputs: Inputs, batch: int) -> np.ndarray:
 
 
 def compare_onnx(
-    session: Any, inputs: Inputs, references: dict[str, np.ndarray], classes: bool
+    session: Any,
+    inputs: Inputs,
+    references: dict[str, np.ndarray],
+    classes: bool,
+    output: int = 0,
 ) -> list[Parity]:
-    """Compare a session with references, which are named by stage, at every batch size."""
+    """Compare a session's output with references, named by stage, at every batch size."""
     parities = []
     for batch in BATCHES:
         try:
-            outputs = run_onnx(session, inputs, batch)
+            outputs = run_onnx(session, inputs, batch, output)
         except InputError as error:
             failed = [
                 Parity(stage, batch, len(reference), problems=(str(error),))

@@ -24,7 +24,7 @@ from ..graph_input import GraphInput, Inputs
 from .manifest import GOLDEN
 from .samples import LONGEST_SIDE
 
-EXPECTED = "expected"
+EXPECTED, EXPECTED_FEATURES = "expected", "expected_features"
 IMAGES = "golden"  # the folder in a bundle
 # Filters of other versions of Pillow round to the next level.
 TOLERANCE = 2
@@ -40,6 +40,7 @@ class GoldenSamples:
         inputs: of the graph, before :meth:`GraphInput.array`: images in uint8, and others.
         expected: the trained model's outputs [samples, outputs].
         origin: where the images are from, in words.
+        features: the model's features before its head, if they are an output, too.
     """
 
     images: tuple[Image.Image, ...]
@@ -47,13 +48,16 @@ class GoldenSamples:
     inputs: dict[str, Tensor]
     expected: np.ndarray
     origin: str
+    features: np.ndarray | None = None
 
 
 def write_golden(path: Path, golden: GoldenSamples) -> list[str]:
     """Write ``path``, and the images beside it; return the images' names in the bundle."""
     labels = json.dumps(golden.labels, ensure_ascii=False)
-    expected = torch.from_numpy(golden.expected)
-    write_tensors(path, {**golden.inputs, EXPECTED: expected}, {"labels": labels})
+    tensors = {**golden.inputs, EXPECTED: torch.from_numpy(golden.expected)}
+    if golden.features is not None:
+        tensors[EXPECTED_FEATURES] = torch.from_numpy(golden.features)
+    write_tensors(path, tensors, {"labels": labels})
     (path.parent / IMAGES).mkdir()
     names = [f"{IMAGES}/{index:02d}.png" for index in range(len(golden.images))]
     for name, image in zip(names, golden.images, strict=True):
@@ -97,6 +101,27 @@ def golden_inputs(
         images: graph_input.array(tensors[images].numpy()),
         **{name: tensors[name].numpy() for name in others},
     }
+
+
+def golden_features(tensors: dict[str, Any], outputs: list[dict[str, Any]]) -> np.ndarray | None:
+    """Return the expected features, fp32 [samples, dim], of a bundle with such an output.
+
+    Args:
+        tensors: what ``golden.safetensors`` holds.
+        outputs: of the model, as the manifest describes them.
+
+    Raises:
+        InputError: the tensor is missing, or has another dtype or number of rows.
+    """
+    if len(outputs) < 2:
+        return None
+    found, count = tensors.get(EXPECTED_FEATURES), len(tensors[EXPECTED])
+    if found is None or found.dtype != torch.float32 or found.ndim != 2 or len(found) != count:
+        raise InputError(
+            f"{GOLDEN} holds no fp32 {EXPECTED_FEATURES!r} of {count} samples: copy the bundle "
+            "again"
+        )
+    return found.numpy()
 
 
 def check_golden_pixels(

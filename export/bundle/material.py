@@ -41,7 +41,9 @@ class ModelInputs:
     others: dict[str, Tensor]
     example: tuple[Tensor, ...]
 
-    def golden(self, expected: np.ndarray, origin: str) -> GoldenSamples:
+    def golden(
+        self, expected: np.ndarray, origin: str, features: np.ndarray | None = None
+    ) -> GoldenSamples:
         """Keep these samples in the bundle, with the model's outputs for them."""
         return GoldenSamples(
             images=self.pixels.images,
@@ -49,6 +51,7 @@ class ModelInputs:
             inputs={NAME: self.pixels.given, **self.others},
             expected=expected,
             origin=origin,
+            features=features,
         )
 
 
@@ -63,6 +66,7 @@ class Material:
         expected: the model's outputs for them [samples, outputs].
         folded: the folded model.
         fold_report: what folding did.
+        features: the model's features before its head [samples, dim], if they are an output, too.
     """
 
     trained: Trained
@@ -71,6 +75,7 @@ class Material:
     expected: np.ndarray
     folded: nn.Module
     fold_report: FoldReport
+    features: np.ndarray | None = None
 
     @property
     def classes(self) -> bool:
@@ -87,7 +92,7 @@ class Material:
     @property
     def golden(self) -> GoldenSamples:
         """The samples that parity is checked on, as a bundle keeps them."""
-        return self.given.golden(self.expected, self.samples.origin)
+        return self.given.golden(self.expected, self.samples.origin, self.features)
 
     def write_onnx(self, module: nn.Module, path: Path, **options: Any) -> dict[str, Any]:
         """Call :func:`export_onnx` on a module that takes and gives what ``folded`` does."""
@@ -97,6 +102,7 @@ class Material:
             input_size=self.trained.preprocess.input_size,
             other_inputs={name: tuple(x.shape[1:]) for name, x in self.given.others.items()},
             graph_input=self.given.graph_input,
+            features=self.features is not None,
             labels=self.trained.labels,
             metadata=self._metadata(),
             **options,

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -34,6 +35,7 @@ from fastadapt.output_place import check_output
 from fastadapt.settings import Setting
 
 from ..artefact import FAILED, Artefact
+from ..features import Features, check_features
 from ..fold import FoldReport, fold_with_report
 from ..graph_input import Deployed, GraphInput, check_settings
 from ..parity import GateError, Parity, Thresholds, check_problems, parity_table
@@ -92,6 +94,11 @@ class ExportSettings(BundleSettings):
             raise InputError(
                 "`resize` is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
                 "leave out `trt`, `aoti`, `int8`, `fp8` and `precision`, or resize before the graph"
+            )
+        if self.with_features and (wanted.trt or wanted.int8 or wanted.fp8):
+            raise InputError(
+                "`with_features` is for ONNX files and .pt2 in fp32, fp16 and bf16: leave out "
+                "`trt`, `int8` and `fp8`"
             )
         wanted.check()
 
@@ -248,6 +255,13 @@ class _Export:
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Fold, export, compare and write; raise GateError if the outputs differ."""
         check_labels(trained.labels)
+        if self.settings.with_features:
+            check_features(trained.model, trained.backbone)
+            if not trained.labels:
+                raise InputError(
+                    f"{trained.backbone} has no classes, so that its output is the features: "
+                    "leave out `with_features`"
+                )
         golden = self._golden(trained, samples)
         material = self._prepare(trained, samples)
         golden = golden or material.golden
@@ -277,7 +291,7 @@ class _Export:
                 "problems": problems,
                 "model": {"file": MODEL, **described},
                 "labels": trained.labels,
-                "tasks": [_task(trained.labels, described)],
+                "tasks": _tasks(trained.labels, described),
                 "preprocessing": material.given.graph_input.to_dict(),
                 "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
                 "source": trained.source,
@@ -329,7 +343,13 @@ class _Export:
             kept = folder_samples(wanted, FEWEST_SAMPLES)
         inputs = self._inputs(trained, kept)
         expected = model_outputs(trained.model, inputs.example, batch=8)
-        return inputs.golden(expected, kept.origin)
+        return inputs.golden(expected, kept.origin, self._features(trained, inputs))
+
+    def _features(self, trained: Trained, inputs: ModelInputs) -> np.ndarray | None:
+        """Compute the features before the head, if they are asked for."""
+        if not self.settings.with_features:
+            return None
+        return model_outputs(Features(trained.model), inputs.example, batch=8)
 
     def _inputs(self, trained: Trained, samples: Samples) -> ModelInputs:
         """Choose samples, read them, and compute the model's other inputs."""
@@ -366,6 +386,7 @@ class _Export:
             expected=model_outputs(trained.model, inputs.example, batch=8),
             folded=folded,
             fold_report=report,
+            features=self._features(trained, inputs),
         )
 
     def _folded_model(
@@ -374,13 +395,14 @@ class _Export:
         return FoldedModel(
             folder=folder,
             onnx=folder / MODEL,
-            onnx_parity=[parity for parity in parities if parity.stage == END_TO_END],
+            onnx_parity=[parity for parity in parities if parity.stage.startswith(END_TO_END)],
             module=material.folded,
             example=tuple(x[:1] for x in material.given.example),
             reference=Reference(
                 material.inputs,
                 material.expected,
                 material.classes,
+                features=material.features,
                 exact=lambda: model_outputs_fp64(material.trained.model, material.given.example),
             ),
             write_onnx=material.write_onnx,
@@ -398,10 +420,12 @@ class _Export:
         self.console.print(f"[green]✓[/] {what}")
 
 
-def _task(labels: list[str], described: dict[str, Any]) -> dict[str, Any]:
-    """Describe the graph's one output."""
+def _tasks(labels: list[str], described: dict[str, Any]) -> list[dict[str, Any]]:
+    """Describe the graph's outputs."""
+    first, *others = described["outputs"]
     kind = "classification" if labels else "features"
-    return {"output": described["outputs"][0]["name"], "kind": kind, "labels": labels}
+    tasks = [{"output": first["name"], "kind": kind, "labels": labels}]
+    return tasks + [{"output": o["name"], "kind": "features", "labels": []} for o in others]
 
 
 def _failed_onnx(folder: Path, problems: list[str]) -> Artefact:

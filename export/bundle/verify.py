@@ -26,7 +26,7 @@ from ..parity import Parity
 from ..speed import format_rate
 from .build import rebuild_artefact
 from .consistency import check_consistency
-from .golden import EXPECTED, check_golden_pixels, golden_inputs
+from .golden import EXPECTED, check_golden_pixels, golden_features, golden_inputs
 from .manifest import (
     GOLDEN,
     MANIFEST,
@@ -135,7 +135,12 @@ def verify_bundle(
     tensors, _ = read_tensors(bundle / GOLDEN)
     names = [value["name"] for value in manifest["model"]["inputs"]]
     inputs = golden_inputs(tensors, names, manifest["preprocessing"])
-    reference = Reference(inputs, tensors[EXPECTED].numpy(), classes=bool(manifest["labels"]))
+    reference = Reference(
+        inputs,
+        tensors[EXPECTED].numpy(),
+        classes=bool(manifest["labels"]),
+        features=golden_features(tensors, manifest["model"].get("outputs", [])),
+    )
     changes = version_changes(manifest)
     same = not any(note.startswith(("pillow", "timm")) for note in changes)
     pixels = check_golden_pixels(bundle, manifest, tensors[names[0]], same)

@@ -32,12 +32,14 @@ class Reference:
         expected: the trained model's outputs for them, fp32 [samples, outputs].
         classes: whether the outputs are classes.
         exact: computes ``expected`` in fp64; called where fp32's own rounding may matter.
+        features: the trained model's features, where they are the files' second output.
     """
 
     inputs: Inputs
     expected: np.ndarray
     classes: bool = True
     exact: Callable[[], np.ndarray] | None = None
+    features: np.ndarray | None = None
 
 
 def verify_artefact(
@@ -110,12 +112,13 @@ def compare_runtime(
         tiled = [_repeat(x, count) for x in reference.inputs.values()]
         try:
             parts = [
-                runtime(*(x[start : start + size] for x in tiled))
+                runtime.outputs(*(x[start : start + size] for x in tiled))
                 for start in range(0, count, size)
             ]
-            outputs = np.concatenate([part.reshape(len(part), -1) for part in parts])
-            outputs = outputs.astype(np.float64)
-        except (InputError, TypeError, ValueError) as error:  # outputs that are no rows of numbers
+            outputs = _rows([part[0] for part in parts])
+            features = None if reference.features is None else _rows([part[1] for part in parts])
+        # Outputs that are missing, or are no rows of numbers.
+        except (InputError, TypeError, ValueError, IndexError) as error:
             parities.append(Parity(runtime.name, size, count, problems=(first_line(error),)))
             continue
 
@@ -136,7 +139,17 @@ def compare_runtime(
             truth = against(exact(), f"{runtime.name}, against fp64")
             parity = truth if truth.passed and not parity.passed else parity
         parities.append(parity)
+        if features is not None:
+            stage = f"{runtime.name}, features"
+            wanted = _repeat(reference.features, len(features))
+            parities.append(
+                compare(wanted, features, stage=stage, batch=size, classes=False, thresholds=limits)
+            )
     return parities
+
+
+def _rows(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([part.reshape(len(part), -1) for part in parts]).astype(np.float64)
 
 
 def measure(runtime: Runtime, inputs: Inputs, batch: Batches) -> dict[str, float]:

@@ -34,7 +34,7 @@ class TestGate:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.rejected", "run"]
 
     def test_a_file_that_fails_to_run_is_rejected(self, run, tmp_path, monkeypatch, quick, made):
-        def fails(session, inputs, batch):
+        def fails(session, inputs, batch, output):
             raise fa.InputError(f"ONNX Runtime fails at batch size {batch}: bad shape")
 
         monkeypatch.setattr("fastadapt.export.bundle.gate.run_onnx", fails)
