@@ -1,0 +1,309 @@
+"""Time prediction from image files: decoder alone, runtime alone, and both as ``predict`` runs.
+
+On a CPU decoder and runtime share the cores, so that no program can be faster than
+1 / (1 / decoder + 1 / runtime), each measured alone on all cores; on a GPU the slower of the two is
+the limit. Each round measures all of them, one after the other; ratios are of one round, and their
+median counts.
+
+With several GPUs ``--devices`` and Ray Data are timed on 1, 2, 4 … of them, with the same number of
+decoding processes for each GPU. The environment variable ``FASTADAPT_PREDICT`` chooses parts: a
+regular expression that is searched for in "alone", "memory" and "devices".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadapt.data.decode_pool import default_workers
+from fastadapt.export.predict.decode_ahead import open_decoder
+from fastadapt.export.predict.job import Job, Pool
+from fastadapt.export.predict.models import ImageModel
+from fastadapt.export.predict.part_maker import Todo
+from fastadapt.export.predict.request import Request
+from fastadapt.export.predict.settings import EmbedSettings, PredictSettings, WorkSettings
+from fastadapt.export.predict.sources import ImageList
+
+from .. import harness
+from ..predict_files import write_bundle, write_photos
+from ..protocol import Benchmark, Row, Tables
+
+TITLE = "Prediction from image files"
+NOTES = (
+    "Images per second from JPEGs of 500 × 375 pixels that are in the file cache, from the first "
+    "image to the last row on disk, without the start of Python and the loading of the model. "
+    "Random weights, ten classes."
+)
+CHOICE = "FASTADAPT_PREDICT"
+# By how their titles begin.
+PARTS = {"alone": "one device", "memory": "memory", "devices": "several GPUs"}
+FEW = 100  # images of the small one of two memory measurements
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the work is.
+
+    Attributes:
+        backbone: timm's name.
+        image_size: of its images, in pixels.
+        images: of a timed run on one device.
+        rounds: of timing.
+        many: images of the large one of two memory measurements.
+        batch: images that are computed at once.
+    """
+
+    backbone: str
+    image_size: int
+    images: int
+    rounds: int
+    many: int
+    batch: int
+
+
+ON_GPU = Size("vit_base_patch16_224", 224, 20_000, 3, 10_000, 256)
+ON_CPU = Size("tf_efficientnet_lite0", 224, 1_000, 5, 10_000, 32)
+QUICK = Size("test_vit", 160, 24, 1, 48, 8)
+
+
+def run(quick: bool = False) -> Iterator[Tables]:
+    """Measure part by part; yield the tables after each."""
+    on_gpu = torch.cuda.is_available()
+    size = QUICK if quick else ON_GPU if on_gpu else ON_CPU
+    choice = re.compile(os.environ.get(CHOICE, ""), re.IGNORECASE)
+    chosen = [part for part in PARTS if choice.search(part)]
+    about = tuple(title for part, title in PARTS.items() if part in chosen)
+    count = torch.cuda.device_count()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        photos = folder / "photos"
+        most = max(size.images * max(count if "devices" in chosen else 1, 1), size.many)
+        write_photos(photos, most)
+        bundle = write_bundle(
+            folder, size.backbone, photos, size=size.image_size, compiled=on_gpu and not quick
+        )
+        work = _Work(bundle, photos, folder, size)
+        cores = f"{default_workers()} cores"
+        found: dict[str, list[Row]] = {}
+        notes = [NOTES, f"{size.backbone} at {size.image_size}, batch {size.batch}; {cores}."]
+        for title, measure in (("alone", alone), ("memory", memory), ("devices", devices)):
+            if title in chosen:
+                for table, row in measure(work):
+                    found.setdefault(table, []).append(row)
+                    shown = {key: list(rows) for key, rows in found.items()}
+                    said = ", ".join(str(value) for value in row.values() if value)
+                    yield Tables(shown, notes=notes, about=about, progress=said)
+        harness.release()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Bundle, images and sizes of the measurements."""
+
+    bundle: Path
+    photos: Path
+    folder: Path
+    size: Size
+
+    def settings(self, images: int, **more: Any) -> WorkSettings:
+        """Return the settings of a job on the first images."""
+        file = self.folder / "images.txt"
+        names = sorted(path.name for path in self.photos.iterdir())[:images]
+        file.write_text("".join(f"{self.photos / name}\n" for name in names))
+        return WorkSettings(
+            images=(str(file),),
+            out=self.folder / "out.csv",
+            batch=self.size.batch,
+            quiet=True,
+            overwrite=True,
+            **more,
+        )
+
+
+class Timed:
+    """A pool, and the speed from its first finished images to its last.
+
+    What starts with the work (Ray's workers load their model then) is left out.
+    """
+
+    def __init__(self, pool: Pool):
+        self.pool, self.images = pool, 0
+        self.first = self.last = 0.0
+
+    def run(self, todo: Todo, advance: Callable[[int], Any]) -> None:
+        """Compute all parts."""
+
+        def note(images: int) -> None:
+            self.last = time.perf_counter()
+            if not self.first:
+                self.first = self.last
+            else:
+                self.images += images
+            advance(images)
+
+        self.pool.run(todo, note)
+
+    @property
+    def speed(self) -> float:
+        """Images per second."""
+        return self.images / max(self.last - self.first, 1e-9)
+
+
+def alone(work: _Work) -> Iterator[tuple[str, Row]]:
+    """Time the decoder, the runtime, and predict and embed, which use both."""
+    size = work.size
+    predict = Request(PredictSettings(model=str(work.bundle)))
+    embed = Request(EmbedSettings(model=str(work.bundle)))
+    models = {name: r.open("auto") for name, r in (("predict", predict), ("embed", embed))}
+    settings = work.settings(size.images)
+    paths = [item.path for item in ImageList(settings.images)]
+    rounds: dict[str, list[float]] = {}
+    for _ in range(size.rounds):
+        rounds.setdefault("decoder", []).append(decoding_speed(models["predict"], paths, work))
+        rounds.setdefault("runtime", []).append(runtime_speed(models["predict"], paths, size.batch))
+        for name, request in (("predict", predict), ("embed", embed)):
+            model = models[name]
+            images = ImageList(settings.images, classes=model.classes)
+            job = Job(model, images, request.columns(model), settings, request.identity)
+            summary = job.run()
+            assert summary.images == size.images and not summary.unreadable
+            rounds.setdefault(name, []).append(summary.images / summary.seconds)
+    limit = [
+        min(decoder, runtime) if torch.cuda.is_available() else 1 / (1 / decoder + 1 / runtime)
+        for decoder, runtime in zip(rounds["decoder"], rounds["runtime"], strict=True)
+    ]
+    what = "the slower of both" if torch.cuda.is_available() else "1 / (1/decoder + 1/runtime)"
+    table = f"one device, {models['predict'].name}: {size.images} images, {size.rounds} rounds"
+    for name, speeds in rounds.items():
+        row: Row = {"what": name, "images/s": f"{statistics.median(speeds):.0f}"}
+        row["rounds"] = " ".join(f"{speed:.0f}" for speed in speeds)
+        ratios = [speed / most for speed, most in zip(speeds, limit, strict=True)]
+        used = name in ("predict", "embed")
+        row[f"of {what}"] = f"{statistics.median(ratios):.3f}" if used else None
+        yield table, row
+
+
+def decoding_speed(model: ImageModel, paths: list[str], work: _Work) -> float:
+    """Decode all images as predict does, and throw the pixels away; return images per second."""
+    batch = work.size.batch
+    starts = range(0, len(paths), batch)
+    began = time.perf_counter()
+    opened = open_decoder(model.reading, model.value_range, batch, default_workers())
+    with opened as decode:
+        for decoded in decode(paths[start : start + batch] for start in starts):
+            for _ in decoded.groups:
+                pass
+            assert not decoded.problems
+        return len(paths) / (time.perf_counter() - began)
+
+
+def runtime_speed(model: ImageModel, paths: list[str], batch: int) -> float:
+    """Run the model on decoded images over and over; return images per second."""
+    opened = open_decoder(model.reading, model.value_range, batch, 1)
+    with opened as decode:
+        decoded = next(iter(decode([paths[:batch]])))
+        pixels = next(iter(decoded.groups))[1].copy()
+    model.run(pixels)
+    began = time.perf_counter()
+    for _ in range(0, len(paths), batch):
+        model.run(pixels)
+    return -(-len(paths) // batch) * len(pixels) / (time.perf_counter() - began)
+
+
+def memory(work: _Work) -> Iterator[tuple[str, Row]]:
+    """Measure the most memory that ``fastadapt predict`` takes, for few images and for many."""
+    peaks = []
+    for images in (FEW, work.size.many):
+        settings = work.settings(images)
+        command = [sys.executable, "-m", "fastadapt", "predict", str(work.bundle)]
+        command += [*settings.images, "--out", str(settings.out), "--overwrite", "--quiet"]
+        command += ["--batch", str(settings.batch)]
+        process = subprocess.Popen(command, start_new_session=True)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, tree_memory(process.pid))
+            time.sleep(0.05)
+        assert process.returncode == 0, process.returncode
+        peaks.append(peak)
+        row: Row = {"images": str(images), "peak MiB": f"{peak / 2**20:.0f}"}
+        row["more than for few, MiB"] = f"{(peak - peaks[0]) / 2**20:+.0f}"
+        yield "memory of predict and its decoding processes", row
+
+
+def tree_memory(pid: int) -> int:
+    """Return the bytes that a process and its descendants have in memory, shared ones once."""
+    total = 0
+    with suppress(OSError, ValueError, IndexError):  # processes end while one looks
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                total += tree_memory(int(child))
+    return total
+
+
+def devices(work: _Work) -> Iterator[tuple[str, Row]]:
+    """Time ``--devices`` and Ray Data on 1, 2, 4 … GPUs, as many images for each."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return
+    from fastadapt.export.predict.devices import DevicePool
+
+    request = Request(PredictSettings(model=str(work.bundle)))
+    each = max(default_workers() // count, 1)
+    numbers = [n for n in (1, 2, 4, 8) if n <= count]
+    first: dict[str, float] = {}
+    executors = ["--devices"]
+    if importlib.util.find_spec("ray") is not None:
+        executors.append("Ray Data")
+    for executor in executors:
+        for number in numbers:
+            settings = work.settings(work.size.images * number)
+            if executor == "--devices":
+                names = tuple(f"cuda:{index}" for index in range(number))
+                settings = replace(settings, devices=names, workers=each * number)
+                make: Callable[[], Any] = lambda s=settings: DevicePool(request, s)  # noqa: E731
+            else:
+                from fastadapt.export.predict.ray_executor import RayPool
+
+                settings = replace(settings, executor="ray", ray_workers=number, workers=each)
+                make = lambda s=settings: RayPool(request, s)  # noqa: E731
+            began = time.perf_counter()
+            with make() as pool:
+                timed = Timed(pool)
+                images = ImageList(settings.images, classes=pool.model.classes)
+                columns = request.columns(pool.model)
+                summary = Job(
+                    pool.model, images, columns, settings, request.identity, pool=timed
+                ).run()
+            seconds = time.perf_counter() - began
+            assert summary.images == work.size.images * number and not summary.unreadable
+            first.setdefault(executor, timed.speed)
+            yield (
+                f"several GPUs, {each} decoding processes for each",
+                {
+                    "executor": executor,
+                    "GPUs": str(number),
+                    "images": str(summary.images),
+                    "images/s": f"{timed.speed:.0f}",
+                    "times one GPU": f"{timed.speed / first[executor]:.2f}×",
+                    "with the start, s": f"{seconds:.1f}",
+                },
+            )
+
+
+BENCHMARK = Benchmark(TITLE, NOTES, run, slow=True)

@@ -1,0 +1,54 @@
+"""Prediction's benchmark, with a small model and few images."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from fastadapt.bench.reporting import tables
+from fastadapt.bench.suites import predict
+
+
+def test_decoder_runtime_and_both(monkeypatch):
+    monkeypatch.setenv(predict.CHOICE, "alone")
+    *_, last = predict.run(quick=True)
+    (speeds,) = last.tables.values()
+    assert [row["what"] for row in speeds] == ["decoder", "runtime", "predict", "embed"]
+    assert all(float(row["images/s"]) > 0 for row in speeds)
+    used = "of 1 / (1/decoder + 1/runtime)"
+    assert [row[used] is None for row in speeds] == [True, True, False, False]
+    assert tables.markdown_table(speeds).count("\n") == 5
+    assert last.about == ("one device",)
+
+
+def test_memory_of_a_tree_of_processes():
+    child = "import time; x = bytearray(50 << 20); print(flush=True); time.sleep(60)"
+    code = (
+        "import subprocess, sys, time; "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
+        "p.stdout.readline(); print(flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        assert 50 << 20 < predict.tree_memory(process.pid) < 200 << 20
+    finally:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for pid in children.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def test_speed_from_the_first_images_on():
+    class Pool:
+        def run(self, todo, advance):
+            for images in todo:
+                advance(images)
+
+    timed = predict.Timed(Pool())
+    seen = []
+    timed.run([3, 4, 5], seen.append)
+    assert seen == [3, 4, 5] and timed.images == 9
+    assert timed.speed == 9 / (timed.last - timed.first)
