@@ -299,6 +299,16 @@ class TargetSettings(Settings):
             option="triton_repo",
         ),
     ] = None
+    triton_backend: Annotated[
+        Literal["onnxruntime", "tensorrt", "python"] | None,
+        Setting(
+            "With --triton-repo: what serves the model, onnxruntime, tensorrt or python (the whole "
+            "bundle, by fa.export.load).",
+            panel=BUNDLE,
+            expected="onnxruntime, tensorrt or python",
+            shown_default="tensorrt where the bundle holds a verified engine, else onnxruntime",
+        ),
+    ] = None
     images: Annotated[
         Path | None,
         Setting(

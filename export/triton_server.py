@@ -23,6 +23,7 @@ from fastadapt.files import read_json, write_json, write_text
 from fastadapt.locks import lock_beside
 from fastadapt.output_place import check_output
 
+from . import triton_python
 from .artefact import VERIFIED, Artefact
 from .bundle.consistency import check_consistency
 from .bundle.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
@@ -35,6 +36,7 @@ TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 BACKENDS = {
     "onnxruntime": {"platform": "onnxruntime_onnx", "file": "model.onnx"},
     "tensorrt": {"platform": "tensorrt_plan", "file": "model.plan"},
+    "python": {"backend": "python", "file": "model.py"},
 }
 MAX_BATCH = 32
 # Time that a request waits for others to share its batch; less than a batch takes on most GPUs.
@@ -79,8 +81,9 @@ def write_repository(
     Args:
         bundle: a folder, whose name becomes the model's.
         repository: a folder, made if need be.
-        backend: ``"onnxruntime"`` or ``"tensorrt"``; if ``None``, TensorRT where the bundle holds
-            an engine that was verified. (TensorRT-RTX is no back end of Triton's.)
+        backend: ``"onnxruntime"``, ``"tensorrt"`` or ``"python"`` (the whole bundle, with a module
+            that loads it); if ``None``, TensorRT where the bundle holds an engine that was
+            verified, else ONNX Runtime. (TensorRT-RTX is no back end of Triton's.)
         overwrite: replace a model of that name, with all of its versions, whose configuration
             differs.
 
@@ -105,12 +108,14 @@ def write_repository(
         check_repository(repository, bundle)
         before = _marker(target)
         if before is not None and before["made_of"] == made_of:
-            _add_version(target, before, bundle, artefact)
+            _add_version(target, before, bundle, backend, artefact)
             return target
         if before is not None:
             _check_replaced(target, before, overwrite)
         with staging(target) as folder:
-            files = [f"1/{file}" for file in _write_version(folder / "1", bundle, artefact)]
+            files = [
+                f"1/{file}" for file in _write_version(folder / "1", bundle, backend, artefact)
+            ]
             if labels:
                 shutil.copyfile(bundle / LABELS, folder / LABELS)
             write_text(folder / CONFIG, config)
@@ -147,7 +152,9 @@ def _check_replaced(target: Path, before: dict[str, Any], overwrite: bool) -> No
     check_nothing_else(target, {MARKER, *before["files"]})
 
 
-def _add_version(target: Path, before: dict[str, Any], bundle: Path, artefact: Artefact) -> None:
+def _add_version(
+    target: Path, before: dict[str, Any], bundle: Path, backend: str, artefact: Artefact
+) -> None:
     """Add the next version; Triton reads only folders whose names are numbers."""
     versions = [int(p.name) for p in target.iterdir() if re.fullmatch(r"[1-9][0-9]{0,8}", p.name)]
     version = str(max(versions, default=0) + 1)
@@ -155,16 +162,19 @@ def _add_version(target: Path, before: dict[str, Any], bundle: Path, artefact: A
     if temporary.exists():
         shutil.rmtree(temporary)  # of a killed command: the lock is held
     try:
-        files = [f"{version}/{file}" for file in _write_version(temporary, bundle, artefact)]
+        files = [
+            f"{version}/{file}" for file in _write_version(temporary, bundle, backend, artefact)
+        ]
         _write_marker(target, before["made_of"], [*before["files"], *files])
         temporary.rename(target / version)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_version(folder: Path, bundle: Path, artefact: Artefact) -> list[str]:
+def _write_version(folder: Path, bundle: Path, backend: str, artefact: Artefact) -> list[str]:
     """Write a version's files; return their names."""
-    backend = "tensorrt" if artefact.kind == "tensorrt" else "onnxruntime"
+    if backend == "python":
+        return triton_python.write_version(folder, bundle)
     folder.mkdir()
     for name in artefact.files or (MODEL,):
         if name == artefact.path:
@@ -190,7 +200,7 @@ def model_config(
     label_file = {"label_filename": LABELS} if manifest["labels"] else {}
     config: dict[str, Any] = {
         "name": name,
-        "platform": BACKENDS[backend]["platform"],
+        **{key: value for key, value in BACKENDS[backend].items() if key != "file"},
         "max_batch_size": batch["max"],
         "input": [_tensor(value) for value in inputs],
         "output": [
@@ -215,6 +225,8 @@ def model_config(
     ]
     preprocessing = json.dumps(manifest["preprocessing"], ensure_ascii=False)
     config["parameters"] = [{"key": "preprocessing", "value": {"string_value": preprocessing}}]
+    if backend == "python":  # "true" runs native code of a bundle from elsewhere
+        config["parameters"].append({"key": "trust", "value": {"string_value": "false"}})
     return config
 
 
@@ -251,16 +263,16 @@ def _scalar(value: str | int | bool) -> str:
 
 def _choose(bundle: Path, manifest: dict[str, Any], backend: str | None) -> tuple[str, Artefact]:
     if backend not in (None, *BACKENDS):
-        raise InputError(f"backend is {backend!r}; expected {' or '.join(BACKENDS)}")
+        raise InputError(f"backend is {backend!r}; expected onnxruntime, tensorrt or python")
     artefacts = [Artefact.from_dict(row) for row in manifest["artefacts"]]
-    if backend != "onnxruntime":
+    if backend in (None, "tensorrt"):
         for artefact in artefacts:
             asked = backend == "tensorrt" and artefact.runnable
             if artefact.kind == "tensorrt" and (asked or artefact.status == VERIFIED):
                 return "tensorrt", artefact
     if backend == "tensorrt":
         raise InputError(f"{bundle} holds no TensorRT engine: export with `trt=True`")
-    return "onnxruntime", next(artefact for artefact in artefacts if artefact.path == MODEL)
+    return backend or "onnxruntime", next(a for a in artefacts if a.path == MODEL)
 
 
 def _tensor(value: dict[str, Any]) -> dict[str, Any]:

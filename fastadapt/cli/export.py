@@ -57,7 +57,12 @@ def export(given: Given) -> None:
             result = export_timm(str(model.backbone), out, **named, **shared)
         written = None
         if target.repository is not None:
-            written = write_repository(out, target.repository, overwrite=settings.overwrite)
+            written = write_repository(
+                out,
+                target.repository,
+                backend=target.triton_backend,
+                overwrite=settings.overwrite,
+            )
             console.print(
                 f"[green]✓[/] Triton model repository: {escape(str(written))}", soft_wrap=True
             )

@@ -111,7 +111,7 @@ class TestRepository:
     def test_what_cannot_be_served(self, tuned_bundles, with_engine, tmp_path):
         with pytest.raises(fa.InputError, match="no TensorRT engine: export with `trt=True`"):
             write_repository(tuned_bundles[0] / "uint8", tmp_path / "m", backend="tensorrt")
-        with pytest.raises(fa.InputError, match="expected onnxruntime or tensorrt"):
+        with pytest.raises(fa.InputError, match="expected onnxruntime, tensorrt or python"):
             write_repository(tuned_bundles[0] / "uint8", tmp_path / "m", backend="pytorch")
         assert not (tmp_path / "m").exists()
         manifest = read_json(with_engine / "manifest.json")
