@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+import fastadapt as fa
 from tests.helpers.gdpl_models import make_colours, save_source
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,6 +56,27 @@ def test_export_and_predict(run_example, tmp_path):
     assert "validation accuracy" in said
     assert (tmp_path / "bundle" / "model.onnx").is_file()
     assert said.count("crossed/") == said.count("striped/") == 2
+
+
+def test_http_server(tmp_path):
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    # A model without a run is exported in a second.
+    torch.save(timm.create_model("test_vit", num_classes=2).state_dict(), tmp_path / "w.pth")
+    bundle, names = tmp_path / "bundle", ["crack", "good"]
+    weights = {"checkpoint": tmp_path / "w.pth", "class_names": names, "speed": False}
+    fa.export.export_timm("test_vit", bundle, **weights)
+    app = runpy.run_path(str(EXAMPLES / "http_server.py"))["make_app"](str(bundle))
+    client = TestClient(app)
+    assert client.get("/health").json()["file"] == "model.onnx"
+    path = bundle / "golden" / "00.png"
+    found = client.post("/predict", content=path.read_bytes()).json()
+    want = fa.export.load(bundle)(path)
+    assert found["prediction"] == want.labels[0]
+    assert list(found["probabilities"]) == names
+    assert list(found["probabilities"].values()) == pytest.approx(want.probabilities[0].tolist())
+    assert client.post("/predict", content=b"no image").status_code == 422
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
