@@ -14,6 +14,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "BatchPredictor": "predict.batch_predictor",
     "EngineOptions": "bundle.engine_options",
     "FoldReport": "fold",
     "compare": "parity",

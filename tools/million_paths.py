@@ -72,9 +72,7 @@ class StubModel:
 def predict(list_of_paths: Path, out: Path) -> None:
     """Predict a list, going on from what is finished, and print the peak memory in MiB."""
     model: Any = StubModel()
-    work = WorkSettings(
-        images=(str(list_of_paths),), out=out, batch=BATCH, quiet=True, resume=True
-    )
+    work = WorkSettings(images=(str(list_of_paths),), out=out, batch=BATCH, quiet=True, resume=True)
     images = ImageList(work.images)
     Job(model, images, PredictionColumns(model), work, {}, stub_decoder).run()
     status = Path("/proc/self/status").read_text()

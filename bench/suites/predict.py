@@ -258,11 +258,9 @@ def tree_memory(pid: int) -> int:
 
 def devices(work: _Work) -> Iterator[tuple[str, Row]]:
     """Time ``--devices`` and Ray Data on 1, 2, 4 … GPUs, as many images for each."""
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() or (2 if work.size is QUICK else 0)
     if count < 2:
         return
-    from fastadapt.export.predict.devices import DevicePool
-
     request = Request(PredictSettings(model=str(work.bundle)))
     each = max(default_workers() // count, 1)
     numbers = [n for n in (1, 2, 4, 8) if n <= count]
@@ -273,23 +271,13 @@ def devices(work: _Work) -> Iterator[tuple[str, Row]]:
     for executor in executors:
         for number in numbers:
             settings = work.settings(work.size.images * number)
-            if executor == "--devices":
-                names = tuple(f"cuda:{index}" for index in range(number))
-                settings = replace(settings, devices=names, workers=each * number)
-                make: Callable[[], Any] = lambda s=settings: DevicePool(request, s)  # noqa: E731
-            else:
-                from fastadapt.export.predict.ray_executor import RayPool
-
-                settings = replace(settings, executor="ray", ray_workers=number, workers=each)
-                make = lambda s=settings: RayPool(request, s)  # noqa: E731
             began = time.perf_counter()
-            with make() as pool:
+            with open_pool(executor, number, each, request, settings) as pool:
                 timed = Timed(pool)
                 images = ImageList(settings.images, classes=pool.model.classes)
                 columns = request.columns(pool.model)
-                summary = Job(
-                    pool.model, images, columns, settings, request.identity, pool=timed
-                ).run()
+                job = Job(pool.model, images, columns, settings, request.identity, pool=timed)
+                summary = job.run()
             seconds = time.perf_counter() - began
             assert summary.images == work.size.images * number and not summary.unreadable
             first.setdefault(executor, timed.speed)
@@ -304,6 +292,30 @@ def devices(work: _Work) -> Iterator[tuple[str, Row]]:
                     "with the start, s": f"{seconds:.1f}",
                 },
             )
+
+
+def open_pool(
+    executor: str, number: int, each: int, request: Request, settings: WorkSettings
+) -> Any:
+    """Open the processes or Ray's workers that compute.
+
+    Args:
+        executor: ``"--devices"`` or ``"Ray Data"``.
+        number: of GPUs.
+        each: decoding processes for each GPU.
+        request: the model and the columns.
+        settings: of the job.
+    """
+    if executor == "--devices":
+        from fastadapt.export.predict.devices import DevicePool
+
+        on_gpu = torch.cuda.is_available()
+        names = tuple(f"cuda:{index}" if on_gpu else "cpu" for index in range(number))
+        return DevicePool(request, replace(settings, devices=names, workers=each * number))
+    from fastadapt.export.predict.ray_executor import RayPool
+
+    ray = replace(settings, executor="ray", ray_workers=number, workers=each)
+    return RayPool(request, ray)
 
 
 BENCHMARK = Benchmark(TITLE, NOTES, run, slow=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .models import ImageModel
+if TYPE_CHECKING:
+    from .models import ImageModel
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,18 @@ class PredictionColumns:
         logits: write its outputs, too.
         top_k: write as many of the likeliest classes, too.
         target: write the known class, too.
+        embeddings: write the features before the head, too, which are the model's last outputs.
     """
 
-    def __init__(self, model: ImageModel, logits: bool, top_k: int, target: bool):
-        self.classes = model.classes
+    def __init__(
+        self,
+        model: ImageModel,
+        logits: bool = False,
+        top_k: int = 0,
+        target: bool = False,
+        embeddings: bool = False,
+    ):
+        self.classes, self.embeddings = model.classes, embeddings
         self.logits, self.target = logits, target
         self.top_k = min(top_k, len(self.classes))
         names = unique(self.classes)
@@ -60,10 +70,14 @@ class PredictionColumns:
                 Column("top_classes", places),
                 Column("top_probabilities", places, numbers=True),
             ]
+        if embeddings:
+            entries = tuple(map(str, range(model.width - len(self.classes))))
+            self.columns.append(Column("embeddings", entries, numbers=True))
 
     def values(self, paths: list[str], labels: list[str], outputs: np.ndarray) -> Values:
         """Return the columns' values for images that could be read."""
         classes = np.array(self.classes, dtype=object)
+        outputs, features = np.split(outputs, [len(classes)], axis=1)
         powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
         found: Values = [paths, classes[outputs.argmax(axis=1)].tolist()]
@@ -75,12 +89,14 @@ class PredictionColumns:
         if self.top_k:
             order = np.argsort(-outputs, axis=1, kind="stable")[:, : self.top_k]
             found += [classes[order], np.take_along_axis(probabilities, order, axis=1)]
+        if self.embeddings:
+            found.append(features)
         return found
 
     def confusion(self, labels: list[str], outputs: np.ndarray) -> Counter[tuple[int, int]]:
         """Count the pairs of known and predicted class, by their numbers."""
         number = {name: index for index, name in enumerate(self.classes)}
-        predicted = outputs.argmax(axis=1).tolist()
+        predicted = outputs[:, : len(self.classes)].argmax(axis=1).tolist()
         pairs = zip(labels, predicted, strict=True)
         return Counter((number[label], guess) for label, guess in pairs if label)
 
@@ -103,6 +119,9 @@ class FeatureColumns:
     def confusion(self, labels: list[str], outputs: np.ndarray) -> Counter[tuple[int, int]]:
         """Count nothing: features have no class."""
         return Counter()
+
+
+Columns = PredictionColumns | FeatureColumns
 
 
 def unique(names: tuple[str, ...]) -> tuple[str, ...]:

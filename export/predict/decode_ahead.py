@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastadapt.data.decode import load_image
-from fastadapt.data.decode_pool import DecodePool, Reading
+from fastadapt.data.decode_pool import DecodePool, Reading, Region
 from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError, first_line
 from fastadapt.progress import prefetch
@@ -58,12 +58,18 @@ def open_decoder(
     return _PoolDecoder(reading, batch, workers)
 
 
+def images_ahead(batch: int, workers: int) -> int:
+    """Return how many images a decoder may ask for before it gives the first batch."""
+    return max((AHEAD + 1) * batch, 2 * workers + 1 + batch)
+
+
 class _PoolDecoder:
     """Decode in processes, into a ring of shared memory."""
 
     def __init__(self, reading: Reading, batch: int, workers: int):
         self.reading, self.batch = reading, batch
         self.pool = DecodePool(workers)
+        self._region: Region | None = None
 
     def __enter__(self) -> Decoder:
         return self._decode
@@ -73,7 +79,9 @@ class _PoolDecoder:
 
     def _decode(self, batches: Iterable[Sequence[str]]) -> Iterator[DecodedBatch]:
         geometry, size = self.reading.geometry, self.batch
-        region = self.pool.memory(AHEAD * size, geometry)
+        if self._region is None:
+            self._region = self.pool.memory(AHEAD * size, geometry)
+        region = self._region
         shape = (AHEAD * size, geometry.height, geometry.width, 3)
         ring = np.frombuffer(region.bytes, np.uint8).reshape(shape)
 

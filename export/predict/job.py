@@ -9,33 +9,34 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.errors import InputError
 from fastadapt.progress import progress_bars
 
-from .decode_ahead import Computed, DecodedBatch, Decoder, compute, open_decoder
-from .formats import FORMATS, Format, check_ending
-from .parts import Part, Parts, digest_of
+from .decode_ahead import Decoder, open_decoder
+from .formats import check_ending
+from .part_maker import PartMaker, Todo, part_size
+from .parts import Parts
 from .settings import EmbedSettings, PredictSettings, WorkSettings
 from .sources import ImageList, Item
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from .columns import FeatureColumns, PredictionColumns
+    from .columns import Columns
     from .models import ImageModel
-
-PART = 1024  # images of a part, rounded up to whole batches
+    from .request import Request
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Summary:
 
     Attributes:
         out: the results.
-        images: number of images, whatever became of them.
+        images: number of images, whatever became of them; 0 where all was done before.
         computed: images of this command; the others were finished before.
         unreadable: number of files that cannot be read.
         unreadable_file: lists them.
@@ -69,17 +70,7 @@ def predict_images(settings: PredictSettings, work: WorkSettings) -> Summary:
     Raises:
         InputError: the model, the images or the results that are there do not fit.
     """
-    images = ImageList(work.images, settings.labels)
-    _check(images, work)
-    from .columns import PredictionColumns
-    from .models import open_classifier
-
-    model = open_classifier(settings.model, device=work.device, trust=work.trust)
-    images.classes = model.classes
-    with_target = settings.labels is not None
-    columns = PredictionColumns(model, settings.logits, settings.top_k, with_target)
-    asked = {"labels": settings.labels, "logits": settings.logits, "top_k": settings.top_k}
-    return Job(model, images, columns, work, {"command": "predict", **asked}).run()
+    return _run(settings, work, ImageList(work.images, settings.labels))
 
 
 def embed_images(settings: EmbedSettings, work: WorkSettings) -> Summary:
@@ -88,30 +79,78 @@ def embed_images(settings: EmbedSettings, work: WorkSettings) -> Summary:
     Raises:
         InputError: as for :func:`predict_images`.
     """
-    images = ImageList(work.images)
-    _check(images, work)
-    from .columns import FeatureColumns
-    from .models import open_embedder
-
-    model = open_embedder(
-        settings.model,
-        device=work.device,
-        trust=work.trust,
-        weights=settings.weights,
-        image_size=settings.image_size,
-    )
-    return Job(model, images, FeatureColumns(model), work, {"command": "embed"}).run()
+    return _run(settings, work, ImageList(work.images))
 
 
-def _check(images: ImageList, work: WorkSettings) -> None:
+def _run(
+    settings: PredictSettings | EmbedSettings, work: WorkSettings, images: ImageList
+) -> Summary:
     check_ending(work.out)
     if work.out.is_dir():
         raise InputError(f"{work.out} is a folder; expected a file")
     images.check()
+    if work.resume and Parts(work.out).complete:
+        return _nothing_to_do(work.out)
+    from .request import Request
+
+    request = Request(settings, work.trust)
+    if work.executor == "ray":
+        from .ray_executor import RayPool
+
+        with RayPool(request, work) as pool:
+            return _job(request, work, images, pool.model, pool).run()
+    if work.devices:
+        from .devices import DevicePool
+
+        with DevicePool(request, work) as devices:
+            return _job(request, work, images, devices.model, devices).run()
+    return _job(request, work, images, request.open(work.device), None).run()
+
+
+def _job(
+    request: Request,
+    work: WorkSettings,
+    images: ImageList,
+    model: ImageModel,
+    pool: Pool | None,
+) -> Job:
+    images.classes = model.classes
+    return Job(model, images, request.columns(model), work, request.identity, pool=pool)
+
+
+def _nothing_to_do(out: Path) -> Summary:
+    """Tell of results that are complete, whose unreadable files still count."""
+    file = Parts(out).unreadable_file
+    unreadable = 0
+    if file.is_file():
+        with file.open(encoding="utf-8", newline="") as lines:
+            unreadable = sum(1 for _ in csv.reader(lines)) - 1
+    note = f"{out} is there, and complete: there is nothing to resume"
+    return Summary(out, 0, 0, unreadable, file, 0.0, None, (note,))
+
+
+@dataclass
+class _Counts:
+    """Images of parts that were finished before, and of those that this command computed."""
+
+    kept: int = 0
+    computed: int = 0
 
 
 # As open_decoder.
 OpenDecoder = Callable[..., AbstractContextManager[Decoder]]
+
+
+class Pool(Protocol):
+    """What computes parts elsewhere, and writes them."""
+
+    def run(self, todo: Todo, advance: Callable[[int], Any]) -> None:
+        """Compute all parts.
+
+        Args:
+            todo: the parts; taken as they are needed.
+            advance: called with numbers of images that were computed since the last call.
+        """
 
 
 class Job:
@@ -124,46 +163,55 @@ class Job:
         work: where to, in which batches.
         asked: further settings that the rows depend on.
         decoder: opens what decodes.
+        pool: computes the parts instead of this process.
     """
 
     def __init__(
         self,
         model: ImageModel,
         images: ImageList,
-        columns: PredictionColumns | FeatureColumns,
+        columns: Columns,
         work: WorkSettings,
         asked: dict[str, Any],
         decoder: OpenDecoder = open_decoder,
+        pool: Pool | None = None,
     ):
-        self.model, self.images, self.columns, self.work = model, images, columns, work
-        self.parts = Parts(work.out)
-        self.rows: Format = FORMATS[work.out.suffix.lower()](columns.columns)
-        self.batches_per_part = -(-PART // work.batch)
+        self.model, self.images, self.work, self.pool = model, images, work, pool
+        self.size = part_size(work.batch)
+        self.maker = PartMaker(model, columns, work.out, work.batch, self.size)
+        self.parts, self.rows = self.maker.parts, self.maker.rows
         self.identity = {"model": model.identity, "batch": work.batch, **asked}
         self._open_decoder = decoder
 
     def run(self) -> Summary:
         """Compute what is not finished, and join the parts."""
         work = self.work
-        done = self.parts.begin(self.identity, resume=work.resume, overwrite=work.overwrite)
-        items = iter(self.images)
-        kept = self._skip(items, done)
+        finished = self.parts.begin(self.identity, resume=work.resume, overwrite=work.overwrite)
         began = time.perf_counter()
+        counts = _Counts()
         with progress_bars(work.quiet) as progress:
-            task = progress.add_task(
-                self.model.name, total=None, completed=kept, unit="images", note=""
-            )
+            task = progress.add_task(self.model.name, total=None, unit="images", note="")
             if self.images.countable and not progress.disable:
                 Thread(target=self._count, args=(progress, task), daemon=True).start()
-            computed = self._compute(items, done, lambda count: progress.advance(task, count))
+
+            def keep(count: int) -> None:
+                counts.kept += count
+                progress.tasks[0].completed += count  # as no progress of this command's
+
+            def advance(count: int) -> None:
+                counts.computed += count
+                progress.advance(task, count)
+
+            self._compute(self._todo(finished, keep), advance)
             seconds = time.perf_counter() - began
-        count = done + -(-computed // (self.batches_per_part * work.batch))
-        if not kept + computed:
+        total = counts.kept + counts.computed
+        if not total:
             self.parts.remove()
             said = "; ".join(self.images.report.lines())
             raise InputError(
                 f"there are no images in {', '.join(work.images)}" + (f" ({said})" if said else "")
             )
+        count = -(-total // self.size)
         unreadable, confusion = 0, Counter[tuple[int, int]]()
         for number in range(count):
             part = self.parts.read(number)
@@ -172,8 +220,8 @@ class Job:
         self.parts.join(count, self.rows)
         return Summary(
             work.out,
-            kept + computed,
-            computed,
+            total,
+            counts.computed,
             unreadable,
             self.parts.unreadable_file,
             seconds,
@@ -185,59 +233,34 @@ class Job:
         with suppress(Exception):  # whoever reads the images says what is wrong with them
             progress.update(task, total=self.images.count())
 
-    def _skip(self, items: Iterator[Item], parts: int) -> int:
-        """Pass over the images of finished parts; return how many they are."""
-        kept = 0
-        for number in range(parts):
-            found = list(itertools.islice(items, self.batches_per_part * self.work.batch))
-            self.parts.check_images(number, found)
-            kept += len(found)
-        return kept
+    def _todo(
+        self, finished: set[int], keep: Callable[[int], None]
+    ) -> Iterator[tuple[int, Iterator[Item]]]:
+        """Give the parts that are not finished; pass over the images of those that are."""
+        items = iter(self.images)
+        for number in itertools.count():
+            if number in finished:
+                found = list(itertools.islice(items, self.size))
+                self.parts.check_images(number, found)
+                keep(len(found))
+                continue
+            first = next(items, None)
+            if first is None:
+                break
+            yield number, itertools.chain([first], itertools.islice(items, self.size - 1))
+        if any(left > number for left in finished):
+            self.parts.check_images(max(finished), [])
 
-    def _compute(self, items: Iterator[Item], number: int, advance: Callable[[int], Any]) -> int:
-        """Write all parts from ``number`` on; return the number of images."""
-        sent: deque[list[Item]] = deque()
-
-        def batches() -> Iterator[list[str]]:
-            while batch := list(itertools.islice(items, self.work.batch)):
-                sent.append(batch)
-                yield [item.path for item in batch]
-
-        workers = default_workers() if self.work.workers is None else self.work.workers
-        model = self.model
-        total = 0
-        part, listed = Part(), list[Item]()
-        with self._open_decoder(
-            model.reading, model.value_range, self.work.batch, workers
-        ) as decode:
-            for decoded in decode(batches()):
-                batch = sent.popleft()
-                self._add(part, batch, decoded)
-                listed += batch
-                total += len(batch)
-                advance(len(batch))
-                if len(listed) == self.batches_per_part * self.work.batch:
-                    self._finish(number, part, listed)
-                    number, part, listed = number + 1, Part(), []
-        if listed:
-            self._finish(number, part, listed)
-        return total
-
-    def _add(self, part: Part, batch: list[Item], decoded: DecodedBatch) -> None:
-        computed: Computed = compute(decoded, self.model.run, self.model.width)
-        problems = sorted(computed.problems.items())
-        part.unreadable += [[batch[place].path, reason] for place, reason in problems]
-        if not computed.rows:
+    def _compute(self, todo: Todo, advance: Callable[[int], None]) -> None:
+        """Write all parts."""
+        if self.pool is not None:
+            self.pool.run(todo, advance)
             return
-        readable = [batch[place] for place in computed.rows]
-        paths, labels = [item.path for item in readable], [item.label for item in readable]
-        self.rows.add(self.columns.values(paths, labels, computed.values))
-        if any(labels):
-            part.confusion += self.columns.confusion(labels, computed.values)
-
-    def _finish(self, number: int, part: Part, items: list[Item]) -> None:
-        part.images, part.digest = len(items), digest_of(items)
-        self.parts.finish(number, part, self.rows)
+        work, model = self.work, self.model
+        workers = default_workers() if work.workers is None else work.workers
+        with self._open_decoder(model.reading, model.value_range, work.batch, workers) as decode:
+            for step in self.maker.run(todo, decode):
+                advance(step.images)
 
     def _metrics(self, confusion: Counter[tuple[int, int]]) -> dict[str, Any] | None:
         if not confusion:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapted_model import AdaptedModel, adapt
+from fastadapt.adapted_model import adapt
 from fastadapt.checkpoint import CONFIG, backbone_fingerprint
 from fastadapt.config import AdaptConfig
 from fastadapt.data.decode_pool import Reading
@@ -23,6 +23,7 @@ from fastadapt.train.run import parse_device
 
 from ..bundle.manifest import MANIFEST
 from ..bundle.trained import Trained, load_run, read_run
+from ..features import Features, WithFeatures, check_features
 from ..fold import fold
 from ..predictor import load
 
@@ -33,7 +34,7 @@ class ImageModel:
 
     Attributes:
         run: from uint8 [images, H, W, 3] to fp32 [images, width].
-        width: outputs for each image.
+        width: outputs for each image: classes, then features where both are asked for.
         classes: their names; empty for features.
         reading: how an image file becomes pixels; ``None`` where the graph resizes.
         value_range: of the pixels, for images of their own size.
@@ -50,23 +51,29 @@ class ImageModel:
     identity: dict[str, Any]
 
 
-def open_classifier(path: str, *, device: str, trust: bool) -> ImageModel:
+def open_classifier(path: str, *, device: str, trust: bool, embeddings: bool = False) -> ImageModel:
     """Open a bundle or a run for predictions.
 
     Args:
         path: of its folder.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or, for runs, ``"cuda:1"``.
         trust: as for :func:`fastadapt.export.load`.
+        embeddings: give the features before the head, too, after the classes.
 
     Raises:
-        InputError: the folder is neither, cannot be loaded, or has no classes.
+        InputError: the folder is neither, cannot be loaded, has no classes, or lacks features that
+            are asked for.
     """
     folder = Path(path)
     if (folder / MANIFEST).is_file():
-        model = _of_bundle(folder, device, trust)
+        model = _of_bundle(folder, device, trust, "all" if embeddings else "classes")
     elif (folder / CONFIG).is_file():
         trained = load_run(folder, read_run(folder))
-        model = _of_run(trained, fold(trained.model), len(trained.labels), device)
+        module, width = fold(trained.model), len(trained.labels)
+        if embeddings:
+            check_features(trained.model, path)
+            module, width = _Both(module), width + trained.model.num_features
+        model = _of_run(trained, module, width, device)
     else:
         raise _neither(folder)
     if not model.classes:
@@ -94,35 +101,24 @@ def open_embedder(
     if image_size is not None:
         raise InputError(f"{path} has a size of its own: leave out `image_size`")
     if (folder / MANIFEST).is_file():
-        model = _of_bundle(folder, device, trust)
-        if model.classes:
-            raise InputError(
-                f"{path} has no output of features, only its classes: give the run folder that it "
-                "was exported from"
-            )
-        return model
+        return _of_bundle(folder, device, trust, "features")
     if not (folder / CONFIG).is_file():
         raise _neither(folder)
     trained = load_run(folder, read_run(folder), weights=weights)
-    if not isinstance(trained.model, AdaptedModel):
-        raise InputError(
-            f"{path} is a GDPL run, whose features are those of its class names, too: embed with "
-            "its backbone, or predict with --logits"
-        )
+    check_features(trained.model, path)
     width = trained.model.num_features
-    return _of_run(trained, _Features(fold(trained.model)), width, device)
+    return _of_run(trained, Features(fold(trained.model)), width, device)
 
 
-class _Features(nn.Module):
-    """Map images to the mean of their adapted features [B, dim], before the head."""
+class _Both(nn.Module):
+    """Map images to logits and features, side by side [B, classes + dim]."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model: Any = model
+        self.model = WithFeatures(model)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.model.forward_features(images)
-        return self.model.forward_head(features, pre_logits=True)
+        return torch.cat(self.model(images), dim=1)
 
 
 def _neither(folder: Path) -> InputError:
@@ -135,18 +131,28 @@ def _neither(folder: Path) -> InputError:
     )
 
 
-def _of_bundle(folder: Path, device: str, trust: bool) -> ImageModel:
+def _of_bundle(folder: Path, device: str, trust: bool, wanted: str) -> ImageModel:
     predictor = load(folder, device=device, trust=trust)
+    classes = predictor.classes if wanted != "features" else ()
+    if wanted != "classes" and predictor.classes and not predictor.num_features:
+        raise InputError(
+            f"{folder} has no output of features, only its classes: export it with "
+            "--with-features, or give the run folder that it was exported from"
+        )
     if predictor.others:
         raise InputError(
             f"{folder} takes {' and '.join(predictor.others)} beside images, which no file of "
             "images holds: give them in Python, fa.export.load"
         )
-    runtime = predictor.runtime.name
+    runtime, width, run = predictor.runtime.name, predictor.width, predictor.run
+    if wanted == "features" and predictor.classes:
+        run, width = predictor.run_features, predictor.num_features
+    elif wanted == "all" and predictor.classes:
+        run, width = predictor.run_with_features, width + predictor.num_features
     return ImageModel(
-        predictor.run,
-        predictor.width,
-        predictor.classes,
+        run,
+        width,
+        classes,
         predictor.reading,
         predictor.graph_input.preprocess.intensity_range,
         f"{predictor.artefact.path} in {runtime}",
@@ -164,11 +170,11 @@ def _of_backbone(name: str, device: str, weights: str | None, image_size: int | 
     model = adapt(name, config, weights=weights).eval()
     identity = {"backbone": name, "weights": backbone_fingerprint(model)}
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
-    return _in_pytorch(_Features(model), model.num_features, (), preprocess, identity, device)
+    return _in_pytorch(Features(model), model.num_features, (), preprocess, identity, device)
 
 
 def _of_run(trained: Trained, module: nn.Module, width: int, device: str) -> ImageModel:
-    classes = () if isinstance(module, _Features) else tuple(trained.labels)
+    classes = () if isinstance(module, Features) else tuple(trained.labels)
     hashes = ("config_sha256", "adapter_sha256")
     identity = {key: trained.source[key] for key in hashes}
     return _in_pytorch(module, width, classes, trained.preprocess, identity, device)

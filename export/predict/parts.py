@@ -26,7 +26,7 @@ from .formats import Format
 from .sources import Item
 
 MANIFEST = "manifest.json"  # by which the walker tells that the folder is ours
-KIND, VERSION = "fastadapt-parts", 1
+KIND, VERSION = "fastadapt-parts", 2
 _NAME = re.compile(r"part-[0-9]{6,}\.(json|jsonl|csv|parquet)|manifest\.json")
 
 
@@ -70,7 +70,12 @@ class Parts:
         self.folder = file.with_name(f"{file.name}.parts")
         self.unreadable_file = file.with_name(f"{file.name}.unreadable.csv")
 
-    def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> int:
+    @property
+    def complete(self) -> bool:
+        """Whether the results are there, and no part waits to be joined."""
+        return self.file.is_file() and not (self.folder / MANIFEST).is_file()
+
+    def begin(self, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> set[int]:
         """Make the folder, or take the one that is there.
 
         Args:
@@ -79,7 +84,7 @@ class Parts:
             overwrite: remove what is there.
 
         Returns:
-            The number of parts that are finished.
+            The numbers of the parts that are finished.
 
         Raises:
             InputError: results are there; or parts of other settings.
@@ -103,10 +108,7 @@ class Parts:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(manifest, {"format": KIND, "version": VERSION, **identity})
-        count = 0
-        while self._record(count).is_file():
-            count += 1
-        return count
+        return {int(record.stem[5:]) - 1 for record in self.folder.glob("part-*.json")}
 
     def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if before.get("format") != KIND or before.get("version") != VERSION:

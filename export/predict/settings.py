@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
 
 OPTIONS, COLUMNS, WORK, EMBEDDER = "Options", "Columns", "Work", "Model"
 FOLDERS = "folders"  # the value of --labels that is no column
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,14 @@ class PredictSettings(Settings):
             limit=100_000,
         ),
     ] = 0
+    embeddings: Annotated[
+        bool,
+        Setting(
+            "Write the features before the head, too; of a bundle that was exported with "
+            "--with-features.",
+            panel=COLUMNS,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,8 @@ class EmbedSettings(Settings):
     model: Annotated[
         str,
         Setting(
-            "The run folder of a training, a bundle that was exported with --features, or timm's "
-            "name of a backbone. A folder that exists wins over a name.",
+            "The run folder of a training, a bundle that was exported with --with-features or "
+            "--features, or timm's name of a backbone. A folder that exists wins over a name.",
             panel=OPTIONS,
             metavar="RUN|BACKBONE|BUNDLE",
             argument=True,
@@ -114,6 +126,44 @@ class WorkSettings(Settings):
     device: Annotated[str, Setting("Device to compute on: auto, cpu, cuda or cuda:1.", WORK)] = (
         "auto"
     )
+    devices: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Spread the images over these devices, one process each: cuda:0,cuda:1, or all.",
+            panel=WORK,
+            kind=str,
+            parse=_listed,
+            metavar="DEVICE,…",
+            shown_default="one device",
+        ),
+    ] = ()
+    executor: Annotated[
+        Literal["local", "ray"],
+        Setting(
+            "What runs the work: this machine's processes, or Ray Data's workers, one GPU each.",
+            panel=WORK,
+            expected="local or ray",
+        ),
+    ] = "local"
+    ray_address: Annotated[
+        str | None,
+        Setting(
+            "With --executor ray: the cluster (auto, or ray://HOST:PORT); one on this machine if "
+            "not given.",
+            panel=WORK,
+            metavar="ADDRESS",
+        ),
+    ] = None
+    ray_workers: Annotated[
+        int | None,
+        Setting(
+            "With --executor ray: number of workers; one for each GPU if not given, or one for "
+            "each core where there is no GPU.",
+            panel=WORK,
+            ge=1,
+            limit=100_000,
+        ),
+    ] = None
     trust: Annotated[
         bool,
         Setting(
@@ -136,5 +186,11 @@ class WorkSettings(Settings):
             raise InputError("there are no images: name a folder, files, a table or a list")
         if self.resume and self.overwrite:
             raise InputError("`resume` keeps what is there and `overwrite` does not: give one")
+        if self.devices and self.device != "auto":
+            raise InputError("`device` is one device and `devices` are several: give one of them")
+        if self.executor == "ray" and (self.devices or self.device != "auto"):
+            raise InputError("Ray chooses devices itself: leave out `device` and `devices`")
+        if self.executor != "ray" and (self.ray_address or self.ray_workers):
+            raise InputError("`ray_address` and `ray_workers` are for `executor='ray'`")
         if self.images.count("-") > 1:
             raise InputError("standard input (-) can be read once: name it once")

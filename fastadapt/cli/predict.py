@@ -60,6 +60,8 @@ def _run(job: Callable[[], Summary], work: WorkSettings) -> None:
 def _print(summary: Summary) -> None:
     for note in summary.notes:
         print(note, file=sys.stderr)
+    if not summary.images:
+        return
     if summary.unreadable:
         print(
             f"{summary.unreadable} of {summary.images} files cannot be read: "

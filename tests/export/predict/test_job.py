@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastadapt as fa
-from fastadapt.export.predict import job as job_module
+from fastadapt.export.predict import part_maker
 from fastadapt.export.predict.columns import FeatureColumns, PredictionColumns
 from fastadapt.export.predict.decode_ahead import DecodedBatch
 from fastadapt.export.predict.job import Job
@@ -272,7 +272,7 @@ class TestWhatIsThere:
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "PART", 256)
+    monkeypatch.setattr(part_maker, "PART", 256)
     peaks = []
     for count in (2_000, 100_000):
         job = make_job(tmp_path / f"{count}.csv", count=count, batch=64)

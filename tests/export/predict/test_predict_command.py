@@ -43,6 +43,8 @@ def test_bundles(tuned_bundles, name, tmp_path, monkeypatch, capsys):
     assert bad["path"] == str(pictures / "bad.png") and "cannot be read" in bad["reason"]
     assert command(monkeypatch, *args) == 1
     assert "is there, and complete: replace it with --overwrite" in capsys.readouterr().err
+    assert command(monkeypatch, *args, "--resume") == 3
+    assert "is there, and complete: there is nothing to resume" in capsys.readouterr().err
     assert command(monkeypatch, *args, "--overwrite") == 3
 
 
@@ -119,6 +121,10 @@ def test_features_of_a_backbone(made, tmp_path, monkeypatch, capsys):
         (("predict", "bundle", "images", "--out", "o.csv", "--labels", "x"), "is no table"),
         (("predict", "run", "images", "--out", "o.csv", "--device", "tpu"), "device is 'tpu'"),
         (("embed", "bundle", "images", "--out", "o.csv"), "has no output of features, only its"),
+        (
+            ("predict", "bundle", "images", "--out", "o.csv", "--embeddings"),
+            "export it with --with-features",
+        ),
         (("embed", "vit_gone", "images", "--out", "o.csv"), "timm has no model 'vit_gone'"),
     ],
 )
@@ -142,7 +148,7 @@ def test_ctrl_c_says_how_to_go_on(made, tmp_path, monkeypatch, capsys):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastadapt.export.predict.job.compute", stop)
+    monkeypatch.setattr("fastadapt.export.predict.part_maker.compute", stop)
     args = ("predict", made / "bundle", made / "images", "--out", tmp_path / "o.csv")
     assert command(monkeypatch, *args) == 130
     said = capsys.readouterr().err

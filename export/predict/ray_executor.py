@@ -1,0 +1,224 @@
+"""Compute the parts of a job with Ray Data, on one machine or on a cluster.
+
+1. This process lists the images; each part becomes one block in Ray's object store.
+2. Workers (actors) load the model once, with one GPU each if there is any, and map blocks: paths
+   in, outputs out. The task of a worker that is lost is Ray's to repeat.
+3. This process writes each part as its rows arrive, in whatever order. Rows carry the number of
+   their part and their place in it, so that none is missing or there twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from fastadapt.errors import InputError, first_line
+
+from .batch_predictor import BatchPredictor
+from .models import ImageModel
+from .part_maker import PartMaker, Todo, part_size
+from .parts import Part
+from .request import Request, described
+from .settings import WorkSettings
+from .sources import Item
+
+# No telemetry, and no lines of its own on the terminal but errors that end it.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+ORDER, PLACE, PATH, LABEL, PROBLEM, OUTPUTS = "part", "place", "path", "label", "problem", "outputs"
+
+
+class RayPool:
+    """Ray's workers; a context manager.
+
+    Args:
+        request: the model and the columns.
+        work: the cluster's address, the number of workers, batch, and the file of the results.
+
+    Attributes:
+        model: what a worker loaded, without its function.
+
+    Raises:
+        InputError: Ray is not installed or does not start; the model does not load.
+    """
+
+    def __init__(self, request: Request, work: WorkSettings):
+        os.environ.update(QUIET)  # before the import
+        try:
+            import ray
+            import ray.data
+        except ImportError:
+            raise InputError("`executor='ray'` needs Ray Data: pip install 'ray[data]'") from None
+        self._ray: Any = ray
+        self._request, self._work = request, work
+        try:
+            ray.init(
+                address=work.ray_address or "local",
+                include_dashboard=None if work.ray_address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray's own have no common base
+            raise InputError(f"Ray does not start: {first_line(error)}") from error
+        try:
+            self._plan()
+            self.model: ImageModel = self._loaded()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End Ray, or leave the cluster."""
+        with suppress(Exception):
+            self._ray.shutdown()
+
+    def _plan(self) -> None:
+        """Decide how many workers there are, and what each gets."""
+        there = self._ray.cluster_resources()
+        gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 1))
+        self._gpus = 1 if gpus else 0
+        self._count = self._work.ray_workers or gpus or cpus
+        if gpus and self._count > gpus:
+            raise InputError(f"`ray_workers` is {self._count}, and Ray has {gpus} GPUs")
+        share = max(cpus // self._count, 1)
+        self._workers = self._work.workers or share
+
+    def _loaded(self) -> ImageModel:
+        """Load the model in a worker, to know its classes and what it runs in."""
+        request = self._request
+
+        def load() -> ImageModel | str:
+            try:
+                return described(request.open("auto"))
+            except InputError as error:
+                return str(error)
+
+        remote = self._ray.remote(num_cpus=1, num_gpus=self._gpus, max_calls=1)(load)
+        found = self._ray.get(remote.remote())
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
+
+    def run(self, todo: Todo, advance: Callable[[int], Any]) -> None:
+        """Compute all parts.
+
+        Args:
+            todo: the parts.
+            advance: called with the number of images of each part.
+
+        Raises:
+            InputError: Ray gave up.
+        """
+        work, request = self._work, self._request
+        columns = request.columns(self.model)
+        maker = PartMaker(self.model, columns, work.out, work.batch, part_size(work.batch))
+        counts: dict[int, int] = {}
+        blocks = []
+        for number, items in todo:
+            listed = list(items)
+            counts[number] = len(listed)
+            blocks.append(self._ray.put(_block(number, listed)))
+        if not blocks:
+            return
+        try:
+            for number, rows in self._rows(blocks, counts):
+                _write(maker, number, rows, self.model.width)
+                advance(len(rows[PLACE]))
+        except self._ray.exceptions.RayError as error:
+            raise InputError(
+                f"Ray gave up: {first_line(error)}. Finished parts are kept, go on with "
+                "`resume=True`"
+            ) from error
+        if counts:
+            raise InputError(f"Ray lost {len(counts)} parts: go on with `resume=True`")
+
+    def _rows(
+        self, blocks: list[Any], counts: dict[int, int]
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Run the workers; yield each part once all of its rows are there."""
+        data = self._ray.data
+        context = data.DataContext.get_current()
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        context.enable_progress_bars = False
+        mapped = data.from_arrow_refs(blocks).map_batches(
+            RayWorker,
+            fn_constructor_args=(self._request, self._work.batch, self._workers),
+            batch_size=None,  # a block, which is a part
+            batch_format="numpy",
+            num_cpus=1,
+            num_gpus=self._gpus,
+            compute=data.ActorPoolStrategy(size=self._count),
+        )
+        waiting: dict[int, list[dict[str, np.ndarray]]] = {}
+        for batch in mapped.iter_batches(batch_size=None, batch_format="numpy"):
+            for number in np.unique(batch[ORDER]).tolist():  # blocks may be split or joined
+                if number not in counts:
+                    continue
+                rows = batch[ORDER] == number
+                waiting.setdefault(number, []).append({k: v[rows] for k, v in batch.items()})
+                if sum(len(piece[PLACE]) for piece in waiting[number]) == counts[number]:
+                    del counts[number]
+                    yield number, _joined(waiting.pop(number))
+
+
+class RayWorker:
+    """What a worker runs: paths in, outputs out.
+
+    Args:
+        request: the model.
+        batch: images that are computed at once.
+        workers: processes that decode.
+    """
+
+    def __init__(self, request: Request, batch: int, workers: int):
+        self.predictor = BatchPredictor(request, batch=batch, workers=workers)
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Add outputs and problems to a block of paths."""
+        outputs, problems = self.predictor.outputs(list(map(_decoded, block[PATH])))
+        return {**block, OUTPUTS: outputs, PROBLEM: np.array(problems, dtype=object)}
+
+
+def _block(number: int, items: list[Item]) -> Any:
+    """Make a table of a part's images; names of files need not be text, and travel as bytes."""
+    import pyarrow
+
+    return pyarrow.table(
+        {
+            ORDER: pyarrow.array([number] * len(items), pyarrow.int64()),
+            PLACE: pyarrow.array(range(len(items)), pyarrow.int64()),
+            PATH: pyarrow.array([os.fsencode(item.path) for item in items], pyarrow.binary()),
+            LABEL: pyarrow.array([item.label for item in items], pyarrow.string()),
+        }
+    )
+
+
+def _decoded(path: bytes) -> str:
+    return os.fsdecode(bytes(path))
+
+
+def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Join the rows of a part, in the order of their places."""
+    rows = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+    order = np.argsort(rows[PLACE])
+    return {key: values[order] for key, values in rows.items()}
+
+
+def _write(maker: PartMaker, number: int, rows: dict[str, np.ndarray], width: int) -> None:
+    items = [Item(_decoded(p), str(k)) for p, k in zip(rows[PATH], rows[LABEL], strict=True)]
+    problems = {place: str(text) for place, text in enumerate(rows[PROBLEM]) if text}
+    readable = [place for place in range(len(items)) if place not in problems]
+    outputs = np.stack([np.asarray(row, np.float32) for row in rows[OUTPUTS]]).reshape(-1, width)
+    part = Part()
+    maker.add(part, items, readable, outputs[readable], problems)
+    maker.finish(number, part, items)

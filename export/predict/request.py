@@ -1,0 +1,71 @@
+"""What is computed of images: a model's predictions or features, as a value that can be sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .columns import Columns, FeatureColumns, PredictionColumns
+from .models import ImageModel, open_classifier, open_embedder
+from .settings import EmbedSettings, PredictSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model and the columns of its results; a process that gets it can do the work.
+
+    Attributes:
+        settings: of the command.
+        trust: run native code of a bundle that was not made on this machine.
+    """
+
+    settings: PredictSettings | EmbedSettings
+    trust: bool = False
+
+    def open(self, device: str) -> ImageModel:
+        """Load the model.
+
+        Raises:
+            InputError: it does not exist, cannot be loaded, or lacks what is asked for.
+        """
+        asked = self.settings
+        if isinstance(asked, PredictSettings):
+            return open_classifier(
+                asked.model, device=device, trust=self.trust, embeddings=asked.embeddings
+            )
+        return open_embedder(
+            asked.model,
+            device=device,
+            trust=self.trust,
+            weights=asked.weights,
+            image_size=asked.image_size,
+        )
+
+    def columns(self, model: ImageModel) -> Columns:
+        """Return the columns of the results."""
+        asked = self.settings
+        if isinstance(asked, EmbedSettings):
+            return FeatureColumns(model)
+        return PredictionColumns(
+            model, asked.logits, asked.top_k, asked.labels is not None, asked.embeddings
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that the rows depend on."""
+        asked = self.settings
+        if isinstance(asked, EmbedSettings):
+            return {"command": "embed"}
+        names = ("labels", "logits", "top_k", "embeddings")
+        return {"command": "predict", **{name: getattr(asked, name) for name in names}}
+
+
+def described(model: ImageModel) -> ImageModel:
+    """Return a model that can be sent to another process, where it cannot run."""
+    return replace(model, run=_elsewhere)
+
+
+def _elsewhere(pixels: np.ndarray) -> np.ndarray:
+    raise RuntimeError("this model runs in another process")

@@ -1,0 +1,82 @@
+"""Ray Data on this machine, for real: two workers, of which one is killed in the middle."""
+
+import os
+import signal
+import sys
+
+import psutil
+import pytest
+
+import fastadapt as fa
+from fastadapt.export.predict import job, part_maker, ray_executor
+from fastadapt.export.predict.settings import PredictSettings, WorkSettings
+from tests.helpers.command import command
+
+pytest.importorskip("ray")
+
+
+def workers():
+    """Find the processes of Ray's that hold the model, below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("ray::MapWorker") or "MapWorker" in process.cmdline()[0]:
+                found.append(process.pid)
+        except (psutil.Error, IndexError):
+            continue
+    return found
+
+
+def test_a_killed_worker_changes_nothing(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(part_maker, "PART", 6)
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    paths = [*sorted(map(str, (made / "images").rglob("*.png"))), str(bad)] * 20
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+
+    def settings(name, **more):
+        given = WorkSettings(
+            images=(str(tmp_path / "list.txt"),),
+            out=tmp_path / name,
+            batch=6,
+            workers=1,
+            quiet=True,
+            **more,
+        )
+        return PredictSettings(model=str(made / "bundle"), logits=True), given
+
+    killed, real = [], ray_executor.RayPool.run
+
+    def run(pool, todo, advance):
+        def kill_one(images):
+            if not killed:
+                killed.extend(workers()[:1])
+                os.kill(killed[0], signal.SIGKILL)
+            advance(images)
+
+        real(pool, todo, kill_one)
+
+    monkeypatch.setattr(ray_executor.RayPool, "run", run)
+    found = job.predict_images(*settings("ray.csv", executor="ray", ray_workers=2))
+    assert killed and (found.images, found.computed, found.unreadable) == (500, 500, 20)
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    want = job.predict_images(*settings("local.csv"))
+    assert found.out.read_bytes() == want.out.read_bytes()
+    assert found.unreadable_file.read_bytes() == want.unreadable_file.read_bytes()
+
+
+def test_what_ray_does_not_take(made, tmp_path, monkeypatch, capsys):
+    args = ("predict", made / "bundle", made / "images", "--out", tmp_path / "o.csv")
+    for more, says in {
+        ("--executor", "ray", "--devices", "cpu"): "leave out --device and --devices",
+        ("--ray-address", "auto"): "--ray-address and --ray-workers are for --executor ray",
+    }.items():
+        assert command(monkeypatch, *args, *more) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_without_ray(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    work = WorkSettings(images=(str(made / "images"),), out=tmp_path / "o.csv", executor="ray")
+    with pytest.raises(fa.InputError, match=r"needs Ray Data: pip install"):
+        job.predict_images(PredictSettings(model=str(made / "bundle")), work)
