@@ -293,9 +293,10 @@ class OpenVinoRuntime(Runtime):
             raise InputError(f"OpenVINO cannot load {path.name}: {first_line(error)}") from error
         self._request = model.create_infer_request()
 
-    def run_arrays(self, *inputs: np.ndarray) -> np.ndarray:
-        """Run arrays where they are; the result is copied from the buffer that it reuses."""
-        return self._request.infer(list(inputs), share_inputs=True)[0].copy()
+    def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Run arrays where they are; results are copied from the buffers that it reuses."""
+        found = self._request.infer(list(inputs), share_inputs=True)
+        return tuple(found[index].copy() for index in range(len(found)))
 
 
 class AotiRuntime(Runtime):
