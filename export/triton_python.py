@@ -18,7 +18,13 @@ BUNDLE, MODULE = "bundle", "model.py"
 SOURCE = '''"""Serve the bundle beside this file with Triton; written by fastadapt."""
 
 import json
+import os
+import site
 from pathlib import Path
+
+# The server's interpreter ignores PYTHONPATH, by which a virtual environment can be named.
+for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    site.addsitedir(folder)
 
 import numpy as np
 import triton_python_backend_utils as pb_utils

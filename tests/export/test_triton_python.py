@@ -107,7 +107,8 @@ def start(environment, repository, log, port):
     command = [package / "bin/tritonserver", "--model-repository", repository]
     command += ["--backend-directory", backends, "--http-port", port, "--http-address", "127.0.0.1"]
     command += ["--allow-grpc", "false", "--allow-metrics", "false"]
-    paths = os.pathsep.join(path for path in sys.path if path)
+    # Its own NumPy comes first: the back end reads and writes arrays of NumPy 1 alone.
+    paths = os.pathsep.join([str(package.parents[1]), *filter(None, sys.path)])
     more = {"PYTHONPATH": paths, "LD_LIBRARY_PATH": str(libraries), "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as file:
         return subprocess.Popen(
@@ -117,13 +118,14 @@ def start(environment, repository, log, port):
 
 CLIENT = """
 import sys, numpy as np
-from tritonclient.http import InferenceServerClient, InferInput
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 port, given, out = sys.argv[1:]
 client, images, found = InferenceServerClient("127.0.0.1:" + port), np.load(given), {}
 for count in (1, 3, len(images)):
     value = InferInput("images", [count, *images.shape[1:]], "UINT8")
     value.set_data_from_numpy(images[:count])
-    found[str(count)] = client.infer("uint8", [value]).as_numpy("logits")
+    wanted = [InferRequestedOutput("logits")]
+    found[str(count)] = client.infer("uint8", [value], outputs=wanted).as_numpy("logits")
 np.savez(out, **found)
 """
 
