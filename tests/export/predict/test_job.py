@@ -4,10 +4,6 @@ import csv
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from contextlib import nullcontext
 
@@ -281,38 +277,3 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 2**20
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from tests.export.predict import test_job
-job = test_job.make_job(Path(sys.argv[1]), count=20_000, batch=64, resume=True)
-run = job.model.run
-object.__setattr__(job.model, "run", lambda pixels: (time.sleep(0.002), run(pixels))[1])
-job.run()
-"""
-
-
-def test_a_killed_process_leaves_whole_parts(tmp_path):
-    whole, out = tmp_path / "whole.csv", tmp_path / "out.csv"
-    make_job(whole, count=20_000, batch=64).run()
-    kept = -1
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=job_root())
-        parts = tmp_path / "out.csv.parts"
-        while process.poll() is None:
-            now = len(list(parts.glob("part-*.json"))) if parts.is_dir() else 0
-            if now > kept + 3:
-                process.send_signal(signal.SIGKILL)
-                kept = now
-                break
-            time.sleep(0.005)
-        process.wait()
-    if not out.exists():
-        make_job(out, count=20_000, batch=64, resume=True).run()
-    assert out.read_bytes() == whole.read_bytes()
-
-
-def job_root():
-    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))  # noqa: PTH120
