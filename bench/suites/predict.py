@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -170,57 +170,97 @@ def alone(work: _Work) -> Iterator[tuple[str, Row]]:
     models = {name: r.open("auto") for name, r in (("predict", predict), ("embed", embed))}
     settings = work.settings(size.images)
     paths = [item.path for item in ImageList(settings.images)]
-    rounds: dict[str, list[float]] = {}
+    rounds: dict[str, list[Timing]] = {}
     for _ in range(size.rounds):
-        rounds.setdefault("decoder", []).append(decoding_speed(models["predict"], paths, work))
-        rounds.setdefault("runtime", []).append(runtime_speed(models["predict"], paths, size.batch))
+        rounds.setdefault("decoder", []).append(decode_alone(models["predict"], paths, work))
+        rounds.setdefault("runtime", []).append(run_alone(models["predict"], paths, size.batch))
         for name, request in (("predict", predict), ("embed", embed)):
             model = models[name]
             images = ImageList(settings.images, classes=model.classes)
             job = Job(model, images, request.columns(model), settings, request.identity)
+            began = Clock()
             summary = job.run()
             assert summary.images == size.images and not summary.unreadable
-            rounds.setdefault(name, []).append(summary.images / summary.seconds)
-    limit = [
-        min(decoder, runtime) if torch.cuda.is_available() else 1 / (1 / decoder + 1 / runtime)
-        for decoder, runtime in zip(rounds["decoder"], rounds["runtime"], strict=True)
-    ]
-    what = "the slower of both" if torch.cuda.is_available() else "1 / (1/decoder + 1/runtime)"
+            rounds.setdefault(name, []).append(began.timing(summary.images))
     table = f"one device, {models['predict'].name}: {size.images} images, {size.rounds} rounds"
-    for name, speeds in rounds.items():
-        row: Row = {"what": name, "images/s": f"{statistics.median(speeds):.0f}"}
-        row["rounds"] = " ".join(f"{speed:.0f}" for speed in speeds)
-        ratios = [speed / most for speed, most in zip(speeds, limit, strict=True)]
-        used = name in ("predict", "embed")
-        row[f"of {what}"] = f"{statistics.median(ratios):.3f}" if used else None
+    for row in rows_of(rounds, on_gpu=torch.cuda.is_available()):
         yield table, row
 
 
-def decoding_speed(model: ImageModel, paths: list[str], work: _Work) -> float:
-    """Decode all images as predict does, and throw the pixels away; return images per second."""
+class Timing(NamedTuple):
+    """Images per second, and milliseconds of all processes' CPU time for each image."""
+
+    speed: float
+    cpu: float
+
+
+class Clock:
+    """Wall time and CPU time since it was made, that of processes that have ended included."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), sum(os.times()[:4])
+
+    def timing(self, images: int) -> Timing:
+        """Return what a number of images took since then."""
+        wall, cpu = time.perf_counter() - self.wall, sum(os.times()[:4]) - self.cpu
+        return Timing(images / wall, 1000 * cpu / images)
+
+
+def rows_of(rounds: dict[str, list[Timing]], on_gpu: bool) -> list[Row]:
+    """Return a row for each thing that was timed, with medians over rounds.
+
+    Args:
+        rounds: timings of "decoder", "runtime", "predict" and "embed", one for each round.
+        on_gpu: decoder and runtime have processors of their own, and the slower one is the limit.
+    """
+    both = list(zip(rounds["decoder"], rounds["runtime"], strict=True))
+    limits = [min(d.speed, r.speed) if on_gpu else 1 / (1 / d.speed + 1 / r.speed) for d, r in both]
+    what = "the slower of both" if on_gpu else "1 / (1/decoder + 1/runtime)"
+    rows = []
+    for name, timings in rounds.items():
+        used = name in ("predict", "embed")
+        ratio = statistics.median(t.speed / most for t, most in zip(timings, limits, strict=True))
+        cpu = statistics.median(t.cpu for t in timings)
+        parts = statistics.median(
+            (d.cpu + r.cpu) / t.cpu for t, (d, r) in zip(timings, both, strict=True)
+        )
+        row: Row = {
+            "what": name,
+            "images/s": f"{statistics.median(t.speed for t in timings):.0f}",
+            "rounds": " ".join(f"{t.speed:.0f}" for t in timings),
+            f"of {what}": f"{ratio:.3f}" if used else None,
+            "CPU ms per image": f"{cpu:.2f}",
+        }
+        if not on_gpu:  # where other programs run, too, this says more than times do
+            row["CPU time of decoder + runtime over it"] = f"{parts:.3f}" if used else None
+        rows.append(row)
+    return rows
+
+
+def decode_alone(model: ImageModel, paths: list[str], work: _Work) -> Timing:
+    """Decode all images as predict does, and throw the pixels away."""
     batch = work.size.batch
     starts = range(0, len(paths), batch)
-    began = time.perf_counter()
-    opened = open_decoder(model.reading, model.value_range, batch, default_workers())
-    with opened as decode:
+    began = Clock()
+    with open_decoder(model.reading, model.value_range, batch, default_workers()) as decode:
         for decoded in decode(paths[start : start + batch] for start in starts):
             for _ in decoded.groups:
                 pass
             assert not decoded.problems
-        return len(paths) / (time.perf_counter() - began)
+    return began.timing(len(paths))
 
 
-def runtime_speed(model: ImageModel, paths: list[str], batch: int) -> float:
-    """Run the model on decoded images over and over; return images per second."""
-    opened = open_decoder(model.reading, model.value_range, batch, 1)
-    with opened as decode:
+def run_alone(model: ImageModel, paths: list[str], batch: int) -> Timing:
+    """Run the model on decoded images over and over."""
+    with open_decoder(model.reading, model.value_range, batch, 1) as decode:
         decoded = next(iter(decode([paths[:batch]])))
         pixels = next(iter(decoded.groups))[1].copy()
     model.run(pixels)
-    began = time.perf_counter()
-    for _ in range(0, len(paths), batch):
+    calls = -(-len(paths) // batch)
+    began = Clock()
+    for _ in range(calls):
         model.run(pixels)
-    return -(-len(paths) // batch) * len(pixels) / (time.perf_counter() - began)
+    return began.timing(calls * len(pixels))
 
 
 def memory(work: _Work) -> Iterator[tuple[str, Row]]:

@@ -22,6 +22,20 @@ def test_decoder_runtime_and_both(monkeypatch):
     assert last.about == ("one device",)
 
 
+def test_ratios_are_medians_of_rounds():
+    rounds = {
+        "decoder": [predict.Timing(100, 10.0), predict.Timing(50, 10.0), predict.Timing(100, 10.0)],
+        "runtime": [predict.Timing(300, 4.0), predict.Timing(300, 4.0), predict.Timing(25, 4.0)],
+        "predict": [predict.Timing(90, 15.0), predict.Timing(48, 14.0), predict.Timing(20, 28.0)],
+        "embed": [predict.Timing(100, 7.0)] * 3,
+    }
+    *_, found, _ = predict.rows_of(rounds, on_gpu=True)
+    assert found["of the slower of both"] == "0.900" and found["images/s"] == "48"
+    *_, found, _ = predict.rows_of(rounds, on_gpu=False)
+    assert found["of 1 / (1/decoder + 1/runtime)"] == "1.120"
+    assert found["CPU time of decoder + runtime over it"] == "0.933"
+
+
 def test_memory_of_a_tree_of_processes():
     child = "import time; x = bytearray(50 << 20); print(flush=True); time.sleep(60)"
     code = (
