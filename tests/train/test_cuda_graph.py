@@ -18,6 +18,20 @@ ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 
 CONFIG = TrainConfig(
     stages=2, epochs=12, epochs2=10, lr=3e-3, batch_size=8, val_fraction=0.25, clip_grad=1.0
 )
+SMALL_DATA = replace(
+    CONFIG,
+    mixup=0.4,
+    cutmix=1.0,
+    ema=0.9,
+    layer_decay=0.7,
+    unfreeze_last=2,
+    augment="dihedral",
+    views=2,
+    rotation=10.0,
+    brightness=0.1,
+    blur=1.0,
+    erase=0.2,
+)
 # On a GPU rounding may differ; small steps keep it small.
 SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
 
@@ -54,6 +68,16 @@ class TestWithAStandIn:
         assert gpu.captures == 2, "one for each stage"
         assert gpu.replays == 2 * (12 + 10) - 2 * WARMUP
         assert rows == graphed_rows
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, graphed[name]), name
+
+    def test_what_helps_small_data(self, images, tmp_path, monkeypatch):
+        """Mixed labels, layers' own rates and the average are outside the graph, or its inputs."""
+        config = replace(SMALL_DATA, epochs=10, epochs2=10)
+        weights, rows = run(images, tmp_path / "eager", replace(config, cuda_graph="off"))
+        gpu = StandIn().install(monkeypatch)
+        graphed, graphed_rows = run(images, tmp_path / "graphed", config)
+        assert gpu.captures == 2 and rows == graphed_rows
         for name, tensor in weights.items():
             assert torch.equal(tensor, graphed[name]), name
 
@@ -102,6 +126,18 @@ class TestOnAGPU:
         # Three steps an epoch; the last, smaller batch is filled up but where batch norms train.
         own_size = backbone == "test_efficientnet"
         assert len(replays) == 3 * 12 + (2 if own_size else 3) * 10 - 2 * WARMUP
+        near(rows, graphed_rows, 1e-3 if amp == "off" else 5e-2)
+        assert eager.keys() == graphed.keys()
+
+    @pytest.mark.parametrize("amp", ["off", "bf16"])
+    def test_what_helps_small_data(self, images, tmp_path, monkeypatch, amp):
+        replays = count_replays(monkeypatch)
+        config = replace(SMALL_DATA, amp=amp, lr=3e-4)
+        off = replace(config, cuda_graph="off")
+        eager, rows = run(images, tmp_path / "eager", off, device="cuda")
+        assert not replays
+        graphed, graphed_rows = run(images, tmp_path / "graphed", config, device="cuda")
+        assert len(replays) == 3 * (12 + 10) - 2 * WARMUP
         near(rows, graphed_rows, 1e-3 if amp == "off" else 5e-2)
         assert eager.keys() == graphed.keys()
 
