@@ -345,4 +345,30 @@ class VerifySettings(Settings):
             panel=BUNDLE,
         ),
     ] = False
+    key: Annotated[
+        Path | None,
+        Setting(
+            "File of the maker's public key (PEM): refuse a bundle that was not signed with it, "
+            "and trust one that was.",
+            panel=BUNDLE,
+        ),
+    ] = None
     json: Annotated[bool, Setting("Print the result as JSON.", panel=BUNDLE)] = False
+
+
+@dataclass(frozen=True)
+class SignSettings(Settings):
+    """Which bundle is signed, and with which key."""
+
+    bundle: Annotated[
+        Path,
+        Setting("Folder that fastadapt export wrote.", panel=BUNDLE, argument=True),
+    ]
+    key: Annotated[
+        Path,
+        Setting(
+            "File of your private key, of an elliptic curve, in PEM (openssl ecparam -name "
+            "prime256v1 -genkey -noout -out FILE).",
+            panel=BUNDLE,
+        ),
+    ]

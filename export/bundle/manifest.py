@@ -137,14 +137,14 @@ def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = 
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of every file of a bundle but its manifest, by name."""
+    """Return size and SHA-256 of a bundle's files, by name; not of manifest and signature."""
     return {
         file.relative_to(folder).as_posix(): {
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
         }
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / MANIFEST
+        if file.is_file() and file not in (folder / MANIFEST, folder / SIGNATURE)
     }
 
 

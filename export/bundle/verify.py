@@ -40,6 +40,7 @@ from .manifest import (
     seal,
     version_changes,
 )
+from .signature import check_signature
 from .trust import NATIVE, made_here, remember_bundle, why_not_run
 from .verify_artefact import Reference, artefact_problems, verify_artefact
 
@@ -107,6 +108,7 @@ def verify_bundle(
     speed: bool = True,
     rebuild: bool = False,
     trust: bool = False,
+    key: str | Path | None = None,
     console: Console | None = None,
 ) -> Verification:
     """Check a bundle's files, and compare every file that runs here on its golden samples.
@@ -117,6 +119,8 @@ def verify_bundle(
         rebuild: build TensorRT engines that cannot run here anew, for this machine, and put them
             into the bundle.
         trust: run native code (.pt2, engines) of a bundle that was not made on this machine.
+        key: file of the maker's public key; a bundle that was signed with it is trusted, any
+            other refused.
         console: where the progress of building is shown.
 
     Returns:
@@ -125,9 +129,13 @@ def verify_bundle(
     Raises:
         InputError: the folder is no bundle, or a newer or rejected one; a file is missing,
             truncated or changed (it is named); parts of the bundle contradict each other;
-            preprocessing makes other pixels than at export; an engine cannot be rebuilt.
+            preprocessing makes other pixels than at export; an engine cannot be rebuilt; the
+            bundle was not signed with ``key``.
     """
     bundle = Path(bundle)
+    if key is not None:
+        check_signature(bundle, key)
+        trust = True
     manifest = read_manifest(bundle)
     check_accepted(bundle, manifest)
     check_files(bundle, manifest)

@@ -107,13 +107,15 @@ def verify(given: Given) -> None:
             speed=settings.speed,
             rebuild=settings.rebuild,
             trust=settings.trust,
+            key=settings.key,
             console=console,
         )
     said = (replace(a, reason=with_flags(a.reason, given.options)) for a in result.artefacts)
     result = replace(result, artefacts=tuple(said))
     if settings.json:
         _print_json(result.to_dict())
-    console.print(f"[green]✓[/] {len(result.manifest['files'])} files are whole")
+    signed = "" if settings.key is None else f", and signed with {escape(str(settings.key))}"
+    console.print(f"[green]✓[/] {len(result.manifest['files'])} files are whole{signed}")
     for note in result.notes:
         console.print(f"  {escape(note)}")
     console.print(artefact_table(result.artefacts))
