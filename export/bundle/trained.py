@@ -29,6 +29,7 @@ from fastadapt.gdpl.checkpoint import load_gdpl
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.lora import load_peft, replaced_parameters
+from fastadapt.train.run_folder import check_finished
 from fastadapt.weights_match import load_weights, meta_model
 
 
@@ -61,9 +62,10 @@ class Trained:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Read a run's configuration; raise InputError if the folder is no run."""
+    """Read a run's configuration; raise InputError for no run, or an unfinished one."""
     if not run.is_dir():
         raise InputError(f"{run} is no folder; expected a training run with {CONFIG} and {WEIGHTS}")
+    check_finished(run)
     return read_json(run / CONFIG)
 
 

@@ -18,7 +18,11 @@ from fastadapt.cli.gdpl import gdpl
 from fastadapt.cli.info import info
 from fastadapt.cli.predict import embed, predict
 from fastadapt.cli.search import search
+from fastadapt.cli.sign import sign
 from fastadapt.cli.train import TrainCommand, train
+from fastadapt.errors import InputError
+
+BACKEND, BACKENDS = "FASTADAPT_BACKEND", ("auto", "triton", "reference")
 
 app = typer.Typer(
     name="fastadapt",
@@ -33,6 +37,7 @@ app.command()(search)
 app.command()(gdpl)
 app.command()(export)
 app.command()(verify)
+app.command()(sign)
 app.command()(predict)
 app.command()(embed)
 app.command()(bench)
@@ -49,6 +54,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
         bool,
@@ -60,6 +66,12 @@ def options(
     """Take the options that stand before a command's name."""
     if debug:
         os.environ["FASTADAPT_DEBUG"] = "1"
+    chosen = os.environ.get(BACKEND, "auto")
+    if chosen not in BACKENDS and context.invoked_subcommand != "info":  # which tells of it
+        raise InputError(
+            f"the environment variable {BACKEND} is {chosen!r}; expected one of "
+            f"{', '.join(BACKENDS)}. Set it to one of these, or unset it."
+        )
 
 
 def main() -> None:
@@ -69,8 +81,6 @@ def main() -> None:
         with contextlib.suppress(io.UnsupportedOperation, ValueError):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-    from fastadapt.errors import InputError
-
     try:
         app()
     except KeyboardInterrupt:
@@ -78,12 +88,32 @@ def main() -> None:
     except Exception as error:
         if interrupt.came():
             _fail("interrupted", code=interrupt.EXIT_CODE)
-        if isinstance(error, (InputError, OSError, *_backend_error())):
+        if isinstance(error, (InputError, *_backend_error())):
             _fail(str(error))
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            where = "machine" if isinstance(error, MemoryError) else "GPU"
-            _fail(f"the {where}'s memory is full: close other programs, or use smaller batches")
+        if isinstance(error, OSError):
+            _fail(_of_system(error))
+        full = _full_memory(error)
+        if full is not None:
+            _fail(f"the {full}'s memory is full: close other programs, or use smaller batches")
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _of_system(error: OSError) -> str:
+    """Say what the system said of which file."""
+    if error.strerror is None:
+        return str(error)
+    where = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    shown = " and ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in where)
+    return f"{shown}: {error.strerror}" if shown else error.strerror
+
+
+def _full_memory(error: Exception) -> str | None:
+    """Say whose memory is full, if an error says that one is."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "GPU"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "machine"
+    return None
 
 
 def _backend_error() -> tuple[type[Exception], ...]:

@@ -48,7 +48,7 @@ def gdpl(given: Given) -> None:
         parts["domain_encoder"] = features.width
     with how_to_continue(run.out, run.overwrite):
         results = train_gdpl(
-            run.data,
+            run.dataset,
             run.out,
             GDPLSource(**parts),
             config,

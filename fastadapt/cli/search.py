@@ -26,7 +26,7 @@ def search(given: Given) -> None:
 
     with working():
         found = run_search(
-            run.data,
+            run.dataset,
             run.out,
             backbones,
             how,

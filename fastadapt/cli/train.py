@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer.core
 
-from fastadapt.cli.options import Given, command
+from fastadapt.cli.options import Given, command, options_of
 from fastadapt.cli.resume import how_to_continue
 from fastadapt.config import MODEL, AdaptConfig, LoRAConfig
 from fastadapt.errors import InputError
+from fastadapt.output_place import check_output
 from fastadapt.processes import check_one_process, place_from_environment
 from fastadapt.settings import Setting, Settings
 from fastadapt.train.config import (
@@ -22,10 +23,17 @@ from fastadapt.train.config import (
     TrainConfig,
 )
 from fastadapt.train.fold_settings import FoldSettings, dataset_of
+from fastadapt.train.request import Request, is_finished
+from fastadapt.train.run_settings import StartSettings
 
 GDPL_MOVED = (
     "GDPL has a command of its own: fastadapt gdpl DATA --clip NAME --domain-encoder NAME --out RUN"
 )
+ALONE = (
+    "cannot be given with --resume and no DATA, which goes on with the run's own settings: leave "
+    "it out, or give DATA and all options again"
+)
+INIT = "is the run's that --init names: leave it out"
 
 
 @dataclass(frozen=True)
@@ -82,26 +90,21 @@ def recipe_of(given: Given) -> Recipe:
     FoldSettings,
     ImageSettings,
     SavingSettings,
+    StartSettings,
     Method,
     lora_rank=0,
+    data=None,
 )
 def train(given: Given) -> None:
     """Train an adapter for a frozen backbone on labelled images; Ctrl-C, then --resume, is safe."""
-    run, source = given.build(RunSettings), given.build(BackboneSource)
-    if source.backbone is None:
-        raise InputError("train needs --backbone NAME, timm's name of a model")
-    size = given.values["image_size"]
-    base = recipe_of(given)
-    config = given.build(TrainConfig, base.training)
-    images, saving = given.build(ImageSettings, base.images), given.build(SavingSettings)
-    adapt_config = given.build(
-        AdaptConfig,
-        base.adapter,
-        lora=given.build(LoRAConfig) if given.values["lora_rank"] else None,
-        input_size=None if size is None else (3, size, size),
-    )
-
-    folds = given.build(FoldSettings)
+    run, saving = given.build(RunSettings), given.build(SavingSettings)
+    check_output(run.out, "folder", "a run")
+    request = _recorded(given, run) if run.resume and run.data is None else _asked_for(given, run)
+    if request is None:
+        if not run.quiet:
+            print(f"{run.out} is finished already: nothing to resume")
+        return
+    folds = request.folds or FoldSettings()
     if folds.several:
         check_one_process("runs with --folds or --seeds")
     if folds.several and saving.profile:
@@ -115,37 +118,98 @@ def train(given: Given) -> None:
     with (
         how_to_continue(run.out, run.overwrite),
         Scan(
-            dataset_of(run.data, config, folds),
+            dataset_of(request.data, request.config, folds),
             default_workers() if run.workers is None else run.workers,
-            config.intensity_range,
+            request.config.intensity_range,
             place,
         ) as scan,
     ):
         options: dict[str, Any] = {
-            "preprocess": images.preprocess(),
-            "pretrained": source.pretrained,
-            "weights": source.weights,
+            "preprocess": request.preprocess,
+            "pretrained": request.pretrained,
+            "weights": request.weights,
             "device": run.device,
             "workers": run.workers,
-            "skip_unreadable": run.skip_unreadable,
+            "skip_unreadable": request.skip_unreadable,
             "resume": run.resume,
             "overwrite": run.overwrite,
             "quiet": run.quiet,
             "save_every": saving.save_every,
             "scan": scan,
         }
-        what = (run.data, run.out, source.backbone, config, adapt_config)
+        what: Any = (request.data, run.out, request.backbone, request.config, request.adapt_config)
         if folds.several:
             from fastadapt.train.cross_validation import train_folds
             from fastadapt.train.fold_results import folds_table
 
-            table = folds_table(train_folds(*what, folds, **options))
+            options["folds"] = folds
+            table = folds_table(train_folds(*what, **options))
         else:
             from fastadapt.train.results import summary_table
             from fastadapt.train.run import train as run_training
 
-            table = summary_table(run_training(*what, **options, profile=saving.profile))
+            options |= {"init": request.init, "profile": saving.profile}
+            table = summary_table(run_training(*what, **options))
     if not run.quiet and place.rank == 0:
         from rich.console import Console
 
         Console(markup=False).print(table)
+
+
+def _asked_for(given: Given, run: RunSettings) -> Request:
+    """Return what the options ask for."""
+    source, folds = given.build(BackboneSource), given.build(FoldSettings)
+    base, size, init = recipe_of(given), given.values["image_size"], given.build(StartSettings).init
+    images = given.build(ImageSettings, base.images)
+    if source.backbone is None and init is None:
+        raise InputError("train needs --backbone NAME, timm's name of a model")
+    if init is not None:
+        _refuse(given, _fields(AdaptConfig, LoRAConfig) | {"image_size", "pretrained"}, INIT)
+        if folds.several:
+            raise InputError("--init is for one run: leave it out with --folds and --seeds")
+    adapt_config = given.build(
+        AdaptConfig,
+        base.adapter,
+        lora=given.build(LoRAConfig) if given.values["lora_rank"] else None,
+        input_size=None if size is None else (3, size, size),
+    )
+    return Request(
+        str(run.dataset),
+        source.backbone,
+        given.build(TrainConfig, base.training),
+        adapt_config if init is None else None,
+        images.preprocess(),
+        source.pretrained,
+        None if source.weights is None else str(source.weights),
+        run.skip_unreadable,
+        None if init is None else str(init),
+        folds,
+    )
+
+
+def _recorded(given: Given, run: RunSettings) -> Request | None:
+    """Return what the run in a folder was asked for; None if it is finished."""
+    names = _fields(
+        TrainConfig, AdaptConfig, LoRAConfig, BackboneSource, ImageSettings, StartSettings
+    )
+    _refuse(given, names | _fields(FoldSettings) | {"skip_unreadable"}, ALONE)
+    if run.overwrite:
+        raise InputError("--resume and --overwrite exclude each other: give one of them")
+    if not run.out.is_dir():
+        raise InputError(f"{run.out} does not exist, so there is no run to resume")
+    if is_finished(run.out):
+        return None
+    request = Request.read(run.out)
+    if request.backbone is None and request.init is None:
+        raise InputError(f"{run.out} was started in Python, on a module: resume it there")
+    return request
+
+
+def _fields(*groups: type[Settings]) -> frozenset[str]:
+    """Return the names of the options that groups of settings declare."""
+    return frozenset(option.name for option in options_of(groups, {}))
+
+
+def _refuse(given: Given, names: frozenset[str], why: str) -> None:
+    for name in given.names & names:
+        raise InputError(f"{given.flag(name)} {why}")

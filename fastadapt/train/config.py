@@ -10,13 +10,12 @@ from fastadapt.config import MODEL
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
 from fastadapt.train.augment_config import AUGMENTATION, AugmentSettings
+from fastadapt.train.run_settings import IMAGES
+from fastadapt.train.run_settings import RUN as RUN
+from fastadapt.train.run_settings import RunSettings as RunSettings
+from fastadapt.train.run_settings import SavingSettings as SavingSettings
 
-TRAINING, IMAGES, RUN = "Training", "Images and features", "Run"
-DECISION = "Probabilities and decisions"
-DATA_HELP = (
-    "A folder of class folders, one with train/, val/ (and test/) of such folders, or a CSV with "
-    "path, label and optionally split (train, val, test)."
-)
+TRAINING, DECISION = "Training", "Probabilities and decisions"
 IntensityRange = Annotated[
     str,
     Setting(
@@ -275,7 +274,7 @@ class TrainConfig(AugmentSettings):
     threshold: Annotated[
         Literal["none", "balanced_accuracy", "f1", "youden"],
         Setting(
-            "Of two classes, choose on validation from which probability the second one is "
+            "Choose on validation from which probability the second of two classes is "
             "predicted: the best for this metric; none: the likelier class.",
             panel=DECISION,
         ),
@@ -463,57 +462,3 @@ class ImageSettings(Settings):
     def preprocess(self) -> dict[str, Any]:
         """Return them as :func:`fastadapt.train.train` takes them; the size is the adapter's."""
         return {name: getattr(self, name) for name in ("crop_pct", "crop_mode", "interpolation")}
-
-
-@dataclass(frozen=True)
-class RunSettings(Settings):
-    """What a run reads and writes, and on which device; the trained weights do not depend on it."""
-
-    data: Annotated[Path, Setting(DATA_HELP, panel=RUN, metavar="DATA", argument=True)]
-    out: Annotated[Path, Setting("The run folder; new or empty.", panel=RUN)]
-    device: Annotated[str, Setting("Device to train on: auto, cpu, cuda or cuda:1.", panel=RUN)] = (
-        "auto"
-    )
-    workers: Annotated[
-        int | None,
-        Setting(
-            "Processes that decode images; one per core if not given.",
-            panel=RUN,
-            ge=0,
-            limit=4_096,
-        ),
-    ] = None
-    skip_unreadable: Annotated[
-        bool,
-        Setting("Leave damaged images out instead of refusing the data set.", panel=IMAGES),
-    ] = False
-    resume: Annotated[
-        bool, Setting("Continue the run after its last completed epoch.", panel=RUN)
-    ] = False
-    overwrite: Annotated[
-        bool,
-        Setting(
-            "Replace the run that is there; its files stay until the new run has its first ones.",
-            panel=RUN,
-        ),
-    ] = False
-    quiet: Annotated[bool, Setting("Print errors only.", panel=RUN)] = False
-
-
-@dataclass(frozen=True)
-class SavingSettings(Settings):
-    """How often the state of a run is written, and whether its seconds are told."""
-
-    save_every: Annotated[
-        float,
-        Setting(
-            "Least seconds between two states on disk, from which --resume continues; 0: after "
-            "every epoch. Ctrl-C saves, too.",
-            panel=RUN,
-            ge=0,
-            limit=1e9,
-        ),
-    ] = 30.0
-    profile: Annotated[
-        bool, Setting("Print where the seconds went, and write them to profile.json.", panel=RUN)
-    ] = False

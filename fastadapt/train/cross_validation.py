@@ -45,7 +45,7 @@ from fastadapt.train.fold_results import (
 from fastadapt.train.fold_settings import FoldSettings, dataset_of
 from fastadapt.train.loop import precision
 from fastadapt.train.phases import Phases
-from fastadapt.train.request import Request
+from fastadapt.train.request import REQUEST, Request
 from fastadapt.train.results import TrainResult, score_line
 from fastadapt.train.run import (
     Circumstances,
@@ -145,24 +145,26 @@ def train_folds(
                     for each in (described, before)
                 )
                 check_settings(now, then, out)
+            request = Request(
+                described["data"],
+                backbone if isinstance(backbone, str) else None,
+                config,
+                adapt_config,
+                preprocess or {},
+                pretrained,
+                None if weights is None else str(Path(weights).absolute()),
+                skip_unreadable,
+            )
             with full_disk_or_memory(out):
                 out.mkdir(parents=True, exist_ok=True)
                 write_json(out / FOLDS, described)
+                replace(request, folds=folds).write(out)
                 work = _Work(
                     models=models,
                     config=config,
                     found=found,
                     where=Circumstances(
-                        Request(
-                            described["data"],
-                            backbone if isinstance(backbone, str) else None,
-                            config,
-                            adapt_config,
-                            preprocess or {},
-                            pretrained,
-                            None if weights is None else str(Path(weights).absolute()),
-                            skip_unreadable,
-                        ),
+                        request,
                         out,
                         target,
                         workers,
@@ -176,6 +178,7 @@ def train_folds(
                 work.run(plan, parts, first)
                 summary = summarize(out, plan, found.dataset, described, found.value_range)
                 write_summary(out, summary, found.dataset, numbers)
+                (out / REQUEST).unlink(missing_ok=True)
                 if overwrite:
                     remove_others(out, plan)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from fastadapt.checkpoint import CONFIG
 from fastadapt.data.dataset import Dataset
 from fastadapt.data.folds import (
     assign_folds,
@@ -26,9 +24,10 @@ from fastadapt.files import is_temporary
 from fastadapt.locks import LOCK
 from fastadapt.train.fold_results import FOLDS, TABLE, PlannedRun, read_folds
 from fastadapt.train.fold_settings import FoldSettings
-from fastadapt.train.run_folder import CACHE, EVALUATION, MISTAKES, SPLITS
+from fastadapt.train.request import REQUEST
+from fastadapt.train.run_folder import CACHE, EVALUATION, MISTAKES, SPLITS, remove_run
 
-OURS = {FOLDS, TABLE, SPLITS, CACHE, EVALUATION, MISTAKES}
+OURS = {FOLDS, TABLE, SPLITS, CACHE, EVALUATION, MISTAKES, REQUEST}
 RUN_FOLDERS = ("fold-", "seed-")
 
 
@@ -147,10 +146,8 @@ def check_out(
 
 
 def remove_others(out: Path, plan: Sequence[PlannedRun]) -> None:
-    """Remove the folders of an earlier plan's runs."""
+    """Remove an earlier plan's runs; files of others in their folders stay."""
     kept = {run.folder for run in plan}
     for path in out.iterdir():
-        if not path.name.startswith(RUN_FOLDERS) or path.name in kept:
-            continue
-        if (path / CONFIG).is_file():
-            shutil.rmtree(path)
+        if path.name.startswith(RUN_FOLDERS) and path.name not in kept and not path.is_symlink():
+            remove_run(path)

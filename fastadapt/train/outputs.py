@@ -155,7 +155,7 @@ def _write(
     trainer.remove_unused_caches()
     with trainer.phases("saving"):
         trainer.finish()
-    (out / REQUEST).unlink(missing_ok=True)
     # What it holds is in the files above, but for the optimizer's moments.
     (out / STATE).unlink(missing_ok=True)
+    (out / REQUEST).unlink(missing_ok=True)
     return TrainResult(out, best, results)

@@ -14,8 +14,10 @@ from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.fold_settings import FoldSettings
 
 REQUEST = "run.json"
+FINISHED = ("results.json", "folds.json")  # of one run, and of several
 FORMAT, FORMAT_VERSION = "fastadapt-run", 1
 
 
@@ -27,6 +29,8 @@ class Request:
         data: the data set's absolute path.
         backbone: timm's name; None for a module, which must be given again.
         config, adapt_config, preprocess, pretrained, weights, skip_unreadable: as for ``train``.
+        init: absolute path of the run whose adapter training starts from.
+        folds: of :func:`fastadapt.train.cross_validation.train_folds`; None for one run.
     """
 
     data: str
@@ -37,11 +41,15 @@ class Request:
     pretrained: bool = True
     weights: str | None = None
     skip_unreadable: bool = False
+    init: str | None = None
+    folds: FoldSettings | None = None
 
     def write(self, out: Path) -> None:
         """Write the request to a run folder."""
         adapt = None if self.adapt_config is None else self.adapt_config.to_dict()
+        folds = None if self.folds is None else asdict(self.folds)
         values = {**vars(self), "config": asdict(self.config), "adapt_config": adapt}
+        values["folds"] = folds
         write_json(out / REQUEST, {"format": FORMAT, "version": FORMAT_VERSION, **values})
 
     @classmethod
@@ -63,10 +71,10 @@ class Request:
         for key, kind in types.items():
             if type(values.get(key)) is not kind:
                 raise InputError(f"{out / REQUEST}: {key} is {values.get(key)!r}")
-        for key in ("backbone", "weights"):
+        for key in ("backbone", "weights", "init"):
             if not isinstance(values.get(key), str | None):
                 raise InputError(f"{out / REQUEST}: {key} is {values[key]!r}")
-        adapt = values.get("adapt_config")
+        adapt, folds = values.get("adapt_config"), values.get("folds")
         where = str(out / REQUEST)
         return cls(
             values["data"],
@@ -77,6 +85,8 @@ class Request:
             values["pretrained"],
             values.get("weights"),
             values["skip_unreadable"],
+            values.get("init"),
+            None if folds is None else FoldSettings.from_dict(folds, f"{where}, folds"),
         )
 
 
@@ -86,3 +96,8 @@ def is_request(path: Path) -> bool:
         return read_json(path).get("format") == FORMAT
     except InputError:
         return False
+
+
+def is_finished(out: Path) -> bool:
+    """Say whether a folder holds a run that has ended: its results, and no request."""
+    return not (out / REQUEST).exists() and any((out / name).is_file() for name in FINISHED)

@@ -36,7 +36,7 @@ from fastadapt.train.loop import Trainer, precision
 from fastadapt.train.optimizer import make_optimizer
 from fastadapt.train.outputs import frozen_probe, write_outputs
 from fastadapt.train.phases import Phases, phase_table, process_age
-from fastadapt.train.request import Request
+from fastadapt.train.request import REQUEST, Request
 from fastadapt.train.results import TrainResult
 from fastadapt.train.run_folder import (
     PROFILE,
@@ -50,6 +50,7 @@ from fastadapt.train.run_folder import (
     remove_leftovers,
 )
 from fastadapt.train.shared_sources import SharedSources
+from fastadapt.train.start import start_from
 from fastadapt.trainable import last_blocks
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
@@ -58,13 +59,14 @@ __all__ = ["TrainConfig", "TrainResult", "train"]
 def train(
     data: str | Path,
     out: str | Path,
-    backbone: str | nn.Module,
+    backbone: str | nn.Module | None,
     config: TrainConfig | None = None,
     adapt_config: AdaptConfig | None = None,
     *,
     preprocess: dict[str, Any] | None = None,
     pretrained: bool = True,
     weights: str | Path | None = None,
+    init: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
     skip_unreadable: bool = False,
@@ -89,12 +91,16 @@ def train(
     Args:
         data: see :func:`fastadapt.data.dataset.read_dataset`.
         out: the run folder; must be new or empty, unless ``resume`` or ``overwrite``.
-        backbone: as for :func:`fastadapt.adapt`; it must take images [B, 3, H, W].
+        backbone: as for :func:`fastadapt.adapt`; it must take images [B, 3, H, W]. ``None`` for
+            that of ``init``.
         config: how to train.
         adapt_config: what to put behind the backbone.
         preprocess: settings of :class:`fastadapt.data.preprocess.Preprocess` that differ from those
             that the backbone was trained with.
         pretrained, weights: as for :func:`fastadapt.adapt`.
+        init: a run, or what :func:`fastadapt.save_adapter` wrote: training starts from its adapter,
+            low-rank adapters and backbone, with its settings of model and images; from its head,
+            too, if the classes are the same. ``adapt_config`` is left out.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         workers: processes that decode images; one per core if ``None``.
         skip_unreadable: leave damaged images out instead of refusing the data set.
@@ -129,6 +135,7 @@ def train(
         pretrained,
         None if weights is None else str(Path(weights).absolute()),
         skip_unreadable,
+        None if init is None else str(Path(init).absolute()),
     )
     begun = scan or Scan(dataset_of(data, config), workers, config.intensity_range, place)
     try:
@@ -147,6 +154,7 @@ def train(
                 preprocess=preprocess,
                 pretrained=pretrained,
                 weights=weights,
+                init=init,
             )
             with phases("decode"):
                 found = scanned(
@@ -284,11 +292,13 @@ class Prepared:
         model: adapted, its backbone frozen.
         preprocess: from image files to its input.
         cached: whether stage 1 trains on cached features.
+        init: hash of the weights that training starts from; None if they are new.
     """
 
     model: AdaptedModel
     preprocess: Preprocess
     cached: bool
+    init: str | None = None
 
     def settings(self, dataset: Dataset, config: TrainConfig) -> dict[str, Any]:
         """Return everything that a resumed run must have in common with this one."""
@@ -303,37 +313,47 @@ class Prepared:
         # The trained weights do not depend on these.
         for name in ("cuda_graph", "probe", "calibrate", "threshold", "abstain"):
             del settings[name]
-        return settings
+        return settings if self.init is None else {**settings, "init": self.init}
 
 
 def prepare(
     scan: Scan,
-    backbone: str | nn.Module,
+    backbone: str | nn.Module | None,
     config: TrainConfig,
     adapt_config: AdaptConfig | None,
     *,
     preprocess: dict[str, Any] | None,
     pretrained: bool,
     weights: str | Path | None,
+    init: str | Path | None = None,
 ) -> Prepared:
     """Make the model; refuse settings that do not fit it or each other.
 
     Args:
         scan: of the data set.
-        backbone, config, adapt_config, preprocess, pretrained, weights: as for :func:`train`.
+        backbone, config, adapt_config, preprocess, pretrained, weights, init: as for :func:`train`.
 
     Raises:
         InputError: settings do not fit.
     """
     torch.manual_seed(config.seed)
     weights = None if weights is None else str(Path(weights).absolute())
-    model = adapt(
-        backbone, adapt_config, len(scan.dataset.classes), pretrained=pretrained, weights=weights
-    )
-    if isinstance(backbone, str) and not pretrained and weights is None:
+    classes = list(scan.dataset.classes)
+    begun_from, given = None, {k: v for k, v in (preprocess or {}).items() if v is not None}
+    if init is not None:
+        if adapt_config is not None:
+            raise InputError("`init` brings the adapter's settings: leave `adapt_config` out")
+        begun = start_from(Path(init), backbone, classes, weights)
+        model, begun_from = begun.model, begun.weights_sha256
+        given = {**begun.preprocess, **given}
+    elif backbone is None:
+        raise InputError("give a `backbone`, or a run to start from with `init=...`")
+    else:
+        model = adapt(backbone, adapt_config, len(classes), pretrained=pretrained, weights=weights)
+    if init is None and isinstance(backbone, str) and not pretrained and weights is None:
         # Random weights exist nowhere else: the checkpoint must hold them.
         model.backbone_trained = True
-    images = Preprocess.from_pretrained_cfg(model.pretrained_cfg, **(preprocess or {}))
+    images = Preprocess.from_pretrained_cfg(model.pretrained_cfg, **given)
     if tuple(images.input_size) != tuple(model.spec.input_size):
         raise InputError(
             f"preprocess gives images of {images.input_size}, the model was adapted for "
@@ -363,7 +383,7 @@ def prepare(
             f"cutmix is {config.cutmix}, but it cuts images, and stage 1 trains on cached "
             "features: give `cache=False`, or `mixup=0.2`, which mixes features"
         )
-    return Prepared(model, images, cached)
+    return Prepared(model, images, cached, begun_from)
 
 
 def _state_of(
@@ -387,6 +407,7 @@ def _state_of(
     elif where.resume:
         results = finished_results(out, settings)
         if results is not None:
+            (out / REQUEST).unlink(missing_ok=True)  # a kill may have left it
             say(f"{out} is finished already: nothing to resume")
             return TrainResult(out, results["best"], results, trained=False)
         say("no epoch was completed: starting from the beginning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Container
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from fastadapt.checkpoint import CONFIG, WEIGHTS, is_own_config
 from fastadapt.errors import InputError
-from fastadapt.files import is_temporary, read_json, read_tensors, write_tensors, write_text
+from fastadapt.files import (
+    is_temporary,
+    read_json,
+    read_tensors,
+    sha256_tensors,
+    write_tensors,
+    write_text,
+)
 from fastadapt.locks import LOCK
 from fastadapt.train.cache_file import CACHE_NAME, is_cache
 from fastadapt.train.request import REQUEST, is_request
@@ -27,6 +35,7 @@ RESULTS = "results.json"
 PREDICTIONS = "predictions.csv"
 CURVES, EVALUATION, MISTAKES = "curves.png", "evaluation.png", "mistakes.png"
 CACHE = "cache"
+STATE_FORMAT = "fastadapt-state"
 PROFILE = "profile.json"
 OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, PREDICTIONS, CURVES, CACHE}
 OURS |= {PROFILE, REQUEST, EVALUATION, MISTAKES}
@@ -59,7 +68,7 @@ class State:
 
 
 def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
-    """One safetensors file, whole or not there; numbers are JSON in its metadata."""
+    """Write one safetensors file, whole or not there; numbers are JSON in its metadata."""
     tensors = {f"model.{name}": t for name, t in state.model.items()}
     tensors |= {f"best.{name}": t for name, t in state.best_model.items()}
     tensors |= {f"average.{name}": t for name, t in state.average.items()}
@@ -67,16 +76,29 @@ def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
         tensors |= {f"optimizer.{index}.{name}": t for name, t in values.items()}
     numbers = {key: getattr(state, key) for key in ("stage", "epoch", "history", "best", "scaler")}
     metadata = {"state": json.dumps(numbers), "settings": json.dumps(settings)}
+    metadata |= {"format": STATE_FORMAT, "sha256": _hash(tensors, metadata)}
     write_tensors(path, tensors, metadata)
 
 
 def load_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """Read what :func:`save_state` wrote: the state and the settings of its run."""
+    """Read what :func:`save_state` wrote: the state and the settings of its run.
+
+    States of versions before 0.2 have no hash.
+
+    Raises:
+        InputError: it is no state, or not what was written.
+    """
     tensors, metadata = read_tensors(path)
+    stated = metadata.pop("format", None), metadata.pop("sha256", None)
+    if stated != (None, None) and stated != (STATE_FORMAT, _hash(tensors, metadata)):
+        raise InputError(
+            f"{path} is damaged: it is not what the run wrote. Start anew with `overwrite=True`, "
+            "or put back an intact copy"
+        )
     try:
         state = State(**json.loads(metadata["state"]))
         settings = json.loads(metadata["settings"])
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{path} is no training state that this version can read: start anew with "
             "`overwrite=True`"
@@ -90,6 +112,12 @@ def load_state(path: Path) -> tuple[State, dict[str, Any]]:
             kinds = {"model": state.model, "best": state.best_model, "average": state.average}
             kinds[kind][rest] = tensor
     return state, settings
+
+
+def _hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Hash all that a state's file holds."""
+    text = json.dumps([sha256_tensors(tensors), sorted(metadata.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
@@ -188,11 +216,32 @@ def check_settings(now: dict[str, Any], then: dict[str, Any], out: Path) -> None
 
 
 def finished_results(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the results of a run that is finished; None if ``out`` holds none."""
+    """Return the results of a run that is finished; None if ``out`` holds none.
+
+    Raises:
+        InputError: it has other settings, and no other run was begun in its place.
+    """
     if not (out / RESULTS).is_file() or not (out / CONFIG).is_file():
         return None
-    check_settings(settings, read_json(out / CONFIG).get("train", {}).get("settings", {}), out)
+    try:
+        check_settings(settings, read_json(out / CONFIG).get("train", {}).get("settings", {}), out)
+    except InputError:
+        if (out / REQUEST).exists():
+            return None
+        raise
     return read_json(out / RESULTS)
+
+
+def check_finished(run: Path) -> None:
+    """Refuse the folder of a run that has not ended: its files may be of two runs.
+
+    Raises:
+        InputError: as said.
+    """
+    if (run / STATE).exists() or (run / REQUEST).exists():
+        raise InputError(
+            f"{run} holds an unfinished run: finish it first, fastadapt train --resume --out {run}"
+        )
 
 
 def append_metrics(out: Path, row: dict[str, Any]) -> None:
@@ -214,6 +263,19 @@ def remove_leftovers(out: Path) -> None:
         for path in folder.glob(".*.tmp"):
             if is_temporary(path.name, of):
                 path.unlink(missing_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run's own files, and the folder if nothing else is in it."""
+    if not is_run(folder):
+        return
+    remove_leftovers(folder)
+    for path in (folder / CACHE).glob("*.npy"):
+        if is_cache(path):
+            path.unlink()
+    for name in [*sorted(OURS - {CACHE, CONFIG}), CONFIG]:  # the proof goes last
+        (folder / name).unlink(missing_ok=True)
+    remove_if_empty(folder)
 
 
 def remove_if_unused(out: Path) -> None:

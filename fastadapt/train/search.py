@@ -28,7 +28,9 @@ from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.folds import assign_folds
 from fastadapt.data.scan import Scan
 from fastadapt.errors import InputError
-from fastadapt.files import read_json, write_json
+from fastadapt.files import is_temporary, read_json, write_json
+from fastadapt.locks import LOCK, lock_folder
+from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.linear_probe import probe_by_folds
@@ -58,6 +60,7 @@ from fastadapt.train.trial_features import frozen_backbone, trial_features
 from fastadapt.train.trials import Features
 
 SETTINGS, FOUND = "settings.json", "search.json"
+FORMAT = "fastadapt-search"
 TRIALS, PICTURE = "trials.csv", "search.png"
 RUN = "run"
 OURS = {SETTINGS, FOUND, TRIALS, PICTURE, JOURNAL, CACHE, RUN}
@@ -123,7 +126,7 @@ def search(
     """
     import_optuna()
     how, config = search_config or SearchConfig(), config or TrainConfig()
-    adapt_config, out = adapt_config or AdaptConfig(), Path(out)
+    adapt_config, out = adapt_config or AdaptConfig(), check_output(out, "folder", "a search")
     if isinstance(backbones, str):
         backbones = [NamedBackbone(backbones, None)]
     if adapt_config.lora is not None:
@@ -134,7 +137,10 @@ def search(
     started = time.perf_counter()
     space = Space.around(config, adapt_config, held, [item.name for item in backbones])
     workers = default_workers() if workers is None else workers
-    with progress_bars(quiet) as progress:
+    with lock_folder(out), progress_bars(quiet) as progress:
+        _check_folder(out, resume, overwrite)  # again, now that no other process writes
+        for name in (TRIALS, PICTURE, JOURNAL, FOUND, SETTINGS) if overwrite else ():
+            (out / name).unlink(missing_ok=True)
         say = progress.console.print
         with Scan(
             read_dataset(data, config.val_fraction, config.seed), workers, config.intensity_range
@@ -247,13 +253,18 @@ def search(
 
 
 def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that a search must not write to; empty one that is to be replaced."""
+    """Refuse a folder that a search must not write to."""
     if resume and overwrite:
         raise InputError("`resume` and `overwrite` exclude each other: give one of them")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; expected a folder")
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    foreign = sorted(name for name in there - OURS if not name.startswith(JOURNAL))
+    there = {name for name in there - {LOCK} if not is_temporary(name, OURS)}
+    known = _is_search(out)
+    ours = (
+        {name for name in there if name in OURS or name.startswith(JOURNAL)} if known else {CACHE}
+    )
+    foreign = sorted(there - ours)
     if foreign:
         raise InputError(
             f"{out} holds other files, {foreign[0]!r} for one: give a new or empty folder as `out`"
@@ -263,9 +274,14 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
             f"{out} holds a search: go on with it by `resume=True`, or replace it with "
             "`overwrite=True`"
         )
-    if overwrite:
-        for name in (SETTINGS, FOUND, TRIALS, PICTURE, JOURNAL):
-            (out / name).unlink(missing_ok=True)
+
+
+def _is_search(out: Path) -> bool:
+    """Say whether a folder is a search's: its settings state the format."""
+    try:
+        return read_json(out / SETTINGS).get("format") == FORMAT
+    except InputError:
+        return False
 
 
 def _check_settings(out: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -282,7 +298,7 @@ def _check_settings(out: Path, settings: dict[str, Any], resume: bool) -> None:
                 "resume, or `overwrite=True`"
             )
         return
-    write_json(path, settings)
+    write_json(path, {"format": FORMAT, **settings})
 
 
 def _plain(value: Any) -> Any:

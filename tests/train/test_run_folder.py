@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from fastadapt.errors import InputError
+from fastadapt.files import write_tensors
 from fastadapt.locks import LOCK
 from fastadapt.train import run_folder
 from fastadapt.train.cache_file import is_cache, open_cache, writing
 from fastadapt.train.request import Request
-from fastadapt.train.run_folder import State, check_folder, remove_leftovers, save_state
+from fastadapt.train.run_folder import (
+    State,
+    check_folder,
+    load_state,
+    remove_leftovers,
+    save_state,
+)
 from tests.train.test_run import QUICK, data, run  # noqa: F401
 
 CACHED = f"{'0' * 24}.npy"
@@ -115,3 +122,23 @@ def test_a_model_is_not_saved_over_anothers_configuration(tmp_path):
     with pytest.raises(InputError, match="was not written by fastadapt"):
         fa.save_adapter(model, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_flipped_bit_in_a_state_is_refused(tmp_path):
+    state = State(stage=1, epoch=2, history=[{"epoch": 1}], model={"w": torch.arange(4.0)})
+    state.optimizer = {0: {"step": torch.tensor(3.0)}}
+    path = tmp_path / "state.safetensors"
+    save_state(state, {"lr": 0.5}, path)
+    found, settings = load_state(path)
+    assert settings == {"lr": 0.5} and found.history == [{"epoch": 1}]
+    assert torch.equal(found.optimizer[0]["step"], torch.tensor(3.0))
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=r"damaged|no complete safetensors"):
+            load_state(path)
+    numbers = '{"stage": 1, "epoch": 1}'  # of a version that wrote no hashes
+    write_tensors(path, {"model.w": torch.ones(1)}, {"state": numbers, "settings": "{}"})
+    assert load_state(path)[0].epoch == 1
