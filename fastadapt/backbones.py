@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastadapt.checkpoint_reader import read_state_dict
 from fastadapt.config import Layout
-from fastadapt.errors import InputError, nearest
+from fastadapt.errors import InputError, first_line, nearest
 from fastadapt.weights_match import load_weights, pooling_options
 
 FeatureFn = Callable[[nn.Module, Tensor], Tensor]
@@ -134,8 +134,10 @@ def create_backbone(
         else:
             model = timm.create_model(name, **kwargs)
     except (RuntimeError, ValueError) as error:
-        if "pretrained" not in str(error).lower():
+        if isinstance(error, InputError):
             raise
+        if "pretrained" not in str(error).lower():
+            raise InputError(f"timm cannot make {name!r}: {first_line(error)}") from error
         known = timm.list_models(pretrained=True)
         raise InputError(
             f"no pretrained weights for {name!r} ({error}). Nearest with weights: "

@@ -32,6 +32,8 @@ from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 from fastadapt.info import versions
+from fastadapt.locks import LOCK, lock_folder
+from fastadapt.output_place import check_output
 
 BACKBONE = "tf_efficientnet_lite0"
 CLASSES = ("defective", "functional")
@@ -39,6 +41,8 @@ IMAGE_SIZE = 300  # the cells' own size: cracks are a few pixels wide
 TEST_SHARE = 0.25
 VAL_SHARE = 0.15  # of the rest; it chooses the adapter's epoch, and the probe's regularisation
 PUBLISHED = "88.4 % VGG19 fine-tuned (Deitsch et al. 2019), 90.1 % ResNet152"
+
+RESULT, COMMAND = "demo.json", "make demo"
 
 Cell = tuple[str, str, str]  # path, label, split
 
@@ -61,12 +65,31 @@ def run(
         InputError: the demo's packages are not installed, or ``out`` holds something already.
     """
     folder, weights = packages()
+    out = check_output(out, "folder", "a demo")
+    found = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if found and not overwrite:
+        raise InputError(f"{out} is not empty: give another `out`, or `overwrite=True`")
+    if found and not is_demo(out):
+        raise InputError(f"{out} holds other files, {min(found)!r} for one: give another `out`")
+    with lock_folder(out):
+        write_json(out / RESULT, {"command": COMMAND})  # by which the folder is known
+        return _run(out, folder, weights, overwrite, limit, epochs)
+
+
+def is_demo(out: Path) -> bool:
+    """Say whether a demo wrote a folder, by its result, which is begun first."""
+    try:
+        return read_json(out / RESULT).get("command") == COMMAND
+    except InputError:
+        return False
+
+
+def _run(
+    out: Path, folder: Path, weights: str, overwrite: bool, limit: int | None, epochs: int
+) -> dict[str, Any]:
     from fastadapt.export import export_run, verify_bundle
     from fastadapt.train.run import TrainConfig, train
 
-    out = Path(out)
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"{out} is not empty: give another `out`, or `overwrite=True`")
     console = Console(highlight=False)
     start = time.perf_counter()
 
@@ -116,7 +139,7 @@ def run(
 
     adapter = trained.results["test"]
     result = {
-        "command": "make demo",
+        "command": COMMAND,
         "versions": versions(),
         "adapter": {key: adapter[key] for key in ("accuracy", "macro_f1", "confusion")},
         "linear_probe": probe,
@@ -132,7 +155,7 @@ def run(
         "seconds": time.perf_counter() - start,
         "cores": os.cpu_count(),
     }
-    write_json(out / "demo.json", result)
+    write_json(out / RESULT, result)
     draw(out / "run", result, out / "demo.png")
     console.print()
     console.print(summary(result, out))

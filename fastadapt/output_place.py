@@ -41,6 +41,7 @@ def check_output(path: str | os.PathLike[str], kind: Kind, what: str = "an outpu
     except (OSError, ValueError, RuntimeError) as error:  # links in a circle are a RuntimeError
         said = error.strerror if isinstance(error, OSError) else str(error)
         shown = str(path).replace("\0", "\\0")
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
         raise InputError(f"{shown} cannot be written: {said}. Choose another `out`") from None
 
 

@@ -13,6 +13,7 @@ import typer
 from fastadapt.cli.options import Given, command
 from fastadapt.errors import InputError
 from fastadapt.interrupt import working
+from fastadapt.output_place import check_output
 from fastadapt.settings import Setting, Settings
 
 PANEL = "Options"
@@ -68,6 +69,9 @@ def bench(given: Given) -> None:
         with working():
             run_tuning([parse_size(text) for text in settings.size])
         return
+    if settings.json is not None:
+        kind = "file" if settings.json.suffix == ".json" else "folder"
+        check_output(settings.json, kind, "results")  # type: ignore[arg-type]
     from fastadapt.bench import run
 
     with working():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,6 +13,8 @@ import typer
 from fastadapt.cli.options import Given, command
 from fastadapt.export.predict.settings import EmbedSettings, PredictSettings, WorkSettings
 from fastadapt.interrupt import EXIT_CODE, came, working
+from fastadapt.locks import lock_beside
+from fastadapt.output_place import check_output
 
 if TYPE_CHECKING:
     from fastadapt.export.predict.job import Summary
@@ -22,7 +25,7 @@ UNREADABLE = 3  # exit code where files could not be read; all others are in the
 @command(PredictSettings, WorkSettings)
 def predict(given: Given) -> None:
     """Predict the classes of any number of images; exit code 3 if files cannot be read."""
-    settings, work = given.build(PredictSettings), given.build(WorkSettings)
+    settings, work = given.build(PredictSettings), _work(given)
     from fastadapt.export.predict.job import predict_images
 
     _run(lambda: predict_images(settings, work), work)
@@ -31,15 +34,21 @@ def predict(given: Given) -> None:
 @command(EmbedSettings, WorkSettings)
 def embed(given: Given) -> None:
     """Compute the features of any number of images; exit code 3 if files cannot be read."""
-    settings, work = given.build(EmbedSettings), given.build(WorkSettings)
+    settings, work = given.build(EmbedSettings), _work(given)
     from fastadapt.export.predict.job import embed_images
 
     _run(lambda: embed_images(settings, work), work)
 
 
+def _work(given: Given) -> WorkSettings:
+    """Return the settings of the work, with a link followed; refuse where results cannot go."""
+    work = given.build(WorkSettings)
+    return replace(work, out=check_output(work.out, "file", "results"))
+
+
 def _run(job: Callable[[], Summary], work: WorkSettings) -> None:
     try:
-        with working():
+        with working(), lock_beside(work.out):
             summary = job()
     except BaseException as error:
         if not (isinstance(error, KeyboardInterrupt) or came()):

@@ -226,6 +226,8 @@ def _read(data: str | os.PathLike[str], check_files: bool) -> tuple[Dataset, Seq
     else:
         raise InputError(f"{data} does not exist; DATA is {LAYOUTS}")
 
+    for file in files:
+        _check_text(file.path, file.label)
     counts = Counter(file.path for file in files)
     if len(counts) < len(files):
         twice = next(path for path, count in counts.items() if count > 1)
@@ -246,6 +248,22 @@ def _read(data: str | os.PathLike[str], check_files: bool) -> tuple[Dataset, Seq
     ]
     _check_classes(classes, samples, needs_val=False)
     return Dataset(classes, tuple(samples), tuple(report.lines())), files
+
+
+def _check_text(path: Path, label: str) -> None:
+    """Refuse a name that no text file can hold: its bytes are not UTF-8.
+
+    Raises:
+        InputError: as said.
+    """
+    for name in (str(path), label):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{ascii(name)[1:-1]} is no text in UTF-8, which results are written in: rename it "
+                "(convmv -f latin1 -t utf8 does many at once)"
+            ) from None
 
 
 def _check_classes(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadapt.errors import InputError
 from fastadapt.kernels import layer_norm, layer_norm_mean, layer_norm_twice, residual_mlp
 from fastadapt.kernels.common.dispatch import compute_dtype, is_exporting, why_not_device
 from fastadapt.layers.cluster_attention import ClusterAttention
@@ -158,9 +159,9 @@ class CLAdapter(nn.Module):
     ):
         super().__init__()
         if depth < 1:
-            raise ValueError(f"depth is {depth}; expected at least 1 block")
+            raise InputError(f"depth is {depth}; expected at least 1 block")
         if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio is {mlp_ratio}; dim {dim} × mlp_ratio must be at least 1")
+            raise InputError(f"mlp_ratio is {mlp_ratio}; dim {dim} × mlp_ratio must be at least 1")
         self.dim = dim
         self.channels_last = channels_last
         self.norm1 = nn.LayerNorm(dim)
@@ -213,13 +214,13 @@ class CLAdapter(nn.Module):
     def _tokens(self, x: Tensor) -> Tensor:
         """Return the input as tokens [B, N, C]."""
         if x.dim() not in (3, 4, 5):
-            raise ValueError(
+            raise InputError(
                 f"x has shape {tuple(x.shape)}; expected tokens [B, N, C], a map [B, C, H, W] "
                 "or a volume [B, C, D, H, W]"
             )
         channel = -1 if x.dim() == 3 or self.channels_last else 1
         if x.shape[channel] != self.dim:
-            raise ValueError(
+            raise InputError(
                 f"x has shape {tuple(x.shape)} with {x.shape[channel]} channels in dimension "
                 f"{channel}; this adapter has dim={self.dim}"
             )

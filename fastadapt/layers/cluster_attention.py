@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastadapt.errors import InputError
 from fastadapt.kernels import cluster_attention
 
 MODES = ("channel", "token")
@@ -57,13 +58,13 @@ class ClusterAttention(nn.Module):
     ):
         super().__init__()
         if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected 'channel' or 'token'")
+            raise InputError(f"mode is {mode!r}; expected 'channel' or 'token'")
         if mode == "token" and num_tokens is None:
-            raise ValueError("mode='token' needs num_tokens: its transforms are [N, N]")
+            raise InputError("mode='token' needs num_tokens: its transforms are [N, N]")
         sizes = {"dim": dim, "num_centers": num_centers, "rank": rank, "num_tokens": num_tokens}
         for name, size in sizes.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; expected a positive number")
+                raise InputError(f"{name} is {size}; expected a positive number")
         self.dim = dim
         self.num_centers = num_centers
         self.mode = mode
@@ -90,7 +91,7 @@ class ClusterAttention(nn.Module):
         """Map tokens [B, N, C] to tokens [B, N, C]."""
         if self.down is None or self.up is None:  # token mode
             if x.dim() == 3 and x.shape[1] != self.num_tokens:
-                raise ValueError(
+                raise InputError(
                     f"x has {x.shape[1]} tokens; this token-mode layer was made for "
                     f"{self.num_tokens}. Use mode='channel' for inputs of several sizes."
                 )

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastadapt.errors import InputError
 from fastadapt.kernels import quaternion_linear, quaternion_matrix
 
 COMPONENTS = ("r", "i", "j", "k")
@@ -69,13 +70,13 @@ class QuaternionLinear(nn.Module):
         super().__init__()
         for name, width in (("in_features", in_features), ("out_features", out_features)):
             if width < 4 or width % 4:
-                raise ValueError(f"{name} is {width}; expected a positive multiple of 4")
+                raise InputError(f"{name} is {width}; expected a positive multiple of 4")
         if scale and not rotation:
-            raise ValueError("scale=True belongs to the rotation form: pass rotation=True with it")
+            raise InputError("scale=True belongs to the rotation form: pass rotation=True with it")
         if init not in ("he", "glorot"):
-            raise ValueError(f"init is {init!r}; expected 'he' or 'glorot'")
+            raise InputError(f"init is {init!r}; expected 'he' or 'glorot'")
         if groups is not None and groups < 1:
-            raise ValueError(f"groups is {groups}; expected at least 1, or None")
+            raise InputError(f"groups is {groups}; expected at least 1, or None")
         self.in_features = in_features
         self.out_features = out_features
         self.rotation = rotation

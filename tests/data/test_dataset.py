@@ -1,10 +1,11 @@
+import os
 from collections import Counter
 
 import pytest
 
 from fastadapt.data.dataset import read_dataset, read_unsplit
 from fastadapt.errors import InputError
-from tests.helpers.imagesets import CLASSES, make_folders, write_csv
+from tests.helpers.imagesets import CLASSES, make_folders, put_image, write_csv
 
 
 def by_split(dataset):
@@ -126,3 +127,11 @@ def test_one_group_cannot_be_split(tmp_path, grouped):
     rows = [(path, label, "all", fold) for path, label, _, fold in grouped]
     with pytest.raises(InputError, match="its images are of too few groups"):
         read_dataset(write_csv(tmp_path / "data.csv", rows, HEADER))
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    for name in (b"a/1.png", b"b/caf\xe9.png"):
+        put_image(tmp_path / os.fsdecode(name), len(name))
+    with pytest.raises(InputError, match=r"b/caf\\udce9\.png is no text in UTF-8") as caught:
+        read_dataset(tmp_path)
+    str(caught.value).encode()
