@@ -240,7 +240,7 @@ def check_finished(run: Path) -> None:
     """
     if (run / STATE).exists() or (run / REQUEST).exists():
         raise InputError(
-            f"{run} holds an unfinished run: finish it first, fastadapt train --resume --out {run}"
+            f"{run} holds an unfinished run: resume its training first, then it can be loaded"
         )
 
 

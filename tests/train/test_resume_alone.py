@@ -41,7 +41,7 @@ def test_a_run_goes_on_alone_to_the_same(tmp_path, data, command, monkeypatch): 
     }.items():
         code, error = command("train", "--resume", "--out", out, *wrong)
         assert code == 1 and says in error and error.count("\n") == 1
-    with pytest.raises(InputError, match="unfinished run: finish it first, fastadapt train --res"):
+    with pytest.raises(InputError, match="unfinished run: resume its training"):
         check_finished(out)
     monkeypatch.chdir(out)  # whatever the working folder
     assert command("train", "--resume", "--out", ".", "--workers", "1", "--quiet") == (0, "")
