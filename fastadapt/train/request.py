@@ -17,7 +17,7 @@ from fastadapt.train.config import TrainConfig
 from fastadapt.train.fold_settings import FoldSettings
 
 REQUEST = "run.json"
-FINISHED = ("results.json", "folds.json")  # of one run, and of several
+RESULTS, FOLDS = "results.json", "folds.json"  # of one run, and of several
 FORMAT, FORMAT_VERSION = "fastadapt-run", 1
 
 
@@ -99,5 +99,9 @@ def is_request(path: Path) -> bool:
 
 
 def is_finished(out: Path) -> bool:
-    """Say whether a folder holds a run that has ended: its results, and no request."""
-    return not (out / REQUEST).exists() and any((out / name).is_file() for name in FINISHED)
+    """Say whether a folder holds a run that has ended, or folds that have: without a request."""
+    if (out / REQUEST).exists():
+        return False
+    if (out / FOLDS).is_file():
+        return read_json(out / FOLDS).get("finished") is True
+    return (out / RESULTS).is_file()
