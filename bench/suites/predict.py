@@ -75,7 +75,7 @@ class Size:
 
 
 ON_GPU = Size("vit_base_patch16_224", 224, 20_000, 3, 10_000, 256)
-ON_CPU = Size("tf_efficientnet_lite0", 224, 1_000, 5, 10_000, 32)
+ON_CPU = Size("tf_efficientnet_lite0", 224, 600, 5, 10_000, 32)
 QUICK = Size("test_vit", 160, 24, 1, 48, 8)
 
 
