@@ -47,6 +47,12 @@ def gdpl_figures() -> set[str]:
     return found
 
 
+def prediction_figures() -> set[str]:
+    """Return the figures of the prediction benchmark's tables."""
+    texts = (file.read_text() for file in RESULTS.glob("predict-*.md"))
+    return {figure for text in texts for figure in FIGURE.findall(text)}
+
+
 def limits() -> set[str]:
     """Return the limits of the gate as the documents write them."""
     faster = f"{LEAST_SPEEDUP - 1:.0%}".replace("%", " %")
@@ -72,7 +78,7 @@ def test_gdpls_table():
     "document", [d for d in DOCUMENTS if d.name not in OTHERS], ids=lambda d: d.name
 )
 def test_every_figure_is_known(document: Path):
-    known = demo_figures() | gdpl_figures() | limits() | DEFINITIONS
+    known = demo_figures() | gdpl_figures() | prediction_figures() | limits() | DEFINITIONS
     for line in prose(document).splitlines():
         for figure in FIGURE.findall(re.sub("`[^`]*`", "", line)):
             assert figure in known, f"{figure} in: {line}"
