@@ -328,7 +328,7 @@ def check_augment(augment: str | Augmentation, preprocess: Preprocess) -> None:
     _, height, width = preprocess.input_size
     found = find_augmentation(augment)
     if found.transpose and height != width:
-        raise InputError(f"augment {found.name!r} needs square images; these are {height}×{width}")
+        raise InputError(f"augment 'dihedral' needs square images; these are {height}×{width}")
 
 
 def _mask(values: Tensor, dims: int = 4) -> Tensor:
