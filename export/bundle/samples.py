@@ -79,6 +79,11 @@ def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
         rows = list_table(run / SPLITS, check_files=False)
     except InputError as error:
         raise InputError(f"{error} {remedy}") from None
+    if not any(row.split for row in rows):  # of folds, each image was held out by one
+        every = tuple(Sample(row.path, row.label) for row in rows if row.path.is_file())
+        origin = f"the images of {run}, each of which one fold held out"
+        _check_count(every, fewest, origin, remedy)
+        return Samples(every, origin, every[::2], every[1::2])
     splits = {
         split: tuple(Sample(row.path, row.label) for row in rows if row.split == split)
         for split in ("train", "val")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fastadapt.backbones import create_backbone
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.checkpoint_reader import read_checkpoint
 from fastadapt.data.preprocess import Preprocess
+from fastadapt.decision import LIKELIEST, Decision
 from fastadapt.errors import InputError, nearest
 from fastadapt.files import (
     read_json,
@@ -29,7 +31,10 @@ from fastadapt.gdpl.checkpoint import load_gdpl
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.lora import load_peft, replaced_parameters
-from fastadapt.train.run_folder import check_finished
+from fastadapt.train.ensemble import decision_of_folds, load_folds
+from fastadapt.train.fold_results import FOLDS, read_folds
+from fastadapt.train.fold_results import FORMAT as FOLDS_FORMAT
+from fastadapt.train.run_folder import RESULTS, check_finished
 from fastadapt.weights_match import load_weights, meta_model
 
 
@@ -43,6 +48,9 @@ class Trained:
         labels: class names in the outputs' order; empty without a head.
         backbone: name of the backbone.
         source: the files that the model was loaded from, with hashes, for the manifest.
+        decision: how probabilities become classes.
+        quality: how good the model is on images that it did not train on, where that is known:
+            the run's ``results.json``, or the summary of folds.
         domain_features: GDPL, where they are an input of the graph: computes the features
             [B, D_f] of samples from their paths and normalised images.
     """
@@ -53,6 +61,8 @@ class Trained:
     backbone: str
     source: dict[str, Any]
     domain_features: Callable[[list[Path], Tensor], Tensor] | None = None
+    decision: Decision = LIKELIEST
+    quality: dict[str, Any] | None = None
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -65,6 +75,8 @@ def read_run(run: Path) -> dict[str, Any]:
     """Read a run's configuration; raise InputError for no run, or an unfinished one."""
     if not run.is_dir():
         raise InputError(f"{run} is no folder; expected a training run with {CONFIG} and {WEIGHTS}")
+    if (run / FOLDS).is_file():
+        return read_folds(run)
     check_finished(run)
     return read_json(run / CONFIG)
 
@@ -95,7 +107,12 @@ def load_run(
     Raises:
         InputError: something is missing or damaged, or options do not fit the model.
     """
+    if config.get("format") == FOLDS_FORMAT:
+        if class_names is not None or domain_input or domain_features is not None:
+            raise InputError(f"{run} is no GDPL run: leave out `class_names` and domain features")
+        return _load_folds(run, config, backbone, weights)
     model: AdaptedModel | GDPLModel
+    decision, quality = LIKELIEST, None
     if config.get("format") == GDPL_FORMAT:
         model = load_gdpl(
             run,
@@ -115,6 +132,9 @@ def load_run(
         model = load_adapter(run, backbone, weights=weights)
         labels = _labels(config.get("labels"), model.num_classes, CONFIG)
         name = config["backbone"]["name"]
+        decision = Decision.from_dict(config.get("decision"), str(run / CONFIG))
+        if (run / RESULTS).is_file():
+            quality = read_json(run / RESULTS)
     preprocess = config.get("preprocess")
     return Trained(
         model,
@@ -130,6 +150,37 @@ def load_run(
             "adapter_sha256": sha256_file(run / WEIGHTS),
         },
         _domain_features(model, domain_input, domain_features),
+        decision,
+        quality,
+    )
+
+
+def _load_folds(
+    out: Path, summary: dict[str, Any], backbone: nn.Module | None, weights: str | None
+) -> Trained:
+    """Load the runs of folds as one model that averages their logits."""
+    model = load_folds(out, backbone, weights=weights)
+    folders = [out / run["folder"] for run in summary["runs"]]
+    config = read_json(folders[0] / CONFIG)
+    hashes = {
+        "config_sha256": [sha256_file(folder / CONFIG) for folder in folders],
+        "adapter_sha256": [sha256_file(folder / WEIGHTS) for folder in folders],
+    }
+    text = {key: hashlib.sha256(" ".join(each).encode()) for key, each in hashes.items()}
+    return Trained(
+        model,
+        Preprocess.from_dict(config["preprocess"]),
+        _labels(config.get("labels"), model.num_classes, CONFIG),
+        config["backbone"]["name"],
+        {
+            "run": str(out),
+            "config": config,
+            "folds": [folder.name for folder in folders],
+            "backbones": 1 if model.shared else len(folders),
+            **{key: digest.hexdigest() for key, digest in text.items()},
+        },
+        decision=decision_of_folds(out),
+        quality=summary,
     )
 
 

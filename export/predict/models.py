@@ -19,6 +19,7 @@ from fastadapt.data.pixels import ValueRange
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.files import sha256_file
+from fastadapt.train.fold_results import FOLDS
 from fastadapt.train.run import parse_device
 
 from ..bundle.manifest import MANIFEST
@@ -67,7 +68,7 @@ def open_classifier(path: str, *, device: str, trust: bool, embeddings: bool = F
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         model = _of_bundle(folder, device, trust, "all" if embeddings else "classes")
-    elif (folder / CONFIG).is_file():
+    elif (folder / CONFIG).is_file() or (folder / FOLDS).is_file():
         trained = load_run(folder, read_run(folder))
         module, width = fold(trained.model), len(trained.labels)
         if embeddings:

@@ -6,7 +6,9 @@ from fastadapt.train.config import TrainConfig
 from fastadapt.train.fold_settings import FoldSettings
 
 _WHERE = {
+    "FoldEnsemble": "ensemble",
     "FoldsResult": "fold_results",
+    "load_folds": "ensemble",
     "TrainResult": "results",
     "folds_table": "fold_results",
     "summary_table": "results",
@@ -14,11 +16,13 @@ _WHERE = {
     "train_folds": "cross_validation",
 }
 __all__ = [
+    "FoldEnsemble",
     "FoldSettings",
     "FoldsResult",
     "TrainConfig",
     "TrainResult",
     "folds_table",
+    "load_folds",
     "summary_table",
     "train",
     "train_folds",

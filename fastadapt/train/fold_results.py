@@ -74,7 +74,7 @@ class FoldsResult:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The predictions of all runs on the images that they did not train on.
+    """The predictions of all runs for images that they did not train on.
 
     Attributes:
         paths: [N], of the images; with several seeds each is there several times.
@@ -105,14 +105,22 @@ def read_folds(out: Path) -> dict[str, Any]:
     return found
 
 
-def read_held_out(out: Path, plan: Sequence[PlannedRun], classes: Sequence[str]) -> HeldOut:
-    """Read what every run predicted for its held-out images, from its ``predictions.csv``."""
+def read_predicted(
+    out: Path, plan: Sequence[PlannedRun], classes: Sequence[str], split: str
+) -> HeldOut:
+    """Read what every run predicted for a split, from its ``predictions.csv``.
+
+    Args:
+        out: the folder of the runs.
+        plan: the runs.
+        classes: names.
+        split: its name.
+    """
     place = {name: index for index, name in enumerate(classes)}
     paths, labels, predictions, probabilities = [], [], [], []
     for run in plan:
         with (out / run.folder / PREDICTIONS).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        split = held_out_split({row["split"] for row in rows})
         where = out / run.folder / RESULTS
         decision = Decision.from_dict(read_json(where).get("decision"), str(where))
         for row in rows:
@@ -128,7 +136,7 @@ def read_held_out(out: Path, plan: Sequence[PlannedRun], classes: Sequence[str])
     return HeldOut(paths, np.array(labels), np.array(predictions), np.array(probabilities))
 
 
-def held_out_split(splits: set[str] | Mapping[str, Any]) -> str:
+def held_out_split(splits: Mapping[str, Any]) -> str:
     """Return the split that judges a run: test, or validation where there is no test."""
     return "test" if "test" in splits else "val"
 
@@ -157,7 +165,7 @@ def summarize(
     results = [read_json(out / run.folder / RESULTS) for run in plan]
     split = held_out_split(results[0])
     rows = [_run_row(run, found, split) for run, found in zip(plan, results, strict=True)]
-    held = read_held_out(out, plan, dataset.classes)
+    held = read_predicted(out, plan, dataset.classes, split)
     groups = {str(sample.path): sample.group for sample in dataset.samples}
     clusters = [groups[path] or path for path in held.paths]
     values = (held.labels, held.predictions, held.probabilities)
