@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError
+from fastadapt.train.ensemble import FoldEnsemble
 
 from .precision.half import MixedPrecision
 
@@ -27,6 +28,11 @@ def check_features(model: nn.Module, name: object) -> None:
         model: an adapted model, or timm's.
         name: of the model, for the message.
     """
+    if isinstance(model, FoldEnsemble):
+        raise InputError(
+            f"{name} is an ensemble, whose models have features of their own: take one of its run "
+            "folders"
+        )
     if not hasattr(model, "forward_head") or not hasattr(model, "forward_features"):
         raise InputError(
             f"{name} is a GDPL model, whose features are those of its class names, too: embed "

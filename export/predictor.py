@@ -26,6 +26,7 @@ from torch import Tensor
 from fastadapt.data.decode import decode, to_rgb
 from fastadapt.data.decode_pool import Reading, default_workers
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
+from fastadapt.decision import LIKELIEST, UNDECIDED, Decision
 from fastadapt.errors import InputError
 
 from .artefact import VERIFIED, Artefact
@@ -47,17 +48,23 @@ class Prediction:
     Attributes:
         logits: fp32 [images, classes]; features, if the model has no head.
         classes: names in the outputs' order; empty without a head.
+        decision: how probabilities become classes.
     """
 
     logits: np.ndarray
     classes: tuple[str, ...]
+    decision: Decision = LIKELIEST
 
     @property
     def labels(self) -> list[str]:
-        """The most likely class of every image; empty strings without a head."""
+        """The class of every image: the most likely one, unless the bundle has a threshold.
+
+        Empty strings without a head, and for images that are left undecided.
+        """
         if not self.classes:
             return [""] * len(self.logits)
-        return [self.classes[index] for index in self.logits.argmax(axis=1)]
+        chosen = self.decision.of_logits(self.logits)
+        return ["" if index == UNDECIDED else self.classes[index] for index in chosen]
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -75,7 +82,8 @@ class PredictedImage:
 
     Attributes:
         path: as it was given.
-        label: the most likely class; empty without a head, or if the file cannot be read.
+        label: the class; empty without a head, if it is left undecided, or if the file cannot be
+            read.
         probabilities, logits: fp32 [classes]; ``None`` if the file cannot be read.
         problem: why the file cannot be read, in one line; ``None`` if it was.
     """
@@ -104,6 +112,7 @@ class Predictor:
 
     Attributes:
         classes: names in the outputs' order.
+        decision: how probabilities become classes.
         artefact: the file that runs.
         runtime: that runs it.
         graph_input: the input that it takes.
@@ -118,6 +127,7 @@ class Predictor:
         origin: Origin | None = None,
     ):
         self.classes = tuple(manifest["labels"])
+        self.decision = Decision.from_dict(manifest.get("decision"), "the bundle's manifest")
         self.graph_input = GraphInput.from_dict(manifest["preprocessing"])
         self.artefact = artefact
         self.runtime = runtime
@@ -227,7 +237,7 @@ class Predictor:
     def _listed_results(
         self, paths: list[str | os.PathLike], computed: Computed
     ) -> Iterator[PredictedImage]:
-        prediction = Prediction(computed.values, self.classes)
+        prediction = Prediction(computed.values, self.classes, self.decision)
         found = zip(prediction.labels, prediction.probabilities, prediction.logits, strict=True)
         for place, path in enumerate(paths):
             problem = computed.problems.get(place)
@@ -275,7 +285,7 @@ class Predictor:
                 for index, row in zip(part, rows, strict=True):
                     outputs[index] = row
         logits = np.stack([outputs[i] for i in range(len(pixels))])
-        return Prediction(logits.astype(np.float32), self.classes)
+        return Prediction(logits.astype(np.float32), self.classes, self.decision)
 
     def _listed(self, images: Picture | Sequence[Picture]) -> list[Image.Image]:
         """Convert one or many pictures to RGB images."""

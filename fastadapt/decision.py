@@ -72,6 +72,13 @@ class Decision:
         """Return [N] class indices, :data:`UNDECIDED` for images that are left undecided."""
         return np.where(self.undecided(probabilities), UNDECIDED, self.classes(probabilities))
 
+    def of_logits(self, logits: np.ndarray) -> np.ndarray:
+        """Return what :meth:`decide` does, of logits [N, K]."""
+        if self.plain:
+            return logits.argmax(1)
+        powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+        return self.decide(powers / powers.sum(1, keepdims=True))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the decision for JSON."""
         found = asdict(self)

@@ -58,6 +58,7 @@ from .manifest import (
     seal,
 )
 from .material import Material, ModelInputs, check_quantization
+from .quality import quality_of
 from .report import render_report
 from .samples import (
     GOLDEN_SAMPLES,
@@ -70,7 +71,7 @@ from .samples import (
 )
 from .schema import check_manifest
 from .staging import check_target, place, staging
-from .trained import Trained, load_run, load_timm, read_run
+from .trained import Trained, load_run, load_timm, read_run, temperatures
 from .trust import remember_bundle
 from .verify_artefact import Reference, artefact_problems
 
@@ -291,6 +292,9 @@ class _Export:
                 "problems": problems,
                 "model": {"file": MODEL, **described},
                 "labels": trained.labels,
+                "decision": trained.decision.to_dict(),
+                "calibration": {"temperature": temperatures(trained.model)},
+                "quality": quality_of(trained.quality),
                 "tasks": _tasks(trained.labels, described),
                 "preprocessing": material.given.graph_input.to_dict(),
                 "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},

@@ -11,11 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from fastadapt.decision import Decision
+
 from ..speed import format_rate
 from .golden import GoldenSamples
-from .report_figures import parity_svg, speed_svg
+from .report_figures import parity_svg, reliability_svg, speed_svg
 
 THUMBNAIL = 96
+PER_CLASS = ("precision", "recall", "f1", "auroc", "average_precision")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }
@@ -43,6 +46,7 @@ def render_report(manifest: dict[str, Any], golden: GoldenSamples) -> str:
     name = manifest["backbone"]["name"]
     sections = [
         _summary(manifest),
+        ("How good the model is", _quality(manifest)),
         ("Agreement with the trained model", _parity(manifest)),
         ("Files that run", _artefacts(manifest)),
         ("Speed", _speed(manifest)),
@@ -71,6 +75,57 @@ def _summary(manifest: dict[str, Any]) -> str:
         return f'{made}\n<p class="verdict good">{verdict}</p>'
     reasons = "".join(f"<li>{escape(problem)}</li>" for problem in manifest["problems"])
     return f'{made}\n<div class="verdict bad">Rejected.<ul>{reasons}</ul></div>'
+
+
+def _quality(manifest: dict[str, Any]) -> str:
+    """Show scores beside the linear probe's, the decision, the temperature, and each class."""
+    found = manifest.get("quality")
+    if not found:
+        return '<p class="note">Not known: the model was exported without results of a test.</p>'
+    judged = f"{found['images']} {found['split']} images"
+    mean = found.get("mean", {})
+    if "runs" in found:
+        judged = (
+            f"{found['runs']} runs, each on images that it did not see; their ensemble, which this "
+            "bundle holds, was not judged on any others"
+        )
+    rows = []
+    for name, value in found["scores"].items():
+        low_high = found["intervals"].get(name)
+        probe = found.get("linear_probe", {}).get(name)
+        spread = mean.get("model", {}).get(name)
+        if spread is not None:
+            value, probe = spread["mean"], mean.get("linear_probe", {}).get(name, {}).get("mean")
+        rows.append(
+            (
+                name.replace("_", " "),
+                _number(value, ".4f"),
+                _number(spread and spread["std"], ".4f"),
+                "–" if low_high is None else " to ".join(_number(v, ".4f") for v in low_high),
+                _number(probe, ".4f"),
+            )
+        )
+    columns = ("score", "model", "± over runs", "95 % interval", "linear probe")
+    per_class = [
+        (name, row.get("images"), *(_number(row.get(key), ".4f") for key in PER_CLASS))
+        for name, row in found["per_class"].items()
+    ]
+    decision = Decision.from_dict(manifest.get("decision"), "the manifest")
+    temperature = manifest.get("calibration", {}).get("temperature", 1.0)
+    several = temperature if isinstance(temperature, list) else [temperature]
+    said = ", ".join(f"{value:.3g}" for value in several)
+    notes = [f"Judged by {judged}.", f"Decision: {decision}. Logits are divided by {said}."]
+    calibration = found.get("calibration", {})
+    if calibration.get("note"):
+        notes.append(f"The temperature is 1, since {calibration['note']}.")
+    if "decided" in found:
+        kept = found["decided"]
+        share = kept["images"] / found["images"]
+        accuracy = _number(kept.get("accuracy"), ".4f")
+        notes.append(f"Decided are {share:.0%} of these images, with accuracy {accuracy}.")
+    text = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    text += _table(columns, rows) + reliability_svg(found["reliability"])
+    return text + _table(("class", "images", *PER_CLASS), per_class)
 
 
 def _parity(manifest: dict[str, Any]) -> str:

@@ -58,6 +58,20 @@ def speed_svg(rows: Sequence[tuple[str, str, int, float]]) -> str:
     return _svg(figure)
 
 
+def reliability_svg(rows: Sequence[dict[str, Any]]) -> str:
+    """Draw accuracy over confidence: on the diagonal the model is as right as it is sure."""
+    if not rows:
+        return ""
+    figure = Figure(figsize=(4.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    x, y = ([row[key] for row in rows] for key in ("confidence", "accuracy"))
+    axes.plot(x, y, marker="o", color="#3b6ea5")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
 def _figure(rows: int) -> tuple[Figure, Any]:
     figure = Figure(figsize=(9, 0.9 + 0.36 * rows), layout="constrained")
     axes = figure.subplots()

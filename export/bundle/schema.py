@@ -31,6 +31,7 @@ Size = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 BatchSize = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
 Finite = Annotated[float, Field(ge=-1e308, le=1e308)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class Part(BaseModel):
@@ -176,6 +177,22 @@ class PreprocessingEntry(Part):
         return self
 
 
+class DecisionEntry(Part):
+    """How probabilities become classes; the likeliest one in bundles that do not say."""
+
+    criterion: Literal["none", "balanced_accuracy", "f1", "youden"] = "none"
+    threshold: Share = 0.5
+    abstain: Share = 0.0
+    band: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+    confidence: Share | None = None
+
+
+class Calibration(Part):
+    """What the model's logits were divided by: of an ensemble, each member's."""
+
+    temperature: Temperature | Annotated[list[Temperature], Field(max_length=100_000)] = 1.0
+
+
 class Environment(Part):
     """The machine that made the bundle."""
 
@@ -196,6 +213,9 @@ class Manifest(Part):
     labels: Annotated[list[Text], Field(max_length=1_000_000)]
     tasks: Annotated[list[Task], Field(max_length=16)] = []
     preprocessing: PreprocessingEntry
+    decision: DecisionEntry = DecisionEntry()
+    calibration: Calibration = Calibration()
+    quality: dict[str, Any] | None = None
     golden: Golden = Golden()
     limits: Limits = Limits()
     environment: Environment = Environment()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.backbones import create_backbone
-from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
+from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter, temperature_of
 from fastadapt.checkpoint_reader import read_checkpoint
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.decision import LIKELIEST, Decision
@@ -31,7 +31,7 @@ from fastadapt.gdpl.checkpoint import load_gdpl
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.lora import load_peft, replaced_parameters
-from fastadapt.train.ensemble import decision_of_folds, load_folds
+from fastadapt.train.ensemble import FoldEnsemble, decision_of_folds, load_folds
 from fastadapt.train.fold_results import FOLDS, read_folds
 from fastadapt.train.fold_results import FORMAT as FOLDS_FORMAT
 from fastadapt.train.run_folder import RESULTS, check_finished
@@ -182,6 +182,13 @@ def _load_folds(
         decision=decision_of_folds(out),
         quality=summary,
     )
+
+
+def temperatures(model: nn.Module) -> float | list[float]:
+    """Return what a model's logits are divided by, of an ensemble each member's; 1 by default."""
+    if isinstance(model, FoldEnsemble):
+        return [temperature_of(member) for member in model.members]
+    return temperature_of(model) if isinstance(model, AdaptedModel) else 1.0
 
 
 def _domain_features(

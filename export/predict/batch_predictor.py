@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.decision import UNDECIDED
+
 from .decode_ahead import compute, open_decoder
 from .models import ImageModel
 from .request import Request
@@ -73,8 +75,11 @@ class BatchPredictor:
             return {**found, "features": outputs}
         logits, features = np.split(outputs, [len(classes)], axis=1)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        best = np.where(np.isnan(logits), -np.inf, logits).argmax(axis=1)
-        names = ["" if problem else classes[i] for i, problem in zip(best, problems, strict=True)]
+        best = self.model.decision.of_logits(np.nan_to_num(logits))
+        names = [
+            "" if problem or i == UNDECIDED else classes[i]
+            for i, problem in zip(best, problems, strict=True)
+        ]
         found |= {
             "prediction": np.array(names, dtype=object),
             "probabilities": powers / powers.sum(axis=1, keepdims=True),

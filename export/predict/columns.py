@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastadapt.decision import UNDECIDED
+
 if TYPE_CHECKING:
     from .models import ImageModel
 
@@ -54,6 +56,7 @@ class PredictionColumns:
         embeddings: bool = False,
     ):
         self.classes, self.embeddings = model.classes, embeddings
+        self.decision = model.decision
         self.logits, self.target = logits, target
         self.top_k = min(top_k, len(self.classes))
         names = unique(self.classes)
@@ -80,7 +83,9 @@ class PredictionColumns:
         outputs, features = np.split(outputs, [len(classes)], axis=1)
         powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
-        found: Values = [paths, classes[outputs.argmax(axis=1)].tolist()]
+        chosen = self.decision.of_logits(outputs)
+        names = np.where(chosen == UNDECIDED, "", classes[chosen]).tolist()
+        found: Values = [paths, names]
         if self.target:
             found.append(labels)
         found.append(probabilities)
@@ -94,9 +99,9 @@ class PredictionColumns:
         return found
 
     def confusion(self, labels: list[str], outputs: np.ndarray) -> Counter[tuple[int, int]]:
-        """Count the pairs of known and predicted class, by their numbers."""
+        """Count the pairs of known and predicted class, by their numbers; -1 is undecided."""
         number = {name: index for index, name in enumerate(self.classes)}
-        predicted = outputs[:, : len(self.classes)].argmax(axis=1).tolist()
+        predicted = self.decision.of_logits(outputs[:, : len(self.classes)]).tolist()
         pairs = zip(labels, predicted, strict=True)
         return Counter((number[label], guess) for label, guess in pairs if label)
 

@@ -21,6 +21,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadapt.data.decode_pool import default_workers
+from fastadapt.decision import UNDECIDED
 from fastadapt.errors import InputError
 from fastadapt.progress import progress_bars
 
@@ -50,7 +51,8 @@ class Summary:
         unreadable: number of files that cannot be read.
         unreadable_file: lists them.
         seconds: of computing.
-        metrics: where labels were given, as :func:`fastadapt.train.metrics.confusion_metrics`.
+        metrics: where labels were given, as :func:`fastadapt.train.metrics.confusion_metrics`, of
+            the images that are decided; ``undecided`` counts the others.
         notes: lines for the terminal: what was left out.
     """
 
@@ -271,8 +273,15 @@ class Job:
 
         classes = self.model.classes
         matrix = np.zeros((len(classes), len(classes)), np.int64)
-        for pair, count in confusion.items():
-            matrix[pair] = count
+        undecided = 0
+        for (label, guess), count in confusion.items():
+            if guess == UNDECIDED:
+                undecided += count
+            else:
+                matrix[label, guess] = count
+        if not matrix.any():
+            return {"images": 0, "undecided": undecided}
         metrics = confusion_metrics(matrix, classes)
         present = [row["recall"] for row in metrics["per_class"].values() if row["images"]]
-        return {**metrics, "balanced_accuracy": sum(present) / len(present)}
+        balanced = sum(present) / len(present)
+        return {**metrics, "balanced_accuracy": balanced, "undecided": undecided}

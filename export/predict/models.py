@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastadapt.config import AdaptConfig
 from fastadapt.data.decode_pool import Reading
 from fastadapt.data.pixels import ValueRange
 from fastadapt.data.preprocess import Preprocess
+from fastadapt.decision import LIKELIEST, Decision
 from fastadapt.errors import InputError
 from fastadapt.files import sha256_file
 from fastadapt.train.fold_results import FOLDS
@@ -41,6 +42,7 @@ class ImageModel:
         value_range: of the pixels, for images of their own size.
         name: of what runs it, for people.
         identity: what the outputs depend on: hashes, and the runtime.
+        decision: how probabilities become classes.
     """
 
     run: Callable[[np.ndarray], np.ndarray]
@@ -50,6 +52,7 @@ class ImageModel:
     value_range: ValueRange | None
     name: str
     identity: dict[str, Any]
+    decision: Decision = LIKELIEST
 
 
 def open_classifier(path: str, *, device: str, trust: bool, embeddings: bool = False) -> ImageModel:
@@ -162,6 +165,7 @@ def _of_bundle(folder: Path, device: str, trust: bool, wanted: str) -> ImageMode
             "file": predictor.artefact.path,
             "runtime": runtime,
         },
+        predictor.decision,
     )
 
 
@@ -178,7 +182,8 @@ def _of_run(trained: Trained, module: nn.Module, width: int, device: str) -> Ima
     classes = () if isinstance(module, Features) else tuple(trained.labels)
     hashes = ("config_sha256", "adapter_sha256")
     identity = {key: trained.source[key] for key in hashes}
-    return _in_pytorch(module, width, classes, trained.preprocess, identity, device)
+    found = _in_pytorch(module, width, classes, trained.preprocess, identity, device)
+    return replace(found, decision=trained.decision)
 
 
 def _in_pytorch(

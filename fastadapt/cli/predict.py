@@ -83,6 +83,10 @@ def _print(summary: Summary) -> None:
     print(f"{summary.images - summary.unreadable} images{speed}: {summary.out}")
     if summary.metrics is not None:
         scores = summary.metrics
+        if scores.get("undecided"):
+            print(f"{scores['undecided']} labelled images are left undecided")
+        if not scores["images"]:
+            return
         print(
             f"accuracy {scores['accuracy']:.2%}, balanced accuracy "
             f"{scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f} "
