@@ -187,7 +187,7 @@ def _load_folds(
 def temperatures(model: nn.Module) -> float | list[float]:
     """Return what a model's logits are divided by, of an ensemble each member's; 1 by default."""
     if isinstance(model, FoldEnsemble):
-        return [temperature_of(member) for member in model.members]
+        return [temperature_of(each) for each in model.members if isinstance(each, AdaptedModel)]
     return temperature_of(model) if isinstance(model, AdaptedModel) else 1.0
 
 
