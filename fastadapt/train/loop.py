@@ -193,13 +193,15 @@ class Trainer:
         """Return the means of the backbone's features of plain images [n, C], as it is now."""
         source, parts = self._image_source(split), []
         batch_size = max(self.config.batch_size, EVALUATION_BATCH_SIZE)
+        count = len(source.labels)
+        share = self.processes.share(np.arange(count), count)
         self.model.eval()
         with torch.inference_mode():
-            for images, _ in source.batches(np.arange(len(source.labels)), None, batch_size):
+            for images, _ in source.batches(share.order, None, batch_size):
                 with self._autocast():
                     features = as_tokens(self.model, self.model.backbone_features(images))
-                parts.append(features.float().mean(1).cpu())
-        return torch.cat(parts).numpy()
+                parts.append(features.float().mean(1))
+            return self.processes.gather_rows(torch.cat(parts), share.rows[0]).cpu().numpy()
 
     @property
     def features(self) -> dict[str, FeatureSource]:

@@ -62,7 +62,7 @@ def frozen_probe(trainer: Trainer) -> dict[str, Any] | None:
         labels = {
             split: np.array([sample.label for sample in dataset.split(split)]) for split in splits
         }
-        return linear_probe(pooled, labels, dataset.classes)
+        return trainer.processes.on_first(lambda: linear_probe(pooled, labels, dataset.classes))
 
 
 def write_outputs(trainer: Trainer, data: str, probe: dict[str, Any] | None = None) -> TrainResult:

@@ -1,0 +1,189 @@
+"""Run independent jobs beside each other, one process each, on the devices of this machine.
+
+A job is a call of a function that can be pickled. A cached run is too small for two GPUs, so that
+folds, seeds and trials are spread instead. Jobs that are finished say so themselves: a function
+that is called again with the same arguments leaves finished work as it is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from fastadapt.errors import InputError
+from fastadapt.processes import VARIABLES
+
+PATIENCE = 30.0  # seconds for a process to save its state once another one has failed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call.
+
+    Attributes:
+        name: for messages.
+        arguments: of the function, by name, beside ``device``.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def device_list(text: str) -> tuple[str, ...]:
+    """Return the devices of ``"0,1"``, ``"all"`` or ``"cpu,cpu"``, as ``train`` takes them.
+
+    Raises:
+        InputError: it is none of these, or a GPU is not here.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if words == ["all"]:
+        return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
+    named = [word.removeprefix("cuda:") for word in words]
+    if not words or not all(word == "cpu" or word.isdecimal() for word in named):
+        raise InputError(f"devices is {text!r}; expected all, 0,1 or cpu,cpu")
+    missing = [word for word in named if word != "cpu" and int(word) >= count]
+    if missing:
+        here = f"{count} are there, from 0" if count else "PyTorch finds no GPU"
+        raise InputError(f"devices is {text!r}, but {here}: leave `devices` out")
+    return tuple(word if word == "cpu" else f"cuda:{word}" for word in named)
+
+
+def run_jobs(
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    devices: Sequence[str],
+    done: Callable[[Job, Any], object] = lambda job, result: None,
+) -> list[Any]:
+    """Call a function for each job, in processes, at most one at a time on each device.
+
+    Args:
+        function: of a module, called with a job's arguments and ``device``.
+        jobs: in the order in which they begin.
+        devices: ``"cuda:0"``, …, ``"cpu"``; one that stands there twice has two processes.
+        done: called with each job that is finished, and what it returned.
+
+    Returns:
+        What the calls returned, in the order of the jobs.
+
+    Raises:
+        InputError: a job failed; the others were ended, and have saved their state.
+        KeyboardInterrupt: after all processes have ended.
+    """
+    waiting = deque(enumerate(jobs))
+    free = list(devices)
+    running: dict[Connection, _Running] = {}
+    results: list[Any] = [None] * len(jobs)
+    try:
+        while waiting or running:
+            while waiting and free:
+                index, job = waiting.popleft()
+                begun = _begin(function, job, index, free.pop(0))
+                running[begun.connection] = begun
+            for connection in wait(list(running)):
+                ended = running.pop(connection)  # type: ignore[call-overload]
+                results[ended.index] = ended.result()
+                free.append(ended.device)
+                done(ended.job, results[ended.index])
+    except BaseException:
+        _end(list(running.values()))
+        raise
+    return results
+
+
+@dataclass
+class _Running:
+    job: Job
+    index: int
+    device: str
+    process: BaseProcess
+    connection: Connection
+
+    def result(self) -> Any:
+        """Return what the call returned, or raise why there is nothing."""
+        try:
+            kind, value = self.connection.recv()
+        except EOFError:
+            kind, value = None, None
+        self.process.join()
+        self.connection.close()
+        if kind == "result":
+            return value
+        if kind == "error":
+            raise InputError(f"{self.job.name}: {value}")
+        code = self.process.exitcode or 0
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        raise InputError(
+            f"{self.job.name}: its process ended {how}, perhaps for lack of memory: use fewer "
+            "`devices`, and continue with `resume=True`"
+        )
+
+
+def _begin(function: Callable[..., Any], job: Job, index: int, device: str) -> _Running:
+    context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_call, args=(function, job.arguments, device, theirs), name=job.name
+    )
+    process.start()
+    theirs.close()
+    return _Running(job, index, device, process, ours)
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """Interrupt processes, which save their state, and wait for them."""
+    for each in running:
+        if each.process.pid is not None:
+            try:
+                os.kill(each.process.pid, signal.SIGINT)
+            except ProcessLookupError:
+                continue
+    for each in running:
+        each.process.join(PATIENCE)
+        if each.process.is_alive():
+            each.process.kill()
+            each.process.join()
+
+
+def _call(
+    function: Callable[..., Any], arguments: dict[str, Any], device: str, connection: Connection
+) -> None:
+    """Call the function in a process of its own, and send what it returns."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C is the first process's alone, which passes it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    if device.startswith("cuda:"):
+        index = int(device.removeprefix("cuda:"))
+        seen = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[index] if seen else str(index)
+        device = "cuda:0"
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+    try:
+        message = ("result", function(**arguments, device=device))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        message = ("error", " ".join(said.split()))
+    connection.send(message)
+
+
+def _end_with(connection: Connection) -> None:
+    """End this process once the one that started it is gone."""
+    try:
+        connection.recv()
+    except (EOFError, OSError):
+        os._exit(1)
