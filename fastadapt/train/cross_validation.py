@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from fastadapt.train.fold_results import (
     write_summary,
 )
 from fastadapt.train.fold_settings import FoldSettings, dataset_of
+from fastadapt.train.jobs import Job, device_list, run_jobs
 from fastadapt.train.loop import precision
 from fastadapt.train.phases import Phases
 from fastadapt.train.request import REQUEST, Request
@@ -79,6 +80,7 @@ def train_folds(
     quiet: bool = True,
     save_every: float = 30.0,
     scan: Scan | None = None,
+    only: Sequence[int] | None = None,
 ) -> FoldsResult:
     """Train once for each fold and seed, and put the held-out results together.
 
@@ -95,12 +97,15 @@ def train_folds(
         data: as for :func:`fastadapt.data.dataset.read_dataset`; without splits for folds.
         out: the folder; new or empty, unless ``resume`` or ``overwrite``.
         backbone, config, adapt_config: as for :func:`fastadapt.train.train`.
-        folds: how many folds, and which seeds; five folds if ``None``.
+        folds: how many folds, which seeds, and on which devices; five folds if ``None``. With
+            several devices runs train beside each other, in processes of their own.
         preprocess, pretrained, weights, device, workers, skip_unreadable, quiet, save_every: as for
             :func:`fastadapt.train.train`.
         resume: leave finished runs as they are, and go on with the others.
         overwrite: replace all runs.
         scan: of the whole data, begun before; the caller closes its processes.
+        only: numbers of the runs to train here, where another process holds the folder, has
+            computed the features and puts the results together.
 
     Raises:
         InputError: as for :func:`fastadapt.train.train`; folds that cannot be drawn.
@@ -108,8 +113,9 @@ def train_folds(
     config, out = config or TrainConfig(), check_output(out, "folder", "a folder of runs")
     folds = FoldSettings(folds=5) if folds is None else folds
     seeds = folds.seeds or (config.seed,)
-    before = check_out(out, folds, resume, overwrite)
-    target = parse_device(device)
+    devices = device_list(folds.devices) if folds.devices and only is None else ()
+    before = check_out(out, folds, resume, overwrite) if only is None else None
+    target = parse_device(devices[0] if devices else device)
     precision(config.amp, target)
     workers = default_workers() if workers is None else workers
     begun = scan or Scan(dataset_of(data, config, folds), workers, config.intensity_range)
@@ -123,8 +129,11 @@ def train_folds(
         weights=weights,
     )
     try:
-        with lock_folder(out), progress_bars(quiet) as progress:
-            check_out(out, folds, resume, overwrite)  # again, now that no other process writes
+        with ExitStack() as stack:
+            if only is None:
+                stack.enter_context(lock_folder(out))
+                check_out(out, folds, resume, overwrite)  # again: no other process writes now
+            progress = stack.enter_context(progress_bars(quiet or only is not None))
             first = models.prepared(seeds[0])  # settings that do not fit are refused now
             found = scanned(begun, progress, skip_unreadable=skip_unreadable)
             numbers, parts = parts_of(found, folds, config.seed, progress)
@@ -156,9 +165,10 @@ def train_folds(
                 skip_unreadable,
             )
             with full_disk_or_memory(out):
-                out.mkdir(parents=True, exist_ok=True)
-                write_json(out / FOLDS, described)
-                replace(request, folds=folds).write(out)
+                if only is None:
+                    out.mkdir(parents=True, exist_ok=True)
+                    write_json(out / FOLDS, described)
+                    replace(request, folds=replace(folds, devices=None)).write(out)
                 work = _Work(
                     models=models,
                     config=config,
@@ -168,14 +178,52 @@ def train_folds(
                         out,
                         target,
                         workers,
-                        progress,
+                        # Bars are the first process's; lines are of whoever trains.
+                        progress if only is None else progress_bars(quiet),
                         save_every=save_every,
                         pool=begun.pool,
                     ),
                     resume=resume,
                     overwrite=overwrite,
                 )
-                work.run(plan, parts, first)
+                if only is not None:
+                    mine = [plan[number] for number in only]
+                    work.run(mine, parts, models.prepared(mine[0].seed))
+                    return FoldsResult(out, tuple(out / run.folder for run in mine), {})
+                if len(devices) > 1 and len(plan) > 1:
+                    work.prepare(first)
+                    shares = [range(k, len(plan), len(devices)) for k in range(len(devices))]
+                    run_jobs(
+                        train_folds,
+                        [
+                            Job(
+                                ", ".join(plan[number].folder for number in share),
+                                {
+                                    "data": data,
+                                    "out": out,
+                                    "backbone": backbone,
+                                    "config": config,
+                                    "adapt_config": adapt_config,
+                                    "folds": folds,
+                                    "preprocess": preprocess,
+                                    "pretrained": pretrained,
+                                    "weights": weights,
+                                    "workers": max(workers // len(devices), 1),
+                                    "skip_unreadable": skip_unreadable,
+                                    "resume": resume,
+                                    "overwrite": overwrite,
+                                    "quiet": quiet,
+                                    "save_every": save_every,
+                                    "only": tuple(share),
+                                },
+                            )
+                            for share in shares
+                            if share
+                        ],
+                        devices,
+                    )
+                else:
+                    work.run(plan, parts, first)
                 summary = summarize(out, plan, found.dataset, described, found.value_range)
                 write_summary(out, summary, found.dataset, numbers)
                 (out / REQUEST).unlink(missing_ok=True)
@@ -242,6 +290,18 @@ class _Work:
     where: Circumstances
     resume: bool
     overwrite: bool
+
+    def prepare(self, first: Prepared) -> None:
+        """Compute the features that runs in other processes read from the cache."""
+        if first.cached:
+            writers = list[CacheWriter]()
+            images = replace(first.preprocess, intensity_range=self.found.value_range)
+            self._share(replace(first, preprocess=images), writers)
+            for writer in writers:
+                writer.join()
+        first.model.cpu()
+        if self.where.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory is the other processes'
 
     def run(self, plan: Sequence[PlannedRun], parts: Sequence[Dataset], first: Prepared) -> None:
         """Train and write every run.

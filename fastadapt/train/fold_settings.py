@@ -56,11 +56,26 @@ class FoldSettings(Settings):
         ),
     ] = ()
 
+    devices: Annotated[
+        str | None,
+        Setting(
+            "Train folds and seeds beside each other, one process on each of these devices: all, "
+            "0,1 (GPUs), or cpu,cpu.",
+            panel=FOLDS,
+            metavar="all|0,1",
+        ),
+    ] = None
+
     def check_together(self) -> None:
         """Refuse seeds that are no different numbers from 0 on."""
         if len(set(self.seeds)) < len(self.seeds) or any(not 0 <= s < 2**63 for s in self.seeds):
             listed = ",".join(map(str, self.seeds))
             raise InputError(f"seeds is {listed}; expected different numbers, 0 or more")
+        if self.devices is not None and not self.several:
+            raise InputError(
+                f"devices is {self.devices!r}, which goes with `folds` and `seeds`; one model is "
+                "trained on several GPUs by torchrun --nproc-per-node N -m fastadapt train"
+            )
 
     @property
     def several(self) -> bool:

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastadapt as fa
 from fastadapt.data.dataset import read_unsplit
@@ -85,6 +86,22 @@ def test_results_are_means_over_runs_and_pooled_predictions(made):
     names = list(folds_table(result).columns[0].cells)
     assert names == ["model", "linear probe", "difference", "95 % interval"]
     assert is_ours(result.out)
+
+
+def test_runs_beside_each_other_give_the_same(made, tmp_path):
+    folder, one = made
+    folds = FoldSettings(folds=3, devices="cpu,cpu")
+    both = run(folder / "data.csv", tmp_path / "out", folds)
+    assert [path.name for path in both.runs] == [path.name for path in one.runs]
+    for mine, theirs in zip(both.runs, one.runs, strict=True):
+        a, b = (load_file(path / "adapter.safetensors") for path in (mine, theirs))
+        for name, value in a.items():  # the processes may have other numbers of threads
+            torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-3, msg=name)
+    assert both.summary["finished"]
+    assert (both.out / "splits.csv").read_text() == (one.out / "splits.csv").read_text()
+    assert len(list((both.out / "cache").glob("*.npy"))) == 1
+    with pytest.raises(InputError, match="goes with `folds` and `seeds`"):
+        FoldSettings(devices="all")
 
 
 def test_unfinished_runs_go_on_and_finished_ones_stay(made, tmp_path, monkeypatch):
