@@ -23,9 +23,12 @@ from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
 from fastadapt.files import (
+    CONTENT,
     check_finite,
+    content_sha256,
     read_json,
     read_tensors,
+    seal,
     sha256_file,
     sha256_tensors,
     write_json,
@@ -38,7 +41,7 @@ from fastadapt.trainable import COMPILED, plain_name, uncompiled
 
 CONFIG = "config.json"
 WEIGHTS = "adapter.safetensors"
-FORMAT, FORMAT_VERSION = "fastadapt-adapter", 1
+FORMAT, FORMAT_VERSION = "fastadapt-adapter", 2  # since 2 with a hash of the configuration
 FORMATS = (FORMAT, "fastadapt-gdpl")  # of configurations that folders of ours may have
 
 
@@ -132,7 +135,7 @@ def save_adapter(model: AdaptedModel, folder: str | Path, **extra: Any) -> None:
         "weights_sha256": sha256_file(folder / WEIGHTS),
         **extra,
     }
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, seal(config))
 
 
 def check_own_folder(folder: Path) -> None:
@@ -328,6 +331,13 @@ def read_checkpoint(
         raise InputError(
             f"{folder} was written by a newer fastadapt (format {config['version']}, this one "
             f"reads up to {version}): update fastadapt"
+        )
+    if (CONTENT in config or config["version"] > 1) and (
+        config.get(CONTENT) != content_sha256(config)
+    ):
+        raise InputError(
+            f"{folder / CONFIG} was changed: its content is not what its {CONTENT} says. Save the "
+            "model again, or put back an intact copy."
         )
     state, _ = read_tensors(folder / WEIGHTS)
     check_finite(state, str(folder / WEIGHTS))

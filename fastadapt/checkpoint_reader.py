@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ PREFERRED = (
 PREFIXES = ("module.", "model.", "net.", "network.", "ema_model.")
 # torch.compile, FSDP and checkpointing wrap parts of a model, too.
 INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+CHUNK = 2**24
 DEPTH = 3  # of dictionaries in dictionaries
-MAX_CANDIDATES = 20
+MOST_DICTIONARIES = 100_000  # that are looked into
+LEAST_LIMIT = 2**26  # bytes of tensors that any file may claim
+MOST_SHARED = 4  # times a file's size that its tensors may have: weights are tied, views expanded
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,14 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
         return find_state_dict(read_tensors(path)[0], str(path), key)
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    return find_state_dict(_unpickle(path), str(path), key)
+    found = find_state_dict(_unpickle(path), str(path), key)
+    claimed = sum(t.numel() * t.element_size() for t in found.state.values())
+    if claimed > max(LEAST_LIMIT, MOST_SHARED * path.stat().st_size):
+        raise InputError(
+            f"{path} cannot be read as weights alone: its tensors claim {claimed:,} bytes, far "
+            "more than it holds"
+        )
+    return found
 
 
 def read_state_dict(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
@@ -116,7 +127,7 @@ def find_state_dict(value: Any, where: str, key: str | None = None) -> Checkpoin
     Raises:
         InputError: as for :func:`read_checkpoint`.
     """
-    found = dict(_candidates(value, ()))
+    found = dict(_candidates(value, (), count()))
     if not found:
         raise InputError(f"{where} cannot be read as weights alone: {_why_none(value)}")
     names = tuple(found)
@@ -150,17 +161,30 @@ def strip_wrappers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 
 
 def _candidates(
-    value: Any, path: tuple[str, ...], seen: frozenset[int] = frozenset()
+    value: Any, path: tuple[str, ...], visits: Iterator[int], seen: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the state dicts inside a value, by the path to them.
+
+    Args:
+        value: what a file held.
+        path: to it.
+        visits: counts the dictionaries, of which a file can name one a billion times.
+        seen: those that hold this one.
+    """
     if not isinstance(value, dict) or isinstance(value, inert_pickle.Inert) or id(value) in seen:
         return
+    if next(visits) >= MOST_DICTIONARIES:
+        raise InputError(
+            f"the checkpoint holds more than {MOST_DICTIONARIES:,} dictionaries in dictionaries: "
+            "save model.state_dict() and give that"
+        )
     if value and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
         yield ".".join(path), dict(value)
         return
     if len(path) < DEPTH:
         for key, part in value.items():
             if isinstance(key, str) and key not in ("optimizer", "optimizer_states"):
-                yield from _candidates(part, (*path, key), seen | {id(value)})
+                yield from _candidates(part, (*path, key), visits, seen | {id(value)})
 
 
 def _rank(name: str) -> int:
@@ -228,11 +252,25 @@ def _unpickle(path: Path) -> Any:
         ) from None
 
 
+def _is_damaged(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Say whether a member is not what its checksum says, which torch does not look at."""
+    if member.compress_type != zipfile.ZIP_STORED or member.CRC == 0:
+        return False  # torch.save can leave checksums out, as 0
+    try:
+        with archive.open(member) as file:
+            while file.read(CHUNK):
+                pass
+    except zipfile.BadZipFile:
+        return True
+    return False
+
+
 def _check_container(path: Path) -> None:
     """Refuse archives that are no checkpoint's, before torch looks into them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            damaged = [m.filename for m in members if _is_damaged(archive, m)]
         if any(m.filename.endswith("/constants.pkl") for m in members):
             raise InputError(
                 f"{path} cannot be read as weights alone: it is a TorchScript program, which could "
@@ -240,6 +278,10 @@ def _check_container(path: Path) -> None:
             )
         if any(m.compress_type != zipfile.ZIP_STORED for m in members):
             raise InputError(f"{path} is a compressed archive; expected a file of torch.save")
+        if damaged:
+            raise InputError(
+                f"{path} is damaged: {damaged[0]} is not what its checksum says. Copy it again."
+            )
     elif tarfile.is_tarfile(path):
         raise InputError(
             f"{path} is a tar archive, not a file of torch.save (whose name may end in .tar, too)"

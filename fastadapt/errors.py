@@ -6,8 +6,19 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """Something that was given does not fit; the message names it and says what to do.
 
-    The command line prints the message alone, without a traceback.
+    The command line prints the message alone, without a traceback. It is one line, whatever the
+    names and values of files that it quotes: what cannot be printed is escaped.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    r"""Escape line breaks, colour codes and all else that cannot be printed, as ``repr`` does."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

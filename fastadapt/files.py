@@ -19,6 +19,7 @@ from fastadapt.errors import InputError
 if TYPE_CHECKING:  # finding images needs no PyTorch
     from torch import Tensor
 
+CONTENT = "content_sha256"  # key of the hash of a JSON object, in the object
 _CHUNK = 2**20  # of a text that is read piece by piece
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # as tempfile names them
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
@@ -84,6 +85,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a JSON file, indented and in UTF-8."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def content_sha256(values: dict[str, Any]) -> str:
+    """Hash what a JSON object holds, its own hash left out, whatever its layout as text."""
+    content = {key: value for key, value in values.items() if key != CONTENT}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the hash of its content, as it is once it was written."""
+    plain = json.loads(json.dumps(values))
+    return {**plain, CONTENT: content_sha256(plain)}
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -168,6 +182,19 @@ def _encodings(content: bytes) -> list[str]:
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """Read a list of names, one a line, as :func:`read_text`; blank lines are dropped."""
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def resolve_listed(folder: Path, path: str) -> Path:
+    """Return the path of a file that a list or a table names.
+
+    Args:
+        folder: of the list; relative paths start there.
+        path: as it is written; one with Windows' separators is tried with ours, too.
+    """
+    found = Path(os.path.normpath(folder / path))
+    if "\\" in path and not os.path.exists(found):  # noqa: PTH110 (a name may be too long)
+        return Path(os.path.normpath(folder / path.replace("\\", "/")))
+    return found
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

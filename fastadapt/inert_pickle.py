@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -132,8 +132,20 @@ REBUILT: dict[tuple[str, str], Any] = {
 }
 
 
-class Unpickler(pickle.Unpickler):
-    """Unpickle tensors and containers; ``torch.load`` derives its own from it."""
+class Unpickler(pickle._Unpickler):
+    """Unpickle tensors and containers; ``torch.load`` derives its own from it.
+
+    It is the one in Python: that in C reserves a table as long as the largest number that a file
+    gives one of its objects, and so all memory for a damaged byte.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def load_bytearray8(self) -> None:
+        """Refuse an array whose length a file only claims."""
+        raise pickle.UnpicklingError("a checkpoint holds no arrays of bytes")
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what rebuilds a class's objects: a listed function, or a stand-in's class."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastadapt.errors import InputError, nearest
 from fastadapt.files import check_finite, read_json, read_tensors
 from fastadapt.layers.lora import LoRALinear, LoRASlice
 from fastadapt.patterns import check_patterns, match_end
+from fastadapt.peft_config import PeftConfig, ends_with_any
 
 USUAL_RANK = 4096  # larger ones must not exceed the layer
 FUSED = {"qkv": "qkv", "kv": "kv", "in_proj": "qkv"}
@@ -160,7 +160,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
             "save_pretrained(folder, safe_serialization=True)"
         )
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
-    _refuse_variants(config.values, tensors, folder)
+    _refuse_variants(tensors, folder)
     check_finite(tensors, str(folder / "adapter_model.safetensors"))
 
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -210,7 +210,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
         alpha = _by_pattern(config.alpha_pattern, name, config.alpha)
         scaling = _scaling(alpha, r, config.use_rslora)
         slices[name] = [LoRASlice("all", 0, layer.out_features, r, scaling)]
-    saved = {name for name in modules if _ends_with_any(name, config.modules_to_save)}
+    saved = {name for name in modules if ends_with_any(name, config.modules_to_save)}
     for name in sorted(saved):
         lacking = [n for n, _ in modules[name].named_parameters() if f"{name}.{n}" not in plain]
         if lacking and not any(name.startswith(f"{outer}.") for outer in saved):
@@ -220,7 +220,16 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
             )
     # PEFT saves a module of modules_to_save whole and gives it no low-rank adapter.
     replaced = {name for name in modules if any((name + ".").startswith(s + ".") for s in saved)}
-    forgotten = sorted(_peft_targets(modules, config) - set(slices) - replaced)
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    targets = config.targeted(linear)
+    forgotten = [] if targets is None else sorted(targets - set(slices) - replaced)
+    unasked = [] if targets is None else sorted(set(slices) - targets)
+    if unasked:
+        raise InputError(
+            f"{folder} has low-rank weights for {unasked[0]!r}, which is none of its "
+            "target_modules: PEFT would leave them out. One of its files is damaged, or of "
+            "another adapter."
+        )
     if forgotten:
         raise InputError(
             f"{folder} targets {forgotten[0]!r} (target_modules) and has no weights for it: "
@@ -249,101 +258,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> list[str]:
     return list(slices)
 
 
-@dataclass(frozen=True)
-class PeftConfig:
-    """Hold PEFT's ``adapter_config.json``, every number typed and bounded.
-
-    Attributes:
-        r, alpha, dropout, use_rslora, rank_pattern, alpha_pattern: as in :class:`LoRAConfig`.
-        modules_to_save: ends of the names of modules that were saved whole.
-        values: all that the file holds.
-    """
-
-    r: int
-    alpha: float
-    dropout: float
-    use_rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    modules_to_save: tuple[str, ...]
-    values: dict[str, Any]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: Path) -> PeftConfig:
-        """Read the values of a file.
-
-        Raises:
-            InputError: one has another type or is out of its range.
-        """
-        settings = {
-            "r": values.get("r", 8),
-            "alpha": values.get("lora_alpha", 8),
-            "dropout": values.get("lora_dropout") or 0.0,
-            "use_rslora": values.get("use_rslora") or False,
-            "rank_pattern": values.get("rank_pattern") or {},
-            "alpha_pattern": values.get("alpha_pattern") or {},
-        }
-        checked = LoRAConfig.from_dict(settings, str(where))
-        modules = values.get("modules_to_save") or []
-        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-            raise InputError(f"{where}: modules_to_save is {modules!r}; expected a list of names")
-        return cls(
-            checked.r,
-            checked.alpha,
-            checked.dropout,
-            checked.use_rslora,
-            checked.rank_pattern,
-            checked.alpha_pattern,
-            tuple(modules),
-            values,
-        )
-
-
-def _ends_with_any(name: str, ends: tuple[str, ...]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
-
-
-def _peft_targets(modules: dict[str, nn.Module], config: PeftConfig) -> set[str]:
-    """Return the layers that PEFT would adapt, where its configuration lists plain names."""
-    targets = config.values.get("target_modules")
-    narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    if not isinstance(targets, list) or any(config.values.get(key) for key in narrowed):
-        return set()
-    return {
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) and _is_target(name, tuple(targets))
-    }
-
-
-def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"{folder} is a PEFT adapter of type {kind!r}; only LORA is supported")
-    named = {
-        "use_dora": "DoRA",
-        "use_qalora": "QALoRA",
-        "megatron_config": "Megatron LoRA",
-        "layer_replication": "layer replication",
-        "alora_invocation_tokens": "activated LoRA",
-        "target_parameters": "LoRA on bare parameters",
-        "trainable_token_indices": "trainable tokens",
-        "lora_bias": "a bias on lora_B",
-        "arrow_config": "Arrow routing",
-        "use_bdlora": "block-diagonal LoRA",
-        "monteclora_config": "MonteCLoRA",
-        "kasa_config": "KaSA",
-        "velora_config": "VeLoRA",
-    }
-    for key, variant in named.items():
-        if config.get(key):
-            raise InputError(f"{folder} uses {variant} ({key}), which is not supported")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise InputError(
-            f"{folder} was initialised with {init}, which also changes the base weights; "
-            "convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion) first"
-        )
+def _refuse_variants(tensors: dict[str, Tensor], folder: Path) -> None:
     for key in tensors:
         if "lora_magnitude_vector" in key:
             raise InputError(f"{folder} uses DoRA ({key}), which is not supported")
@@ -353,8 +268,8 @@ def _refuse_variants(config: dict[str, Any], tensors: dict[str, Tensor], folder:
 
 def _is_target(name: str, targets: tuple[str, ...] | str) -> bool:
     if isinstance(targets, str):
-        return targets == "all-linear" or _ends_with_any(name, (targets,))
-    return _ends_with_any(name, targets)
+        return targets == "all-linear" or ends_with_any(name, (targets,))
+    return ends_with_any(name, targets)
 
 
 def _chosen_rows(name: str, layer: nn.Linear, parts: str) -> list[tuple[str, int, int]]:

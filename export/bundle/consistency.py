@@ -12,7 +12,7 @@ from typing import Any
 
 from fastadapt.errors import InputError
 
-from .manifest import LABELS, MANIFEST
+from .manifest import LABELS, MANIFEST, MODEL
 
 
 def check_consistency(bundle: str | Path, manifest: dict[str, Any]) -> None:
@@ -84,6 +84,42 @@ def _check_onnx(bundle: Path, manifest: dict[str, Any], artefact: dict[str, Any]
                 f"{bundle / MANIFEST} names {len(manifest['labels'])} classes; {file.name} has "
                 f"{width} outputs"
             )
+    if artefact["path"] == MODEL:
+        _check_graph(bundle, manifest["model"], model)
+
+
+def _check_graph(bundle: Path, stated: dict[str, Any], model: Any) -> None:
+    """Compare opset, inputs and outputs, as far as the manifest states them, with the graph's."""
+    opset = next((entry.version for entry in model.opset_import if not entry.domain), None)
+    differs = [] if stated.get("opset", opset) == opset else ["opset"]
+    graph = {"inputs": model.graph.input, "outputs": model.graph.output}
+    for key, values in graph.items():
+        entries = stated.get(key)
+        described = [_described(value) for value in values]
+        if (entries and len(entries) != len(described)) or (
+            entries
+            and any(
+                entry.get(name, value[name]) != value[name]
+                for entry, value in zip(entries, described, strict=True)
+                for name in value
+            )
+        ):
+            differs.append(key)
+    if differs:
+        raise InputError(_contradiction(bundle, differs[0], MODEL))
+
+
+def _described(value: Any) -> dict[str, Any]:
+    """Describe an input or output of a graph as manifests do."""
+    import onnx
+
+    tensor = value.type.tensor_type
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    except KeyError:  # a damaged graph, which no runtime loads
+        dtype = "unknown"
+    shape = [size.dim_value or size.dim_param for size in tensor.shape.dim]
+    return {"name": value.name, "dtype": dtype, "shape": shape}
 
 
 def _parsed(text: str | None) -> Any:

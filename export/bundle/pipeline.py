@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from fastadapt.errors import InputError
-from fastadapt.files import write_json, write_text
+from fastadapt.files import seal, write_json, write_text
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.locks import lock_beside
 from fastadapt.output_place import check_output
@@ -55,7 +55,6 @@ from .manifest import (
     SCHEMA,
     environment,
     list_files,
-    seal,
 )
 from .material import Material, ModelInputs, check_quantization
 from .quality import quality_of

@@ -223,7 +223,14 @@ class Manifest(Part):
 
     @model_validator(mode="after")
     def check_tensors(self) -> Manifest:
-        """Demand dtype and shape of every input and output, which schema 1 did not have."""
+        """Demand dtype and shape of every input and output, which schema 1 did not have.
+
+        Since schema 3 all that the graph can contradict is demanded.
+        """
+        if self.schema_ > 2 and {"opset", "outputs"} - self.model.model_fields_set:
+            raise ValueError("'model' lacks its opset or outputs")
+        if self.schema_ > 2 and not self.model.outputs:
+            raise ValueError("'model' names no output")
         for entry in (*self.model.inputs, *self.model.outputs):
             if self.schema_ > 1 and {"dtype", "shape"} - entry.model_fields_set:
                 raise ValueError(f"{entry.name!r} lacks its dtype or shape")

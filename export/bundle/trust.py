@@ -13,8 +13,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastadapt.files import content_sha256
+
 from ..artefact import Artefact
-from .manifest import content_sha256
 
 NATIVE = ("aotinductor", "tensorrt", "tensorrt_rtx")
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastadapt.errors import InputError
-from fastadapt.files import read_json, read_tensors, write_json
+from fastadapt.files import read_json, read_tensors, seal, write_json
 
 from ..artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
 from ..parity import Parity
@@ -37,7 +37,6 @@ from .manifest import (
     environment,
     list_files,
     read_manifest,
-    seal,
     version_changes,
 )
 from .signature import check_signature

@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 from fastadapt.data.table import SEPARATORS
 from fastadapt.data.walker import LISTS, WalkReport, walk
 from fastadapt.errors import InputError, first_few
-from fastadapt.files import open_text
+from fastadapt.files import open_text, resolve_listed
 
 from .settings import FOLDERS
 
@@ -107,7 +107,7 @@ class ImageList:
             with open_text(source) as file:
                 for line in file:
                     if line.strip():
-                        yield Item(str(folder / line.strip()))
+                        yield Item(_below(folder, line.strip()))
         else:
             for path in walk(source, report):
                 yield Item(str(path))
@@ -121,6 +121,11 @@ class ImageList:
             f"no folder above {path} has the name of a class: {first_few(self.classes, 8)}. "
             "Labels can also be a column of a CSV, --labels COLUMN."
         )
+
+
+def _below(folder: Path, path: str) -> str:
+    """Return a path of a list or table, which are relative to its folder, Windows' ones too."""
+    return str(resolve_listed(folder, path) if "\\" in path else folder / path)
 
 
 def _is_table(source: str) -> bool:
@@ -143,6 +148,7 @@ class _Table:
         )
         names = self._next_row() or []
         columns = [column.strip() for column in names]
+        self.columns = len(columns)
         lowered = [column.lower() for column in columns]
         self.path = self._place(PATH, lowered, columns)
         self.label = None if label is None else self._place(label.lower(), lowered, columns)
@@ -164,13 +170,19 @@ class _Table:
         while (row := self._next_row()) is not None:
             if not any(cell.strip() for cell in row):
                 continue
+            if any(cell.strip() for cell in row[self.columns :]):
+                line = self.skipped + self.rows.line_num
+                raise InputError(
+                    f"{self.name}, line {line} has {len(row)} values for {self.columns} columns: "
+                    "put values that hold a separator into quotation marks"
+                )
             path = row[self.path].strip() if self.path < len(row) else ""
             if not path:
                 line = self.skipped + self.rows.line_num
                 raise InputError(f"{self.name}, line {line}: the path is empty")
             known = self.label is not None and self.label < len(row)
             label = row[self.label].strip() if known and self.label is not None else ""
-            yield Item(str(self.folder / path), label)
+            yield Item(_below(self.folder, path), label)
 
 
 def _names(header: str, separator: str) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
 
 CROP_MODES = ("center", "squash", "border")
+LARGEST_IMAGE = 2**27  # pixels of a resized image before it is cropped
+LARGEST_NUMBER = 1e30
 INTERPOLATIONS = tuple(filter_.name.lower() for filter_ in Image.Resampling)
 
 
@@ -60,15 +61,14 @@ class Preprocess:
         Raises:
             InputError: a setting is unknown, or has a value that cannot be.
         """
+        if not isinstance(values, dict):
+            raise InputError(f"the preprocessing is {values!r}; expected settings by name")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             result = cls(**values)
         except TypeError as error:
             raise InputError(f"preprocessing settings do not fit: {error}") from None
-        if len(result.input_size) != 3 or result.input_size[0] != 3:
-            raise InputError(f"input_size is {result.input_size}; image files need (3, H, W)")
-        if not 0 < result.crop_pct <= 1:
-            raise InputError(f"crop_pct is {result.crop_pct}; expected more than 0, at most 1")
+        result._check_sizes()
         if result.crop_mode not in CROP_MODES:
             raise InputError(
                 f"crop_mode is {result.crop_mode!r}; expected one of {', '.join(CROP_MODES)}"
@@ -81,15 +81,32 @@ class Preprocess:
         result._check_intensity_range()
         return result
 
+    def _check_sizes(self) -> None:
+        size: Any = self.input_size
+        if (
+            not _are_numbers(size, 3, int)
+            or size[0] != 3
+            or not 1 <= min(size) <= max(size) < 2**16
+        ):
+            raise InputError(f"input_size is {size!r}; image files need (3, H, W)")
+        if not _are_numbers((self.crop_pct,), 1) or not 0 < self.crop_pct <= 1:
+            raise InputError(f"crop_pct is {self.crop_pct!r}; expected more than 0, at most 1")
+        if size[1] * size[2] / self.crop_pct**2 > LARGEST_IMAGE:
+            raise InputError(
+                f"input_size is {size} and crop_pct {self.crop_pct}, for which images are resized "
+                f"to more than {LARGEST_IMAGE:,} pixels"
+            )
+        for name in ("mean", "std"):
+            value: Any = getattr(self, name)
+            if not _are_numbers(value, 3) or (name == "std" and min(value) <= 0):
+                more = "three numbers" + " above 0" * (name == "std")
+                raise InputError(f"{name} is {value!r}; expected {more}")
+
     def _check_intensity_range(self) -> None:
         value: Any = self.intensity_range
         if value is None:
             return
-        numbers = isinstance(value, tuple) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-            for v in value
-        )
-        if not (numbers and len(value) == 2 and value[0] < value[1]):
+        if not (_are_numbers(value, 2) and value[0] < value[1]):
             raise InputError(
                 f"intensity_range is {value!r}; expected null, or two numbers of which the first "
                 "is the smaller"
@@ -127,6 +144,16 @@ class Preprocess:
         """Normalize uint8 [B, 3, H, W] to the backbone's fp32 input."""
         mean, std = _on_device(self.mean, self.std, images.device)
         return (images.float() / 255 - mean) / std
+
+
+def _are_numbers(value: Any, count: int, kind: Any = int | float) -> bool:
+    """Say whether a value is a tuple of so many finite numbers."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == count
+        and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+        and all(abs(v) <= LARGEST_NUMBER for v in value)
+    )
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastadapt.data.class_folders import LabeledFile
 from fastadapt.data.splits import split_of
 from fastadapt.errors import InputError, first_few
-from fastadapt.files import read_text
+from fastadapt.files import read_text, resolve_listed
 
 COLUMNS = ("path", "label", "split", "group", "fold")
 NO_VALUES = ("nan", "<na>", "nat")  # what programs write where there is no value
@@ -46,8 +46,8 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
                 f"{file}, line {number}: unknown split {values['split']!r}; "
                 "expected train, val or test"
             )
-        path = _resolve(file.parent, values["path"])
-        if check_files and not path.is_file():
+        path = resolve_listed(file.parent, values["path"])
+        if check_files and not os.path.isfile(path):  # noqa: PTH113 (a name may be too long)
             missing.append(path)
         more = values["group"], values["fold"]
         files.append(LabeledFile(path, values["label"], split, *more))
@@ -127,11 +127,3 @@ def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
 def _has_columns(header: str, separator: str) -> bool:
     cells = {cell.strip().strip('"').lower() for cell in header.split(separator)}
     return {"path", "label"} <= cells
-
-
-def _resolve(folder: Path, path: str) -> Path:
-    """Make a path absolute; one with Windows' separators is tried with ours, too."""
-    found = Path(os.path.normpath(folder / path))
-    if "\\" in path and not found.exists():
-        return Path(os.path.normpath(folder / path.replace("\\", "/")))
-    return found

@@ -54,6 +54,9 @@ def read_tiff(file: IO[bytes], name: str) -> tuple[DeepImage | None, tuple[str, 
         notes = _dropped_pages(tiff)
         photometric, samples = int(page.photometric), page.samplesperpixel
         extra = [int(kind) for kind in page.extrasamples]
+        if page.planarconfig not in (1, 2):
+            raise InputError(f"{name} is damaged: its PlanarConfiguration is {page.planarconfig}")
+        _check_size(page, file.seek(0, os.SEEK_END), name)
         plain = page.bitspersample <= 8 and int(page.sampleformat) == 1 and page.imagedepth == 1
         if plain and not (tiff.is_bigtiff and tiff.byteorder == ">"):  # which Pillow doesn't know
             by_pillow = {
@@ -66,7 +69,6 @@ def read_tiff(file: IO[bytes], name: str) -> tuple[DeepImage | None, tuple[str, 
         if photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
             kind = getattr(page.photometric, "name", photometric)
             raise InputError(f"{name} is a {page.bitspersample}-bit {kind} TIFF: save it as RGB")
-        _check_size(page, file.seek(0, os.SEEK_END), name)
         tag = page.tags.get("Orientation")
         orientation = 1 if tag is None else tag.value
         try:
@@ -101,7 +103,8 @@ def _check_size(page: Any, file_size: int, name: str) -> None:
     """
     parts = math.prod(page.chunked)
     places, sizes = page.dataoffsets[:parts], page.databytecounts[:parts]
-    if len(places) < parts or len(sizes) < parts or min(places) <= 0 or min(sizes) <= 0:
+    lacking = parts < 1 or len(places) < parts or len(sizes) < parts
+    if lacking or min(places) <= 0 or min(sizes) <= 0:
         raise InputError(f"{name} is damaged: it lacks strips or tiles of its pixels")
     pixels = page.imagewidth * page.imagelength
     if pixels > 2 * (Image.MAX_IMAGE_PIXELS or pixels) or page.nbytes > max(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastadapt.data.formats import is_image_file
 from fastadapt.errors import InputError
-from fastadapt.files import read_text
+from fastadapt.files import read_lines, resolve_listed
 
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "system volume information", "lost+found")
@@ -171,9 +171,8 @@ def _kind(path: Path) -> str:
 
 
 def _walk_list(file: Path) -> Iterator[Path]:
-    for line in read_text(file).splitlines():
-        if line.strip():
-            yield file.parent / line.strip()
+    for line in read_lines(file):
+        yield resolve_listed(file.parent, line)
 
 
 def _walk_pattern(pattern: str, report: WalkReport) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.errors import InputError
 from fastadapt.files import (
     check_finite,
+    seal,
     sha256_file,
     sha256_tensors,
     write_json,
@@ -36,7 +37,7 @@ from fastadapt.gdpl.upstream import compare_clip, convert_gdpl_state_dict
 from fastadapt.saved_adapter import Shapes, check_shapes
 
 FORMAT = "fastadapt-gdpl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2 with a hash of the configuration
 
 
 class GDPLSource(FrozenParts):
@@ -125,7 +126,7 @@ def save_gdpl(
         "weights_sha256": sha256_file(folder / WEIGHTS),
         **extra,
     }
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, seal(config))
 
 
 def load_gdpl(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastadapt as fa
+from fastadapt.files import seal
 from fastadapt.gdpl import GDPLConfig, GDPLModel, GDPLSource, load_gdpl, save_gdpl
 from fastadapt.gdpl import checkpoint as gdpl_checkpoint
 from tests.helpers.gdpl_models import WordTokenizer, clip_model, tiny_clip
@@ -21,7 +22,8 @@ def gdpl(clip):
 def edit(folder, **changes):
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}, default=str))
+    config = json.loads(json.dumps({k: v for k, v in config.items() if v is not ...}, default=str))
+    file.write_text(json.dumps(seal(config)))
 
 
 def with_quick_gelu(clip):
@@ -53,7 +55,8 @@ class TestActivation:
         save_gdpl(source.create(["forest", "river"], SMALL), tmp_path, source)
         if old:
             config = json.loads((tmp_path / "config.json").read_text())
-            del config["clip_activation"], config["weights_sha256"]
+            del config["clip_activation"], config["weights_sha256"], config["content_sha256"]
+            config["version"] = 1
             (tmp_path / "config.json").write_text(json.dumps(config))
         load_gdpl(tmp_path)
         assert asked == [None, False if old else None]

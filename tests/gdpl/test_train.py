@@ -9,7 +9,7 @@ import torch
 
 import fastadapt as fa
 from fastadapt.data.dataset import Sample
-from fastadapt.files import read_tensors
+from fastadapt.files import read_tensors, seal
 from fastadapt.gdpl import (
     GDPLConfig,
     GDPLModel,
@@ -246,7 +246,7 @@ class TestCheckpoint:
         clip = clip_model()
         save_gdpl(small_model(clip=clip), tmp_path)
         file = tmp_path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        file.write_text(json.dumps(seal(json.loads(file.read_text()) | change)))
         with pytest.raises(fa.InputError, match=says):
             load_gdpl(tmp_path, clip, tokenizer=WordTokenizer())
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from fastadapt.export.bundle.manifest import MANIFEST, list_files, seal
-from fastadapt.files import read_json, write_json
+from fastadapt.export.bundle.manifest import MANIFEST, list_files
+from fastadapt.files import read_json, seal, write_json
 
 
 def reseal(bundle, list_again=True, **changes):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fastadapt.files import read_json
+from fastadapt.files import read_json, seal
 from tests.helpers.command import command
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -33,7 +33,7 @@ def damage(run, what):
     elif what == "few images":
         (run / "splits.csv").write_text("path,label,split\n/a.png,crack,train\n")
     if what != "no config":
-        (run / "config.json").write_text(json.dumps(config))
+        (run / "config.json").write_text(json.dumps(seal(config)))
 
 
 class TestCommand:

@@ -16,10 +16,9 @@ import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_run, verify_bundle, write_repository
 from fastadapt.export.bundle.golden import GoldenSamples
-from fastadapt.export.bundle.manifest import content_sha256
 from fastadapt.export.bundle.report import render_report
 from fastadapt.export.bundle.samples import Sample, choose
-from fastadapt.files import read_json
+from fastadapt.files import content_sha256, read_json
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 

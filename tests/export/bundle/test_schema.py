@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastadapt.errors import InputError
-from fastadapt.export.bundle.manifest import read_manifest, seal
+from fastadapt.export.bundle.manifest import read_manifest
 from fastadapt.export.bundle.schema import check_manifest
+from fastadapt.files import seal
 
 OLD = Path(__file__).parents[1] / "data" / "bundle_schema_2"
 MANIFEST = json.loads((OLD / "manifest.json").read_text())
