@@ -90,7 +90,7 @@ def test_faults_are_counted(program, outcome, tmp_path, monkeypatch, capfd):
     worker = tmp_path / "worker.py"
     worker.write_text(f"input()\n{program}\ninput()", encoding="utf-8")
     monkeypatch.setattr(tool, "__file__", str(worker))
-    shard = tool.Shard([("lists", 0)], 2 if outcome == "hung" else 250, 5)
+    shard = tool.Shard([("lists", 0)], 0.2 if outcome == "hung" else 250, 5)
     shard.run()
     assert shard.counts["lists"][outcome] == 1 and "lists case 0" in capfd.readouterr().err
 

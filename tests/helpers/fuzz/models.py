@@ -22,9 +22,9 @@ SIZE = (3, 32, 32)
 LABELS = ["crack", "good"]
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, seed: int = 0) -> Path:
     """Write a run as training leaves it, with its backbone's weights beside it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     backbone = timm.create_model("test_vit", num_classes=0, img_size=32)
     torch.save(backbone.state_dict(), folder / "weights.pth")
     config = fa.AdaptConfig(rank=4, num_centers=3, lora=LoRAConfig(r=2), input_size=SIZE)

@@ -15,15 +15,15 @@ from tests.helpers.fuzz.texts import Listings, Lists, Tables
 
 # How many of a hundred cases each kind gets: an image takes milliseconds, a bundle 0.1 s.
 SHARES: dict[type[Target], int] = {
-    Images: 35,
-    Tables: 10,
-    Listings: 7,
-    Lists: 6,
+    Images: 38,
+    Tables: 11,
+    Listings: 8,
+    Lists: 7,
     Safetensors: 10,
-    Checkpoints: 12,
-    Bundles: 8,
-    Runs: 7,
-    PeftFolders: 5,
+    Checkpoints: 14,
+    Bundles: 4,
+    Runs: 5,
+    PeftFolders: 3,
 }
 NAMES = {kind.__name__.lower(): kind for kind in SHARES}
 
