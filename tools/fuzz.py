@@ -7,7 +7,8 @@ Images, tables, lists, weights, bundles, runs and PEFT folders are damaged (``te
 and read. An answer is a refusal in one line that names the cause, or a result that an oracle of its
 own confirms; where nothing can confirm it, it counts as unjudged. Everything else is a fault:
 ``wrong``, ``raw`` (any exception but InputError), ``died``, ``hung`` (no answer in ``--timeout``
-seconds of work, or ten times that) and ``above`` (more than ``--memory`` MiB at any time, the package itself included).
+seconds of work, or ten times that) and ``above`` (more than ``--memory`` MiB at any time, the
+package itself included).
 
 Each shard is a process that stays; one that dies, hangs or takes too much memory is counted, and
 another goes on with the next case. Prints the counts as JSON, and the faults to standard error;

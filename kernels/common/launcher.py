@@ -48,6 +48,11 @@ class Device(NamedTuple):
         return self.major == 9
 
     @property
+    def has_tall_products(self) -> bool:
+        """Whether four warps multiply 64 rows together: wgmma of 9.x, tcgen05 of 10.x."""
+        return self.major in (9, 10)
+
+    @property
     def has_dependent_launch(self) -> bool:
         """Whether a kernel may be launched while the one before runs."""
         return self.major >= 9

@@ -26,11 +26,6 @@ class ProductTile(NamedTuple):
     splits: int = 1
 
 
-def _tall(device: Device) -> bool:
-    """Say whether products of 64 rows fit the registers: where groups of four warps multiply."""
-    return device.major in (9, 10)
-
-
 def linear_tile(
     rows: int, depth: int, width: int, groups: int, form: Form, device: Device
 ) -> ProductTile:
@@ -43,7 +38,7 @@ def linear_tile(
     if form.dtype == torch.float32:
         # Without tensor cores: short, or the operands fill the registers.
         tile = ProductTile(16 if rows <= 64 else 32, 32, 16, 8, 2)
-    elif _tall(device) and tiles(large) >= device.multiprocessors:
+    elif device.has_tall_products and tiles(large) >= device.multiprocessors:
         tile = large
     elif form.rotation:
         tile = ProductTile(16, 32, 32, 4, 3)
@@ -63,6 +58,7 @@ def gradient_tile(
     def tiles(tile: ProductTile) -> int:
         return ceil_div(inputs, tile.rows) * ceil_div(outputs, tile.cols) * groups
 
+    tall = ProductTile(64, 32, 64, 4, 2)
     if form.dtype == torch.float32:
         tile = ProductTile(32, 32, 16, 8, 2)
     elif form.rotation:
@@ -71,8 +67,8 @@ def gradient_tile(
         shapes = (ProductTile(64, 64, 16, 4, 2), ProductTile(64, 32, 16, 4, 2))
         crowded = (t for t in shapes if tiles(t) >= device.multiprocessors)
         tile = next(crowded, ProductTile(32, 32, 16, 4, 2))
-    elif _tall(device) and tiles(ProductTile(64, 32, 64, 4, 2)) >= device.multiprocessors:
-        tile = ProductTile(64, 32, 64, 4, 2 if rows <= 256 else 3)
+    elif device.has_tall_products and tiles(tall) >= device.multiprocessors:
+        tile = tall._replace(stages=2 if rows <= 256 else 3)
     else:
         tile = ProductTile(16, 32, 64, 4, 2)
     splits = min(32, device.multiprocessors // tiles(tile), ceil_div(rows, tile.depth) // 4)

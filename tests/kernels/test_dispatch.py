@@ -69,13 +69,17 @@ def test_what_a_gpu_has():
     from fastadapt.kernels.common.launcher import Device
 
     found = {
-        major: (device.has_warp_group_products, device.has_dependent_launch)
+        major: (
+            device.has_warp_group_products,
+            device.has_dependent_launch,
+            device.has_tall_products,
+        )
         for major in (0, 8, 9, 10, 12)
         for device in [Device(0, 132, 232_448, major)]
     }
-    neither, both = (False, False), (True, True)
-    later = (False, True)
-    assert found == {0: neither, 8: neither, 9: both, 10: later, 12: later}
+    none, every = (False,) * 3, (True,) * 3
+    expected = {0: none, 8: none, 9: every, 10: (False, True, True), 12: (False, True, False)}
+    assert found == expected
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")

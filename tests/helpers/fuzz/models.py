@@ -36,7 +36,7 @@ def make_run(folder: Path, seed: int = 0) -> Path:
     return folder / "run"
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, seed: int = 0) -> Path:
     """Export the run; the manifest counts as made here in the folder's own state."""
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def make_bundle(folder: Path) -> Path:
         path = folder / "images" / LABELS[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(path)
-    run = make_run(folder)
+    run = make_run(folder, seed)
     with patch("fastadapt.export.bundle.build.measure", lambda *args: {"1": 1.0}):
         export_run(run, folder / "bundle", images=folder / "images")
     return folder / "bundle"
