@@ -265,6 +265,18 @@ class TestDamagedFolders:
 
 
 class TestRefusals:
+    def test_a_configuration_that_was_changed(self, model, tmp_path):
+        fa.save_adapter(model, tmp_path / "run", labels=["a", "b", "c"])
+        file = tmp_path / "run" / "config.json"
+        whole = json.loads(file.read_text())
+        without = {key: value for key, value in whole.items() if key != "content_sha256"}
+        for changed in ({**whole, "labels": ["a", "c", "b"]}, without):
+            file.write_text(json.dumps(changed))
+            with pytest.raises(fa.InputError, match="was changed: its content is not what"):
+                fa.load_adapter(tmp_path / "run")
+        file.write_text(json.dumps({**without, "version": 1}))  # as older versions wrote it
+        assert fa.load_adapter(tmp_path / "run")
+
     def test_other_weights_of_the_same_model(self, model, tmp_path):
         fa.save_adapter(model, tmp_path / "run")
         other = tmp_path / "other.pth"

@@ -185,3 +185,42 @@ class TestDamage:
         value["self"] = value
         with pytest.raises(InputError, match="no state dict"):
             find_state_dict(value, "m.pth")
+
+
+class TestDamagedBytes:
+    def test_a_member_that_is_not_what_its_checksum_says(self, tmp_path):
+        path = tmp_path / "model.pth"
+        torch.save({"a": torch.arange(1000.0)}, path)
+        data = bytearray(path.read_bytes())
+        data[data.index(torch.arange(1000.0).numpy().tobytes()[400:440])] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="data/0 is not what its checksum says"):
+            read_checkpoint(path)
+
+    def test_files_without_checksums_are_read(self, tmp_path):
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(RAW, tmp_path / "model.pth")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        assert read_checkpoint(tmp_path / "model.pth").state.keys() == RAW.keys()
+
+    @pytest.mark.parametrize(
+        "code", [b"\x80\x02]r\xff\xff\xff\x7f.", b"\x80\x05\x96" + b"\xff" * 7]
+    )
+    def test_numbers_reserve_no_memory(self, code, tmp_path):
+        """An object's number, 2^31 - 1, and the length of an array that is not there."""
+        (tmp_path / "model.bin").write_bytes(code + b"\0" * 9)
+        with pytest.raises(InputError, match="cannot be read as weights alone"):
+            read_checkpoint(tmp_path / "model.bin")
+
+    def test_tensors_that_claim_more_than_the_file_holds(self, tmp_path):
+        torch.save({"a": torch.zeros(1).expand(2**30)}, tmp_path / "model.pth")
+        with pytest.raises(InputError, match="claim 4,294,967,296 bytes"):
+            read_checkpoint(tmp_path / "model.pth")
+
+    def test_dictionaries_that_are_named_a_billion_times(self):
+        inner = {str(index): 1 for index in range(1000)}
+        middle = {str(index): inner for index in range(1000)}
+        with pytest.raises(InputError, match="dictionaries in dictionaries"):
+            find_state_dict({str(index): middle for index in range(1000)}, "it")

@@ -227,6 +227,29 @@ class TestPeft:
             fa.load_peft(model, tmp_path)
         assert not lora_layers(model)
 
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"target_modules": ["fc1"]}, "is none of its target_modules"),
+            ({"target_modules": r"blocks\.0\.attn\.qkv"}, "is none of its target_modules"),
+            ({"exclude_modules": ["blocks.1.attn.qkv"]}, "is none of its target_modules"),
+            ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "is none of its target_mod"),
+            ({"target_modules": None}, "target_modules is empty"),
+            ({"target_modules": "(a+)+"}, "take for ever"),
+            ({"bias": "NONE"}, "bias is 'NONE'"),
+            ({"task_type": "{}"}, "task_type is '{}'"),
+            ({"eva_config": 3}, "eva_config is 3"),
+            ({"velora_config": []}, "velora_config is"),
+            ({"layers_to_transform": ["qkv"]}, "layers_to_transform is"),
+        ],
+    )
+    def test_values_that_peft_would_understand_otherwise(self, tmp_path, change, says):
+        self.trained(tmp_path)
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(fa.InputError, match=says):
+            fa.load_peft(vit(), tmp_path)
+
     def test_variants_are_refused_by_name(self, tmp_path):
         self.trained(tmp_path, use_dora=True)
         with pytest.raises(fa.InputError, match="DoRA"):

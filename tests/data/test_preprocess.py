@@ -11,7 +11,15 @@ PLAIN = Preprocess((3, 32, 32), crop_pct=1.0)
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"crop_pct": 0}, {"crop_pct": 2}, {"crop_mode": "left"}, {"interpolation": "cubic"}, {"x": 1}],
+    [
+        *({"crop_pct": 0}, {"crop_pct": 2}, {"crop_pct": "1"}, {"crop_pct": 1e-5}, {"x": 1}),
+        *({"crop_mode": "left"}, {"interpolation": "cubic"}, {"mean": [0.5] * 4}, {"mean": 0.5}),
+        *({"std": [1, 1, 0]}, {"std": [1, 1, float("nan")]}, {"std": [True, 1, 1]}),
+        *(
+            {"input_size": size}
+            for size in (7, [3, 32], [3, 32, 0.5], [3, 32, -32], [3, 32, 2**20])
+        ),
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):

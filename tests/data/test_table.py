@@ -135,3 +135,9 @@ def test_every_dialect_gives_the_same_rows(
     assert [(f.path, f.label) for f in files] == [
         (folder / f"{i}.png", label) for i, label in enumerate(labels)
     ]
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    (tmp_path / "data.csv").write_text(f"path,label\n{'a' * 300}.png,crack\n")
+    with pytest.raises(InputError, match="1 files that do not exist"):
+        list_table(tmp_path / "data.csv")

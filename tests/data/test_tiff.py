@@ -331,3 +331,20 @@ def test_what_needs_a_package_names_it(tmp_path):
             load_image(path)
     else:
         assert load_image(path).size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "says"),
+    [
+        ("PlanarConfiguration", 3, "PlanarConfiguration is 3"),
+        ("ImageWidth", 2**20, "lacks strips or tiles"),
+    ],
+)
+def test_a_damaged_page_of_8_bits_is_refused(tag, value, says, tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, noise(np.uint8, 19, 23, 3), photometric="rgb", tile=(16, 16))
+    assert load_image(path).size == (23, 19)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages.first.tags[tag].overwrite(value)
+    with pytest.raises(InputError, match=says):
+        load_image(path)

@@ -339,7 +339,7 @@ class Inputs:
             *(folder / "colours", "--clip", f"local-dir:{folder / 'clip'}", "--device", "cpu"),
             *("--domain-encoder", "test_efficientnet", "--domain-size", "32", "--epochs", "2"),
             *("--domain-weights", folder / "clip" / "encoder.safetensors"),
-            *("--prompt-depth", "2", "--low-rank", "2", "--shots", "2"),
+            *("--prompt-depth", "2", "--low-rank", "2", "--shots", "2", "--train-classes", "all"),
         ]
         self.training = {"train": train, "resume": train, "gdpl": gdpl}
 

@@ -137,3 +137,31 @@ def test_golden_samples_of_other_rows(bundle):
     reseal(bundle)
     with pytest.raises(fa.InputError, match="has 3 rows of 'images' and 16 of 'expected'"):
         verify_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"opset": 19}, "the opset of"),
+        (
+            {"inputs": [{"name": "images", "dtype": "uint8", "shape": ["batch", 32, 32, 4]}]},
+            "inputs",
+        ),
+        (
+            {"inputs": [{"name": "images", "dtype": "float32", "shape": ["batch", 32, 32, 3]}]},
+            "inputs",
+        ),
+        ({"outputs": [{"name": "scores", "dtype": "float32", "shape": ["batch", 2]}]}, "outputs"),
+    ],
+)
+def test_what_the_graph_contradicts(bundle, change, says):
+    reseal(bundle, model={**read_json(bundle / "manifest.json")["model"], **change})
+    refused(bundle, rf"{says}.*manifest\.json and of model\.onnx differ")
+
+
+@pytest.mark.parametrize("key", ["opset", "outputs"])
+def test_what_the_graph_could_contradict_is_demanded(bundle, key):
+    model = read_json(bundle / "manifest.json")["model"]
+    del model[key]
+    reseal(bundle, model=model)
+    refused(bundle, "'model' lacks its opset or outputs")

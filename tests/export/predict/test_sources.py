@@ -123,3 +123,16 @@ def test_text_of_any_encoding(tmp_path):
             assert text.read() == "é\n"
     with pytest.raises(fa.InputError, match="does not exist"), open_text(tmp_path / "gone"):
         pass
+
+
+def test_more_values_than_columns(folder):
+    (folder / "a.csv").write_text("path,label\nimages/a.png,crack,good\n")
+    with pytest.raises(fa.InputError, match="line 2 has 3 values for 2 columns"):
+        found(folder, folder / "a.csv", labels="label")
+
+
+def test_paths_of_windows(folder):
+    (folder / "a.csv").write_text("path\nimages\\good\\b.png\n")
+    (folder / "a.txt").write_text("images\\good\\b.png\r\n")
+    for name in ("a.csv", "a.txt"):
+        assert found(folder, folder / name) == [("images/good/b.png", "")]
