@@ -43,8 +43,10 @@ def campaign(kills: int, first: int, only: str | None, folder: Path) -> dict[str
     from tests.helpers.kill_operations import OPERATIONS, Inputs
     from tests.helpers.kill_process import Kill
 
-    inputs = Inputs(folder)
     chosen = [kind for name, kind in OPERATIONS.items() if only in (None, name)]
+    if not chosen:
+        raise SystemExit(f"--only {only}: expected one of {', '.join(OPERATIONS)}")
+    inputs = Inputs(folder, bundles=only not in ("train", "resume", "gdpl"))
     made = {kind: kind(folder / kind.name.replace(" ", ""), inputs) for kind in chosen}
     turns = [kind for kind in chosen for _ in range(kind.weight)]
     counts = {kind.name: Counter() for kind in chosen}

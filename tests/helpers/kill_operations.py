@@ -310,25 +310,27 @@ class Inputs:
 
     Args:
         folder: where they are made.
+        bundles: make a run and two bundles, too.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, bundles: bool = True):
         self.images, self.old_bundle = folder / "old" / "images", folder / "old" / "bundle"
         self.run = folder / "new" / "run"
         process = os.fork()
         if process == 0:
             status = 1
             try:
-                _make_inputs(folder)
+                _make_inputs(folder, bundles)
                 status = 0
             finally:
                 os._exit(status)
         if os.waitpid(process, 0)[1]:
             raise RuntimeError("the inputs cannot be made")
-        runs = (self.run, folder / "old" / "run")
-        configs = [json.loads((run / "config.json").read_text()) for run in runs]
-        _export_by_copying(folder / "new" / "bundle")
-        self.adapters = {config["weights_sha256"] for config in configs}
+        if bundles:
+            runs = (self.run, folder / "old" / "run")
+            configs = [json.loads((run / "config.json").read_text()) for run in runs]
+            _export_by_copying(folder / "new" / "bundle")
+            self.adapters = {config["weights_sha256"] for config in configs}
         train = [
             *(folder / "data", "--backbone", "test_resnet", "--weights", folder / "resnet.pth"),
             *("--image-size", "32", "--rank", "4", "--centers", "2", "--stages", "2"),
@@ -344,7 +346,7 @@ class Inputs:
         self.training = {"train": train, "resume": train, "gdpl": gdpl}
 
 
-def _make_inputs(folder: Path) -> None:
+def _make_inputs(folder: Path, bundles: bool) -> None:
     import timm
     import torch
 
@@ -353,10 +355,11 @@ def _make_inputs(folder: Path) -> None:
     from tests.helpers.imagesets import make_folders
 
     make_folders(folder / "data", per_class=6)
-    (folder / "old").mkdir()
-    make_bundle(folder / "old")
-    (folder / "new").mkdir()
-    make_bundle(folder / "new", seed=7)
+    if bundles:
+        (folder / "old").mkdir()
+        make_bundle(folder / "old")
+        (folder / "new").mkdir()
+        make_bundle(folder / "new", seed=7)
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), folder / "resnet.pth")
     make_colours(folder / "colours", ("red", "green"), count=6)
