@@ -61,9 +61,7 @@ def campaign(kills: int, first: int, only: str | None, folder: Path) -> dict[str
         shutil.rmtree(place, ignore_errors=True)
         wrong = operation.check(place, kill)
         kind = "time" if number % 2 else "point"
-        counts[operation.name] += Counter(
-            {"kills": 1, f"at a {kind}": 1, "wrong": int(bool(wrong))}
-        )
+        counts[operation.name].update({"kills": 1, f"at a {kind}": 1, "wrong": int(bool(wrong))})
         if not number % 2:
             points[noted[at].split()[0]] += 1
         if wrong:

@@ -59,7 +59,7 @@ def test_rows_of_parity_are_whole(key):
         (("artefacts", 0, "details", "batch", "opt"), True, "valid integer"),
         (("artefacts", 0, "precision"), "int8", "model.onnx is an ONNX file in fp32"),
         (("artefacts", 0, "precision"), "fp64", "'fp32', 'fp16'"),
-        (("artefacts", 0, "kind"), "pickle", "'onnx', 'tensorrt'"),
+        (("artefacts", 0, "kind"), "pickle", "'onnx', 'openvino', 'tensorrt'"),
         (("artefacts", 0, "path"), "../m.onnx", "pattern"),
         (("artefacts", 0, "files"), ["a/b"], "pattern"),
         (("artefacts", 0, "parity", 0, "error"), float("nan"), "finite"),
