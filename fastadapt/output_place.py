@@ -46,9 +46,10 @@ def check_output(path: str | os.PathLike[str], kind: Kind, what: str = "an outpu
 
 
 def _checked(path: Path, kind: Kind, what: str) -> Path:
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise InputError(f"{place} is a link that leads nowhere: choose another `out`")
     if path.is_symlink():
-        if not path.exists():
-            raise InputError(f"{path} is a link that leads nowhere: choose another `out`")
         path = path.resolve()
     if kind != "folder" and path.name in ("", ".."):
         path = path.resolve()  # the name is needed for what is made beside it

@@ -105,3 +105,43 @@ def test_what_is_no_text_is_refused(tmp_path, content):
 def test_json_with_a_byte_order_mark(tmp_path):
     (tmp_path / "c.json").write_bytes('\ufeff{"a": 1}'.encode())
     assert files.read_json(tmp_path / "c.json") == {"a": 1}
+
+
+def test_two_folders_exchange_their_names_in_one_step_or_not_at_all(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if files.exchange(tmp_path / "a", tmp_path / "b"):  # Linux, on most file systems
+        assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+        assert [p.name for p in (tmp_path / "b").iterdir()] == ["a"]
+    before = sorted(tmp_path.rglob("*"))
+    assert not files.exchange(tmp_path / "a", tmp_path / "gone")
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *args, **kwargs: object())
+    assert not files.exchange(tmp_path / "a", tmp_path / "b")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_temporary_names_are_told_from_others():
+    for name, ours in {
+        ".a.json.abcd_123.tmp": True,
+        ".b.json.abcd1234.tmp": False,
+        ".a.json.tmp": False,
+        "a.json.abcd1234.tmp": False,
+        ".a.json.ABCD1234.tmp": False,
+    }.items():
+        assert files.is_temporary(name, {"a.json"}) == ours
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.read_text, files.read_tensors])
+def test_what_cannot_be_read_is_one_line(tmp_path, read):
+    with pytest.raises(InputError, match="is a folder; expected a file"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        read(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_is_too_deep_or_too_long(tmp_path, content):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(InputError, match="no valid JSON"):
+        files.read_json(tmp_path / "c.json")

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import fastadapt as fa
+from fastadapt import cli
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "onnx", "onnxruntime", "matplotlib", "triton")
 
@@ -89,6 +90,54 @@ def test_output_that_cannot_be_shown_stops_nothing(tmp_path):
     done = fastadapt("verify", str(tmp_path / "größe"), env=environment)
     assert done.returncode == 1 and done.stderr.startswith("fastadapt: ")
     assert done.stderr.count("\n") == 1 and "internal" not in done.stderr
+
+
+@pytest.mark.parametrize("value", ["", "tritn"])
+def test_a_wrong_backend_is_named_before_any_work(command, monkeypatch, tmp_path, value):
+    monkeypatch.setenv("FASTADAPT_BACKEND", value)
+    for args in (("train", tmp_path, "--backbone", "x"), ("predict", "x", tmp_path)):
+        code, _, error = command(*args, "--out", tmp_path / "o.csv")
+        assert code == 1 and error.count("\n") == 1
+        assert f"FASTADAPT_BACKEND is {value!r}; expected one of auto, triton" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(36, "File name too long", "x" * 5000), "x…: File name too long"),
+        (PermissionError(13, "Permission denied", "a", None, "b"), "a and b: Permission denied"),
+        (OSError("no number"), "fastadapt: no number"),
+        (MemoryError(), "the machine's memory is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 B"), "the machine's memory"),
+    ],
+)
+def test_errors_of_the_system_are_no_internal_ones(command, monkeypatch, error, says):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    code, _, said = command("info")
+    assert code == 1 and says in said and said.count("\n") == 1 and len(said) < 300
+    assert "internal" not in said and "Errno" not in said
+
+
+@pytest.mark.parametrize("where", ["lost/x", "file/x", "/proc/x"])
+def test_where_results_go_is_decided_before_any_work(command, tmp_path, where):
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / where
+    for args in (
+        ("train", tmp_path / "none", "--backbone", "x", "--out", out),
+        ("predict", "none", "none", "--out", f"{out}.csv"),
+        ("embed", "none", "none", "--out", f"{out}.csv"),
+        ("export", "none", "--out", out),
+        ("bench", "prompt_learner", "--json", out),
+    ):
+        code, _, error = command(*args)
+        assert code == 1 and error.count("\n") == 1, error
+        assert "cannot be written" in error or "a file, so that" in error or "nowhere" in error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_bench_names_what_there_is_and_what_was_left_out():

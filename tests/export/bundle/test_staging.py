@@ -10,7 +10,9 @@ import pytest
 import fastadapt as fa
 from fastadapt.export import export_run
 from fastadapt.export.bundle import golden, material, pipeline
-from fastadapt.export.bundle.staging import staging
+from fastadapt.export.bundle import staging as bundle_staging
+from fastadapt.export.bundle.staging import place, staging
+from fastadapt.locks import lock_beside
 from tests.helpers.command import command, contents
 
 pytestmark = pytest.mark.usefixtures("no_speed")
@@ -39,6 +41,47 @@ class TestTarget:
             export_run(run, tmp_path / "mine", overwrite=overwrite)
         with pytest.raises(fa.InputError, match="run exists and is no bundle"):
             export_run(run, run, overwrite=overwrite)
+
+    def test_files_that_no_export_wrote_are_not_deleted(self, run, made, tmp_path, monkeypatch):
+        bundle = shutil.copytree(made / "bundle", tmp_path / "b")
+        (bundle / "golden" / "notes.txt").write_text("mine")
+        monkeypatch.setattr(pipeline, "load_run", None)
+        with pytest.raises(
+            fa.InputError, match=r"holds golden/notes\.txt, which no export"
+        ):
+            export_run(run, bundle, overwrite=True)
+        assert (bundle / "golden" / "notes.txt").read_text() == "mine"
+
+    def test_a_second_export_is_refused_before_any_work(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(pipeline, "load_run", None)
+        with (
+            lock_beside(tmp_path / "b"),
+            pytest.raises(fa.InputError, match="b is being written by process"),
+        ):
+            export_run(run, tmp_path / "b")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_old_and_new_change_places(self, made, tmp_path, monkeypatch, at_once):
+        if not at_once:
+            monkeypatch.setattr(bundle_staging, "exchange", lambda *paths: False)
+        target = shutil.copytree(made / "bundle", tmp_path / "b")
+        with staging(target) as folder:
+            (folder / "new").touch()
+            place(folder, target)
+        assert [path.name for path in target.iterdir()] == ["new"]
+        assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+    @pytest.mark.parametrize("out", ["run", "link", "round", "file/b", "file", "/", "/proc/b"])
+    def test_where_no_bundle_can_be(self, run, tmp_path, monkeypatch, out):
+        monkeypatch.setattr(pipeline, "load_run", None)
+        (tmp_path / "link").symlink_to("nowhere")
+        (tmp_path / "round").symlink_to("round")
+        (tmp_path / "file").touch()
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(fa.InputError):
+            export_run(run, tmp_path / out, overwrite=True)
+        assert sorted(tmp_path.iterdir()) == before
 
     @pytest.mark.parametrize(
         "step", ["export_onnx", "build_artefacts", "write_tensors", "render_report", "write_json"]
