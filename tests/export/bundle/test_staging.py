@@ -46,9 +46,7 @@ class TestTarget:
         bundle = shutil.copytree(made / "bundle", tmp_path / "b")
         (bundle / "golden" / "notes.txt").write_text("mine")
         monkeypatch.setattr(pipeline, "load_run", None)
-        with pytest.raises(
-            fa.InputError, match=r"holds golden/notes\.txt, which no export"
-        ):
+        with pytest.raises(fa.InputError, match=r"holds golden/notes\.txt, which no export"):
             export_run(run, bundle, overwrite=True)
         assert (bundle / "golden" / "notes.txt").read_text() == "mine"
 
