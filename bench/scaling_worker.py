@@ -8,6 +8,7 @@ captured where there is a GPU. The first process writes what it found to ``PLAN.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
@@ -215,6 +216,9 @@ def _sum_rate(count: int, device: torch.device) -> float:
 
 def main() -> None:
     """Measure what the plan says, in this process."""
+    faulthandler.dump_traceback_later(
+        300, exit=True
+    )  # processes that wait for each other say where
     plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
     place = place_from_environment()
     device = parse_device("auto" if place.size == 1 else device_of_process("auto", place))
@@ -222,6 +226,7 @@ def main() -> None:
         found = measure(plan, processes, device)
         if processes.first:
             write_json(Path(plan.out), found)
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

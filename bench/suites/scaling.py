@@ -65,6 +65,7 @@ class Size:
 
 
 GPU = Size("vit_base_patch16_224", 12_288, 64, 256, 30, 3, 4)
+QUICK = Size("vit_base_patch16_224", 6_144, 64, 64, 25, 3, 3)  # weak scaling alone
 CPU = Size(
     "test_vit",
     96,
@@ -77,16 +78,26 @@ CPU = Size(
     32,
 )
 # A run whose weights are compared, in full precision: differences are rounding, or mistakes.
-CHECK = ("--backbone", "test_vit", "--stages", "2", "--epochs", "2", "--epochs2", "2")
+CHECK: tuple[str, ...] = (
+    "--backbone",
+    "test_vit",
+    "--stages",
+    "2",
+    "--epochs",
+    "2",
+    "--epochs2",
+    "2",
+)
 CHECK += ("--amp", "off", "--rank", "8", "--centers", "4", "--batch-size", "24", "--no-probe")
 CHECK += ("--no-pretrained", "--quiet", "--workers", "1", "--image-size", "64")
 LARGEST_DIFFERENCE = 1e-4
+LONGEST = 600  # seconds of one command
 
 
 def run(quick: bool = False) -> Iterator[Tables]:
     """Measure on one GPU, then on two, four, … as many as there are."""
     gpus = torch.cuda.device_count()
-    size = GPU if gpus else CPU
+    size = (QUICK if quick else GPU) if gpus else CPU
     counts = [count for count in (1, 2, 4, 8, 16) if count <= (gpus or 2)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,10 +105,10 @@ def run(quick: bool = False) -> Iterator[Tables]:
         few = write_images(folder / "few", 160)
         found = Measured(size)
         for count in counts:
-            found.differences |= _check(few, folder, count)
-            found.steps += _steps(data, folder, size, count)
-            if not quick:
+            if gpus or not quick:
                 found.epochs[count] = _epochs(data, folder, size, count)
+            found.steps += _steps(data, folder, size, count)
+            found.differences |= _check(few, folder, count, again=not quick)
             yield found.tables(f"{count} of {counts[-1]} processes")
 
 
@@ -129,9 +140,10 @@ class Measured:
         strong = [s for s in self.steps if s.batch == self.size.strong]
         tables = {
             WEAK: [self._row(s, weak, True) for s in weak],
-            STRONG: [self._row(s, strong, False) for s in strong],
             SAME: same,
         }
+        if self.size.strong > self.size.weak:
+            tables[STRONG] = [self._row(s, strong, False) for s in strong]
         return Tables(tables, TITLE, [NOTES], wrong=wrong, progress=progress)
 
     def _row(self, step: Found, others: list[Found], with_epochs: bool) -> Row:
@@ -196,7 +208,13 @@ def _start(words: list[str], **variables: str) -> subprocess.Popen:
 
 
 def _finish(process: subprocess.Popen) -> None:
-    said, _ = process.communicate()
+    try:
+        said, _ = process.communicate(timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise RuntimeError(
+            f"no end after {LONGEST} s: {' '.join(map(str, process.args))}"
+        ) from None
     if process.returncode:
         ours = [line for line in said.splitlines() if line.startswith("fastadapt:")]
         last = ours or said.strip().splitlines()[-20:]
@@ -204,13 +222,15 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _steps(data: Path, folder: Path, size: Size, count: int) -> list[Found]:
-    batches = sorted({size.weak * count, size.strong})
+    batches = {size.weak * count}
+    if size.strong > size.weak:
+        batches.add(size.strong)
     out, plan = folder / f"steps-{count}.json", folder / f"plan-{count}.json"
     described = Plan(
         str(data),
         size.backbone,
         str(out),
-        tuple(batches),
+        tuple(sorted(batches)),
         size.steps,
         size.repeats,
         size.image_size,
@@ -238,8 +258,13 @@ def _epochs(data: Path, folder: Path, size: Size, count: int) -> dict[int, float
     }
 
 
-def _check(data: Path, folder: Path, count: int) -> dict[str, float]:
-    """Train the same small run in several processes; compare its weights with those of one."""
+def _check(data: Path, folder: Path, count: int, again: bool) -> dict[str, float]:
+    """Train the same small run in several processes; compare its weights with those of one.
+
+    Args:
+        data, folder, count: as elsewhere.
+        again: train twice in one process, too.
+    """
 
     def start(name: str, processes: int, **variables: str) -> subprocess.Popen:
         arguments = ["train", str(data), "--out", str(folder / name), *CHECK]
@@ -247,9 +272,13 @@ def _check(data: Path, folder: Path, count: int) -> dict[str, float]:
 
     if count == 1:  # twice: what differs between equal runs is no mistake of ours
         last = str(max(torch.cuda.device_count() - 1, 0))
-        both = [start("one", 1), start("again", 1, CUDA_VISIBLE_DEVICES=last)]
+        both = [start("one", 1)]
+        if again:
+            both.append(start("again", 1, CUDA_VISIBLE_DEVICES=last))
         for process in both:
             _finish(process)
+        if not again:
+            return {}
         return {"1 process and 1 process": _difference(folder / "one", folder / "again")}
     _finish(start(f"check-{count}", count))
     name = f"{count} processes and 1 process"
