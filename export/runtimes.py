@@ -175,11 +175,16 @@ class OnnxRuntime(Runtime):
 
     def _session(self, batch: int | None) -> Any:
         """Return a session for any batch size, or for one (with CUDA graphs)."""
-        if batch in self._sessions:
-            return self._sessions[batch]
+        if batch not in self._sessions:
+            self._sessions[batch] = self._new_session(batch)
+        return self._sessions[batch]
+
+    def _new_session(self, batch: int | None, fuse_quantized: bool = True) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        if not fuse_quantized:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.log_severity_level = 4
         if self.device == "cuda":
             _preload(onnxruntime)
@@ -195,12 +200,14 @@ class OnnxRuntime(Runtime):
                 session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             reason = first_line(error)
+            if fuse_quantized and "float8" in reason:  # its fused products are for integers only
+                return self._new_session(batch, fuse_quantized=False)
             if type(error).__name__ == "NotImplemented":  # bf16 on a CPU
                 raise RuntimeUnavailable(f"{self.name} cannot run this graph: {reason}") from error
             message = f"ONNX Runtime cannot load {self.path.name}: {reason}"
             raise InputError(message) from error
         session.disable_fallback()  # it would go on on the CPU where the GPU fails
-        return self._sessions.setdefault(batch, session)
+        return session
 
     def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """Run arrays; ONNX Runtime copies them to the GPU and back."""

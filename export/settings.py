@@ -84,15 +84,16 @@ class EngineSettings(Settings):
     int8: Annotated[
         bool,
         Setting(
-            "Quantise to INT8, for OpenVINO, too, if asked for; kept only if accurate and faster.",
+            "Quantise to INT8: an engine with --trt, OpenVINO's file with --openvino, else ONNX "
+            "Runtime's; kept only if accurate, and faster where it runs.",
             panel=ENGINES,
         ),
     ] = False
     fp8: Annotated[
         bool,
         Setting(
-            "With --aoti --precision bf16: make a .pt2 in FP8, too; kept only if it is accurate "
-            "and faster.",
+            "Make an engine in FP8 with --trt, a .pt2 with --aoti --precision bf16; kept only if "
+            "accurate, and faster where it runs.",
             panel=ENGINES,
         ),
     ] = False

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastadapt.errors import InputError
 
-from ..artefact import REFUSED, UNVERIFIED, VERIFIED, Artefact
+from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
 from ..backends import aotinductor, openvino, tensorrt
 from ..features import WithFeatures
 from ..parity import Parity
@@ -26,8 +26,10 @@ from ..precision.int8 import (
     QuantizationImages,
     delicate_nodes,
     judge,
+    judge_accuracy,
     quantize_int8,
 )
+from ..precision.qdq import write_qdq
 from ..runtimes import load_runtime
 from ..settings import OPSET, Batches
 from .engine_options import EngineOptions
@@ -35,6 +37,8 @@ from .verify_artefact import Reference, measure, verify_artefact
 
 # The first opset whose convolutions take bf16; from 23 on, attention becomes one operator.
 BF16_OPSET = 22
+EightBit = Literal["int8", "fp8"]
+EIGHT_BIT: tuple[EightBit, ...] = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -109,16 +113,12 @@ def build_artefacts(
         found.append(_half_onnx(options, folded, reduced))
         _tell(console, found[-1])
     if options.trt:
-        path = folded.path(variant.precision, "engine")
-        details = tensorrt.build_engine(
-            variant.onnx, path, options.tensorrt, precision=variant.precision, console=console
-        )
-        kept = {key: value for key, value in details.items() if key != "layers"}
-        built = describe_artefact(
-            details["kind"], path, variant.precision, {**kept, **variant.notes}
-        )
-        found.append(_checked(built, folded))
+        found.append(_build_engine(options, folded, variant, console))
         _tell(console, found[-1])
+        for precision in [name for name in EIGHT_BIT if getattr(options, name)]:
+            for artefact in _build_eight_bit_engine(options, folded, precision, console):
+                found.append(artefact)
+                _tell(console, artefact)
     if options.openvino:
         path = folded.path("fp32", openvino.SUFFIX)
         details = openvino.convert(folded.onnx, path, options.batch)
@@ -134,11 +134,11 @@ def build_artefacts(
             compiled = _compile(options, folded, own)
         found.append(_checked(compiled, folded))
         _tell(console, found[-1])
-        if options.fp8 and found[-1].status == VERIFIED:  # else the bundle is rejected
+        if options.fp8_pt2 and found[-1].status == VERIFIED:  # else the bundle is rejected
             with console.status("compile in FP8 …"):
                 found.append(_build_fp8(options, folded, variant))
             _tell(console, found[-1])
-    if options.int8:
+    if options.int8 and not options.trt:
         with console.status("quantise to INT8 …"):
             found.append(_build_int8(options, folded))
         _tell(console, found[-1])
@@ -250,6 +250,56 @@ def _compile(options: EngineOptions, folded: FoldedModel, variant: Variant) -> A
     return describe_artefact("aotinductor", path, variant.precision, {**details, **variant.notes})
 
 
+def _build_engine(
+    options: EngineOptions, folded: FoldedModel, variant: Variant, console: Console
+) -> Artefact:
+    """Build and check the TensorRT engine of a variant's graph."""
+    path = folded.path(variant.precision, "engine")
+    details = tensorrt.build_engine(
+        variant.onnx, path, options.tensorrt, precision=variant.precision, console=console
+    )
+    kept = {key: value for key, value in details.items() if key != "layers"}
+    built = describe_artefact(details["kind"], path, variant.precision, {**kept, **variant.notes})
+    return _checked(built, folded)
+
+
+def _build_eight_bit_engine(
+    options: EngineOptions, folded: FoldedModel, precision: EightBit, console: Console
+) -> list[Artefact]:
+    """Write a Q/DQ graph and its engine, if the graph is accurate; speed decides where it runs."""
+    _check_images_alone(f"`{precision}`", folded)
+    path, images, batch = folded.path(precision, "onnx"), folded.images(), options.batch
+    calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
+    with console.status(f"quantise to {precision.upper()} for TensorRT …"):
+        write_qdq(folded.onnx, path, calibration, precision)
+        budget = options.int8_budget if precision == "int8" else options.fp8_budget
+        judgement = judge_accuracy(folded.onnx, path, images, budget=budget, batch=batch.opt)
+    notes = {"batch": batch.to_dict(), "judgement": judgement.to_dict()}
+    graph = describe_artefact("onnx", path, precision, notes)
+    if judgement.problems:
+        return [_refuse(graph, folded, judgement.problems)]
+    graph = replace(graph, reason=f"for TensorRT; in ONNX Runtime {judgement}")
+    engine = _build_engine(options, folded, Variant(folded.module, precision, path, notes), console)
+    problems = (engine.reason,) if engine.status == FAILED else ()
+    rival = folded.path(options.precision, "engine")
+    if engine.status == VERIFIED and engine.path is not None and rival.is_file():
+        timed = judge(
+            folded.onnx,
+            folded.folder / engine.path,
+            images,
+            budget=budget,
+            batch=batch.opt,
+            rival=(options.precision, rival),
+            cuda_graph=True,
+        )
+        engine = replace(engine, details={**engine.details, "judgement": timed.to_dict()})
+        problems = timed.problems
+    if problems:
+        _refuse(graph, folded, problems)
+        return [_refuse(engine, folded, problems)]
+    return [graph, engine]
+
+
 def _build_fp8(options: EngineOptions, folded: FoldedModel, bf16: Variant) -> Artefact:
     """Compile in FP8; keep it if it is accurate, and faster than the bundle's .pt2 in bf16."""
     _check_images_alone("`fp8`", folded)
@@ -332,6 +382,11 @@ def _accept(artefact: Artefact, judgement: Judgement, folded: FoldedModel) -> Ar
         artefact = replace(artefact, parity=found.parity)
     else:
         problems = judgement.problems
+    return _refuse(artefact, folded, problems)
+
+
+def _refuse(artefact: Artefact, folded: FoldedModel, problems: Sequence[str]) -> Artefact:
+    """Delete a file that is not good enough, and keep what is known of it."""
     for file in artefact.files:
         (folded.folder / file).unlink()
     reason = "; ".join(problems)

@@ -23,6 +23,11 @@ class EngineOptions(EngineSettings):
             version_compatible=self.version_compatible,
         )
 
+    @property
+    def fp8_pt2(self) -> bool:
+        """Whether a .pt2 in FP8 is asked for."""
+        return self.fp8 and self.aoti and self.precision == "bf16"
+
     def check(self) -> None:
         """Raise InputError, before any work, for what cannot be done here; with the remedy."""
         for flag in ("targets", "workspace", "hardware_compatible", "version_compatible"):
@@ -30,12 +35,12 @@ class EngineOptions(EngineSettings):
                 raise InputError(f"`{flag}` is for TensorRT engines: add `trt=True`")
         if self.trt:
             tensorrt.choose_flavour(self.tensorrt)
-        if self.fp8:
-            if not self.aoti or self.precision != "bf16":
-                raise InputError(
-                    "`fp8` is made from the .pt2's model in bf16, and judged beside it: add "
-                    "`aoti=True` `precision='bf16'`"
-                )
+        if self.fp8 and not self.trt and not self.fp8_pt2:
+            raise InputError(
+                "`fp8` is made for TensorRT (`trt=True`), or from the .pt2's model in bf16, and "
+                "judged beside it: add `aoti=True` `precision='bf16'`"
+            )
+        if self.fp8_pt2:
             fp8.check_gpu()
         if self.openvino:
             openvino.check_installed(self.int8)

@@ -90,10 +90,12 @@ class ExportSettings(BundleSettings):
         """Raise InputError, before any work, for settings that exclude each other or fail."""
         check_settings(self.input, self.normalize, self.resize)
         wanted = self.engines
-        if self.resize and (wanted.trt or wanted.aoti or wanted.int8 or wanted.precision != "fp32"):
+        others = wanted.trt or wanted.openvino or wanted.aoti or wanted.int8
+        if self.resize and (others or wanted.precision != "fp32"):
             raise InputError(
                 "`resize` is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
-                "leave out `trt`, `aoti`, `int8`, `fp8` and `precision`, or resize before the graph"
+                "leave out `trt`, `openvino`, `aoti`, `int8`, `fp8` and `precision`, or resize "
+                "before the graph"
             )
         if self.with_features and (wanted.trt or wanted.int8 or wanted.fp8):
             raise InputError(

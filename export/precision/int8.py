@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Judgement:
     Attributes:
         accuracy, accuracy_fp32: on the validation images.
         budget: how much accuracy may be lost.
-        speed, speed_rival: images per second at ``batch``.
+        speed, speed_rival: images per second at ``batch``; ``None`` where accuracy alone counts.
         batch: batch size that speed was measured at.
         images: number of images that were classified.
         measured: ``"accuracy"``, or ``"agreement"`` with the fp32 model if no classes are known.
@@ -75,8 +75,8 @@ class Judgement:
     accuracy: float
     accuracy_fp32: float
     budget: float
-    speed: float
-    speed_rival: float
+    speed: float | None
+    speed_rival: float | None
     batch: int
     images: int
     measured: str
@@ -89,9 +89,14 @@ class Judgement:
         return {**asdict(self), "problems": list(self.problems)}
 
     def __str__(self) -> str:
-        return (
+        accuracy = (
             f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
-            f"{self.images} images), {format_rate(self.speed)} images/s at batch {self.batch} "
+            f"{self.images} images)"
+        )
+        if self.speed is None or self.speed_rival is None:
+            return f"{accuracy}, {self.runtime}"
+        return (
+            f"{accuracy}, {format_rate(self.speed)} images/s at batch {self.batch} "
             f"({self.rival} {format_rate(self.speed_rival)}, {self.runtime})"
         )
 
@@ -179,6 +184,38 @@ def judge(
     name, other = "fp32", reference
     if rival is not None:
         name, other = rival[0], load_runtime(rival[1], cuda_graph=cuda_graph)
+    judgement = _judge_accuracy(reference, runtime, images, budget, batch)
+    example = images.read([images.validation[i % len(images.validation)] for i in range(batch)])
+    speed_rival, speed = _speeds((other, runtime), example)
+    problems = judgement.problems
+    if speed < LEAST_SPEEDUP * speed_rival:
+        slower = (
+            f"{format_rate(speed)} images/s at batch {batch} where {name} has "
+            f"{format_rate(speed_rival)} ({runtime.name}): not faster"
+        )
+        problems = (*problems, slower)
+    return replace(judgement, speed=speed, speed_rival=speed_rival, rival=name, problems=problems)
+
+
+def judge_accuracy(
+    fp32: str | Path,
+    quantized: str | Path,
+    images: QuantizationImages,
+    *,
+    budget: float,
+    batch: int,
+) -> Judgement:
+    """Measure the accuracy of a quantised graph alone, in ONNX Runtime on the CPU.
+
+    For graphs whose engine runs elsewhere: there they are judged by their speed.
+    """
+    reference, runtime = (load_runtime(file, device="cpu") for file in (fp32, quantized))
+    return _judge_accuracy(reference, runtime, images, budget, batch)
+
+
+def _judge_accuracy(
+    reference: Runtime, runtime: Runtime, images: QuantizationImages, budget: float, batch: int
+) -> Judgement:
     answers: list[list[np.ndarray]] = [[], []]
     for start in range(0, len(images.validation), batch):
         part = images.read(images.validation[start : start + batch])
@@ -188,33 +225,24 @@ def judge(
     right, got = (np.concatenate(found) for found in answers)
     targets = right if images.targets is None else images.targets
     accuracy_fp32, accuracy = float((right == targets).mean()), float((got == targets).mean())
-
-    example = images.read([images.validation[i % len(images.validation)] for i in range(batch)])
-    speed_rival, speed = _speeds((other, runtime), example)
     measured = "agreement" if images.targets is None else "accuracy"
-    problems = []
+    problems: tuple[str, ...] = ()
     if accuracy < accuracy_fp32 - budget:
-        problems.append(
+        problems = (
             f"{measured} falls from {accuracy_fp32:.2%} to {accuracy:.2%}; the budget is "
-            f"{100 * budget:g} percentage points"
-        )
-    if speed < LEAST_SPEEDUP * speed_rival:
-        problems.append(
-            f"{format_rate(speed)} images/s at batch {batch} where {name} has "
-            f"{format_rate(speed_rival)} ({runtime.name}): not faster"
+            f"{100 * budget:g} percentage points",
         )
     return Judgement(
         accuracy=accuracy,
         accuracy_fp32=accuracy_fp32,
         budget=budget,
-        speed=speed,
-        speed_rival=speed_rival,
+        speed=None,
+        speed_rival=None,
         batch=batch,
         images=len(targets),
         measured=measured,
         runtime=runtime.name,
-        rival=name,
-        problems=tuple(problems),
+        problems=problems,
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import functools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from fastadapt.export.bundle.build import FoldedModel
 from fastadapt.export.bundle.verify_artefact import Reference
 from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision.int8 import QuantizationImages
+from fastadapt.export.runtimes import load_runtime
 from fastadapt.lora import LoRAConfig, lora_layers
 from tests.helpers.imagesets import CLASSES, make_folders
 
@@ -137,6 +139,27 @@ def folded_model(tmp_path_factory):
         deployed=lambda module: Deployed(module, GRAPH_INPUT),
         images=lambda: QuantizationImages([], [], None, lambda files: np.empty(0)),
         speed=False,
+    )
+
+
+@pytest.fixture
+def calibrated(folded_model, tmp_path):
+    """The small ViT in a folder of its own, with images that calibrate and judge 8-bit files."""
+    onnx_file = tmp_path / "model.onnx"
+    onnx_file.write_bytes(folded_model.onnx.read_bytes())
+    # One colour an image: outputs differ by more than the steps of INT8.
+    pixels = np.zeros_like(folded_model.reference.inputs["images"])
+    pixels[:] = np.linspace(0, 255, len(pixels) * 3).reshape(len(pixels), 1, 1, 3)
+    expected = load_runtime(onnx_file)(pixels)
+    images = QuantizationImages(
+        range(len(pixels)), range(len(pixels)), None, lambda files: pixels[list(files)]
+    )
+    return replace(
+        folded_model,
+        folder=tmp_path,
+        onnx=onnx_file,
+        images=lambda: images,
+        reference=Reference({"images": pixels}, expected),
     )
 
 

@@ -14,8 +14,7 @@ from fastadapt.export.artefact import REFUSED, VERIFIED
 from fastadapt.export.backends import openvino as backend
 from fastadapt.export.bundle import build as engines
 from fastadapt.export.bundle.build import build_artefacts
-from fastadapt.export.bundle.verify_artefact import Reference
-from fastadapt.export.precision.int8 import Judgement, QuantizationImages
+from fastadapt.export.precision.int8 import Judgement
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
 from fastadapt.export.settings import Batches
 from tests.helpers.imagesets import make_folders
@@ -23,29 +22,8 @@ from tests.helpers.imagesets import make_folders
 pytest.importorskip("openvino")
 
 
-@pytest.fixture
-def folded(folded_model, tmp_path):
-    """In a folder of its own, with images that calibrate."""
-    onnx = tmp_path / "model.onnx"
-    onnx.write_bytes(folded_model.onnx.read_bytes())
-    # One colour an image: outputs differ by more than the steps of INT8.
-    pixels = np.zeros_like(folded_model.reference.inputs["images"])
-    pixels[:] = np.linspace(0, 255, len(pixels) * 3).reshape(len(pixels), 1, 1, 3)
-    expected = load_runtime(onnx)(pixels)
-    images = QuantizationImages(
-        range(len(pixels)), range(len(pixels)), None, lambda files: pixels[list(files)]
-    )
-    return replace(
-        folded_model,
-        folder=tmp_path,
-        onnx=onnx,
-        images=lambda: images,
-        reference=Reference({"images": pixels}, expected),
-    )
-
-
-def test_fp32(folded):
-    _, artefact = build_artefacts(EngineOptions(openvino=True, batch=Batches(1, 2, 4)), folded)
+def test_fp32(calibrated):
+    _, artefact = build_artefacts(EngineOptions(openvino=True, batch=Batches(1, 2, 4)), calibrated)
     assert (artefact.kind, artefact.path, artefact.status) == (
         "openvino",
         "model.fp32.xml",
@@ -54,12 +32,12 @@ def test_fp32(folded):
     assert artefact.files == ("model.fp32.xml", "model.fp32.bin")
     assert [p.batch for p in artefact.parity] == [1, 2, 3, 4]
     assert artefact.details["library"] == "OpenVINO"
-    names = {file.name for file in folded.folder.iterdir()}
+    names = {file.name for file in calibrated.folder.iterdir()}
     assert names == {"model.onnx", *artefact.files}
 
-    runtime = load_runtime(folded.folder / artefact.path, threads=1)
-    expected = load_runtime(folded.onnx)
-    images = folded.reference.inputs["images"]
+    runtime = load_runtime(calibrated.folder / artefact.path, threads=1)
+    expected = load_runtime(calibrated.onnx)
+    images = calibrated.reference.inputs["images"]
     first = runtime(images[:3])
     kept = first.copy()
     tensors = runtime(torch.from_numpy(images[3:8]))
@@ -82,25 +60,25 @@ def judged(monkeypatch, problems):
     monkeypatch.setattr(engines, "_tell", lambda console, artefact: None)
 
 
-def test_int8(folded, monkeypatch):
+def test_int8(calibrated, monkeypatch):
     pytest.importorskip("nncf")
     judged(monkeypatch, ())
     options = EngineOptions(openvino=True, int8=True, batch=Batches(1, 2, 4))
-    artefact = build_artefacts(options, folded)[2]
+    artefact = build_artefacts(options, calibrated)[2]
     assert (artefact.path, artefact.precision) == ("model.int8.xml", "int8"), artefact.reason
     assert artefact.status == VERIFIED, artefact.reason
-    text = (folded.folder / artefact.path).read_text()
+    text = (calibrated.folder / artefact.path).read_text()
     assert "FakeQuantize" in text
-    weights = (folded.folder / "model.int8.bin").stat().st_size
-    assert weights < (folded.folder / "model.fp32.bin").stat().st_size
+    weights = (calibrated.folder / "model.int8.bin").stat().st_size
+    assert weights < (calibrated.folder / "model.fp32.bin").stat().st_size
 
 
-def test_int8_that_is_refused_leaves_nothing(folded, monkeypatch):
+def test_int8_that_is_refused_leaves_nothing(calibrated, monkeypatch):
     pytest.importorskip("nncf")
     judged(monkeypatch, ("accuracy falls",))
-    artefact = build_artefacts(EngineOptions(openvino=True, int8=True), folded)[2]
+    artefact = build_artefacts(EngineOptions(openvino=True, int8=True), calibrated)[2]
     assert (artefact.status, artefact.path, artefact.files) == (REFUSED, None, ())
-    names = {file.name for file in folded.folder.iterdir()}
+    names = {file.name for file in calibrated.folder.iterdir()}
     assert names == {"model.onnx", "model.fp32.xml", "model.fp32.bin"}
 
 
@@ -126,7 +104,7 @@ def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
         fa.export.load(bundle, "model.fp32.xml")
 
 
-def test_refused(folded, tmp_path, monkeypatch):
+def test_refused(calibrated, tmp_path, monkeypatch):
     with pytest.raises(fa.InputError, match=r"OpenVINO cannot convert damaged\.onnx: "):
         (tmp_path / "damaged.onnx").write_bytes(b"no graph")
         backend.convert(tmp_path / "damaged.onnx", tmp_path / "m.xml", Batches())

@@ -18,6 +18,7 @@ class TestOptions:
             ({"workspace": -1, "trt": True}, "workspace is -1; expected MiB"),
             ({"int8_budget": 2.0}, "int8_budget is 2.0"),
             ({"trt": True, "targets": ("sm_1",)}, "targets is 'sm_1'"),
+            ({"fp8": True, "aoti": True}, "`fp8` is made for TensorRT"),
         ],
     )
     def test_what_cannot_be_is_refused_before_any_work(self, options, message):
