@@ -39,6 +39,7 @@ from fastadapt.train.step import training_step
 
 WARM = 8  # steps before the first that counts: three run eagerly, then one is captured
 LR = 1e-6
+LONGEST = 150  # seconds
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,8 @@ def _sum_rate(count: int, device: torch.device) -> float:
 
 def main() -> None:
     """Measure what the plan says, in this process."""
-    faulthandler.dump_traceback_later(
-        300, exit=True
-    )  # processes that wait for each other say where
+    # Processes that wait for each other say where.
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
     plan = Plan(**json.loads(Path(sys.argv[1]).read_text()))
     place = place_from_environment()
     device = parse_device("auto" if place.size == 1 else device_of_process("auto", place))
