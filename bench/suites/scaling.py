@@ -212,7 +212,7 @@ def _finish(process: subprocess.Popen) -> None:
         said, _ = process.communicate(timeout=LONGEST)
     except subprocess.TimeoutExpired:
         process.kill()
-        raise RuntimeError(f"no end after {LONGEST} s: {process.args}") from None
+        raise RuntimeError(f"no end after {LONGEST} s: {process.args!r}") from None
     if process.returncode:
         ours = [line for line in said.splitlines() if line.startswith("fastadapt:")]
         last = ours or said.strip().splitlines()[-20:]
