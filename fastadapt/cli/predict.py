@@ -42,7 +42,10 @@ def embed(given: Given) -> None:
 
 def _work(given: Given) -> WorkSettings:
     """Return the settings of the work, with a link followed; refuse where results cannot go."""
+    from fastadapt.export.predict.formats import check_ending
+
     work = given.build(WorkSettings)
+    check_ending(work.out)
     return replace(work, out=check_output(work.out, "file", "results"))
 
 
