@@ -111,11 +111,10 @@ def _out_size(size: int, k: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - k) // stride + 1
 
 
-def _tile(pixels: int, channels: int) -> tuple[int, int]:
-    """Return how many pixels and channels a program computes: 2048 values, lines of 128 bytes."""
+def _tile(strips: int, channels: int) -> tuple[int, int]:
+    """Return how many strips and channels a program computes: 8 channels and a strip a thread."""
     cols = 64 if channels > 32 else 32
-    rows = 32 if pixels >= 32 else 16
-    return rows, cols
+    return (16 if cols == 64 else 32) if strips >= 16 else 8, cols
 
 
 def _taps_first(weight: Tensor) -> Tensor:
@@ -124,34 +123,40 @@ def _taps_first(weight: Tensor) -> Tensor:
 
 
 def _forward(x, weight, bias, stride, padding):
+    _, _, height, width = x.shape
+    k = weight.shape[2]
+    size = tuple(_out_size(n, k, stride, padding) for n in (height, width))
+    return _correlate(x, weight, bias, size, stride, padding)
+
+
+def _correlate(x, weight, bias, size, stride, padding, taps_reversed=False):
+    """Compute equation (1) of the kernels for outputs of a size."""
     from . import triton_kernels as kernels
 
     batch, channels, height, width = x.shape
-    k = weight.shape[2]
-    out_height, out_width = (_out_size(n, k, stride, padding) for n in (height, width))
     y = torch.empty(
-        (batch, channels, out_height, out_width),
+        (batch, channels, *size),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last,
     )
-    rows, cols = _tile(out_height * out_width, channels)
-    grid = (ceil_div(out_height * out_width, rows), ceil_div(channels, cols), batch)
-    kernels.forward_kernel[grid](
+    strips = size[0] * ceil_div(size[1], kernels.STRIP)
+    rows, cols = _tile(strips, channels)
+    kernels.forward_kernel[(ceil_div(strips, rows), ceil_div(channels, cols), batch)](
         x,
         _taps_first(weight),
         weight if bias is None else bias,
         y,
         height,
         width,
-        out_height,
-        out_width,
+        *size,
         channels,
-        K=k,
+        K=weight.shape[2],
         S=stride,
         P=padding,
+        REVERSED=taps_reversed,
         BIAS=bias is not None,
-        BP=rows,
+        BN=rows,
         BC=cols,
         num_warps=4,
     )
@@ -162,9 +167,12 @@ def _input_gradient(g, x, weight, stride, padding):
     from . import triton_kernels as kernels
 
     batch, channels, height, width = x.shape
+    k = weight.shape[2]
+    if stride == 1:
+        return _correlate(g, weight, None, (height, width), 1, k - 1 - padding, taps_reversed=True)
     dx = torch.empty_like(x)
     pixels = ceil_div(height, stride) * ceil_div(width, stride)
-    rows, cols = _tile(pixels, channels)
+    rows, cols = 32 if pixels >= 32 else 16, 64 if channels > 32 else 32
     grid = (ceil_div(pixels, rows), ceil_div(channels, cols), batch * stride * stride)
     kernels.input_gradient_kernel[grid](
         g,
@@ -175,7 +183,7 @@ def _input_gradient(g, x, weight, stride, padding):
         *g.shape[2:],
         channels,
         stride,
-        K=weight.shape[2],
+        K=k,
         S=stride,
         P=padding,
         BP=rows,
@@ -190,12 +198,12 @@ def _weight_gradient(g, x, weight, stride, padding):
 
     batch, channels, height, width = x.shape
     k = weight.shape[2]
-    pixels = g.shape[2] * g.shape[3]
-    rows, cols = _tile(pixels, channels)
-    blocks = ceil_div(channels, cols) * k * k
-    parts = max(1, min(batch * ceil_div(pixels, rows), _WEIGHT_PROGRAMS // blocks))
+    strips = g.shape[2] * ceil_div(g.shape[3], kernels.STRIP)
+    rows, cols = _tile(strips, channels)
+    blocks = ceil_div(channels, cols) * k
+    parts = max(1, min(batch * ceil_div(strips, rows), _WEIGHT_PROGRAMS // blocks))
     sums = torch.empty((parts, k * k, channels), dtype=torch.float32, device=x.device)
-    kernels.weight_gradient_kernel[(parts, ceil_div(channels, cols), k * k)](
+    kernels.weight_gradient_kernel[(parts, ceil_div(channels, cols), k)](
         g,
         x,
         sums,
@@ -207,7 +215,7 @@ def _weight_gradient(g, x, weight, stride, padding):
         K=k,
         S=stride,
         P=padding,
-        BP=rows,
+        BN=rows,
         BC=cols,
         num_warps=4,
     )
