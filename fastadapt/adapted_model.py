@@ -18,8 +18,8 @@ from fastadapt import backbones
 from fastadapt.backbones import Backbone
 from fastadapt.config import AdaptConfig
 from fastadapt.errors import InputError
-from fastadapt.fusion.depthwise_convolution import depthwise_convolutions
 from fastadapt.fusion.frozen_blocks import fused_blocks, release_fused_blocks
+from fastadapt.fusion.image_operators import image_operators
 from fastadapt.layers import CLAdapter
 from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
 from fastadapt.lora import (
@@ -207,12 +207,12 @@ class AdaptedModel(nn.Module):
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             with (
                 torch.no_grad(),
-                depthwise_convolutions(self.backbone, x),
+                image_operators(self.backbone, x),
                 fused_blocks(self.backbone, x),
             ):
                 features = self.feature_fn(self.backbone, x)
         else:
-            with depthwise_convolutions(self.backbone, x):
+            with image_operators(self.backbone, x):
                 features = self.feature_fn(self.backbone, x)
         if self._class_token:
             return features[:, :1]

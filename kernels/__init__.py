@@ -8,6 +8,8 @@ An operation's function and its folder share a name. The functions are bound her
 ``fastadapt.kernels.layer_norm`` is the function, whatever was imported before.
 """
 
+from .batch_norm_act.op import batch_norm_act
+from .batch_norm_act.reference import batch_norm_act_reference
 from .cluster_attention.op import cluster_attention
 from .cluster_attention.reference import center_attention, cluster_attention_reference
 from .common.dispatch import BackendError
@@ -28,6 +30,8 @@ from .residual_mlp.reference import residual_mlp_reference
 
 __all__ = [
     "BackendError",
+    "batch_norm_act",
+    "batch_norm_act_reference",
     "center_attention",
     "cluster_attention",
     "cluster_attention_reference",

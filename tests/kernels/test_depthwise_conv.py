@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastadapt.fusion.depthwise_convolution import depthwise_convolutions
+from fastadapt.fusion.image_operators import image_operators
 from fastadapt.kernels import depthwise_conv2d, depthwise_conv2d_reference
 from tests.helpers.depthwise_calls import random_case
 from tests.helpers.kernel_checks import (
@@ -136,11 +136,11 @@ def test_backbones_on_a_gpu_run_it_and_agree():
     x = torch.randn(3, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         expected = model(x)
-        with depthwise_convolutions(model, x) as mode:
+        with image_operators(model, x) as mode:
             assert mode is not None
             found = model(x)
     assert relative(found, expected.double()) < 2e-2
-    with depthwise_convolutions(model, x) as mode:  # fp32 is left alone
+    with image_operators(model, x) as mode:  # fp32 is left alone
         assert mode is None
 
 

@@ -1,0 +1,163 @@
+"""Run depthwise convolutions and batch norms of a backbone with our kernels, in half precision.
+
+On a GPU cuDNN plans a depthwise layer anew for each size of a batch, in a tenth of a second forward
+and half a second backward; with our kernels the first step of a training and its last, smaller
+batch cost what any other costs. A batch norm that trains is one operation with the activation that
+timm's modules hold: PyTorch passes over memory for each of them, forward and backward. No module is
+changed: calls of ``conv2d`` and ``batch_norm`` are taken over within a context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastadapt.kernels import batch_norm_act, depthwise_conv2d
+from fastadapt.kernels.common.dispatch import compute_dtype
+
+_NOTHING = contextlib.nullcontext()
+_HALF = (torch.bfloat16, torch.float16)
+_has_depthwise: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def image_operators(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
+    """Make the context in which ``model(x)`` runs such operators with our kernels.
+
+    Args:
+        model: asked whether it has any.
+        x: its input; on a CPU, in fp32 and under ``torch.compile`` the context does nothing.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or compute_dtype(x) not in _HALF:
+        return _NOTHING
+    if model not in _has_depthwise:
+        _has_depthwise[model] = any(
+            isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+            for module in model.modules()
+        )
+    norms = training_norms(model) if torch.is_grad_enabled() else {}
+    return ImageOperators(norms) if norms or _has_depthwise[model] else _NOTHING
+
+
+def training_norms(model: nn.Module) -> dict[int, str]:
+    """Return the activation after each batch norm that trains, by the id of the norm's weight.
+
+    It is ``"none"`` where the activation is unknown, or a module of its own.
+    """
+    from timm.layers import BatchNormAct2d
+
+    found = {}
+    for module in model.modules():
+        if not isinstance(module, nn.BatchNorm2d) or not module.training or not module.affine:
+            continue
+        activation = "none"
+        if type(module) is BatchNormAct2d and isinstance(module.drop, nn.Identity):
+            activation = _NAMES.get(type(module.act), "none")
+        found[id(module.weight)] = activation
+    return found
+
+
+# Of the modules, and of the functions that they call.
+_NAMES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+_ACTIVATIONS = (F.relu, F.hardtanh, F.silu)
+
+
+class ImageOperators(TorchFunctionMode):
+    """Take over the calls of ``conv2d`` that are depthwise, and of ``batch_norm`` in training.
+
+    Args:
+        norms: see :func:`training_norms`; valid as long as the context.
+        backend: of the operations.
+    """
+
+    def __init__(self, norms: dict[int, str], backend: str = "auto"):
+        super().__init__()
+        self._norms = norms
+        self._backend = backend
+        self._activated: Tensor | None = None  # the last norm's output, if it has its activation
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d and not kwargs:
+            ours = _depthwise(*args)
+            if ours is not None:
+                return depthwise_conv2d(*ours, backend=self._backend)
+        if func is F.batch_norm and self._norms:
+            call = _norm(*args, **kwargs)
+            if call is not None and id(call["weight"]) in self._norms:
+                return self._normalize(call)
+        if func in _ACTIVATIONS and args and args[0] is self._activated:
+            return args[0]
+        return func(*args, **kwargs)
+
+    def _normalize(self, call: dict[str, Any]) -> Tensor:
+        activation = self._norms[id(call["weight"])]
+        y = batch_norm_act(**call, activation=activation, backend=self._backend)
+        self._activated = None if activation == "none" else y
+        return y
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, int, int] | None:
+    """Return what our operation takes of a call of ``conv2d``; ``None`` if it is another."""
+    channels = weight.shape[0]
+    if not (x.dim() == 4 and groups == channels == x.shape[1] > 1):
+        return None
+    if weight.shape[2] != weight.shape[3] or (x.is_cuda and compute_dtype(x) not in _HALF):
+        return None
+    step, border = _single(stride), _single(padding)
+    if step is None or border is None or _single(dilation) != 1:
+        return None
+    return x, weight, bias, step, border
+
+
+def _norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> dict[str, Any] | None:
+    """Return what our operation takes of a call of ``batch_norm``; ``None`` if it is another."""
+    if not training or input.dim() != 4 or weight is None or bias is None:
+        return None
+    if input.numel() <= weight.numel() or input.numel() >= 2**31 * weight.numel():
+        return None
+    if (running_mean is None) != (running_var is None):
+        return None
+    return {
+        "x": input,
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "momentum": momentum,
+        "eps": eps,
+    }
+
+
+def _single(value: Any) -> int | None:
+    """Return the number that both axes have; ``None`` if they differ, or it is a word."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, tuple | list) and len(set(value)) == 1 and isinstance(value[0], int):
+        return value[0]
+    return None

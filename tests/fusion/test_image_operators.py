@@ -1,0 +1,77 @@
+"""A network runs with our depthwise convolutions and batch norms, and computes the same."""
+
+import copy
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from fastadapt.fusion.image_operators import ImageOperators, image_operators, training_norms
+from tests.helpers.kernel_checks import gpu
+
+
+def relative(found, truth):
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def gradients(model, x, context=None):
+    model.zero_grad()
+    if context is None:
+        y = model(x)
+    else:
+        with context:
+            y = model(x)
+    (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum().backward()
+    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_norms_are_found_with_their_activations():
+    model = nn.Sequential(
+        BatchNormAct2d(4, act_layer=nn.ReLU6),
+        BatchNormAct2d(4, act_layer=nn.GELU),
+        nn.BatchNorm2d(4),
+        BatchNormAct2d(4, drop_layer=nn.Dropout),
+        nn.BatchNorm2d(4).eval(),
+        nn.BatchNorm2d(4, affine=False),
+    )
+    found = training_norms(model)
+    assert [found.get(id(m.weight)) for m in model[:5]] == ["relu6", "none", "none", "none", None]
+    assert len(found) == 4
+    assert type(image_operators(model, torch.zeros(1, 4, 2, 2))).__name__ == "nullcontext"
+
+
+def test_calls_are_taken_over_and_activations_applied_once():
+    torch.manual_seed(0)
+    norms = [BatchNormAct2d(6, act_layer=act) for act in (nn.ReLU6, nn.SiLU, nn.GELU)]
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), norms[0], nn.Conv2d(6, 6, 3, groups=6), norms[1], norms[2], nn.SiLU()
+    )
+    plain = copy.deepcopy(model)
+    x = 3 * torch.randn(4, 3, 6, 6)
+    context = ImageOperators(training_norms(model), backend="reference")
+    (ours, ours_grads), (theirs, grads) = gradients(model, x, context), gradients(plain, x)
+    assert relative(ours, theirs) < 1e-5
+    for name, gradient in grads.items():
+        assert (ours_grads[name] - gradient).abs().max() < 1e-4, name
+    for (name, one), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1e-6), name
+
+
+@gpu
+def test_a_network_trains_the_same_on_a_gpu():
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=0).cuda().train()
+    plain = copy.deepcopy(model)
+    exact = copy.deepcopy(model)
+    x = torch.randn(8, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+    truth, true_grads = gradients(exact, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        (ours, ours_grads) = gradients(model, x, image_operators(model, x))
+        (theirs, grads) = gradients(plain, x)
+    assert relative(ours, truth) < 2 * relative(theirs, truth) + 0.01
+    for name, gradient in true_grads.items():
+        budget = 2 * relative(grads[name], gradient) + 0.02
+        assert relative(ours_grads[name], gradient) < budget, name
+    for (name, one), other in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.allclose(one.float(), other[1].float(), rtol=1e-2, atol=1e-3), name
