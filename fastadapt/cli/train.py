@@ -113,6 +113,8 @@ def train(given: Given) -> None:
     # Finding and decoding images need no PyTorch: processes begin before it is imported.
     from fastadapt.data.decode_pool import default_workers
     from fastadapt.data.scan import Scan
+    from fastadapt.gpu_start import begin_context
+    from fastadapt.no_compiler import leave_compiler_out
 
     place = place_from_environment()
     with (
@@ -124,6 +126,8 @@ def train(given: Given) -> None:
             place,
         ) as scan,
     ):
+        begin_context(run.device)
+        leave_compiler_out()
         options: dict[str, Any] = {
             "preprocess": request.preprocess,
             "pretrained": request.pretrained,

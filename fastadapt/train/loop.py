@@ -36,6 +36,7 @@ from fastadapt.train.feature_cache import (
     cached_source,
     size_text,
 )
+from fastadapt.train.imports_ahead import import_ahead
 from fastadapt.train.metrics import classification_metrics
 from fastadapt.train.mixing import make_mix
 from fastadapt.train.optimizer import copy_of, make_optimizer
@@ -275,6 +276,8 @@ class Trainer:
             row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
             row["seconds"] = round(time.perf_counter() - started, 3)
             self._complete_epoch(row, optimizer)
+            if stage == config.stages and self.device.type == "cuda":
+                import_ahead()  # from here on replays wait for the GPU, not for this program
         self.progress.remove_task(task)
 
     def _training_step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:

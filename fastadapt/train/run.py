@@ -25,6 +25,7 @@ from fastadapt.data.splits import SPLITS as SPLIT_ORDER
 from fastadapt.decision import check_decision
 from fastadapt.errors import InputError
 from fastadapt.files import write_json
+from fastadapt.gpu_start import begin_libraries
 from fastadapt.lora import lora_layers
 from fastadapt.output_place import check_output
 from fastadapt.processes import ALONE, Processes, place_from_environment
@@ -124,6 +125,7 @@ def train(
     target = parse_device(device if place.size == 1 else device_of_process(device, place))
     check_batch_sizes(config, place)
     precision(config.amp, target)  # refused now rather than after the features were computed
+    libraries = begin_libraries(target)
     workers = default_workers() if workers is None else workers
     phases = Phases(process_age() if profile else 0.0)
     request = Request(
@@ -165,6 +167,8 @@ def train(
                 prepared,
                 preprocess=replace(prepared.preprocess, intensity_range=found.value_range),
             )
+            if libraries is not None:
+                libraries.join()  # nothing launches beside a capture
             result = run_prepared(
                 prepared,
                 dataset,

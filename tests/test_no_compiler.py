@@ -1,0 +1,47 @@
+"""A command imports PyTorch's compiler only if something compiles."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+from fastadapt.no_compiler import leave_compiler_out
+assert leave_compiler_out()
+import torch, timm
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = torch.optim.AdamW([p])
+p.sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+assert p[0] < 1
+assert type(sys.modules["torch._dynamo"]).__name__ == "_StandIn"
+assert "sympy" not in sys.modules
+assert not leave_compiler_out()  # too late
+{then}
+"""
+ASKED = {
+    "compile": """
+f = torch.compile(lambda x: x + 1, backend="eager")
+assert f(torch.ones(2)).tolist() == [2, 2]
+assert torch._dynamo.is_compiling() is False
+assert type(sys.modules["torch._dynamo"]).__name__ == "module"
+""",
+    "module": """
+import torch._dynamo.config as config
+assert config.__spec__.name == "torch._dynamo.config"
+import torch._dynamo
+assert torch._dynamo.config is config
+from torchvision.ops.roi_align import is_compile_supported
+assert isinstance(is_compile_supported("cpu"), bool)
+""",
+}
+
+
+def test_it_is_left_out_until_it_is_asked_for():
+    running = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM.format(then=then)], stderr=subprocess.PIPE)
+        for then in ASKED.values()
+    ]
+    for name, process in zip(ASKED, running, strict=True):
+        _, said = process.communicate()
+        assert process.returncode == 0, f"{name}: {said.decode()}"
