@@ -25,6 +25,7 @@ from fastadapt.data.images import DEVICE_SHARE, ImageSource
 from fastadapt.errors import InputError
 from fastadapt.files import sha256_tensors
 from fastadapt.fusion.batch_norm import fuse_batch_norms
+from fastadapt.fusion.cpu_activations import fuse_activations
 from fastadapt.fusion.frozen_blocks import release_fused_blocks
 from fastadapt.train.cache_file import open_cache, writing
 from fastadapt.train.sources import FeatureSource, padded
@@ -32,7 +33,7 @@ from fastadapt.trainable import COMPILED
 
 FORMAT_VERSION = 2  # of the cache: raised when what is stored changes
 _DTYPES = {"auto": ("float16", "float32"), "fp16": ("float16",), "fp32": ("float32",)}
-BATCH_SIZE = 16  # of the frozen backbone; on a CPU larger batches fall out of the caches
+CPU_BATCH_SIZE = 16  # at most: of the frozen backbone; larger batches fall out of the caches
 GPU_BATCH_SIZE = 64
 
 
@@ -106,7 +107,7 @@ def cached_source(
     if not processes.all_true(features is not None):
         features = None  # a process does not see the file: all compute
     if features is None:
-        frozen = fuse_batch_norms(model, _probe(model)) if images.device.type == "cpu" else model
+        frozen = _fused(model, autocast) if images.device.type == "cpu" else model
         work = _Computation(frozen, images, path, settings, shape, progress, autocast, name)
         features = work.run(fp16=settings.dtype != "fp32")
         if features is None and settings.dtype == "fp16":
@@ -265,7 +266,9 @@ class _Computation:
         Of several processes each computes a piece of every batch, and all get the whole.
         """
         count = self.shape[1]
-        batch_size = BATCH_SIZE if self.images.device.type == "cpu" else GPU_BATCH_SIZE
+        batch_size = GPU_BATCH_SIZE
+        if self.images.device.type == "cpu":  # an image a thread
+            batch_size = max(2, min(CPU_BATCH_SIZE, torch.get_num_threads()))
         views, first = np.full(count, view), 0
         share = self.processes.share(np.arange(count), batch_size * self.processes.place.size)
         batches = self.images.batches(share.order, views, batch_size)
@@ -308,6 +311,16 @@ def as_tokens(model: AdaptedModel, features: Tensor) -> Tensor:
 def size_text(count: int) -> str:
     """Return a number of bytes as people write it."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _fused(model: AdaptedModel, autocast: Callable[[], AbstractContextManager]) -> AdaptedModel:
+    """Return a model that computes the same features on a CPU in fewer passes over memory."""
+    probe = _probe(model)
+    fused = fuse_batch_norms(model, probe)
+    with autocast():
+        half = torch.is_autocast_enabled("cpu")
+    exact = all(parameter.dtype == torch.float32 for parameter in fused.backbone.parameters())
+    return fuse_activations(fused, probe) if exact and not half else fused
 
 
 def _probe(model: AdaptedModel) -> Tensor:
