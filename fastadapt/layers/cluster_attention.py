@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastadapt.errors import InputError
 from fastadapt.kernels import cluster_attention
+from fastadapt.layers.dropout import Dropout
 
 MODES = ("channel", "token")
 
@@ -76,7 +77,7 @@ class ClusterAttention(nn.Module):
         self.transforms = nn.Parameter(torch.empty(num_centers, width, width))
         self.down = nn.Linear(dim, rank) if mode == "channel" else None
         self.up = nn.Linear(rank, dim) if mode == "channel" else None
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
