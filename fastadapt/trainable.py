@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadapt.backbones import FeatureFn, FeatureSpec
 from fastadapt.errors import InputError
+from fastadapt.unplanned import unplanned
 
 COMPILED = "_orig_mod."  # how torch.compile prefixes the names inside a module
 
@@ -59,8 +60,7 @@ def used_parameters(module: nn.Module, feature_fn: FeatureFn, spec: FeatureSpec)
         for parameter in parameters.values():
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.inference_mode(False), torch.enable_grad():
-            features = feature_fn(module, images)
-            reached = _leaves(features)
+            reached = _leaves(unplanned(lambda: feature_fn(module, images)))
     finally:
         module.train(was_training)
         for name, parameter in parameters.items():

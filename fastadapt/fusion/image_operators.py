@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,20 @@ def image_operators(model: nn.Module, x: Tensor) -> contextlib.AbstractContextMa
             for module in model.modules()
         )
     norms = training_norms(model) if torch.is_grad_enabled() else {}
-    return ImageOperators(norms) if norms or _has_depthwise[model] else _NOTHING
+    if not norms and not _has_depthwise[model]:
+        return _NOTHING
+    return ImageOperators(norms, padded_channels(model))
+
+
+def padded_channels(model: nn.Module) -> frozenset[int]:
+    """Return the channels of depthwise convolutions that pad their input in a step of its own."""
+    from timm.layers import Conv2dSame
+
+    return frozenset(
+        module.in_channels
+        for module in model.modules()
+        if isinstance(module, Conv2dSame) and module.groups == module.in_channels
+    )
 
 
 def training_norms(model: nn.Module) -> dict[int, str]:
@@ -71,25 +84,41 @@ _ACTIVATIONS = (F.relu, F.hardtanh, F.silu)
 class ImageOperators(TorchFunctionMode):
     """Take over the calls of ``conv2d`` that are depthwise, and of ``batch_norm`` in training.
 
+    Zeros that are added after the last row and column just before a depthwise convolution are added
+    by its kernel: the call of ``pad`` gives memory that is filled only if any other function is
+    called next.
+
     Args:
         norms: see :func:`training_norms`; valid as long as the context.
+        padded: see :func:`padded_channels`.
         backend: of the operations.
     """
 
-    def __init__(self, norms: dict[int, str], backend: str = "auto"):
+    def __init__(
+        self, norms: dict[int, str], padded: frozenset[int] = frozenset(), backend: str = "auto"
+    ):
         super().__init__()
         self._norms = norms
+        self._padded = padded
         self._backend = backend
         self._activated: Tensor | None = None  # the last norm's output, if it has its activation
+        self._pending: _Padded | None = None
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        pending, self._pending = self._pending, None
         if func is torch.conv2d and not kwargs:
             ours = _depthwise(*args)
             if ours is not None:
-                return depthwise_conv2d(*ours, backend=self._backend)
+                return self._convolve(ours, pending)
+        if pending is not None:
+            pending.fill()
+        if func is F.pad and not kwargs:
+            self._pending = _pad_later(self._padded, *args)
+            if self._pending is not None:
+                return self._pending.result
         if func is F.batch_norm and self._norms:
             call = _norm(*args, **kwargs)
             if call is not None and id(call["weight"]) in self._norms:
@@ -98,11 +127,83 @@ class ImageOperators(TorchFunctionMode):
             return args[0]
         return func(*args, **kwargs)
 
+    def __exit__(self, *exception: Any) -> None:
+        """Fill what nobody has read."""
+        super().__exit__(*exception)
+        if self._pending is not None:
+            self._pending.fill()
+            self._pending = None
+
+    def _convolve(self, call: _Convolution, pending: _Padded | None) -> Tensor:
+        if pending is not None and call.x is pending.result and call.padding == 0:
+            call = call._replace(
+                x=pending.source, padding=pending.before, padding_end=pending.after
+            )
+        elif pending is not None:
+            pending.fill()
+        *positional, end = call
+        return depthwise_conv2d(*positional, padding_end=end, backend=self._backend)
+
     def _normalize(self, call: dict[str, Any]) -> Tensor:
         activation = self._norms[id(call["weight"])]
         y = batch_norm_act(**call, activation=activation, backend=self._backend)
         self._activated = None if activation == "none" else y
         return y
+
+
+class _Convolution(NamedTuple):
+    """What our operation takes."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+    padding: int
+    padding_end: int | None = None
+
+
+class _Padded(NamedTuple):
+    """Memory for an image with zeros around it, not yet written."""
+
+    result: Tensor
+    source: Tensor
+    before: int
+    after: int
+
+    def fill(self) -> None:
+        """Write the image and the zeros."""
+        with torch.no_grad():
+            padded = F.pad(self.source, (self.before, self.after) * 2)
+            self.result.detach().copy_(padded)
+
+
+class _Unwritten(torch.autograd.Function):
+    """Make memory for an image with zeros around it; its gradient is the part within them."""
+
+    @staticmethod
+    def forward(ctx, x, before, after):
+        ctx.before = before
+        ctx.size = x.shape[2:]
+        batch, channels, height, width = x.shape
+        size = (batch, channels, height + before + after, width + before + after)
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx, g):
+        height, width = ctx.size
+        return g[:, :, ctx.before :, ctx.before :][:, :, :height, :width], None, None
+
+
+def _pad_later(
+    channels: frozenset[int], x: Tensor, pad: Any, mode: str = "constant", value: Any = None
+) -> _Padded | None:
+    """Take a call of ``pad`` that may precede a depthwise convolution; ``None`` for others."""
+    if x.dim() != 4 or x.shape[1] not in channels or mode != "constant" or value:
+        return None
+    if len(pad) != 4 or tuple(pad[:2]) != tuple(pad[2:]) or min(pad) < 0:
+        return None
+    before, after = pad[:2]
+    return _Padded(_Unwritten.apply(x, before, after), x, before, after)
 
 
 def _depthwise(
@@ -113,7 +214,7 @@ def _depthwise(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, int, int] | None:
+) -> _Convolution | None:
     """Return what our operation takes of a call of ``conv2d``; ``None`` if it is another."""
     channels = weight.shape[0]
     if not (x.dim() == 4 and groups == channels == x.shape[1] > 1):
@@ -123,7 +224,7 @@ def _depthwise(
     step, border = _single(stride), _single(padding)
     if step is None or border is None or _single(dilation) != 1:
         return None
-    return x, weight, bias, step, border
+    return _Convolution(x, weight, bias, step, border)
 
 
 def _norm(

@@ -30,6 +30,7 @@ from fastadapt.fusion.frozen_blocks import release_fused_blocks
 from fastadapt.train.cache_file import open_cache, writing
 from fastadapt.train.sources import FeatureSource, padded
 from fastadapt.trainable import COMPILED
+from fastadapt.unplanned import unplanned
 
 FORMAT_VERSION = 2  # of the cache: raised when what is stored changes
 _DTYPES = {"auto": ("float16", "float32"), "fp16": ("float16",), "fp32": ("float32",)}
@@ -333,7 +334,8 @@ def _probe(model: AdaptedModel) -> Tensor:
 
 def _shape_of(model: AdaptedModel, autocast: Callable[[], AbstractContextManager]) -> FeatureShape:
     with torch.inference_mode(), autocast():
-        shape = tuple(model.backbone_features(_probe(model)).shape[1:])
+        features = unplanned(lambda: model.backbone_features(_probe(model)))
+    shape = tuple(features.shape[1:])
     spatial = () if model.spec.layout == "tokens" else shape[:-1]
     if model.spec.layout == "channels_first":
         spatial = shape[1:]

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..common.arithmetic import ceil_div
 from . import triton_kernels as kernels
 
-PROGRAMS = 1056  # of the sums: several on each multiprocessor
+PROGRAMS = 528  # of the sums: four on each multiprocessor
+MOST_PARTS = 1024  # of a channel: one program adds them
 ROWS, COLUMNS = 32, 64  # of a program
-FINISH_PARTS, FINISH_CHANNELS = 128, 16
+FINISH_PARTS, FINISH_CHANNELS = 256, 8
 
 
 class _View(NamedTuple):
@@ -31,7 +32,7 @@ class _View(NamedTuple):
     @property
     def parts(self) -> tuple[int, int]:
         down, across = self.tiles
-        return max(1, min(down, PROGRAMS // across)), across
+        return max(1, min(down, PROGRAMS // across, MOST_PARTS // self.repeats)), across
 
 
 def _view(x: Tensor) -> _View:

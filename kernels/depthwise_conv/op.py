@@ -22,7 +22,7 @@ from .reference import depthwise_conv2d_reference
 
 LARGEST_FILTER = 9
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WEIGHT_PROGRAMS = 2048  # of the weight's gradient: several on each multiprocessor
+_WEIGHT_PROGRAMS = 1056  # of the weight's gradient: several on each multiprocessor
 
 
 def depthwise_conv2d(
@@ -32,6 +32,7 @@ def depthwise_conv2d(
     stride: int = 1,
     padding: int = 0,
     *,
+    padding_end: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Convolve each channel with a filter of its own; the result has the channels last.
@@ -43,24 +44,27 @@ def depthwise_conv2d(
         bias: [C] or ``None``.
         stride: of both axes, 1 or more.
         padding: zeros on each side of both axes, 0 or more.
+        padding_end: zeros after the last row and column, where there are more or fewer than before
+            the first ("same" padding of an even size with a stride of 2, say).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; under autocast both compute in its
             dtype.
 
     Returns:
-        [B, C, H', W'], H' = (H + 2·padding - K) // stride + 1.
+        [B, C, H', W'], H' = (H + padding + padding_end - K) // stride + 1.
 
     Raises:
         ValueError: shapes do not fit; unknown backend.
         BackendError: ``"triton"`` was asked for and cannot run this call.
     """
-    _check(x, weight, bias, stride, padding)
+    end = padding if padding_end is None else padding_end
+    _check(x, weight, bias, stride, (padding, end))
     dtype = compute_dtype(x)
     chosen = choose_backend(backend, why_not_triton(x, weight, dtype))
     x = x.to(dtype)
     if chosen == "reference":
         with without_autocast(x):
-            return depthwise_conv2d_reference(x, weight, bias, stride, padding)
-    return _DepthwiseConv.apply(x, weight, bias, stride, padding)
+            return depthwise_conv2d_reference(x, weight, bias, stride, padding, end)
+    return _DepthwiseConv.apply(x, weight, bias, stride, (padding, end))
 
 
 def why_not_triton(x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
@@ -98,23 +102,27 @@ class _DepthwiseConv(torch.autograd.Function):
         dx = dw = db = None
         with on_device(g), without_autocast(g):
             if needs_x:
-                dx = _input_gradient(g, x, weight, ctx.stride, ctx.padding)
+                dx = _input_gradient(g, x, weight, ctx.stride, ctx.padding[0])
             if needs_weight:
-                dw = _weight_gradient(g, x, weight, ctx.stride, ctx.padding)
+                dw = _weight_gradient(g, x, weight, ctx.stride, ctx.padding[0])
             if needs_bias:
                 wide = torch.float64 if g.dtype == torch.float32 else torch.float32
                 db = g.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
         return dx, dw, db, None, None
 
 
-def _out_size(size: int, k: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - k) // stride + 1
+def _out_size(size: int, k: int, stride: int, padding: tuple[int, int]) -> int:
+    return (size + sum(padding) - k) // stride + 1
 
 
-def _tile(strips: int, channels: int) -> tuple[int, int]:
-    """Return how many strips and channels a program computes: 8 channels and a strip a thread."""
-    cols = 64 if channels > 32 else 32
-    return (16 if cols == 64 else 32) if strips >= 16 else 8, cols
+def _tile(channels: int, narrow: int = 32) -> tuple[int, int]:
+    """Return how many strips and channels a program computes: a thread has 8 or 4 channels.
+
+    Args:
+        channels: of the image.
+        narrow: strips where there are few channels.
+    """
+    return (8, 64) if channels > 32 else (narrow, 32)
 
 
 def _taps_first(weight: Tensor) -> Tensor:
@@ -126,7 +134,7 @@ def _forward(x, weight, bias, stride, padding):
     _, _, height, width = x.shape
     k = weight.shape[2]
     size = tuple(_out_size(n, k, stride, padding) for n in (height, width))
-    return _correlate(x, weight, bias, size, stride, padding)
+    return _correlate(x, weight, bias, size, stride, padding[0])
 
 
 def _correlate(x, weight, bias, size, stride, padding, taps_reversed=False):
@@ -141,7 +149,7 @@ def _correlate(x, weight, bias, size, stride, padding, taps_reversed=False):
         memory_format=torch.channels_last,
     )
     strips = size[0] * ceil_div(size[1], kernels.STRIP)
-    rows, cols = _tile(strips, channels)
+    rows, cols = _tile(channels)
     kernels.forward_kernel[(ceil_div(strips, rows), ceil_div(channels, cols), batch)](
         x,
         _taps_first(weight),
@@ -199,7 +207,7 @@ def _weight_gradient(g, x, weight, stride, padding):
     batch, channels, height, width = x.shape
     k = weight.shape[2]
     strips = g.shape[2] * ceil_div(g.shape[3], kernels.STRIP)
-    rows, cols = _tile(strips, channels)
+    rows, cols = _tile(channels, narrow=16)
     blocks = ceil_div(channels, cols) * k
     parts = max(1, min(batch * ceil_div(strips, rows), _WEIGHT_PROGRAMS // blocks))
     sums = torch.empty((parts, k * k, channels), dtype=torch.float32, device=x.device)
@@ -233,12 +241,14 @@ def _check(x, weight, bias, stride, padding) -> None:
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected [C={channels}]")
-    if stride < 1 or padding < 0:
+    if stride < 1 or min(padding) < 0:
         raise ValueError(
-            f"stride is {stride} and padding {padding}; expected 1 or more, and 0 or more"
+            f"stride is {stride} and padding {padding[0]} and {padding[1]}; expected 1 or more, "
+            "and 0 or more"
         )
     k = weight.shape[2]
-    if min(x.shape[2:]) + 2 * padding < k:
+    if min(x.shape[2:]) + sum(padding) < k:
         raise ValueError(
-            f"x {tuple(x.shape)} with padding {padding} is smaller than the filter, {k} × {k}"
+            f"x {tuple(x.shape)} with padding {padding[0]} and {padding[1]} is smaller than the "
+            f"filter, {k} × {k}"
         )

@@ -1,13 +1,19 @@
 """A network runs with our depthwise convolutions and batch norms, and computes the same."""
 
 import copy
+from contextlib import nullcontext
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from fastadapt.fusion.image_operators import ImageOperators, image_operators, training_norms
+from fastadapt.fusion.image_operators import (
+    ImageOperators,
+    image_operators,
+    padded_channels,
+    training_norms,
+)
 from tests.helpers.kernel_checks import gpu
 
 
@@ -56,6 +62,38 @@ def test_calls_are_taken_over_and_activations_applied_once():
         assert (ours_grads[name] - gradient).abs().max() < 1e-4, name
     for (name, one), other in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert torch.allclose(one.float(), other.float(), atol=1e-6), name
+
+
+class Same(nn.Module):
+    """Depthwise convolutions with "same" padding, and other uses of padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = Conv2dSame(4, 4, 3, stride=2, groups=4, bias=False)
+        self.second = Conv2dSame(4, 4, 5, stride=2, groups=4)
+        self.other = nn.Conv2d(4, 6, 1)
+
+    def forward(self, x):
+        x = self.second(self.first(x))
+        y = nn.functional.pad(x, (0, 1, 0, 1))
+        return torch.cat([self.other(y), self.other(nn.functional.pad(x, (1, 0, 1, 0)))]), y
+
+
+def test_padding_before_a_depthwise_convolution_is_the_kernels():
+    torch.manual_seed(0)
+    model = Same()
+    assert padded_channels(model) == {4}
+    x = torch.randn(2, 4, 14, 14, requires_grad=True)
+    found = {}
+    for name, context in (
+        ("plain", nullcontext()),
+        ("ours", ImageOperators({}, padded_channels(model), backend="reference")),
+    ):
+        with context:
+            y, last = model(x)
+        found[name] = (y, last, *torch.autograd.grad(y.square().sum() + last.sum(), x))
+    for one, other in zip(found["ours"], found["plain"], strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 @gpu

@@ -144,6 +144,23 @@ def test_backbones_on_a_gpu_run_it_and_agree():
         assert mode is None
 
 
+@interpreted
+@pytest.mark.parametrize(
+    ("k", "stride", "padding", "end"), [(3, 2, 0, 1), (5, 2, 1, 2), (3, 1, 2, 0)]
+)
+def test_interpreted_kernels_pad_the_end_otherwise(k, stride, padding, end, poisoned_empty):
+    case = (2, 5, 10, 8, k, stride, padding)
+
+    def convolve(function, backend):
+        return lambda *args: function(*args, padding_end=end, **backend)
+
+    found = run(convolve(depthwise_conv2d, {"backend": "triton"}), case, torch.float32, "cpu")
+    expected = run(convolve(depthwise_conv2d_reference, {}), case, torch.float32, "cpu")
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert relative(one, other.double()) < 1e-5
+
+
 def test_reference_is_pytorchs():
     x, weight = torch.randn(2, 6, 9, 8), torch.randn(6, 1, 3, 3)
     expected = F.conv2d(x, weight, None, 2, 1, 1, 6)
