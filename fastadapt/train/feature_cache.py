@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
+from fastadapt.cuda_graph import GraphedStep
 from fastadapt.data.images import DEVICE_SHARE, ImageSource
 from fastadapt.errors import InputError
 from fastadapt.files import sha256_tensors
@@ -81,6 +83,7 @@ def cached_source(
     autocast: Callable[[], AbstractContextManager],
     name: str = "features",
     writers: list[CacheWriter] | None = None,
+    extraction: Extraction | None = None,
 ) -> FeatureSource:
     """Return the features of a split, from the cache in ``folder`` or computed into it.
 
@@ -95,6 +98,7 @@ def cached_source(
         autocast: makes the context that the backbone runs in.
         name: of the split, for the progress bar.
         writers: where threads that still write are put; without it, this waits for them.
+        extraction: of the same model, where other splits use it as well; the caller closes it.
 
     Raises:
         InputError: the features do not fit on the disk, or are not finite.
@@ -108,8 +112,8 @@ def cached_source(
     if not processes.all_true(features is not None):
         features = None  # a process does not see the file: all compute
     if features is None:
-        frozen = _fused(model, autocast) if images.device.type == "cpu" else model
-        work = _Computation(frozen, images, path, settings, shape, progress, autocast, name)
+        extracted = extraction or Extraction(model, autocast)
+        work = _Computation(extracted, images, path, settings, shape, progress, name)
         features = work.run(fp16=settings.dtype != "fp32")
         if features is None and settings.dtype == "fp16":
             raise InputError(
@@ -126,7 +130,8 @@ def cached_source(
                 writers.append(writer)
     elif images.device.type == "cuda" and _fits(features.nbytes, images.device):
         features = torch.from_numpy(np.array(features)).to(images.device)
-    release_fused_blocks(model.backbone)
+    if extraction is None:
+        release_fused_blocks(model.backbone)
     channels_last = model.spec.layout == "channels_last"
     return FeatureSource(features, images.labels, images.device, shape.spatial, channels_last, path)
 
@@ -188,24 +193,63 @@ class CacheWriter(threading.Thread):
             self.problem = str(error)
 
 
+class Extraction:
+    """The frozen backbone's features of batches: captured on a GPU, fused on a CPU.
+
+    Args:
+        model: its backbone must be frozen.
+        autocast: makes the context that the backbone runs in.
+        graph: whether to capture; for many batches.
+        say: as for :class:`fastadapt.GraphedStep`.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        autocast: Callable[[], AbstractContextManager],
+        graph: bool = False,
+        say: Callable[[str], object] | None = None,
+    ):
+        self._given, self._autocast = model, autocast
+        self._step = GraphedStep(self._tokens, say=say, what="the backbone") if graph else None
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Return the features [B, tokens, C] fp32 of images [B, C, H, W]."""
+        with torch.no_grad():
+            return self._tokens(batch) if self._step is None else self._step(batch)
+
+    def close(self) -> None:
+        """Free the graph, and then the rounded weights that it reads."""
+        self._step = None
+        release_fused_blocks(self._given.backbone)
+
+    def _tokens(self, batch: Tensor) -> Tensor:
+        with self._autocast():
+            return as_tokens(self._given, self._model.backbone_features(batch)).float()
+
+    @cached_property
+    def _model(self) -> AdaptedModel:
+        on_cpu = next(self._given.backbone.parameters()).device.type == "cpu"
+        return _fused(self._given, self._autocast) if on_cpu else self._given
+
+
 class _Computation:
     """The features of one split, computed batch by batch."""
 
     def __init__(
         self,
-        model: AdaptedModel,
+        extraction: Extraction,
         images: ImageSource,
         path: Path,
         settings: CacheSettings,
         shape: FeatureShape,
         progress: Progress,
-        autocast: Callable[[], AbstractContextManager],
         name: str,
     ):
-        self.model, self.images, self.path = model, images, path
+        self.extraction, self.images, self.path = extraction, images, path
         self.processes = images.processes
         self.shape = (settings.views, len(images.samples), shape.tokens, shape.dim)
-        self.progress, self.autocast, self.name = progress, autocast, name
+        self.progress, self.name = progress, name
 
     def run(self, fp16: bool) -> Tensor | np.ndarray | None:
         """Compute every view; return ``None`` if fp16 cannot hold a value.
@@ -276,8 +320,7 @@ class _Computation:
         for (batch, labels), rows in zip(batches, share.rows, strict=True):
             if batch.is_cuda:  # libraries plan for each size that they meet
                 batch, _ = padded(batch, labels, batch_size)
-            with torch.inference_mode(), self.autocast():
-                features = as_tokens(self.model, self.model.backbone_features(batch)).float()
+            features = self.extraction(batch)
             if self.shape[2] == 1:
                 features = features.mean(1, keepdim=True)
             features = self.processes.gather_rows(features, rows)

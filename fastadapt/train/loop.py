@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import trained_state
-from fastadapt.cuda_graph import LEAST_STEPS
+from fastadapt.cuda_graph import LEAST_STEPS, GraphedStep
 from fastadapt.data.dataset import Dataset
 from fastadapt.data.decode_pool import DecodePool
 from fastadapt.data.images import ImageSource
@@ -30,8 +30,10 @@ from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.feature_cache import (
+    GPU_BATCH_SIZE,
     CacheSettings,
     CacheWriter,
+    Extraction,
     as_tokens,
     cached_source,
     size_text,
@@ -109,6 +111,7 @@ class Trainer:
         self._images: dict[str, ImageSource] = {}
         self._features: dict[str, FeatureSource] = {}
         self._average: WeightAverage | None = None
+        self._evaluations: dict[int, Callable[..., Any]] = {}  # by stage
         self._wrote_metrics = False
         self._writers: list[CacheWriter] = []
         self._saver = StateSaver(self._save, self.save_every)
@@ -132,8 +135,16 @@ class Trainer:
         splits = [split for split in ("train", "val", "test") if self.dataset.split(split)]
         images_train = not self.cached or self.config.stages == 2
         if self.cached and first == 1:
+            many = len(self.dataset.samples) >= LEAST_STEPS * GPU_BATCH_SIZE
+            extraction = Extraction(
+                self.model,
+                self._autocast,
+                graph=many and self.config.cuda_graph == "auto",
+                say=partial(self.progress.console.print, markup=False),
+            )
             for split in splits:
-                self._features[split] = self._cached_features(split)
+                self._features[split] = self._cached_features(split, extraction)
+            extraction.close()
         if images_train:
             kept = []
             for split in splits:
@@ -181,13 +192,13 @@ class Trainer:
         if self.device.type == "cuda":
             batch_size = max(batch_size, EVALUATION_BATCH_SIZE)
         self.model.eval()
-        with torch.inference_mode():
+        forward = self._evaluation(source, math.ceil(len(order) / batch_size))
+        with torch.no_grad():
             parts = []
             for inputs, labels in source.batches(share.order, None, batch_size):
                 if self.device.type == "cuda":  # libraries plan for each size that they meet
                     inputs, _ = padded(inputs, labels, batch_size)
-                with self._autocast():
-                    parts.append(logits_of(self.model, source, inputs).float())
+                parts.append(forward(inputs))
             return self.processes.gather_rows(torch.cat(parts), share.rows[0]).cpu()
 
     def pooled_features(self, split: str) -> np.ndarray:
@@ -203,6 +214,24 @@ class Trainer:
                     features = as_tokens(self.model, self.model.backbone_features(images))
                 parts.append(features.float().mean(1))
             return self.processes.gather_rows(torch.cat(parts), share.rows[0]).cpu().numpy()
+
+    def _evaluation(self, source: Source, batches: int) -> Callable[..., Any]:
+        """Return what gives logits fp32 of a batch of the present stage, captured on a GPU."""
+        stage, config = self.state.stage, self.config
+        if stage not in self._evaluations:
+
+            def forward(inputs: Tensor) -> Tensor:
+                with self._autocast():
+                    return logits_of(self.model, source, inputs).float()
+
+            epochs, _, _ = config.of_stage(stage)
+            say = partial(self.progress.console.print, markup=False)
+            graph = config.cuda_graph == "auto" and epochs * batches >= LEAST_STEPS
+            # The other stage's graph, and its memory, go.
+            self._evaluations = {
+                stage: GraphedStep(forward, say=say, what="validation") if graph else forward
+            }
+        return self._evaluations[stage]
 
     @property
     def features(self) -> dict[str, FeatureSource]:
@@ -438,7 +467,7 @@ class Trainer:
             )
         return self._images[split]
 
-    def _cached_features(self, split: str) -> FeatureSource:
+    def _cached_features(self, split: str, extraction: Extraction) -> FeatureSource:
         if self.shared is not None:
             return self.shared.features_of(self.dataset.split(split))
         config, images = self.config, self._image_source(split)
@@ -459,6 +488,7 @@ class Trainer:
                 self._autocast,
                 split,
                 self._writers,
+                extraction,
             )
 
     def _autocast(self):
