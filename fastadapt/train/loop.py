@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import trained_state
-from fastadapt.cuda_graph import LEAST_STEPS, GraphedStep
+from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.data.dataset import Dataset
 from fastadapt.data.decode_pool import DecodePool
 from fastadapt.data.images import ImageSource
@@ -29,6 +29,7 @@ from fastadapt.processes import ALONE, Processes
 from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.evaluations import Evaluations
 from fastadapt.train.feature_cache import (
     GPU_BATCH_SIZE,
     CacheSettings,
@@ -111,7 +112,8 @@ class Trainer:
         self._images: dict[str, ImageSource] = {}
         self._features: dict[str, FeatureSource] = {}
         self._average: WeightAverage | None = None
-        self._evaluations: dict[int, Callable[..., Any]] = {}  # by stage
+        say = partial(self.progress.console.print, markup=False)
+        self._evaluations = Evaluations(self.config, self._autocast, say)
         self._wrote_metrics = False
         self._writers: list[CacheWriter] = []
         self._saver = StateSaver(self._save, self.save_every)
@@ -192,7 +194,11 @@ class Trainer:
         if self.device.type == "cuda":
             batch_size = max(batch_size, EVALUATION_BATCH_SIZE)
         self.model.eval()
-        forward = self._evaluation(source, math.ceil(len(order) / batch_size))
+        forward = self._evaluations.step(
+            self.state.stage,
+            lambda inputs: logits_of(self.model, source, inputs),
+            math.ceil(count / batch_size),
+        )
         with torch.no_grad():
             parts = []
             for inputs, labels in source.batches(share.order, None, batch_size):
@@ -214,24 +220,6 @@ class Trainer:
                     features = as_tokens(self.model, self.model.backbone_features(images))
                 parts.append(features.float().mean(1))
             return self.processes.gather_rows(torch.cat(parts), share.rows[0]).cpu().numpy()
-
-    def _evaluation(self, source: Source, batches: int) -> Callable[..., Any]:
-        """Return what gives logits fp32 of a batch of the present stage, captured on a GPU."""
-        stage, config = self.state.stage, self.config
-        if stage not in self._evaluations:
-
-            def forward(inputs: Tensor) -> Tensor:
-                with self._autocast():
-                    return logits_of(self.model, source, inputs).float()
-
-            epochs, _, _ = config.of_stage(stage)
-            say = partial(self.progress.console.print, markup=False)
-            graph = config.cuda_graph == "auto" and epochs * batches >= LEAST_STEPS
-            # The other stage's graph, and its memory, go.
-            self._evaluations = {
-                stage: GraphedStep(forward, say=say, what="validation") if graph else forward
-            }
-        return self._evaluations[stage]
 
     @property
     def features(self) -> dict[str, FeatureSource]:
