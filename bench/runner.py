@@ -24,6 +24,7 @@ NAMES = (
     "training",
     "gdpl",
     "end_to_end",
+    "streaming",
     "deployment",
     "scaling",
     "predict",
