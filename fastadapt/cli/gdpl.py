@@ -38,6 +38,11 @@ def gdpl(given: Given) -> None:
         gdpl_config = given.build(GDPLConfig, rank_depth=given.values[depth])
 
     check_one_process("GDPL")
+    from fastadapt.gpu_start import begin_context
+    from fastadapt.no_compiler import leave_compiler_out
+
+    begin_context(run.device)
+    leave_compiler_out()
     from fastadapt.gdpl import GDPLSource, train_gdpl
     from fastadapt.gdpl.domain_features import FeatureTable
     from fastadapt.gdpl.evaluate import result_table
@@ -64,6 +69,7 @@ def gdpl(given: Given) -> None:
             resume=run.resume,
             overwrite=run.overwrite,
             quiet=run.quiet,
+            profile=what.profile,
         )
     if not run.quiet:
         from rich.console import Console

@@ -373,6 +373,10 @@ class GDPLRunSettings(Settings):
         ),
     ] = None
 
+    profile: Annotated[
+        bool, Setting("Print where the seconds went, and write them to profile.json.", panel=RUN)
+    ] = False
+
     @classmethod
     def paper(cls, **changes: Any) -> Self:
         """Return the settings of the paper's code: three seeds, and their standard deviation."""

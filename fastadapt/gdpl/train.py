@@ -32,15 +32,18 @@ from fastadapt.gdpl.few_shot import (
 )
 from fastadapt.gdpl.loop import train_epochs
 from fastadapt.gdpl.model import GDPLModel
+from fastadapt.gpu_start import begin_libraries
 from fastadapt.info import versions
 from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.loop import precision
 from fastadapt.train.outputs import RECORDED
+from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.run import full_disk_or_memory, parse_device, scanned
 from fastadapt.train.run_folder import (
     LABELS,
+    PROFILE,
     RESULTS,
     SPLITS,
     STATE,
@@ -74,6 +77,7 @@ def train_gdpl(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = True,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Train GDPL once per seed and evaluate it.
 
@@ -102,6 +106,7 @@ def train_gdpl(
             they are. On a CPU the result is bit for bit that of an uninterrupted run with the same
             number of threads.
         overwrite: replace runs. Their files stay until the new run has completed an epoch.
+        profile: write ``profile.json`` to ``out``, the seconds of each phase, and print them.
 
     Returns:
         ``{"seeds": {seed: {"metrics": {task: metrics}, …}}, "zero_shot": {task: metrics}, …}``.
@@ -119,6 +124,8 @@ def train_gdpl(
     _check_source(source, table)
     target = parse_device(device)
     amp = precision(config.amp, target)
+    libraries = begin_libraries(target)
+    phases = Phases(process_age() if profile else 0.0)
     autocast = nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
     workers = default_workers() if workers is None else workers
 
@@ -130,7 +137,7 @@ def train_gdpl(
         for path in (data, *eval_data):
             splits = read_dataset(path, config.val_fraction)
             splits = draw_splits(splits, config.val_fraction, config.test_fraction)
-            with Scan(splits, workers, asked) as begun:
+            with Scan(splits, workers, asked) as begun, phases("decode"):
                 scan = scanned(begun, progress, skip_unreadable=skip_unreadable)
             read.append(scan.dataset)
             if len(read) == 1 and scan.value_range is not None:
@@ -144,6 +151,8 @@ def train_gdpl(
         if table is not None:  # an image without features is refused before any training
             table.of([s.path for s in (*train_samples, *(s for t in tasks for s in t.samples))])
 
+        if libraries is not None:
+            libraries.join()  # nothing launches beside a capture
         runs: dict[str, Any] = {}
         zero_shot, evaluator = None, None
         for seed in seeds:
@@ -190,8 +199,9 @@ def train_gdpl(
                 model.set_frozen_dtype(amp)
 
             def save(state: State, folder=folder, settings=settings) -> None:
-                save_state(state, settings, folder / STATE)
-                write_metrics(folder, state.history)
+                with phases("saving"):
+                    save_state(state, settings, folder / STATE)
+                    write_metrics(folder, state.history)
                 if overwrite and folder == folders[seeds[0]] and state.epoch == 1:
                     _discard_results(out, folders.values(), folder)
 
@@ -199,13 +209,15 @@ def train_gdpl(
             try:
                 with full_disk_or_memory(folder):
                     remove_leftovers(folder)
-                    train_epochs(model, shots, config, evaluator, seed, state, save)
-                    if zero_shot is None and model.classes.context is not None:
-                        zero_shot = {
-                            task.name: evaluator.measure(model, task, zero_shot=True)
-                            for task in tasks
-                        }
-                    metrics = {task.name: evaluator.measure(model, task) for task in tasks}
+                    with phases("stage1"):
+                        train_epochs(model, shots, config, evaluator, seed, state, save)
+                    with phases("validation"):
+                        if zero_shot is None and model.classes.context is not None:
+                            zero_shot = {
+                                task.name: evaluator.measure(model, task, zero_shot=True)
+                                for task in tasks
+                            }
+                        metrics = {task.name: evaluator.measure(model, task) for task in tasks}
                     model.set_class_names(tasks[0].classes)
                     runs[str(seed)] = {
                         "seed": seed,
@@ -232,6 +244,9 @@ def train_gdpl(
         }
         if len(seeds) > 1:
             write_json(out / RESULTS, results)
+        if profile:
+            write_json(out / PROFILE, phases.to_dict())
+            say(phase_table(phases.to_dict()))
     return results
 
 

@@ -83,8 +83,10 @@ class TestTraining:
         names.write_text(json.dumps({"annual_crop": "farm land", "sea": "open sea"}))
         out = tmp_path / "run"
         results = train_gdpl(
-            data, out, source, QUICK, GDPL, eval_data=[other_data], names_file=names
+            data, out, source, QUICK, GDPL, eval_data=[other_data], names_file=names, profile=True
         )
+        seconds = json.loads((out / "profile.json").read_text())
+        assert seconds["stage1"] > 0 and seconds["validation"] > 0 and seconds["decode"] > 0
         assert results["classes"]["base"] == ["farm land", "forest", "harbour"]
         assert results["classes"]["novel"] == ["industrial_area", "river"]
         assert results["classes"]["other"] == ["desert", "open sea"]
