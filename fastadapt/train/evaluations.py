@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastadapt.cuda_graph import LEAST_STEPS, GraphedStep
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.halving import InParts
 
 
 class Evaluations:
@@ -49,5 +50,6 @@ class Evaluations:
             epochs, _, _ = self._config.of_stage(stage)
             graph = self._config.cuda_graph == "auto" and epochs * batches >= LEAST_STEPS
             graphed = GraphedStep(forward, say=self._say, what="validation")
-            self._stage, self._step = stage, graphed if graph else forward
+            self._stage = stage
+            self._step = InParts(graphed if graph else forward, self._say)
         return self._step

@@ -30,6 +30,7 @@ from fastadapt.fusion.batch_norm import fuse_batch_norms
 from fastadapt.fusion.cpu_activations import fuse_activations
 from fastadapt.fusion.frozen_blocks import release_fused_blocks
 from fastadapt.train.cache_file import open_cache, writing
+from fastadapt.train.halving import InParts
 from fastadapt.train.sources import FeatureSource, padded
 from fastadapt.trainable import COMPILED
 from fastadapt.unplanned import unplanned
@@ -211,12 +212,15 @@ class Extraction:
         say: Callable[[str], object] | None = None,
     ):
         self._given, self._autocast = model, autocast
-        self._step = GraphedStep(self._tokens, say=say, what="the backbone") if graph else None
+        say = say or (lambda line: None)
+        step = GraphedStep(self._tokens, say=say, what="the backbone") if graph else self._tokens
+        self._step: InParts | None = InParts(step, say)
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Return the features [B, tokens, C] fp32 of images [B, C, H, W]."""
+        assert self._step is not None, "closed"
         with torch.no_grad():
-            return self._tokens(batch) if self._step is None else self._step(batch)
+            return self._step(batch)
 
     def close(self) -> None:
         """Free the graph, and then the rounded weights that it reads."""

@@ -39,6 +39,7 @@ from fastadapt.train.feature_cache import (
     cached_source,
     size_text,
 )
+from fastadapt.train.halving import halving
 from fastadapt.train.imports_ahead import import_ahead
 from fastadapt.train.metrics import classification_metrics
 from fastadapt.train.mixing import make_mix
@@ -112,8 +113,8 @@ class Trainer:
         self._images: dict[str, ImageSource] = {}
         self._features: dict[str, FeatureSource] = {}
         self._average: WeightAverage | None = None
-        say = partial(self.progress.console.print, markup=False)
-        self._evaluations = Evaluations(self.config, self._autocast, say)
+        self._say = partial(self.progress.console.print, markup=False)
+        self._evaluations = Evaluations(self.config, self._autocast, self._say)
         self._wrote_metrics = False
         self._writers: list[CacheWriter] = []
         self._saver = StateSaver(self._save, self.save_every)
@@ -142,7 +143,7 @@ class Trainer:
                 self.model,
                 self._autocast,
                 graph=many and self.config.cuda_graph == "auto",
-                say=partial(self.progress.console.print, markup=False),
+                say=self._say,
             )
             for split in splits:
                 self._features[split] = self._cached_features(split, extraction)
@@ -312,8 +313,11 @@ class Trainer:
             label_smoothing=config.label_smoothing,
             clip_grad=config.clip_grad,
             graph=config.cuda_graph == "auto" and steps >= LEAST_STEPS,
-            say=partial(self.progress.console.print, markup=False),
+            say=self._say,
             sums=self.processes.gradient_sum(self.model.train()),
+            on_full=halving(
+                self.model, f"batch_size{'' if self.state.stage == 1 else 2}", self._say
+            ),
         )
 
     def _train_epoch(

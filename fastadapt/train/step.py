@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.cuda_graph import GraphedStep
+from fastadapt.train.halving import Full, free_memory
 
 if TYPE_CHECKING:
     from fastadapt.train.gradient_sum import GradientSum
@@ -30,6 +31,7 @@ def training_step(
     graph: bool = False,
     say: Callable[[str], object] | None = None,
     sums: GradientSum | None = None,
+    on_full: Full | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Make a function that takes one step: forward, cross-entropy, backward, clipping, optimizer.
 
@@ -48,6 +50,9 @@ def training_step(
         say: as for :class:`fastadapt.GraphedStep`.
         sums: of the gradients over processes, each of which takes the step with its share of the
             batch; rows without an image have the label ``IGNORED``, or shares of 0.
+        on_full: called with a number of parts when a batch does not fit into the GPU's memory
+            (:func:`fastadapt.train.halving.halving`); from then on gradients are added up over so
+            many parts. Without it, and with several processes, the error is raised.
 
     Returns:
         ``step(lr, labels, *inputs)``, which gives the loss and the number of right predictions,
@@ -60,22 +65,42 @@ def training_step(
     rates = _Rates([group.get("lr_scale", 1.0) for group in groups], device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
 
-    def train(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        optimizer.zero_grad(set_to_none=True)
+    parts = 1
+
+    def add_gradients(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of the parts of a batch; return its loss and right predictions."""
+        total = row_weights(labels, class_weights)[0].sum()
+        loss, right = total.new_zeros(()), labels.new_zeros((), dtype=torch.int64)
+        pieces = zip(*(tensor.chunk(parts) for tensor in (labels, *inputs)), strict=True)
+        for piece, *rows in pieces:
+            with autocast():
+                y = logits(*rows)
+            share = cross_entropy(y.float(), piece, class_weights, label_smoothing, mean=False)
+            share = share / total
+            with torch.autograd.set_multithreading_enabled(False):
+                scaler.scale(share).backward()
+            loss = loss + share.detach()
+            right = right + (y.detach().argmax(1) == _true(piece)).sum()
+        return loss, right
+
+    def whole(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a batch; return its loss and right predictions."""
         if sums is not None:
             sums.begin(*row_weights(labels, class_weights))
         with autocast(), nullcontext() if sums is None else sums.batch_statistics():
             y = logits(*inputs)
         loss = cross_entropy(y.float(), labels, class_weights, label_smoothing, mean=sums is None)
-        true = labels if labels.dim() == 1 else labels.argmax(1)
-        right = (y.detach().argmax(1) == true).sum()
+        right = (y.detach().argmax(1) == _true(labels)).sum()
         if sums is not None:
             loss = sums.share_of_loss(loss, right)
         # In this thread: a thread of autograd's would have a workspace of cuBLAS of its own.
         with torch.autograd.set_multithreading_enabled(False):
             scaler.scale(loss).backward()
-        if sums is not None:
-            loss, right = sums.end()
+        return (loss, right) if sums is None else sums.end()
+
+    def train(labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        loss, right = (whole if parts == 1 else add_gradients)(labels, *inputs)
         if clip_grad is not None:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(trained, clip_grad)
@@ -87,16 +112,33 @@ def training_step(
         scaler.update()
         return loss.detach(), right
 
-    run: Callable[..., Any] = train
-    if graph and not scaler.is_enabled():
-        run = GraphedStep(train, say=say)
+    def graphed() -> Callable[..., Any]:
+        return GraphedStep(train, say=say) if graph and not scaler.is_enabled() else train
+
+    run = graphed()
 
     def step(lr: float, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal parts, run
         for group, rate in zip(groups, rates.at(lr), strict=True):
             group["lr"] = rate
-        return run(labels, *inputs)
+        while True:
+            try:
+                return run(labels, *inputs)
+            except torch.OutOfMemoryError:
+                if on_full is None or sums is not None or 2 * parts > len(labels):
+                    raise
+            # After the handler, whose error holds what the failed step had made.
+            optimizer.zero_grad(set_to_none=True)
+            on_full(2 * parts)
+            parts, run = 2 * parts, graphed()
+            free_memory()
 
     return step
+
+
+def _true(labels: Tensor) -> Tensor:
+    """Return the class of each row, of classes or of shares."""
+    return labels if labels.dim() == 1 else labels.argmax(1)
 
 
 class _Rates:
