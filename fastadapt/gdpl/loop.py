@@ -19,8 +19,8 @@ from fastadapt.gdpl.checkpoint import trained_state
 from fastadapt.gdpl.config import GDPLTrainConfig
 from fastadapt.gdpl.evaluate import Evaluator
 from fastadapt.gdpl.model import GDPLModel
-from fastadapt.train.loop import precision
 from fastadapt.train.optimizer import copy_of
+from fastadapt.train.precision import precision
 from fastadapt.train.run_folder import State
 from fastadapt.train.schedule import Schedule
 from fastadapt.train.step import Losses, training_step

@@ -44,8 +44,8 @@ from fastadapt.train.fold_results import (
 )
 from fastadapt.train.fold_settings import FoldSettings, dataset_of
 from fastadapt.train.jobs import Job, device_list, run_jobs
-from fastadapt.train.loop import precision
 from fastadapt.train.phases import Phases
+from fastadapt.train.precision import precision
 from fastadapt.train.request import REQUEST, Request
 from fastadapt.train.results import TrainResult, score_line
 from fastadapt.train.run import (

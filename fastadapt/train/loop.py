@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from fastadapt.processes import ALONE, Processes
 from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.estimate import Work, estimate_line
 from fastadapt.train.evaluations import Evaluations
 from fastadapt.train.feature_cache import (
     GPU_BATCH_SIZE,
@@ -45,6 +46,7 @@ from fastadapt.train.metrics import classification_metrics
 from fastadapt.train.mixing import make_mix
 from fastadapt.train.optimizer import copy_of, make_optimizer
 from fastadapt.train.phases import Phases
+from fastadapt.train.precision import precision
 from fastadapt.train.run_folder import (
     CACHE,
     STATE,
@@ -137,6 +139,8 @@ class Trainer:
         first = self.state.stage
         splits = [split for split in ("train", "val", "test") if self.dataset.split(split)]
         images_train = not self.cached or self.config.stages == 2
+        if first == 1 and self.state.epoch == 0 and not self.progress.console.quiet:
+            self._estimate(splits, images_train)
         if self.cached and first == 1:
             many = len(self.dataset.samples) >= LEAST_STEPS * GPU_BATCH_SIZE
             extraction = Extraction(
@@ -155,7 +159,7 @@ class Trainer:
                 kept.append(self._image_source(split).decode(views))
             total = sum(self._image_source(split).needed_bytes() for split in splits)
             if not all(kept):
-                self.progress.console.print(
+                self._say(
                     f"images are decoded in every epoch: {size_text(total)} is too much to keep"
                 )
                 return
@@ -164,6 +168,15 @@ class Trainer:
                 self._image_source(split).decode()
         if self.pool is not None:
             self.pool.close()  # nothing is decoded from here on
+
+    def _estimate(self, splits: Sequence[str], images_train: bool) -> None:
+        """Say how much time, memory and disk the run takes."""
+        kept = sum(self._image_source(split).needed_bytes() for split in splits)
+        work = Work.of(self.dataset, self.config, self.cached, kept if images_train else 0)
+        size = GPU_BATCH_SIZE if self.device.type == "cuda" else 2
+        line = estimate_line(self.model, self.config, work, size, self._autocast)
+        if line is not None:
+            self._say(line)
 
     def load_best(self) -> None:
         """Give the model the weights of the epoch that was kept."""
@@ -506,18 +519,3 @@ class Trainer:
             f"the loss is {loss} in stage {stage}, epoch {epoch}, {where}: start anew with a lower "
             f"`{option}` (it is {peak:g}), with `clip_grad=1`, or with `amp='off'`; {kept}"
         )
-
-
-def precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype for autocast; None for full precision.
-
-    Raises:
-        InputError: fp16 on a CPU.
-    """
-    if amp == "off" or (amp == "auto" and device.type == "cpu"):
-        return None
-    if amp == "fp16" and device.type == "cpu":
-        raise InputError("amp is 'fp16', which needs a GPU: give `amp='bf16'` or off")
-    if amp == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -33,10 +33,11 @@ from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.devices import check_batch_sizes, device_of_process, locked, together
 from fastadapt.train.fold_settings import dataset_of
-from fastadapt.train.loop import Trainer, precision
+from fastadapt.train.loop import Trainer
 from fastadapt.train.optimizer import make_optimizer
 from fastadapt.train.outputs import frozen_probe, write_outputs
 from fastadapt.train.phases import Phases, phase_table, process_age
+from fastadapt.train.precision import precision
 from fastadapt.train.request import REQUEST, Request
 from fastadapt.train.results import TrainResult
 from fastadapt.train.run_folder import (

@@ -22,7 +22,7 @@ from fastadapt.data.pixels import ValueRange
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source
-from fastadapt.train.loop import precision
+from fastadapt.train.precision import precision
 from fastadapt.train.trials import Features, pooled
 
 # On a CPU a trial's cost is proportional to the positions: 9 of a map are its thirds.

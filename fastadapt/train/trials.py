@@ -24,9 +24,9 @@ from fastadapt.config import AdaptConfig
 from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.errors import InputError
 from fastadapt.train.config import TrainConfig
-from fastadapt.train.loop import precision
 from fastadapt.train.metrics import classification_metrics
 from fastadapt.train.optimizer import make_optimizer
+from fastadapt.train.precision import precision
 from fastadapt.train.schedule import learning_rate
 from fastadapt.train.sources import FeatureSource, logits_of_cached, padded
 from fastadapt.train.step import Losses, training_step
