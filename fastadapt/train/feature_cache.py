@@ -228,8 +228,9 @@ class Extraction:
         release_fused_blocks(self._given.backbone)
 
     def _tokens(self, batch: Tensor) -> Tensor:
+        model = self._model  # made without autocast
         with self._autocast():
-            return as_tokens(self._given, self._model.backbone_features(batch)).float()
+            return as_tokens(model, model.backbone_features(batch)).float()
 
     @cached_property
     def _model(self) -> AdaptedModel:

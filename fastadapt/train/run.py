@@ -473,9 +473,9 @@ def full_disk_or_memory(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        again = " with `resume=True`" if (out / STATE).is_file() else ""
         raise InputError(
-            f"the disk of {out} is full: free some space, then run the same again with "
-            "`resume=True`"
+            f"the disk of {out} is full: free some space, then run the same again{again}"
         ) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
