@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-OUTPUTS = ("sklearn.metrics", "matplotlib.figure", "fastadapt.train.plots")
+OUTPUTS = ("sklearn.metrics", "fastadapt.train.plots", "fastadapt.train.mistakes")
 SWITCH_INTERVAL = 1e-4  # seconds
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress, TaskID
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import trained_state
@@ -24,10 +24,10 @@ from fastadapt.data.dataset import Dataset
 from fastadapt.data.decode_pool import DecodePool
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
-from fastadapt.errors import InputError
 from fastadapt.processes import ALONE, Processes
 from fastadapt.train.average import WeightAverage
 from fastadapt.train.cache_file import is_cache
+from fastadapt.train.checks import check_finite, class_weights, samples_are_independent
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.estimate import Work, estimate_line
 from fastadapt.train.evaluations import Evaluations
@@ -171,11 +171,10 @@ class Trainer:
 
     def _estimate(self, splits: Sequence[str], images_train: bool) -> None:
         """Say how much time, memory and disk the run takes."""
-        kept = sum(self._image_source(split).needed_bytes() for split in splits)
-        work = Work.of(self.dataset, self.config, self.cached, kept if images_train else 0)
+        kept = sum(self._image_source(split).needed_bytes() for split in splits if images_train)
+        work = Work.of(self.dataset, self.config, self.cached, kept)
         size = GPU_BATCH_SIZE if self.device.type == "cuda" else 2
-        line = estimate_line(self.model, self.config, work, size, self._autocast)
-        if line is not None:
+        if line := estimate_line(self.model, self.config, work, size, self._autocast):
             self._say(line)
 
     def load_best(self) -> None:
@@ -243,7 +242,9 @@ class Trainer:
     def loss(self, split: str, logits: Tensor) -> float:
         """Return the loss of logits on a split, with class weights, without label smoothing."""
         labels = torch.from_numpy(self._source(split).labels)
-        return F.cross_entropy(logits, labels, weight=self._class_weights()).item()
+        return F.cross_entropy(
+            logits, labels, weight=class_weights(self.dataset, self.config)
+        ).item()
 
     def finish(self) -> None:
         """Drop the state, which the results replace, and wait for caches that are being written."""
@@ -316,7 +317,7 @@ class Trainer:
         config, source = self.config, self._source("train")
         epochs, _, batch_size = config.of_stage(self.state.stage)
         steps = (epochs - self.state.epoch) * (len(source.labels) // batch_size)
-        weights = self._class_weights()
+        weights = class_weights(self.dataset, self.config)
         return training_step(
             lambda inputs: logits_of(self.model, source, inputs),
             optimizer,
@@ -366,8 +367,11 @@ class Trainer:
         self.model.train()
         # One order for any number of processes, each of which has a piece of every batch.
         share = self.processes.share(order, batch_size)
-        # Of one size, all steps are replays of one graph.
-        pad = share.batch_size if steps > 1 and self._samples_are_independent() else 0
+        pad = (
+            share.batch_size
+            if steps > 1 and samples_are_independent(self.model, self.device)
+            else 0
+        )
         batches = source.batches(share.order, views, share.batch_size)
         for step, (inputs, labels) in enumerate(batches, start=1):
             number = (epoch - 1) * steps + step
@@ -386,13 +390,6 @@ class Trainer:
                 self.processes.after_reading()
             self.progress.advance(task, taken)
         return {"lr": lr, "train_loss": losses.total() / len(order)}
-
-    def _samples_are_independent(self) -> bool:
-        """Whether a step's result for one image does not depend on the others, on a GPU."""
-        return self.device.type == "cuda" and not any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-            for module in self.model.modules()
-        )
 
     def _complete_epoch(self, row: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Note the epoch, keep its weights if they are the best, offer the state to be saved."""
@@ -501,21 +498,5 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
-    def _class_weights(self) -> Tensor | None:
-        """[num_classes], mean 1 over the training images; None without weighting."""
-        if self.config.class_weights == "none":
-            return None
-        labels = [sample.label for sample in self.dataset.split("train")]
-        counts = torch.bincount(torch.tensor(labels), minlength=len(self.dataset.classes))
-        return len(labels) / (len(counts) * counts.float())
-
     def _check_finite(self, loss: float, epoch: int, where: str) -> None:
-        if math.isfinite(loss):
-            return
-        stage, option = self.state.stage, "lr" if self.state.stage == 1 else "lr2"
-        _, peak, _ = self.config.of_stage(stage)
-        kept = f"{STATE} keeps the epoch before" if self.state.history else "no epoch was completed"
-        raise InputError(
-            f"the loss is {loss} in stage {stage}, epoch {epoch}, {where}: start anew with a lower "
-            f"`{option}` (it is {peak:g}), with `clip_grad=1`, or with `amp='off'`; {kept}"
-        )
+        check_finite(loss, self.config, self.state, f"epoch {epoch}, {where}")

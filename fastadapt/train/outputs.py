@@ -13,8 +13,6 @@ from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
 from fastadapt.train.linear_probe import LARGEST, linear_probe
 from fastadapt.train.loop import Trainer
-from fastadapt.train.mistakes import Mistakes, draw_mistakes
-from fastadapt.train.plots import plot_curves, plot_evaluation
 from fastadapt.train.request import REQUEST
 from fastadapt.train.results import (
     TrainResult,
@@ -131,6 +129,10 @@ def _write(
     write_text(out / LABELS, "".join(f"{name}\n" for name in dataset.classes))
     dataset.write_splits(out / SPLITS)
     write_metrics(out, state.history)
+    # matplotlib, of which only the end has need (imports_ahead)
+    from fastadapt.train.mistakes import Mistakes, draw_mistakes
+    from fastadapt.train.plots import plot_curves, plot_evaluation
+
     plot_curves(state.history, out / CURVES, state.best)
     write_predictions(out / PREDICTIONS, dataset, logits, decision)
     held_out = list(raw)[-1]
