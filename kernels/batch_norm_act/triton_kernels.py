@@ -8,8 +8,9 @@ side in a row here, L = R·C, so that rows are whole blocks of BC values. M·R =
     (3)  d = g · act'(z),   db = Σ d,   dw = r · Σ d · (x - μ)
     (4)  dx = r · w · (d - db / n - (x - μ) · r · dw / n)
 
-(1) and (3) are sums of programs, which a kernel adds. What a channel needs is in
-``channels``: μ, r · w, b, r, [4, C] fp32; of the backward, in ``sums``: db / n and r · dw / n.
+(1) and (3) are sums of programs, which a kernel adds. Heights are not specialized: all layers of a
+network share their compiled kernels. What a channel needs is in ``channels``: μ, r · w, b, r,
+[4, C] fp32; of the backward, in ``sums``: db / n and r · dw / n.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def statistics_kernel(
     x_ptr, parts_ptr, rows, columns, channels, BR: tl.constexpr, BC: tl.constexpr
 ):
@@ -41,7 +42,7 @@ def statistics_kernel(
     tl.store(p_part + columns, tl.sum(squares, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "repeats"])
 def finish_statistics_kernel(
     x_ptr,
     parts_ptr,
@@ -97,7 +98,7 @@ def _add_parts(parts_ptr, parts, repeats, channels, o_c, m_c, BP: tl.constexpr, 
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_kernel(
     x_ptr,
     channels_ptr,
@@ -143,7 +144,7 @@ def _before_activation(b_g, z, ACT: tl.constexpr):
     return b_g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gradient_sums_kernel(
     g_ptr,
     x_ptr,
@@ -179,7 +180,7 @@ def gradient_sums_kernel(
     tl.store(p_part + columns, tl.sum(products, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "repeats"])
 def finish_gradient_sums_kernel(
     parts_ptr,
     channels_ptr,
@@ -204,7 +205,7 @@ def finish_gradient_sums_kernel(
     tl.store(sums_ptr + channels + o_c, products * r * r / n, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def input_gradient_kernel(
     g_ptr,
     x_ptr,
