@@ -297,6 +297,8 @@ class Trainer:
             unit="images",
             note="",
         )
+        if stage == config.stages and self.device.type == "cuda":
+            import_ahead()  # beside plans of convolutions and replays, which need no Python
         while state.epoch < epochs and not self._stalled():
             started = time.perf_counter()
             epoch = state.epoch + 1
@@ -308,8 +310,6 @@ class Trainer:
             row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
             row["seconds"] = round(time.perf_counter() - started, 3)
             self._complete_epoch(row, optimizer)
-            if stage == config.stages and self.device.type == "cuda":
-                import_ahead()  # from here on replays wait for the GPU, not for this program
         self.progress.remove_task(task)
 
     def _training_step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
