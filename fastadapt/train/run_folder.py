@@ -279,9 +279,11 @@ def remove_run(folder: Path) -> None:
 
 
 def remove_if_unused(out: Path) -> None:
-    """Remove after a failure what says that a run was begun, if it completed no epoch."""
+    """Remove after a failure what says that a run was begun, if it kept no epoch."""
     if not (out / STATE).exists():
         (out / REQUEST).unlink(missing_ok=True)
+        if not (out / CONFIG).exists():  # of a run that was to be replaced
+            (out / METRICS).unlink(missing_ok=True)
     remove_if_empty(out)
 
 
