@@ -252,9 +252,7 @@ class Trainer:
         for writer in self._writers:
             writer.join()
             if writer.problem is not None:
-                self.progress.console.print(
-                    f"the features are not kept: {writer.problem}", markup=False
-                )
+                self._say(f"the features are not kept: {writer.problem}")
 
     def remove_unused_caches(self) -> None:
         """Remove features that an earlier run in the folder computed with other settings."""
