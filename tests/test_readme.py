@@ -53,6 +53,18 @@ def prediction_figures() -> set[str]:
     return {figure for text in texts for figure in FIGURE.findall(text)}
 
 
+def scaling_figures() -> set[str]:
+    """Return the times of the scaling benchmark's steps."""
+    tables = read("scaling-h200.json")["benchmarks"]["scaling"]["tables"]
+    return {f"{row['step, ms']:.2f} ms" for row in tables["weak scaling"]}
+
+
+def campaign_figures() -> set[str]:
+    """Return how long the campaigns of random calls took."""
+    files = RESULTS.glob("*/random-calls-*.json")
+    return {f"{json.loads(file.read_text())['seconds']:.0f} s" for file in files}
+
+
 def limits() -> set[str]:
     """Return the limits of the gate as the documents write them."""
     faster = f"{LEAST_SPEEDUP - 1:.0%}".replace("%", " %")
@@ -79,6 +91,7 @@ def test_gdpls_table():
 )
 def test_every_figure_is_known(document: Path):
     known = demo_figures() | gdpl_figures() | prediction_figures() | limits() | DEFINITIONS
+    known |= scaling_figures() | campaign_figures()
     for line in prose(document).splitlines():
         for figure in FIGURE.findall(re.sub("`[^`]*`", "", line)):
             assert figure in known, f"{figure} in: {line}"
