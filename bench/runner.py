@@ -23,6 +23,7 @@ NAMES = (
     "prompt_learner",
     "training",
     "gdpl",
+    "transfer",
     "end_to_end",
     "streaming",
     "deployment",

@@ -25,8 +25,8 @@ from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_sou
 from fastadapt.train.precision import precision
 from fastadapt.train.trials import Features, pooled
 
-# On a CPU a trial's cost is proportional to the positions: 9 of a map are its thirds.
-CPU_POSITIONS = 9
+# On a CPU a trial's cost is proportional to the positions: 4 of a map are its quarters.
+CPU_POSITIONS = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def trial_features(
         progress: bars and lines.
         pool, workers: processes that decode.
         value_range: of the images.
-        positions: to keep of each image at most, 9 on a CPU and all on a GPU if ``None``.
+        positions: to keep of each image at most, 4 on a CPU and all on a GPU if ``None``.
 
     Returns:
         Features of the parts' images, one part after the other.

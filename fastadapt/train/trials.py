@@ -9,7 +9,7 @@ model of the last epoch is judged, so that nothing is chosen on the images that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,11 +23,13 @@ from fastadapt.backbones import Backbone, FeatureSpec
 from fastadapt.config import AdaptConfig
 from fastadapt.cuda_graph import LEAST_STEPS
 from fastadapt.errors import InputError
+from fastadapt.train.average import WeightAverage
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.metrics import classification_metrics
+from fastadapt.train.mixing import make_mix
 from fastadapt.train.optimizer import make_optimizer
 from fastadapt.train.precision import precision
-from fastadapt.train.schedule import learning_rate
+from fastadapt.train.schedule import Schedule
 from fastadapt.train.sources import FeatureSource, logits_of_cached, padded
 from fastadapt.train.step import Losses, training_step
 
@@ -125,6 +127,8 @@ class Trial:
         self.amp_dtype = precision(config.amp, self._device)
         self.model = self._new_model(0).to(self._device)
         self._optimizer = make_optimizer(self.model, config)
+        self._mix = make_mix(config.mixup, 0.0, len(features.classes), images=False)
+        self._average: WeightAverage | None = None
         self._step: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def run(
@@ -144,16 +148,27 @@ class Trial:
         Raises:
             InputError: the loss is no longer finite.
         """
+        for _ in self.epochs(train, seed, epochs):
+            pass
+        return self.predict(held_out)
+
+    def epochs(self, train: np.ndarray, seed: int, epochs: int | None = None) -> Iterator[int]:
+        """Train anew; yield the number of each epoch that is done, for :meth:`predict` in between.
+
+        Args:
+            train, seed, epochs: as for :meth:`run`.
+        """
         self._restart(seed)
         for epoch in range(1, (epochs or self.config.epochs) + 1):
             self._train_epoch(train, seed, epoch)
-        return self.predict(held_out)
+            yield epoch
 
     def predict(self, places: np.ndarray) -> Tensor:
         """Return logits of the plain views, [len(places), classes] fp32, on the CPU."""
         self.model.eval()
         found = []
-        with torch.inference_mode():
+        averaged = nullcontext() if self._average is None else self._average.applied()
+        with averaged, torch.inference_mode():
             for inputs, _ in self._source.batches(places, None, EVALUATION_BATCH_SIZE):
                 with self._autocast():
                     found.append(logits_of_cached(self.model, inputs).float())
@@ -169,6 +184,8 @@ class Trial:
                 for value in values.values():
                     if isinstance(value, Tensor):
                         value.zero_()
+        if self.config.ema:
+            self._average = WeightAverage(self.model, self.config.ema)
 
     def _new_model(self, seed: int) -> AdaptedModel:
         torch.manual_seed(seed)
@@ -180,21 +197,25 @@ class Trial:
         torch.manual_seed(int(rng.integers(2**63)))
         order = train[rng.permutation(count)]
         views = rng.integers(len(self._source.features), size=len(self._source.labels))
-        if count > config.batch_size > 1 and count % config.batch_size == 1:
-            order = order[:-1]
+        rest = count % config.batch_size
+        if count > config.batch_size > 1 and (rest == 1 or config.drop_last):
+            order = order[: count - rest]
         steps = math.ceil(len(order) / config.batch_size)
-        total = config.epochs * steps
-        warmup = min(round(config.warmup_epochs * steps), total)
+        plan = Schedule(config.schedule, config.lr, config.epochs, steps, config.warmup_epochs)
         if self._step is None:
-            self._step = self._make_step(total)
+            self._step = self._make_step(plan.total)
         losses = Losses(self._check_finite)
         self.model.train()
         pad = config.batch_size if self._device.type == "cuda" and steps > 1 else 0
         batches = self._source.batches(order, views, config.batch_size)
         for step, (inputs, labels) in enumerate(batches, start=1):
-            rate = learning_rate((epoch - 1) * steps + step, total, warmup, config.lr)
-            loss, _ = self._step(rate, *reversed(padded(inputs, labels, pad)))
-            losses.add(loss, len(labels))
+            number, taken = (epoch - 1) * steps + step, len(labels)
+            if self._mix is not None:
+                inputs, labels = self._mix(inputs, labels)
+            loss, _ = self._step(plan.rate(number), *reversed(padded(inputs, labels, pad)))
+            if self._average is not None:
+                self._average.update(number)
+            losses.add(loss, taken)
         losses.total()
 
     def _make_step(self, steps: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -265,8 +286,3 @@ def score_of(logits: Tensor, labels: np.ndarray, classes: tuple[str, ...], metri
     if metric == "loss":
         return -nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item()
     return classification_metrics(labels, logits.argmax(1).numpy(), classes)[metric]
-
-
-def stage_one(config: TrainConfig) -> TrainConfig:
-    """Return the settings of stage 1 alone."""
-    return replace(config, stages=1)
