@@ -48,7 +48,7 @@ Cell = tuple[str, str, str]  # path, label, split
 
 
 def run(
-    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 8
+    out: str | Path, *, overwrite: bool = False, limit: int | None = None, epochs: int = 16
 ) -> dict[str, Any]:
     """Adapts, compares with a linear probe, folds, exports, verifies; prints and writes a table.
 
@@ -88,6 +88,7 @@ def _run(
     out: Path, folder: Path, weights: str, overwrite: bool, limit: int | None, epochs: int
 ) -> dict[str, Any]:
     from fastadapt.export import export_run, verify_bundle
+    from fastadapt.train.config import DEFAULT_ADAPTER
     from fastadapt.train.run import TrainConfig, train
 
     console = Console(highlight=False)
@@ -107,18 +108,8 @@ def _run(
         out / "data.csv",
         out / "run",
         BACKBONE,
-        TrainConfig(
-            epochs=epochs,
-            lr=5e-4,
-            weight_decay=0.2,
-            label_smoothing=0.1,
-            augment="flips",
-            views=2,
-            # Of some 300 validation images a few change sides by chance in every epoch; the loss
-            # is steadier.
-            select="loss",
-        ),
-        AdaptConfig(rank=64, mlp_ratio=0.25, proj_drop=0.1, input_size=(3, IMAGE_SIZE, IMAGE_SIZE)),
+        TrainConfig(epochs=epochs),
+        AdaptConfig(**DEFAULT_ADAPTER, input_size=(3, IMAGE_SIZE, IMAGE_SIZE)),
         preprocess={"crop_pct": 1.0},
         weights=out / "backbone.safetensors",
         overwrite=overwrite,

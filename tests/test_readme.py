@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastadapt.bench.suites.transfer import table
 from fastadapt.export.parity import THRESHOLDS
 from fastadapt.export.precision.int8 import LEAST_SPEEDUP
 from tests.helpers.documents import DOCUMENTS, ROOT, prose
@@ -18,7 +19,9 @@ FIGURE = re.compile(
 )
 DEFINITIONS = {"95 %"}  # the level of an interval
 # Written by hand beside their sources, or by tools that have tests of their own.
+# The tables of accuracy.md have a test of their own.
 OTHERS = {"benchmarks.md", "performance-notes.md", "command-line.md", "CONTRIBUTING.md"}
+OTHERS |= {"accuracy.md"}
 
 
 def read(name: str) -> dict:
@@ -104,3 +107,13 @@ def test_the_benchmarks_tables():
     for name in documents.DOCUMENTS:
         path = ROOT / name
         assert documents.render(path.read_text(), path, ROOT) == path.read_text(), name
+
+
+def test_the_tables_of_accuracy():
+    page = (ROOT / "docs/accuracy.md").read_text()
+    for methods in (["linear probe", "default"], ["head alone", "default"]):
+        for row in table(read("transfer.json")["runs"], methods):
+            backbone = row["backbone"].removeprefix("tf_efficientnet_").title()
+            cells = [row["images"], backbone, *list(row.values())[2:]]
+            line = f"| {' | '.join(cells)} |"
+            assert re.sub(r"(?<=[( ])-(?=\d)", "−", line) in page

@@ -26,7 +26,7 @@ class DemoSettings(Settings):
     limit: Annotated[
         int | None, Setting("Use about this many of the 2,624 images.", panel=PANEL, ge=200)
     ] = None
-    epochs: Annotated[int, Setting("Epochs of training.", panel=PANEL, ge=1, limit=1_000_000)] = 8
+    epochs: Annotated[int, Setting("Epochs of training.", panel=PANEL, ge=1, limit=1_000_000)] = 16
 
 
 @command(DemoSettings)

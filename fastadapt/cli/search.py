@@ -6,11 +6,25 @@ from fastadapt.cli.options import Given, command
 from fastadapt.config import AdaptConfig
 from fastadapt.interrupt import working
 from fastadapt.processes import check_one_process
-from fastadapt.train.config import BackboneSource, ImageSettings, RunSettings, TrainConfig
+from fastadapt.train.config import (
+    DEFAULT_ADAPTER,
+    BackboneSource,
+    ImageSettings,
+    RunSettings,
+    TrainConfig,
+)
 from fastadapt.train.search_config import SearchConfig
 
 
-@command(RunSettings, BackboneSource, SearchConfig, AdaptConfig, TrainConfig, ImageSettings)
+@command(
+    RunSettings,
+    BackboneSource,
+    SearchConfig,
+    AdaptConfig,
+    TrainConfig,
+    ImageSettings,
+    **DEFAULT_ADAPTER,
+)
 def search(given: Given) -> None:
     """Search for the best recipe by folds, train with it; options that are given are held."""
     run, source = given.build(RunSettings), given.build(BackboneSource)
@@ -34,11 +48,7 @@ def search(given: Given) -> None:
             given.build(AdaptConfig),
             held=held,
             image_size=size,
-            preprocess={
-                "crop_pct": images.crop_pct,
-                "crop_mode": images.crop_mode,
-                "interpolation": images.interpolation,
-            },
+            preprocess=images.preprocess(),
             pretrained=source.pretrained,
             device=run.device,
             workers=run.workers,

@@ -15,6 +15,7 @@ from fastadapt.output_place import check_output
 from fastadapt.processes import check_one_process, place_from_environment
 from fastadapt.settings import Setting, Settings
 from fastadapt.train.config import (
+    DEFAULT_ADAPTER,
     BackboneSource,
     ImageSettings,
     RecipeChoice,
@@ -65,10 +66,17 @@ class Recipe(NamedTuple):
     images: ImageSettings
 
 
+def default_training(given: Given) -> TrainConfig:
+    """Return the default recipe of what trains: the adapter, the head alone, or everything."""
+    if given.values["full"]:
+        return TrainConfig.default("full")
+    return TrainConfig.default("head" if given.values["adapter"] == "none" else "adapter")
+
+
 def recipe_of(given: Given) -> Recipe:
     """Return the settings of ``--recipe``; of the paper's three modes the options choose one."""
     if given.values["recipe"] == "default":
-        return Recipe(TrainConfig(), AdaptConfig(), ImageSettings())
+        return Recipe(default_training(given), AdaptConfig(**DEFAULT_ADAPTER), ImageSettings())
     mode: Literal["cla", "linear", "full"] = "cla"
     if given.values["full"]:
         mode = "full"
@@ -94,6 +102,7 @@ def recipe_of(given: Given) -> Recipe:
     Method,
     lora_rank=0,
     data=None,
+    **DEFAULT_ADAPTER,
 )
 def train(given: Given) -> None:
     """Train an adapter for a frozen backbone on labelled images; Ctrl-C, then --resume, is safe."""

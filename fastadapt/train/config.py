@@ -26,6 +26,9 @@ IntensityRange = Annotated[
         metavar="dtype|auto|LOW:HIGH|P%:Q%",
     ),
 ]
+# The adapter of the commands' default recipe, chosen on validation (docs/accuracy.md); that of
+# fa.AdaptConfig and fa.CLAdapter is the paper's.
+DEFAULT_ADAPTER: dict[str, Any] = {"rank": 64, "mlp_ratio": 0.25}
 MOST_EPOCHS, MOST_IMAGES = 10_000_000, 10_000_000
 
 
@@ -84,7 +87,7 @@ class TrainConfig(AugmentSettings):
     ] = None
     epochs: Annotated[
         int, Setting("Epochs of stage 1.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
-    ] = 30
+    ] = 16
     lr: Annotated[
         float, Setting("Peak learning rate of stage 1.", panel=TRAINING, gt=0, limit=1e38)
     ] = 1e-3
@@ -122,7 +125,7 @@ class TrainConfig(AugmentSettings):
             panel=TRAINING,
             ge=0,
         ),
-    ] = 0.01
+    ] = 0.2
     decay: Annotated[
         Literal["matrices", "all"],
         Setting(
@@ -163,7 +166,7 @@ class TrainConfig(AugmentSettings):
     label_smoothing: Annotated[
         float,
         Setting("Share of the target that is spread over all classes.", panel=TRAINING, ge=0, lt=1),
-    ] = 0.0
+    ] = 0.1
     mixup: Annotated[
         float,
         Setting(
@@ -332,6 +335,22 @@ class TrainConfig(AugmentSettings):
             )
 
     @classmethod
+    def default(cls, what: Literal["adapter", "head", "full"] = "adapter", **changes: Any) -> Self:
+        """Return the default recipe of the command.
+
+        Args:
+            what: trains: ``"adapter"``, adapter and head, whose settings are the class's defaults;
+                ``"head"``, the head alone; ``"full"``, everything.
+            **changes: other values of some settings.
+        """
+        values: dict[str, Any] = {}
+        if what == "head":
+            values = {"epochs": 30, "lr": 5e-3, "weight_decay": 0.05}
+        elif what == "full":
+            values = {"full": True, "epochs": 15, "lr": 3e-4, "weight_decay": 0.05}
+        return cls(**(values | changes))
+
+    @classmethod
     def paper(cls, mode: Literal["cla", "linear", "full"] = "cla", **changes: Any) -> Self:
         """Return the settings of CLAdapter's code.
 
@@ -357,6 +376,7 @@ class TrainConfig(AugmentSettings):
             "lr2": 1e-5,
             "optimizer": "adam",
             "weight_decay": 1e-3,
+            "label_smoothing": 0.0,
             "decay": "all",
             "schedule": "cladapter",
             "warmup_epochs": 2.0,

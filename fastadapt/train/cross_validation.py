@@ -30,7 +30,7 @@ from fastadapt.files import write_json
 from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
-from fastadapt.train.config import TrainConfig
+from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
 from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source
 from fastadapt.train.fold_plan import check_out, parts_of, plan_of, remove_others
 from fastadapt.train.fold_results import (
@@ -123,7 +123,7 @@ def train_folds(
         begun,
         backbone,
         config,
-        adapt_config or AdaptConfig(),
+        adapt_config or AdaptConfig(**DEFAULT_ADAPTER),
         preprocess=preprocess,
         pretrained=pretrained,
         weights=weights,

@@ -30,7 +30,7 @@ from fastadapt.lora import lora_layers
 from fastadapt.output_place import check_output
 from fastadapt.processes import ALONE, Processes, place_from_environment
 from fastadapt.progress import progress_bars
-from fastadapt.train.config import TrainConfig
+from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
 from fastadapt.train.devices import check_batch_sizes, device_of_process, locked, together
 from fastadapt.train.fold_settings import dataset_of
 from fastadapt.train.loop import Trainer
@@ -96,7 +96,8 @@ def train(
         backbone: as for :func:`fastadapt.adapt`; it must take images [B, 3, H, W]. ``None`` for
             that of ``init``.
         config: how to train.
-        adapt_config: what to put behind the backbone.
+        adapt_config: what to put behind the backbone; if ``None``, the default recipe's adapter,
+            which is smaller than the paper's.
         preprocess: settings of :class:`fastadapt.data.preprocess.Preprocess` that differ from those
             that the backbone was trained with.
         pretrained, weights: as for :func:`fastadapt.adapt`.
@@ -120,6 +121,8 @@ def train(
             GPU's memory is full. Where a state was saved it stays, for ``resume``.
     """
     config = config or TrainConfig()
+    if adapt_config is None and init is None:
+        adapt_config = AdaptConfig(**DEFAULT_ADAPTER)
     out = check_output(out, "folder", "a run")
     check_folder(out, resume, overwrite)
     place = place_from_environment()

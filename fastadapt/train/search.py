@@ -32,7 +32,7 @@ from fastadapt.files import is_temporary, read_json, write_json
 from fastadapt.locks import LOCK, lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
-from fastadapt.train.config import TrainConfig
+from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
 from fastadapt.train.linear_probe import probe_by_folds
 from fastadapt.train.results import TrainResult
 from fastadapt.train.run import parse_device, scanned, train
@@ -126,7 +126,8 @@ def search(
     """
     import_optuna()
     how, config = search_config or SearchConfig(), config or TrainConfig()
-    adapt_config, out = adapt_config or AdaptConfig(), check_output(out, "folder", "a search")
+    adapt_config = adapt_config or AdaptConfig(**DEFAULT_ADAPTER)
+    out = check_output(out, "folder", "a search")
     if isinstance(backbones, str):
         backbones = [NamedBackbone(backbones, None)]
     if adapt_config.lora is not None:
@@ -135,7 +136,9 @@ def search(
     target = parse_device(device)
     devices = [parse_device(name.strip()) for name in (how.devices or device).split(",")]
     started = time.perf_counter()
-    space = Space.around(config, adapt_config, held, [item.name for item in backbones])
+    names = [item.name for item in backbones]
+    small = all(place.type == "cpu" for place in devices)
+    space = Space.around(config, adapt_config, held, names, small=small)
     workers = default_workers() if workers is None else workers
     with lock_folder(out), progress_bars(quiet) as progress:
         _check_folder(out, resume, overwrite)  # again, now that no other process writes

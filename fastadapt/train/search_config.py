@@ -68,7 +68,7 @@ class SearchConfig(Settings):
     positions: Annotated[
         int | None,
         Setting(
-            "Positions of a feature map that trials see at most, pooled; 9 on a CPU and all on a "
+            "Positions of a feature map that trials see at most, pooled; 4 on a CPU and all on a "
             "GPU if not given. The final run sees all.",
             SEARCH,
             ge=1,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fastadapt.config import AdaptConfig
+from fastadapt.settings import declared
+from fastadapt.train.augment_config import AugmentSettings
 from fastadapt.train.config import TrainConfig
 
 Value = float | int | str
@@ -39,7 +41,14 @@ SPACE: dict[str, Choices | Between] = {
     "lr": Between(1e-4, 1e-2),
     "weight_decay": Between(1e-3, 1.0),
     "label_smoothing": Choices((0.0, 0.05, 0.1, 0.2)),
-    "epochs": Choices((4, 8, 12, 16)),
+    "mixup": Choices((0.0, 0.2)),
+    "epochs": Choices((4, 8, 16, 30)),
+}
+# On a CPU an adapter should not take longer than the frozen backbone, nor a trial minutes.
+SMALLER: dict[str, Choices | Between] = {
+    "rank": Choices((16, 32, 64, 128)),
+    "mlp_ratio": Choices((0.125, 0.25, 0.5)),
+    "epochs": Choices((4, 8, 16)),
 }
 OF_ADAPTER = ("adapter", "rank", "mlp_ratio", "depth", "num_centers", "proj_drop")
 
@@ -65,6 +74,8 @@ class Space:
         adapt_config: AdaptConfig,
         held: Collection[str] = (),
         backbones: Collection[str] = (),
+        *,
+        small: bool = False,
     ) -> Space:
         """Return the space around some settings.
 
@@ -72,11 +83,13 @@ class Space:
             config, adapt_config: the settings.
             held: names of those that are not varied.
             backbones: names to choose from; one is no choice.
+            small: leave out what takes long on a CPU.
         """
-        varied = {name: choice for name, choice in SPACE.items() if name not in held}
+        everything = SPACE | (SMALLER if small else {})
+        varied = {name: choice for name, choice in everything.items() if name not in held}
         if adapt_config.adapter == "none" and "adapter" in held:
             varied = {name: choice for name, choice in varied.items() if name not in OF_ADAPTER}
-        if config.augment != "none" and config.views > 1 and "views" not in held:
+        if config.augments and config.views > 1 and "views" not in held:
             varied["views"] = Choices((1, config.views))
         if len(backbones) > 1:
             varied["backbone"] = Choices(tuple(backbones))
@@ -101,7 +114,7 @@ class Space:
             if name not in OF_ADAPTER and name != "backbone"
         }
         if training.get("views") == 1:
-            training["augment"] = "none"
+            training |= {field.name: field.default for field in declared(AugmentSettings)}
         return replace(self.config, **training), replace(self.adapt_config, **adapter)
 
     def first(self) -> list[dict[str, Value]]:
@@ -117,7 +130,10 @@ class Space:
             given[name] = value
         if "adapter" not in self.varied:
             return [given]
-        head = {**given, "adapter": "none", "epochs": 16, "lr": 5e-3, "weight_decay": 0.05}
+        head = {**given, "adapter": "none", "lr": 5e-3, "weight_decay": 0.05}
+        longest = self.varied.get("epochs")
+        if isinstance(longest, Choices):
+            head["epochs"] = longest.values[-1]
         return [given, {name: value for name, value in head.items() if name in self.varied}]
 
 

@@ -3,8 +3,9 @@ import inspect
 import pytest
 
 from fastadapt.cli.train import train
+from fastadapt.config import AdaptConfig
 from fastadapt.settings import declared
-from fastadapt.train.config import BackboneSource, RunSettings, SavingSettings
+from fastadapt.train.config import BackboneSource, RunSettings, SavingSettings, TrainConfig
 
 
 def test_the_old_way_to_gdpl_names_the_new_one(command, tmp_path):
@@ -13,6 +14,16 @@ def test_the_old_way_to_gdpl_names_the_new_one(command, tmp_path):
         code, _, err = command(*args)
         assert code == 1 and err.count("\n") == 1
         assert "fastadapt gdpl DATA --clip NAME --domain-encoder NAME --out RUN" in err
+
+
+def test_the_default_recipe_is_smaller_than_the_papers():
+    options = inspect.signature(train).parameters
+    assert (options["rank"].default, options["mlp_ratio"].default) == (64, 0.25)
+    paper = AdaptConfig()  # in Python the adapter alone is the paper's
+    assert (paper.rank, paper.mlp_ratio) == (256, 4.0)
+    adapter, head = TrainConfig.default(), TrainConfig.default("head")
+    assert adapter == TrainConfig() and head.lr > adapter.lr and head.epochs > adapter.epochs
+    assert TrainConfig.default("full", epochs=3).full
 
 
 def test_it_needs_a_backbone(command, tmp_path):

@@ -35,7 +35,14 @@ def test_what_is_given_is_held_and_the_first_trial_is_as_given():
     plain, _ = space.settings({**drawn, "views": 1})
     assert plain.views == 1 and plain.augment == "none"
     alone = Space.around(config, fa.AdaptConfig(adapter="none"), {"adapter"})
-    assert set(alone.varied) == {"lr", "weight_decay", "label_smoothing", "epochs", "views"}
+    assert set(alone.varied) == {
+        "lr",
+        "weight_decay",
+        "label_smoothing",
+        "mixup",
+        "epochs",
+        "views",
+    }
     assert isinstance(alone.varied["lr"], Between) and len(alone.first()) == 1
 
 
