@@ -37,7 +37,7 @@ def begin_context(device: str) -> threading.Thread | None:
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     thread = threading.Thread(
         target=_create_context,
-        args=(int(index or os.environ.get("LOCAL_RANK", 0)),),
+        args=(int(index or os.environ.get("LOCAL_RANK", "0")),),
         name="fastadapt context",
         daemon=True,
     )

@@ -79,7 +79,8 @@ class _Convolution(nn.Module):
 
         conv, padding = self.conv, self.conv.padding
         if isinstance(conv, Conv2dSame):
-            x, padding = pad_same(x, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
+            kernel, stride, dilation = map(list, (conv.kernel_size, conv.stride, conv.dilation))
+            x, padding = pad_same(x, kernel, stride, dilation), (0, 0)
         return torch.ops.mkldnn._convolution_pointwise(
             x,
             conv.weight,

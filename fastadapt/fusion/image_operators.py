@@ -141,8 +141,7 @@ class ImageOperators(TorchFunctionMode):
             )
         elif pending is not None:
             pending.fill()
-        *positional, end = call
-        return depthwise_conv2d(*positional, padding_end=end, backend=self._backend)
+        return depthwise_conv2d(**call._asdict(), backend=self._backend)
 
     def _normalize(self, call: dict[str, Any]) -> Tensor:
         activation = self._norms[id(call["weight"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class InParts:
         say: is called with a line when parts get smaller.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], say: Callable[[str], object]):
+    def __init__(self, function: Callable[..., Any], say: Callable[[str], object]):
         self._function, self._say = function, say
         self._parts = 1
 
