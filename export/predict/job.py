@@ -92,6 +92,7 @@ def _run(
         raise InputError(f"{work.out} is a folder; expected a file")
     images.check()
     if work.resume and Parts(work.out).complete:
+        Parts(work.out).remove()  # killed while it did that
         return _nothing_to_do(work.out)
     from .request import Request
 

@@ -128,10 +128,11 @@ class _Training(Operation):
     def wrong_now(self, place: Path) -> str:
         """Look for loss and halves."""
         run = place / "run"
+        self.begun = (run / "state.safetensors").exists()
+        if self.begun:  # an unfinished run: what is put there must survive its end
+            (run / FOREIGN).write_text("mine")
         if not run.exists():
             return ""
-        (run / FOREIGN).write_text("mine")
-        self.begun = (run / "state.safetensors").exists()
         if not self.begun and (run / "config.json").exists() and (run / "results.json").exists():
             return "" if self.result(place) == self.expected else "a finished run of other results"
         return readable(run)

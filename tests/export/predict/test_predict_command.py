@@ -43,8 +43,12 @@ def test_bundles(tuned_bundles, name, tmp_path, monkeypatch, capsys):
     assert bad["path"] == str(pictures / "bad.png") and "cannot be read" in bad["reason"]
     assert command(monkeypatch, *args) == 1
     assert "is there, and complete: replace it with --overwrite" in capsys.readouterr().err
+    parts = tmp_path / "out.csv.parts"  # of a command that was killed while it removed them
+    parts.mkdir()
+    (parts / "part-000001.json").write_text("{}")
     assert command(monkeypatch, *args, "--resume") == 3
     assert "is there, and complete: there is nothing to resume" in capsys.readouterr().err
+    assert not parts.exists()
     assert command(monkeypatch, *args, "--overwrite") == 3
 
 
