@@ -64,7 +64,8 @@ def run(arguments: list[Any], kill: Kill | None = None, seconds: float = 0.0) ->
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process, signal.SIGKILL)
         operations = noted.read_text().splitlines() if noted.exists() else []
-        return Ended(_ENDED.pop(process), took, operations, said.read_text(errors="replace"))
+        words = said.read_text(errors="replace") if said.exists() else ""
+        return Ended(_ENDED.pop(process), took, operations, words)
 
 
 _ENDED: dict[int, int] = {}
