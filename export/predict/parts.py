@@ -170,11 +170,15 @@ class Parts:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder; the manifest first, so that no half of the parts counts.
+        """Remove the folder, its manifest first, so that no half counts, and temporary files.
 
         Raises:
             InputError: it holds files of others.
         """
+        written = {self.file.name, self.unreadable_file.name}
+        for path in self.file.parent.glob(".*.tmp"):  # of a command that was killed
+            if is_temporary(path.name, written):
+                path.unlink(missing_ok=True)
         if not self.folder.exists():
             return
         self._check_own()

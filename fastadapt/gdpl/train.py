@@ -209,6 +209,8 @@ def train_gdpl(
             try:
                 with full_disk_or_memory(folder):
                     remove_leftovers(folder)
+                    if state.history:  # it may have been killed between the state and these
+                        write_metrics(folder, state.history)
                     with phases("stage1"):
                         train_epochs(model, shots, config, evaluator, seed, state, save)
                     with phases("validation"):

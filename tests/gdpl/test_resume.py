@@ -205,3 +205,21 @@ def test_features_that_were_computed_before(source, data, tmp_path, monkeypatch)
         train_gdpl(data, out, source, QUICK, GDPL, domain_features=other, resume=True)
     train_gdpl(data, out, source, QUICK, GDPL, domain_features=table, resume=True)
     same_run(out, whole)
+
+
+def test_killed_between_the_last_state_and_its_metrics(source, data, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train_gdpl(data, whole, source, QUICK, GDPL)
+    written = []
+
+    def write_metrics(folder, history):
+        written.append(history)
+        if len(written) == QUICK.epochs:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fastadapt.gdpl.train.write_metrics", write_metrics)
+        train_gdpl(data, out, source, QUICK, GDPL)
+    assert (out / "state.safetensors").exists()
+    train_gdpl(data, out, source, QUICK, GDPL, resume=True)
+    same_run(out, whole)

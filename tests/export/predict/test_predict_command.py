@@ -46,9 +46,11 @@ def test_bundles(tuned_bundles, name, tmp_path, monkeypatch, capsys):
     parts = tmp_path / "out.csv.parts"  # of a command that was killed while it removed them
     parts.mkdir()
     (parts / "part-000001.json").write_text("{}")
+    ours, theirs = tmp_path / ".out.csv.a1b2c3d4.tmp", tmp_path / ".notes.csv.a1b2c3d4.tmp"
+    ours.touch(), theirs.touch()
     assert command(monkeypatch, *args, "--resume") == 3
     assert "is there, and complete: there is nothing to resume" in capsys.readouterr().err
-    assert not parts.exists()
+    assert not parts.exists() and not ours.exists() and theirs.exists()
     assert command(monkeypatch, *args, "--overwrite") == 3
 
 
