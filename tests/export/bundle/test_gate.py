@@ -27,10 +27,14 @@ class TestGate:
         assert {row["stage"] for row in manifest["parity"] if row["passed"]} == {"folding"}
         with pytest.raises(fa.InputError, match="was rejected when it was made"):
             verify_bundle(rejected)
-        (rejected / "old").touch()
+        (rejected / "report.html").write_text("of the first")
         with pytest.raises(GateError):
             export_run(run, tmp_path / "b", overwrite=True)
-        assert not (rejected / "old").exists()
+        assert (rejected / "report.html").read_text() != "of the first"
+        (rejected / "old").touch()  # nobody's to delete
+        with pytest.raises(fa.InputError, match=r"b\.rejected holds old, which no export wrote"):
+            export_run(run, tmp_path / "b", overwrite=True)
+        assert (rejected / "old").exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.rejected", "run"]
 
     def test_a_file_that_fails_to_run_is_rejected(self, run, tmp_path, monkeypatch, quick, made):

@@ -199,7 +199,7 @@ class TestExport:
         np.testing.assert_allclose(load(bundle)(picture).logits, want, rtol=1e-3, atol=1e-3)
         again = command(monkeypatch, "export", "--backbone", NAME, *options, "--out", bundle)
         assert again == 1
-        assert "models/b exists: replace it with --overwrite" in capfd.readouterr().err
+        assert f"{bundle} exists: replace it with --overwrite" in capfd.readouterr().err
 
     def test_synthetic_images_are_said(self, weights, tmp_path, monkeypatch):
         result = export_timm(

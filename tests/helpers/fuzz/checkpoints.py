@@ -22,7 +22,7 @@ from fastadapt.files import read_tensors
 from tests.helpers.fuzz.mutations import mutate_bytes, mutate_json, random_value
 from tests.helpers.fuzz.target import ACCEPTED, UNJUDGED, Target
 
-MARK = "FASTADAPT_FUZZ_CODE_RAN"
+MARK = "FUZZ_CODE_RAN"
 DTYPES = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "U8": np.uint8, "F16": np.float16}
 
 
