@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastadapt.config import AdaptConfig
 from fastadapt.train.config import TrainConfig
@@ -82,7 +82,7 @@ FULL_RATES = (3e-4, 1e-3)
 
 def full_config(rate: float, name: str) -> TrainConfig:
     """Return full fine-tuning as many do it: AdamW, flips where they are allowed, 15 epochs."""
-    flips = "flips" if name.startswith(FLIPPED) else "none"
+    flips: Literal["flips", "none"] = "flips" if name.startswith(FLIPPED) else "none"
     return TrainConfig(
         full=True,
         epochs=15,
@@ -133,10 +133,15 @@ BOTH = {
 
 def best_config(name: str, adapter: bool) -> TrainConfig:
     """Return a candidate of ``STAGE_TWO``, after stage 1 with the adapter, or from the start."""
-    settings = dict(STAGE_TWO[name])
+    settings: dict[str, Any] = dict(STAGE_TWO[name])
     rate, epochs = settings.pop("lr2"), settings.pop("epochs2")
-    common = {"weight_decay": 0.05, "label_smoothing": 0.1, "warmup_epochs": 2.0, "probe": False}
+    common: dict[str, Any] = {
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+        "warmup_epochs": 2.0,
+        "probe": False,
+    }
     if not adapter:
         return TrainConfig(full=True, epochs=epochs, lr=rate, **common, **settings)
-    first = {"epochs": 16, "lr": 1e-3, "views": 4}
+    first: dict[str, Any] = {"epochs": 16, "lr": 1e-3, "views": 4}
     return TrainConfig(stages=2, lr2=rate, epochs2=epochs, **first, **common, **settings)

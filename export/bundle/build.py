@@ -280,7 +280,7 @@ def _build_eight_bit_engine(
         return [_refuse(graph, folded, judgement.problems)]
     graph = replace(graph, reason=f"for TensorRT; in ONNX Runtime {judgement}")
     engine = _build_engine(options, folded, Variant(folded.module, precision, path, notes), console)
-    problems = (engine.reason,) if engine.status == FAILED else ()
+    problems: tuple[str, ...] = (engine.reason,) if engine.status == FAILED else ()
     rival = folded.path(options.precision, "engine")
     if engine.status == VERIFIED and engine.path is not None and rival.is_file():
         timed = judge(

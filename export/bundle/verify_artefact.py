@@ -139,7 +139,7 @@ def compare_runtime(
             truth = against(exact(), f"{runtime.name}, against fp64")
             parity = truth if truth.passed and not parity.passed else parity
         parities.append(parity)
-        if features is not None:
+        if features is not None and reference.features is not None:
             stage = f"{runtime.name}, features"
             wanted = _repeat(reference.features, len(features))
             parities.append(
