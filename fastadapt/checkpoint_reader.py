@@ -51,7 +51,7 @@ PREFIXES = ("module.", "model.", "net.", "network.", "ema_model.")
 INNER = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 CHUNK = 2**24
 DEPTH = 3  # of dictionaries in dictionaries
-MOST_DICTIONARIES = 100_000  # that are looked into
+MOST_ITEMS = 1_000_000  # of dictionaries that are looked into
 LEAST_LIMIT = 2**26  # bytes of tensors that any file may claim
 MOST_SHARED = 4  # times a file's size that its tensors may have: weights are tied, views expanded
 
@@ -168,21 +168,21 @@ def _candidates(
     Args:
         value: what a file held.
         path: to it.
-        visits: counts the dictionaries, of which a file can name one a billion times.
+        visits: counts the items, since a file can name a dictionary a billion times.
         seen: those that hold this one.
     """
     if not isinstance(value, dict) or isinstance(value, inert_pickle.Inert) or id(value) in seen:
         return
-    if next(visits) >= MOST_DICTIONARIES:
-        raise InputError(
-            f"the checkpoint holds more than {MOST_DICTIONARIES:,} dictionaries in dictionaries: "
-            "save model.state_dict() and give that"
-        )
     if value and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
         yield ".".join(path), dict(value)
         return
     if len(path) < DEPTH:
         for key, part in value.items():
+            if next(visits) >= MOST_ITEMS:
+                raise InputError(
+                    f"the checkpoint holds more than {MOST_ITEMS:,} items of dictionaries in "
+                    "dictionaries: save model.state_dict() and give that"
+                )
             if isinstance(key, str) and key not in ("optimizer", "optimizer_states"):
                 yield from _candidates(part, (*path, key), visits, seen | {id(value)})
 
