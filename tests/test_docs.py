@@ -25,6 +25,8 @@ OTHERS = {
     "--nnodes",
     "--node-rank",
     "--rdzv-endpoint",
+    "--sets",  # python -m fastadapt.bench.suites.transfer
+    "--what",
 }
 
 
