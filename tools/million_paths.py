@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.decision import LIKELIEST, Decision
 from fastadapt.export.predict.columns import PredictionColumns
 from fastadapt.export.predict.decode_ahead import DecodedBatch
 from fastadapt.export.predict.job import Job
@@ -62,6 +63,7 @@ class StubModel:
     reading: None = None
     value_range: None = None
     name: str = "a stub"
+    decision: Decision = LIKELIEST
     identity: dict[str, Any] = field(default_factory=lambda: {"hash": "1"})
 
     def run(self, pixels: np.ndarray) -> np.ndarray:

@@ -28,20 +28,21 @@ class Evaluations:
         say: Callable[[str], object],
     ):
         self._config, self._autocast, self._say = config, autocast, say
-        self._stage = 0
+        self._of: tuple[int, bool] | None = None
         self._step: Callable[..., Tensor]
 
     def step(
-        self, stage: int, logits: Callable[[Tensor], Tensor], batches: int
+        self, stage: int, images: bool, logits: Callable[[Tensor], Tensor], batches: int
     ) -> Callable[..., Tensor]:
         """Return what gives the logits fp32 of a batch, to be called without gradients.
 
         Args:
-            stage: the stage; with a new one the other's graph, and its memory, go.
+            stage, images: the stage, and whether inputs are images rather than features; with a
+                new pair the other's graph, and its memory, go.
             logits: of inputs on the device.
             batches: of one validation.
         """
-        if stage != self._stage:
+        if (stage, images) != self._of:
 
             def forward(inputs: Tensor) -> Tensor:
                 with self._autocast():
@@ -50,6 +51,6 @@ class Evaluations:
             epochs, _, _ = self._config.of_stage(stage)
             graph = self._config.cuda_graph == "auto" and epochs * batches >= LEAST_STEPS
             graphed = GraphedStep(forward, say=self._say, what="validation")
-            self._stage = stage
+            self._of = stage, images
             self._step = InParts(graphed if graph else forward, self._say)
         return self._step

@@ -209,6 +209,7 @@ class Trainer:
         self.model.eval()
         forward = self._evaluations.step(
             self.state.stage,
+            isinstance(source, ImageSource),
             lambda inputs: logits_of(self.model, source, inputs),
             math.ceil(count / batch_size),
         )

@@ -10,7 +10,7 @@ from fastadapt.errors import InputError
 def work(kind, place, device):
     """What a job does here."""
     if kind == "fail":
-        raise InputError("no\nimages")
+        raise InputError("no images")
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "wait":

@@ -6,7 +6,7 @@ import fastadapt as fa
 from fastadapt.checkpoint import set_temperature, temperature_of
 from fastadapt.errors import InputError
 from fastadapt.export.fold import fold_with_report
-from fastadapt.files import read_json, write_json
+from fastadapt.files import read_json, seal, write_json
 from fastadapt.layers.calibrated_linear import CalibratedLinear
 
 
@@ -38,9 +38,9 @@ def test_a_temperature_is_saved_loaded_and_folded(tmp_path):
             torch.testing.assert_close(each(images), plain / 1.7, rtol=1e-5, atol=1e-6)
 
     saved = read_json(tmp_path / "run" / "config.json")
-    write_json(tmp_path / "run" / "config.json", saved | {"temperature": 0})
+    write_json(tmp_path / "run" / "config.json", seal(saved | {"temperature": 0}))
     with pytest.raises(InputError, match="temperature is 0; expected"):
         fa.load_adapter(tmp_path / "run")
     del saved["temperature"]  # as older versions wrote it
-    write_json(tmp_path / "run" / "config.json", saved)
+    write_json(tmp_path / "run" / "config.json", seal(saved))
     assert temperature_of(fa.load_adapter(tmp_path / "run")) == 1.0

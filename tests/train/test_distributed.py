@@ -20,6 +20,8 @@ from fastadapt.train.run import train
 from tests.helpers.imagesets import make_folders
 from tests.helpers.processes import run_processes
 
+pytestmark = pytest.mark.forks
+
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=1.0, input_size=(3, 32, 32))
 # Seven images of a batch are four and three; the last batch has two of 16 images.
 CONFIG = TrainConfig(

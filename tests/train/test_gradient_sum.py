@@ -11,6 +11,8 @@ from torch import nn
 from fastadapt.train.step import IGNORED, training_step
 from tests.helpers.processes import run_processes
 
+pytestmark = pytest.mark.forks
+
 
 class Network(nn.Module):
     """A batch norm, channels last, a parameter without gradient and one of another dtype."""
