@@ -207,12 +207,9 @@ class Trainer:
         if self.device.type == "cuda":
             batch_size = max(batch_size, EVALUATION_BATCH_SIZE)
         self.model.eval()
-        forward = self._evaluations.step(
-            self.state.stage,
-            isinstance(source, ImageSource),
-            lambda inputs: logits_of(self.model, source, inputs),
-            math.ceil(count / batch_size),
-        )
+        stage, images = self.state.stage, isinstance(source, ImageSource)
+        logits, batches = partial(logits_of, self.model, source), math.ceil(count / batch_size)
+        forward = self._evaluations.step(stage, images, logits, batches)
         with torch.no_grad():
             parts = []
             for inputs, labels in source.batches(share.order, None, batch_size):
