@@ -24,12 +24,12 @@ from ..precision.int8 import (
     CALIBRATION_IMAGES,
     Judgement,
     QuantizationImages,
-    delicate_nodes,
     judge,
     judge_accuracy,
     quantize_int8,
 )
 from ..precision.qdq import write_qdq
+from ..precision.quantizer import delicate_nodes
 from ..runtimes import load_runtime
 from ..settings import OPSET, Batches
 from .engine_options import EngineOptions

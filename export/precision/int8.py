@@ -9,8 +9,6 @@ of onnx and onnxruntime over this package's, and CuPy.)
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,18 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastadapt.errors import InputError, first_line
-
 from ..runtimes import Runtime, load_runtime
 from ..speed import format_rate, throughput
+from .quantizer import OPERATORS, quantize_static
 
 CALIBRATION_IMAGES = 128
 BATCH = 8
 # A smaller speed-up is noise, and not worth another file.
 LEAST_SPEEDUP = 1.05
-# Operators between convolutions are quantised with them: otherwise the activations would go to
-# fp32 and back at every one.
-OPERATORS = ("Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "Pad")
 
 
 @dataclass(frozen=True)
@@ -117,46 +111,19 @@ def quantize_int8(
         InputError: the quantiser fails, with its reason.
     """
     from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self, name: str):
-            self.name = name
-            self.batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {self.name: batch}
 
     gpu = device == "cuda"
     activations = quantization.QuantType.QInt8 if gpu else quantization.QuantType.QUInt8
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # it warns on the root logger
-    path = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-            prepared, result = Path(temporary) / "prepared.onnx", Path(temporary) / path.name
-            quant_pre_process(str(onnx), str(prepared), skip_symbolic_shape=True)
-            quantization.quantize_static(
-                str(prepared),
-                str(result),
-                Reader(_input_name(prepared)),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=list(OPERATORS),
-                nodes_to_exclude=delicate_nodes(prepared),
-                per_channel=True,
-                activation_type=activations,
-                weight_type=quantization.QuantType.QInt8,
-                extra_options={"ActivationSymmetric": gpu},
-            )
-            result.replace(path)
-    except OSError:
-        raise
-    except Exception as error:
-        name, reason = Path(onnx).name, first_line(error)
-        raise InputError(f"ONNX Runtime cannot quantise {name}: {reason}") from error
-    finally:
-        logging.getLogger().setLevel(level)
+    quantize_static(
+        onnx,
+        path,
+        images.batches(images.calibration[:CALIBRATION_IMAGES]),
+        op_types_to_quantize=list(OPERATORS),
+        per_channel=True,
+        activation_type=activations,
+        weight_type=quantization.QuantType.QInt8,
+        extra_options={"ActivationSymmetric": gpu},
+    )
 
 
 def judge(
@@ -264,30 +231,3 @@ def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
 
     rounds = [list(map(once, runtimes)) for _ in range(3)]
     return [max(speeds) for speeds in zip(*rounds, strict=True)]
-
-
-def delicate_nodes(path: Path) -> list[str]:
-    """Return the nodes that stay in fp32.
-
-    They are products of two activations or of pooled features, and sums of tokens: the residual
-    connections of transformers.
-    """
-    import onnx
-
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input)}
-    weights = {tensor.name for tensor in graph.initializer}
-
-    def stays(node: onnx.NodeProto) -> bool:
-        given = [name for name in node.input if name not in weights]
-        if node.op_type == "MatMul":
-            return len(given) > 1 or ranks.get(given[0], 0) < 3
-        return node.op_type == "Add" and ranks.get(given[0], 0) < 4
-
-    return [node.name for node in graph.node if stays(node)]
-
-
-def _input_name(path: str | Path) -> str:
-    import onnx
-
-    return onnx.load(str(path), load_external_data=False).graph.input[0].name

@@ -15,19 +15,16 @@ tokens) stays in fp32, as in :mod:`fastadapt.export.precision.int8`.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fastadapt.errors import InputError, first_line
+from fastadapt.errors import InputError
+from fastadapt.files import atomic_path
 
-from .int8 import OPERATORS, delicate_nodes
+from .quantizer import OPERATORS, delicate_nodes, quantize_static
 
 
 def write_qdq(
@@ -49,66 +46,32 @@ def write_qdq(
     """
     import onnx
     from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     methods = quantization.CalibrationMethod
     if precision == "int8":
-        dtype, operators = quantization.QuantType.QInt8, list(OPERATORS)
-        method = methods.MinMax
-    else:
+        dtype, operators, method = quantization.QuantType.QInt8, list(OPERATORS), methods.MinMax
+    else:  # whose quantiser calibrates by distribution alone
         dtype, operators = quantization.QuantType.QFLOAT8E4M3FN, ["MatMul"]
-        method = methods.Distribution  # the only one that it has for floating point
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self, name: str, batches: Iterator[np.ndarray]):
-            self.name, self.batches = name, batches
-            self.shape: tuple[int, ...] = ()
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            if batch is None:
-                return None
-            # Histograms are of batches of one size: a smaller last one repeats its images.
-            self.shape = self.shape or batch.shape
-            return {self.name: np.resize(batch, self.shape)}
-
-    path = Path(path)
-    try:
-        with (
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary,
-            contextlib.redirect_stdout(io.StringIO()),  # where it prints about its histograms
-            _silent_root_logger(),
-        ):
-            prepared, result = Path(temporary) / "prepared.onnx", Path(temporary) / path.name
-            quant_pre_process(str(onnx_file), str(prepared), skip_symbolic_shape=True)
-            graph = onnx.load(prepared, load_external_data=False).graph
-            excluded = delicate_nodes(prepared)
-            if not any(n.op_type in operators and n.name not in excluded for n in graph.node):
-                raise InputError(f"{onnx_file} has nothing that {precision} could compute")
-            quantization.quantize_static(
-                str(prepared),
-                str(result),
-                Reader(graph.input[0].name, iter(images)),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=operators,
-                nodes_to_exclude=excluded,
-                per_channel=precision == "int8",
-                activation_type=dtype,
-                weight_type=dtype,
-                calibrate_method=method,
-                extra_options={"ActivationSymmetric": True, "QuantizeBias": False},
-            )
-            model = onnx.load(result)
-            _keep_onnx_domain(model)
-            onnx.save(model, result)
-            result.replace(path)
-    except (OSError, InputError):
-        raise
-    except Exception as error:
-        given, reason = Path(onnx_file).name, first_line(error)
-        raise InputError(
-            f"ONNX Runtime cannot quantise {given} to {precision}: {reason}"
-        ) from error
+        method = methods.Distribution
+    graph = onnx.load(onnx_file, load_external_data=False).graph
+    excluded = delicate_nodes(Path(onnx_file))
+    if not any(n.op_type in operators and n.name not in excluded for n in graph.node):
+        raise InputError(f"{onnx_file} has nothing that {precision} could compute")
+    quantize_static(
+        onnx_file,
+        path,
+        images,
+        op_types_to_quantize=operators,
+        per_channel=precision == "int8",
+        activation_type=dtype,
+        weight_type=dtype,
+        calibrate_method=method,
+        extra_options={"ActivationSymmetric": True, "QuantizeBias": False},
+    )
+    with atomic_path(path) as temporary:
+        model = onnx.load(path)
+        _keep_onnx_domain(model)
+        onnx.save(model, temporary)
 
 
 def _keep_onnx_domain(model: Any) -> None:
@@ -117,14 +80,3 @@ def _keep_onnx_domain(model: Any) -> None:
     kept = [opset for opset in model.opset_import if opset.domain in used | {""}]
     del model.opset_import[:]
     model.opset_import.extend(kept)
-
-
-@contextlib.contextmanager
-def _silent_root_logger() -> Iterator[None]:
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # the quantiser warns on the root logger
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
