@@ -6,12 +6,14 @@ w' = w · γ / sqrt(σ² + ε),   b' = (b − μ) · γ / sqrt(σ² + ε) + β
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fastadapt.adapted_model import AdaptedModel
+from fastadapt.fusion.readers import readers
 
 TOLERANCE = 1e-3  # relative to the largest feature; about the precision of fp16
 
@@ -57,33 +59,11 @@ def _pairs(model: AdaptedModel, example: Tensor) -> dict[nn.Module, nn.Module]:
     """Map batch norms to the convolutions that feed them; each is called exactly once."""
     from timm.layers import BatchNormAct2d
 
-    made: dict[
-        int, tuple[nn.Module, Tensor]
-    ] = {}  # the tensor is held, so that its id is not reused
-    calls: list[nn.Module] = []
-    pairs: dict[nn.Module, nn.Module] = {}
+    def is_norm(module: nn.Module) -> bool:
+        return type(module) in (nn.BatchNorm2d, BatchNormAct2d) and bool(module.track_running_stats)
 
-    def after_conv(conv, _, output):
-        calls.append(conv)
-        made[id(output)] = (conv, output)
-
-    def before_norm(norm, inputs):
-        calls.append(norm)
-        if id(inputs[0]) in made:
-            pairs[norm] = made[id(inputs[0])][0]
-
-    hooks = []
-    for module in model.backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after_conv))
-        elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.track_running_stats:
-            hooks.append(module.register_forward_pre_hook(before_norm))
-    model.backbone_features(example)
-    for hook in hooks:
-        hook.remove()
-    fed = list(pairs.values())
+    pairs, calls = readers(model, example, lambda m: isinstance(m, nn.Conv2d), is_norm)
+    fed = Counter(pairs.values())
     return {
-        norm: conv
-        for norm, conv in pairs.items()
-        if calls.count(norm) == calls.count(conv) == fed.count(conv) == 1
+        norm: conv for norm, conv in pairs.items() if calls[norm] == calls[conv] == fed[conv] == 1
     }

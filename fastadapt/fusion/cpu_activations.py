@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.fusion.batch_norm import TOLERANCE
+from fastadapt.fusion.readers import readers
 
 
 class _Activation(NamedTuple):
@@ -49,6 +50,8 @@ def fuse_activations(model: AdaptedModel, example: Tensor) -> AdaptedModel:
         return model
     fused = copy.deepcopy(model)
     pairs = _pairs(fused, example)
+    if not pairs:
+        return model
     for parent in list(fused.backbone.modules()):
         for name, child in list(parent.named_children()):
             if child in pairs:
@@ -61,7 +64,7 @@ def fuse_activations(model: AdaptedModel, example: Tensor) -> AdaptedModel:
     except (RuntimeError, AttributeError):  # another version's oneDNN, or none for this layer
         return model
     close = (got - want).abs().max() <= TOLERANCE * want.abs().max()
-    return fused if pairs and close else model
+    return fused if close else model
 
 
 class _Convolution(nn.Module):
@@ -97,31 +100,12 @@ def _pairs(model: AdaptedModel, example: Tensor) -> dict[nn.Module, nn.Module]:
     """Map convolutions to the activations that read their output; each is called exactly once."""
     from timm.layers import Conv2dSame
 
-    # The tensor is held, so that its id is not reused.
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
-    calls: list[nn.Module] = []
-    pairs: dict[nn.Module, nn.Module] = {}
+    def is_convolution(module: nn.Module) -> bool:
+        return type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros"
 
-    def after_conv(conv, _, output):
-        calls.append(conv)
-        made[id(output)] = (conv, output)
-
-    def before_activation(activation, inputs):
-        calls.append(activation)
-        if id(inputs[0]) in made:
-            pairs[made[id(inputs[0])][0]] = activation
-
-    hooks = []
-    for module in model.backbone.modules():
-        if type(module) in (nn.Conv2d, Conv2dSame) and module.padding_mode == "zeros":
-            hooks.append(module.register_forward_hook(after_conv))
-        elif type(module) in _NAMES:
-            hooks.append(module.register_forward_pre_hook(before_activation))
-    model.backbone_features(example)
-    for hook in hooks:
-        hook.remove()
+    pairs, calls = readers(model, example, is_convolution, lambda m: type(m) in _NAMES)
     return {
         conv: activation
-        for conv, activation in pairs.items()
-        if calls.count(conv) == calls.count(activation) == 1 and not isinstance(conv.padding, str)
+        for activation, conv in pairs.items()
+        if calls[conv] == calls[activation] == 1 and not isinstance(conv.padding, str)
     }
