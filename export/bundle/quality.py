@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-SCORES = (
-    "accuracy",
-    "balanced_accuracy",
-    "macro_f1",
-    "f1_of_means",
-    "auroc",
-    "average_precision",
-    "mcc",
-    "cohen_kappa",
-    "ece",
-)
+from fastadapt.train.metrics import SCORES
+
 MOST_CLASSES = 50  # of a confusion matrix in a manifest
 
 

@@ -21,24 +21,13 @@ from fastadapt.decision import Decision
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, write_json, write_text
 from fastadapt.train.intervals import bootstrap_intervals
-from fastadapt.train.metrics import scores
+from fastadapt.train.metrics import SCORES, scores
 from fastadapt.train.mistakes import Mistakes, draw_mistakes
 from fastadapt.train.plots import plot_evaluation
 from fastadapt.train.run_folder import EVALUATION, MISTAKES, PREDICTIONS, RESULTS, SPLITS
 
 FOLDS, TABLE = "folds.json", "folds.csv"
 FORMAT, FORMAT_VERSION = "fastadapt-folds", 1
-METRICS = (
-    "accuracy",
-    "balanced_accuracy",
-    "macro_f1",
-    "f1_of_means",
-    "auroc",
-    "average_precision",
-    "mcc",
-    "cohen_kappa",
-    "ece",
-)
 SHOWN = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
 
 
@@ -196,11 +185,11 @@ def _run_row(run: PlannedRun, results: dict[str, Any], split: str) -> dict[str, 
         "seed": run.seed,
         "kept": {key: results["best"][key] for key in ("stage", "epoch")},
         "images": results[split]["images"],
-        "model": {name: results[split].get(name) for name in METRICS},
-        "val": {name: results["val"].get(name) for name in METRICS},
+        "model": {name: results[split].get(name) for name in SCORES},
+        "val": {name: results["val"].get(name) for name in SCORES},
     }
     if split in results.get("linear_probe", {}):
-        row["linear_probe"] = {n: results["linear_probe"][split].get(n) for n in METRICS}
+        row["linear_probe"] = {n: results["linear_probe"][split].get(n) for n in SCORES}
     if "calibration" in results:
         row["temperature"] = results["calibration"]["temperature"]
     return row
@@ -224,7 +213,7 @@ def mean_scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for what, of in judged.items():
         found[what] = {}
-        for name in METRICS:
+        for name in SCORES:
             values = [value for row in rows if (value := of(row, name)) is not None]
             if values:
                 found[what][name] = {
@@ -265,7 +254,7 @@ def _table_csv(summary: dict[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     judged = [what for what in ("model", "linear_probe") if what in summary["mean"]]
-    columns = [(what, name) for what in judged for name in METRICS]
+    columns = [(what, name) for what in judged for name in SCORES]
     named = [f"{what}_{name}" if what != "model" else name for what, name in columns]
     writer.writerow(["folder", "fold", "seed", "images", *named])
 

@@ -6,6 +6,19 @@ from typing import Any
 
 import numpy as np
 
+# What folds and bundles say of a model in one number each.
+SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "f1_of_means",
+    "auroc",
+    "average_precision",
+    "mcc",
+    "cohen_kappa",
+    "ece",
+)
+
 
 def classification_metrics(
     labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, ...]
