@@ -53,22 +53,25 @@ class SyncedBatchNorms(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a function of PyTorch, or its replacement."""
-        kwargs = kwargs or {}
-        if func is F.batch_norm and _arguments(*args, **kwargs)["training"]:
-            return self._batch_norm(**_arguments(*args, **kwargs))
-        return func(*args, **kwargs)
+        ours = self._batch_norm if func is F.batch_norm else func
+        return ours(*args, **(kwargs or {}))
 
     def _batch_norm(
         self,
-        x: Tensor,
+        input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
     ) -> Tensor:
+        if not training:
+            return F.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        x = input
         with torch.autocast(x.device.type, enabled=False):
             values = x.float()
             shape = [1, -1] + [1] * (x.dim() - 2)
@@ -93,29 +96,6 @@ class SyncedBatchNorms(TorchFunctionMode):
                     unbiased = var * n / (n - 1).clamp(min=1)
                     running_var.lerp_(unbiased.to(running_var.dtype), momentum)
         return y.to(x.dtype)
-
-
-def _arguments(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> dict[str, Any]:
-    """Return what ``batch_norm`` was called with, by name."""
-    return {
-        "x": input,
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
-    }
 
 
 class _Sum(torch.autograd.Function):
