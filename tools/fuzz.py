@@ -31,6 +31,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastadapt.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ("wrong", "raw", "died", "hung", "above")
 PATIENCE = 10  # times the seconds of work that an answer may take in all
@@ -258,12 +260,9 @@ def main() -> int:
         parser.error("--cases and --shards are at least 1")
     shards = min(args.shards, args.cases)
     counts = run(args.cases, shards, args.first, args.only, args.timeout, args.memory)
-    text = json.dumps(counts, indent=2)
-    print(text)
+    print(json.dumps(counts, indent=2))
     if args.out is not None:
-        partial = args.out.with_name(args.out.name + ".tmp")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(args.out)
+        write_json(args.out, counts)
     return 1 if counts["faults"] else 0
 
 

@@ -35,6 +35,7 @@ from fastadapt.export.predict.decode_ahead import DecodedBatch
 from fastadapt.export.predict.job import Job
 from fastadapt.export.predict.settings import WorkSettings
 from fastadapt.export.predict.sources import ImageList
+from fastadapt.files import write_json
 
 CLASSES = ("crack", "good", "dirt")
 BATCH = 256
@@ -182,10 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         found = run(given.count, given.kills, given.seed, Path(folder))
-    text = json.dumps(found, indent=2)
-    print(text)
+    print(json.dumps(found, indent=2))
     if given.json:
-        given.json.write_text(text + "\n")
+        write_json(given.json, found)
     complete = found["rows"] + found["unreadable"] == found["paths"] and not found["rows_twice"]
     return 0 if complete and found["same_bytes"] and found["same_unreadable"] else 1
 

@@ -30,6 +30,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastadapt.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 FATAL = 3  # exit status of a worker whose GPU context is lost
 AT_ONCE = 2000  # calls on one process's command line, which has a limit
@@ -229,12 +231,9 @@ def main() -> int:
         parser.error("--cases and --shards are at least 1")
     shards = min(args.shards, args.cases)
     counts = run(args.cases, shards, args.first, args.only, args.timeout, args.seconds)
-    text = json.dumps(counts, indent=2)
-    print(text)
+    print(json.dumps(counts, indent=2))
     if args.out is not None:
-        partial = args.out.with_name(args.out.name + ".tmp")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(args.out)
+        write_json(args.out, counts)
     return 1 if counts["failures"] else 0
 
 
