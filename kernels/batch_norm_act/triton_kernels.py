@@ -8,9 +8,8 @@ side in a row here, L = R·C, so that rows are whole blocks of BC values. M·R =
     (3)  d = g · act'(z),   db = Σ d,   dw = r · Σ d · (x - μ)
     (4)  dx = r · w · (d - db / n - (x - μ) · r · dw / n)
 
-(1) and (3) are sums of programs, which a kernel adds. Heights are not specialized: all layers of a
-network share their compiled kernels. What a channel needs is in ``channels``: μ, r · w, b, r,
-[4, C] fp32; of the backward, in ``sums``: db / n and r · dw / n.
+(1) and (3) are sums of programs, which a kernel adds. What a channel needs is in
+``channels``: μ, r · w, b, r, [4, C] fp32; of the backward, in ``sums``: db / n and r · dw / n.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def statistics_kernel(
     x_ptr, parts_ptr, rows, columns, channels, BR: tl.constexpr, BC: tl.constexpr
 ):
@@ -42,7 +41,7 @@ def statistics_kernel(
     tl.store(p_part + columns, tl.sum(squares, 0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["parts", "repeats"])
+@triton.jit
 def finish_statistics_kernel(
     x_ptr,
     parts_ptr,
@@ -98,7 +97,7 @@ def _add_parts(parts_ptr, parts, repeats, channels, o_c, m_c, BP: tl.constexpr, 
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def normalize_kernel(
     x_ptr,
     channels_ptr,
@@ -144,7 +143,7 @@ def _before_activation(b_g, z, ACT: tl.constexpr):
     return b_g
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def gradient_sums_kernel(
     g_ptr,
     x_ptr,
@@ -180,7 +179,7 @@ def gradient_sums_kernel(
     tl.store(p_part + columns, tl.sum(products, 0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["parts", "repeats"])
+@triton.jit
 def finish_gradient_sums_kernel(
     parts_ptr,
     channels_ptr,
@@ -205,7 +204,7 @@ def finish_gradient_sums_kernel(
     tl.store(sums_ptr + channels + o_c, products * r * r / n, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def input_gradient_kernel(
     g_ptr,
     x_ptr,
