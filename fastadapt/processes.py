@@ -24,7 +24,15 @@ T = TypeVar("T")
 # All of them are set by torchrun. WORLD_SIZE and RANK alone may be those of machines.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 HESITATION = 10.0  # seconds
+
+
+def visible_name(index: int) -> str:
+    """Return by which name ``VISIBLE`` shows a process the GPU that is number ``index`` here."""
+    seen = [word for word in os.environ.get(VISIBLE, "").split(",") if word]
+    return seen[index] if seen else str(index)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.errors import InputError
+from fastadapt.processes import VISIBLE, visible_name
 
 from .decode_ahead import images_ahead
 from .device_worker import Assignment
@@ -29,7 +30,6 @@ from .request import Request
 from .settings import WorkSettings
 from .sources import Item
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from fastadapt.export.predict.device_worker import main; main(int(sys.argv[2]))"
@@ -217,9 +217,7 @@ def _environment(device: str) -> tuple[dict[str, str], str]:
     environment = dict(os.environ)
     if device == "cpu":
         return environment, "cpu"
-    index = device.partition(":")[2]
-    visible = [name for name in environment.get(VISIBLE, "").split(",") if name]
-    environment[VISIBLE] = visible[int(index)] if visible else index
+    environment[VISIBLE] = visible_name(int(device.partition(":")[2]))
     return environment, "cuda"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastadapt.kernels.common.arithmetic import ceil_div
+
 LEVELS = 2**16  # the probability is a multiple of 1 / LEVELS
 
 
@@ -22,6 +24,6 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         if torch.compiler.is_compiling():
             return super().forward(x)
-        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        numbers = torch.empty(ceil_div(x.numel(), 4), dtype=torch.int64).random_(-(2**63), None)
         bits = numbers.view(torch.int16)[: x.numel()].view(x.shape)
         return x * (bits >= dropped - LEVELS // 2).to(x.dtype).mul_(LEVELS / (LEVELS - dropped))

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.processes import VARIABLES
+from fastadapt.processes import VARIABLES, VISIBLE, visible_name
 
 PATIENCE = 30.0  # seconds for a process to save its state once another one has failed
 
@@ -166,9 +166,7 @@ def _call(
     for name in VARIABLES:
         os.environ.pop(name, None)
     if device.startswith("cuda:"):
-        index = int(device.removeprefix("cuda:"))
-        seen = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen[index] if seen else str(index)
+        os.environ[VISIBLE] = visible_name(int(device.removeprefix("cuda:")))
         device = "cuda:0"
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     try:

@@ -15,6 +15,7 @@ from fastadapt.data.decode import load_image
 from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path
+from fastadapt.kernels.common.arithmetic import ceil_div
 
 MOST, COLUMNS = 12, 6
 SIDE, GAP, LINE = 150, 10, 15  # pixels
@@ -84,7 +85,7 @@ def draw_mistakes(
         return
     columns = min(count, COLUMNS)
     cell = (SIDE + GAP, SIDE + 3 * LINE + GAP)
-    size = (columns * cell[0] + GAP, -(-count // columns) * cell[1] + GAP)
+    size = (columns * cell[0] + GAP, ceil_div(count, columns) * cell[1] + GAP)
     picture = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for place in range(count):
