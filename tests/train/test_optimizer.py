@@ -25,7 +25,7 @@ def adapted(name="test_vit", **config):
 
 def test_vectors_decay_only_if_asked_for():
     model = adapted()
-    decay = by_name(model, make_optimizer(model, TrainConfig()), "weight_decay")
+    decay = by_name(model, make_optimizer(model, TrainConfig(weight_decay=0.01)), "weight_decay")
     assert decay["head.weight"] == 0.01 and decay["head.bias"] == decay["adapter.norm1.weight"] == 0
     everything = TrainConfig(decay="all", weight_decay=0.5, layer_decay=0.9)
     model.unfreeze()
