@@ -33,6 +33,7 @@ from fastadapt.gdpl.few_shot import (
 from fastadapt.gdpl.loop import train_epochs
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.gpu_start import begin_libraries
+from fastadapt.host_memory import keep_freed_memory
 from fastadapt.info import versions
 from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
@@ -125,6 +126,8 @@ def train_gdpl(
     target = parse_device(device)
     amp = precision(config.amp, target)
     libraries = begin_libraries(target)
+    if target.type == "cpu":
+        keep_freed_memory()
     phases = Phases(process_age() if profile else 0.0)
     autocast = nullcontext if amp is None else lambda: torch.autocast(target.type, dtype=amp)
     workers = default_workers() if workers is None else workers

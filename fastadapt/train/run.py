@@ -26,6 +26,7 @@ from fastadapt.decision import check_decision
 from fastadapt.errors import InputError
 from fastadapt.files import write_json
 from fastadapt.gpu_start import begin_libraries
+from fastadapt.host_memory import keep_freed_memory
 from fastadapt.lora import lora_layers
 from fastadapt.output_place import check_output
 from fastadapt.processes import ALONE, Processes, place_from_environment
@@ -249,6 +250,8 @@ def run_prepared(
     Raises:
         InputError: as for :func:`train`.
     """
+    if where.device.type == "cpu":
+        keep_freed_memory()
     settings, out = prepared.settings(dataset, config), where.out
     state = _state_of(prepared, dataset, settings, config, where)
     if isinstance(state, TrainResult):
