@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fastadapt.data.decode_pool import default_workers
+from fastadapt.device_list import expand_devices
 from fastadapt.errors import InputError
 from fastadapt.processes import VISIBLE, visible_name
 
@@ -63,7 +64,7 @@ class DevicePool:
     """
 
     def __init__(self, request: Request, work: WorkSettings):
-        devices = expand_devices(work.devices)
+        devices = expand_devices(work.devices or "all")
         self._size = part_size(work.batch)
         self._running: list[_Process] = []
         total = default_workers() if work.workers is None else work.workers
@@ -186,30 +187,6 @@ class DevicePool:
             file=sys.stderr,
         )
         return sorted(process.parts.items())
-
-
-def expand_devices(names: Sequence[str]) -> list[str]:
-    """Return the devices that are meant: ``all`` is every GPU.
-
-    Raises:
-        InputError: there is no GPU, or not that one; or a name is of no device.
-    """
-    import torch
-
-    count = torch.cuda.device_count()
-    if tuple(names) == ("all",):
-        if not count:
-            raise InputError("devices is 'all', and there is no GPU: leave it out, or name cpu")
-        return [f"cuda:{index}" for index in range(count)]
-    for name in names:
-        kind, _, index = name.partition(":")
-        if name == "cpu":
-            continue
-        if kind != "cuda" or not index.isdecimal():
-            raise InputError(f"devices is {name!r}; expected cuda:0,cuda:1, cpu or all")
-        if int(index) >= count:
-            raise InputError(f"{name} is not there: this machine has {count} GPUs")
-    return list(names)
 
 
 def _environment(device: str) -> tuple[dict[str, str], str]:

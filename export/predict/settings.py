@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastadapt.device_list import DEVICES_HELP, METAVAR, check_devices, check_one_way
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
 
 OPTIONS, COLUMNS, WORK, EMBEDDER = "Options", "Columns", "Work", "Model"
 FOLDERS = "folders"  # the value of --labels that is no column
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
@@ -127,16 +124,15 @@ class WorkSettings(Settings):
         "auto"
     )
     devices: Annotated[
-        tuple[str, ...],
+        str | tuple[str, ...] | None,
         Setting(
-            "Spread the images over these devices, one process each: cuda:0,cuda:1, or all.",
+            "Spread the images over these devices, one process each: " + DEVICES_HELP,
             panel=WORK,
             kind=str,
-            parse=_listed,
-            metavar="DEVICE,…",
+            metavar=METAVAR,
             shown_default="one device",
         ),
-    ] = ()
+    ] = None
     executor: Annotated[
         Literal["local", "ray"],
         Setting(
@@ -186,8 +182,9 @@ class WorkSettings(Settings):
             raise InputError("there are no images: name a folder, files, a table or a list")
         if self.resume and self.overwrite:
             raise InputError("`resume` keeps what is there and `overwrite` does not: give one")
-        if self.devices and self.device != "auto":
-            raise InputError("`device` is one device and `devices` are several: give one of them")
+        if self.devices is not None:
+            check_devices(self.devices)
+        check_one_way(self.device, self.devices)
         if self.executor == "ray" and (self.devices or self.device != "auto"):
             raise InputError("Ray chooses devices itself: leave out `device` and `devices`")
         if self.executor != "ray" and (self.ray_address or self.ray_workers):

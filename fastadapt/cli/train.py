@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer.core
@@ -205,7 +205,8 @@ def _recorded(given: Given, run: RunSettings) -> Request | None:
     names = _fields(
         TrainConfig, AdaptConfig, LoRAConfig, BackboneSource, ImageSettings, StartSettings
     )
-    _refuse(given, names | _fields(FoldSettings) | {"skip_unreadable"}, ALONE)
+    names |= _fields(FoldSettings) - {"devices"}  # folds may go on on others
+    _refuse(given, names | {"skip_unreadable"}, ALONE)
     if run.overwrite:
         raise InputError("--resume and --overwrite exclude each other: give one of them")
     if not run.out.is_dir():
@@ -215,6 +216,9 @@ def _recorded(given: Given, run: RunSettings) -> Request | None:
     request = Request.read(run.out)
     if request.backbone is None and request.init is None:
         raise InputError(f"{run.out} was started in Python, on a module: resume it there")
+    if given.values["devices"] is not None:
+        folds = replace(request.folds or FoldSettings(), devices=given.values["devices"])
+        request = replace(request, folds=folds)
     return request
 
 

@@ -26,6 +26,7 @@ from fastadapt.data.dataset import Dataset
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.images import ImageSource
 from fastadapt.data.scan import Scan, Scanned
+from fastadapt.device_list import check_one_way, expand_devices
 from fastadapt.files import write_json
 from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
@@ -43,7 +44,7 @@ from fastadapt.train.fold_results import (
     write_summary,
 )
 from fastadapt.train.fold_settings import FoldSettings, dataset_of
-from fastadapt.train.jobs import Job, device_list, run_jobs
+from fastadapt.train.jobs import Job, run_jobs
 from fastadapt.train.phases import Phases
 from fastadapt.train.precision import precision
 from fastadapt.train.request import REQUEST, Request
@@ -113,7 +114,10 @@ def train_folds(
     config, out = config or TrainConfig(), check_output(out, "folder", "a folder of runs")
     folds = FoldSettings(folds=5) if folds is None else folds
     seeds = folds.seeds or (config.seed,)
-    devices = device_list(folds.devices) if folds.devices and only is None else ()
+    devices: tuple[str, ...] = ()
+    if folds.devices and only is None:
+        check_one_way(device, folds.devices)
+        devices = expand_devices(folds.devices)
     before = check_out(out, folds, resume, overwrite) if only is None else None
     target = parse_device(devices[0] if devices else device)
     precision(config.amp, target)

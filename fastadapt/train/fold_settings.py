@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from fastadapt.device_list import DEVICES_HELP, METAVAR, check_devices
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
 from fastadapt.train.config import TrainConfig
@@ -57,12 +58,13 @@ class FoldSettings(Settings):
     ] = ()
 
     devices: Annotated[
-        str | None,
+        str | tuple[str, ...] | None,
         Setting(
-            "Train folds and seeds beside each other, one process on each of these devices: all, "
-            "0,1 (GPUs), or cpu,cpu.",
+            "Train folds and seeds beside each other, one process on each of these devices: "
+            + DEVICES_HELP,
             panel=FOLDS,
-            metavar="all|0,1",
+            kind=str,
+            metavar=METAVAR,
         ),
     ] = None
 
@@ -71,6 +73,8 @@ class FoldSettings(Settings):
         if len(set(self.seeds)) < len(self.seeds) or any(not 0 <= s < 2**63 for s in self.seeds):
             listed = ",".join(map(str, self.seeds))
             raise InputError(f"seeds is {listed}; expected different numbers, 0 or more")
+        if self.devices is not None:
+            check_devices(self.devices)
         if self.devices is not None and not self.several:
             raise InputError(
                 f"devices is {self.devices!r}, which goes with `folds` and `seeds`; one model is "

@@ -38,28 +38,6 @@ class Job:
     arguments: dict[str, Any]
 
 
-def device_list(text: str) -> tuple[str, ...]:
-    """Return the devices of ``"0,1"``, ``"all"`` or ``"cpu,cpu"``, as ``train`` takes them.
-
-    Raises:
-        InputError: it is none of these, or a GPU is not here.
-    """
-    import torch
-
-    count = torch.cuda.device_count()
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if words == ["all"]:
-        return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
-    named = [word.removeprefix("cuda:") for word in words]
-    if not words or not all(word == "cpu" or word.isdecimal() for word in named):
-        raise InputError(f"devices is {text!r}; expected all, 0,1 or cpu,cpu")
-    missing = [word for word in named if word != "cpu" and int(word) >= count]
-    if missing:
-        here = f"{count} are there, from 0" if count else "PyTorch finds no GPU"
-        raise InputError(f"devices is {text!r}, but {here}: leave `devices` out")
-    return tuple(word if word == "cpu" else f"cuda:{word}" for word in named)
-
-
 def run_jobs(
     function: Callable[..., Any],
     jobs: Sequence[Job],

@@ -27,6 +27,7 @@ from fastadapt.data.dataset import read_dataset
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.folds import assign_folds
 from fastadapt.data.scan import Scan
+from fastadapt.device_list import check_one_way, expand_devices
 from fastadapt.errors import InputError
 from fastadapt.files import is_temporary, read_json, write_json
 from fastadapt.locks import LOCK, lock_folder
@@ -116,7 +117,7 @@ def search(
         held: names of settings that are not varied.
         image_size: height and width in pixels; the backbone's own if ``None``.
         preprocess, pretrained, workers, skip_unreadable: as for ``train``.
-        device: of features, of trials (unless ``search_config`` names others) and of the run.
+        device: of features, of trials and of the run, unless ``search_config`` names devices.
         resume: go on with the trials that ``out`` holds.
         overwrite: replace a search.
         quiet: no progress bars, no lines.
@@ -133,8 +134,10 @@ def search(
     if adapt_config.lora is not None:
         raise InputError("search trains on cached features, which LoRA would change: leave it out")
     _check_folder(out, resume, overwrite)
-    target = parse_device(device)
-    devices = [parse_device(name.strip()) for name in (how.devices or device).split(",")]
+    check_one_way(device, how.devices)
+    names_of_devices = expand_devices(how.devices) if how.devices else (device,)
+    devices = [parse_device(name) for name in names_of_devices]
+    target, device = devices[0], names_of_devices[0]
     started = time.perf_counter()
     names = [item.name for item in backbones]
     small = all(place.type == "cpu" for place in devices)
@@ -330,7 +333,8 @@ def _run(task: Task, devices: list[torch.device], progress: Progress) -> None:
     left = begin(task)
     jobs = task.search.jobs
     if jobs is None:
-        jobs = (os.cpu_count() or 1) if devices[0].type == "cpu" else len(devices)
+        one_cpu = task.search.devices is None and devices[0].type == "cpu"
+        jobs = (os.cpu_count() or 1) if one_cpu else len(devices)
     jobs = max(1, min(jobs, left))
     places = [devices[number % len(devices)] for number in range(jobs)]
     bar = progress.add_task("trials", total=left, unit="trials", note="")

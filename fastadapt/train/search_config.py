@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from fastadapt.device_list import DEVICES_HELP, METAVAR, check_devices
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
 
@@ -51,18 +52,21 @@ class SearchConfig(Settings):
     jobs: Annotated[
         int | None,
         Setting(
-            "Trials at once, each in a process of its own; one for each core or GPU if not given.",
+            "Trials at once, each in a process of its own; one for each of --devices if not given, "
+            "and without them one for each core, or one on a GPU.",
             SEARCH,
             ge=1,
             le=1024,
         ),
     ] = None
     devices: Annotated[
-        str | None,
+        str | tuple[str, ...] | None,
         Setting(
-            "Devices of the trials, in turn; that of --device if not given.",
+            "Run trials beside each other, one process on each of these devices (with --jobs in "
+            "turn); features and the last run take the first: " + DEVICES_HELP,
             SEARCH,
-            metavar="cuda:0,cuda:1",
+            kind=str,
+            metavar=METAVAR,
         ),
     ] = None
     positions: Annotated[
@@ -86,6 +90,11 @@ class SearchConfig(Settings):
             le=100,
         ),
     ] = 3
+
+    def check_together(self) -> None:
+        """Refuse devices that cannot be."""
+        if self.devices is not None:
+            check_devices(self.devices)
 
     def named_backbones(self, backbone: str | None, weights: Path | None) -> list[NamedBackbone]:
         """Return the backbones to choose from.

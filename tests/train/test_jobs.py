@@ -1,10 +1,9 @@
 """Jobs in processes of their own: results in order, and one line for the first that fails."""
 
 import pytest
-import torch
 
 from fastadapt.errors import InputError
-from fastadapt.train.jobs import Job, device_list, run_jobs
+from fastadapt.train.jobs import Job, run_jobs
 from tests.helpers.jobs import work
 
 
@@ -28,14 +27,3 @@ def test_the_first_error_ends_the_others_which_save(tmp_path):
         run_jobs(work, jobs(["wait", "killed"], saved), ["cpu", "cpu"])
     with pytest.raises(InputError, match=r"^job 0: no images$"):
         run_jobs(work, jobs(["fail", "a"], saved), ["cpu"])
-
-
-def test_device_lists(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_list("all") == device_list("0, 1") == ("cuda:0", "cuda:1")
-    assert device_list("cpu,cpu") == ("cpu", "cpu")
-    for text in ("", "tpu", "all,0"):
-        with pytest.raises(InputError, match="expected all"):
-            device_list(text)
-    with pytest.raises(InputError, match="2 are there"):
-        device_list("2")

@@ -4,7 +4,6 @@ import os
 import signal
 
 import pytest
-import torch
 
 import fastadapt as fa
 from fastadapt.export.predict import devices, job, part_maker
@@ -74,22 +73,6 @@ def test_parts_that_are_finished_out_of_order_are_kept(made, tmp_path, small_par
     summary = job.predict_images(*settings(made, out, workers=1, resume=True))
     assert summary.computed == 9
     assert out.read_bytes() == whole.read_bytes()
-
-
-def test_names_of_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.expand_devices(("all",)) == ["cuda:0", "cuda:1"]
-    assert devices.expand_devices(("cuda:1", "cpu")) == ["cuda:1", "cpu"]
-    for names, says in {
-        ("cuda:2",): "this machine has 2 GPUs",
-        ("tpu",): "devices is 'tpu'",
-        ("cuda",): "devices is 'cuda'",
-    }.items():
-        with pytest.raises(fa.InputError, match=says):
-            devices.expand_devices(names)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(fa.InputError, match="there is no GPU"):
-        devices.expand_devices(("all",))
 
 
 def test_one_device_or_several(made, tmp_path, monkeypatch, capsys):
