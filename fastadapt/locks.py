@@ -91,6 +91,33 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
+class FileLock:
+    """A lock on a file that processes of one job wait for; it ends with its process.
+
+    Args:
+        file: to lock; made if it is not there.
+
+    Raises:
+        OSError: there are no such locks here.
+    """
+
+    def __init__(self, file: Path):
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "no locks")
+        self._file = file.open("ab")
+        self.acquire()  # a file system may have none
+        self.release()
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and hold it."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        """Let others have the lock."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
 @contextlib.contextmanager
 def _held(file: Path, target: Path) -> Iterator[None]:
     handle = _acquire(file, target)

@@ -39,6 +39,7 @@ from fastadapt.train.results import TrainResult
 from fastadapt.train.run import parse_device, scanned, train
 from fastadapt.train.run_folder import CACHE
 from fastadapt.train.search_config import NamedBackbone, SearchConfig
+from fastadapt.train.search_processes import run_trials
 from fastadapt.train.search_report import (
     counts,
     draw_search,
@@ -54,7 +55,6 @@ from fastadapt.train.search_trials import (
     fold_score,
     import_optuna,
     open_study,
-    run_trials,
     trial_of,
 )
 from fastadapt.train.trial_features import frozen_backbone, trial_features
@@ -348,9 +348,7 @@ def _run(task: Task, devices: list[torch.device], progress: Progress) -> None:
             progress.console.print(said, markup=False)
         progress.update(bar, advance=1, note=f"best {best[0]:.4f}")
 
-    if jobs > 1:  # processes take arrays
-        task = replace(task, features={k: v.stored() for k, v in task.features.items()})
-    run_trials(task, left, places, say)
+    run_trials(task, left, places, say, progress.console.print)
     progress.remove_task(bar)
 
 

@@ -15,6 +15,7 @@ from fastadapt.files import write_text
 from fastadapt.train.search_trials import import_optuna
 
 NEEDED = 8  # trials, for importances
+LOST = "its process ended"  # the reason of a trial that could not say one
 SHOWN = 5  # trials in the terminal's table
 
 
@@ -45,7 +46,7 @@ def write_trials(path: Path, trials: Sequence[Any]) -> None:
                 len(scores),
                 "" if seconds is None else f"{seconds:.2f}",
                 *(_short(trial.params.get(name, "")) for name in names),
-                trial.user_attrs.get("reason", ""),
+                trial.user_attrs.get("reason", LOST if trial.state.name == "FAIL" else ""),
             ]
         )
     write_text(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""Run the trials of a search, in this process or in several, one journal for all.
+"""Run the trials of a search; :mod:`fastadapt.train.search_processes` spreads them.
 
 optuna draws the settings and ends trials whose first folds are worse than those of others
 (successive halving over folds: of the trials that have 1 fold, the best third goes on to 3, and of
@@ -9,11 +9,8 @@ interrupted and resumed, and that processes share it.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 
 from fastadapt.errors import InputError
+from fastadapt.locks import FileLock
 from fastadapt.train.search_config import SearchConfig
 from fastadapt.train.search_space import Space
 from fastadapt.train.trials import Features, Trial, score_of
@@ -81,7 +79,12 @@ def open_study(task: Task, number: int = 0) -> Any:
     import warnings
 
     optuna = import_optuna()
-    backend = optuna.storages.journal.JournalFileBackend(str(task.folder / JOURNAL))
+    journal = task.folder / JOURNAL
+    lock = None
+    # optuna's own lock outlives a process that is killed, and holds the others up for 30 seconds.
+    with contextlib.suppress(OSError):
+        lock = FileLock(journal)
+    backend = optuna.storages.journal.JournalFileBackend(str(journal), lock)
     pruner = optuna.pruners.NopPruner()
     if task.search.prune:
         pruner = optuna.pruners.SuccessiveHalvingPruner(
@@ -111,99 +114,19 @@ def begin(task: Task) -> int:
     optuna = import_optuna()
     study = open_study(task)
     states = optuna.trial.TrialState
-    trials = study.get_trials(deepcopy=False)
-    for trial in trials:
-        if trial.state == states.RUNNING:
-            study.tell(trial.number, state=states.FAIL)
-    if not trials:
+    end_running(study)
+    if not study.get_trials(deepcopy=False):
         for drawn in task.space.first():
             study.enqueue_trial(drawn, user_attrs={KEEPS_UP: True})
     ended = (states.COMPLETE, states.PRUNED)
     return max(0, task.search.trials - len(study.get_trials(deepcopy=False, states=ended)))
 
 
-def run_trials(task: Task, count: int, devices: list[torch.device], say: Callable) -> None:
-    """Run trials, in as many processes as there are devices.
-
-    Args:
-        task: of the search.
-        count: of the trials to run.
-        devices: one for each process; with one, trials run in this process.
-        say: called with each trial that ended, as :func:`run_one` returns it.
-
-    Raises:
-        InputError: a process ended.
-    """
-    if len(devices) == 1:
-        study = open_study(task)
-        features = {name: item.to(devices[0]) for name, item in task.features.items()}
-        task = replace(task, features=features)
-        for _ in range(count):
-            if task.deadline is not None and time.time() > task.deadline:
-                break
-            say(run_one(study, task))
-        return
-    context = multiprocessing.get_context("spawn")
-    tickets, answers = context.Value("i", count), context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // len(devices))
-    processes = [
-        context.Process(
-            target=_work, args=(task, number, str(device), threads, tickets, answers), daemon=True
-        )
-        for number, device in enumerate(devices)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        ended = 0
-        while ended < len(processes):
-            with contextlib.suppress(Exception):  # nothing came for a second
-                answer = answers.get(timeout=1)
-                if answer is None:
-                    ended += 1
-                elif isinstance(answer, str):
-                    raise _Ended(answer)
-                else:
-                    say(answer)
-            dead = [p for p in processes if p.exitcode not in (None, 0)]
-            if dead:
-                raise InputError(
-                    f"a process of the search ended with code {dead[0].exitcode}: give fewer "
-                    "`jobs`; `resume=True` goes on with the trials that ended"
-                )
-    except _Ended as error:
-        raise InputError(str(error)) from None
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-class _Ended(BaseException):
-    """A process of the search met an error of the user's."""
-
-
-def _work(task: Task, number: int, device: str, threads: int, tickets: Any, answers: Any) -> None:
-    """Run trials until no tickets are left: what a process of the search does."""
-    torch.set_num_threads(threads)
-    place = torch.device(device)
-    features = {name: item.to(place) for name, item in task.features.items()}
-    task = replace(task, features=features)
-    study = open_study(task, number)
-    try:
-        while True:
-            with tickets.get_lock():
-                tickets.value -= 1
-                if tickets.value < 0:
-                    break
-            if task.deadline is not None and time.time() > task.deadline:
-                break
-            answers.put(run_one(study, task))
-    except InputError as error:
-        answers.put(str(error))
-    except KeyboardInterrupt:
-        return
-    answers.put(None)
+def end_running(study: Any) -> None:
+    """Call trials failed that no process works on any more; none of the search may run."""
+    states = import_optuna().trial.TrialState
+    for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        study.tell(trial.number, state=states.FAIL)
 
 
 def run_one(study: Any, task: Task) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 import csv
 import json
+import multiprocessing
+import os
+import signal
 
 import pytest
 
 import fastadapt as fa
 from fastadapt.errors import InputError
+from fastadapt.train import search_processes
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.search import search
 from fastadapt.train.search_config import NamedBackbone, SearchConfig
+from fastadapt.train.search_report import LOST
 from tests.helpers.imagesets import make_folders
 
 CONFIG = TrainConfig(epochs=4, lr=3e-3, batch_size=8, select="accuracy")
@@ -21,7 +26,7 @@ def run(data, out, how, **options):
     return search(data, out, backbones, how, CONFIG, ADAPT, **options)
 
 
-def test_it_searches_resumes_in_processes_and_trains_the_best(tmp_path):
+def test_it_searches_resumes_in_processes_and_trains_the_best(tmp_path, monkeypatch):
     for split, count in (("train", 10), ("val", 4), ("test", 4)):
         make_folders(tmp_path / "data" / split, count, seed=count)
     data, out = tmp_path / "data", tmp_path / "out"
@@ -48,13 +53,29 @@ def test_it_searches_resumes_in_processes_and_trains_the_best(tmp_path):
         run(data, out, how)
     with pytest.raises(InputError, match="searched with other folds: give the same settings"):
         run(data, out, SearchConfig(trials=3, folds=3, positions=4), resume=True)
-    more = SearchConfig(trials=9, folds=2, jobs=2, confirm=0, positions=4)
+    # Of two processes one is killed in its trial: the other one does all that are left.
+    killed, real = [], search_processes.run_trials
+
+    def run_trials(task, count, devices, say, tell):
+        def kill(outcome):
+            if not killed:
+                killed.append(multiprocessing.active_children()[0].pid)
+                os.kill(killed[0], signal.SIGKILL)
+            say(outcome)
+
+        real(task, count, devices, kill, killed.append)
+
+    monkeypatch.setattr("fastadapt.train.search.run_trials", run_trials)
+    more = SearchConfig(trials=9, folds=2, devices="cpu,cpu", confirm=0, positions=4)
     again = run(data, out, more, resume=True)
-    assert sum(again.found["trials"].values()) == 9
+    assert "ended by signal 9; the others do its trial again" in killed[1]
+    ended, failed = again.found["trials"], again.found["trials"]["failed"]
+    assert ended["ran to their end"] + ended["pruned"] == 9 and failed <= 1
     assert again.found["chosen"]["accuracy"] >= found["chosen"]["accuracy"]
     assert len(again.found["importances"]) > 3
     rows = list(csv.DictReader((out / "trials.csv").open()))
-    assert [int(row["trial"]) for row in rows] == list(range(9))
+    assert [int(row["trial"]) for row in rows] == list(range(9 + failed))
+    assert [row["reason"] for row in rows if row["state"] == "fail"] == [LOST] * failed
 
 
 def test_bad_input_is_refused_before_anything_is_computed(tmp_path):
