@@ -164,11 +164,12 @@ def suggest_timm_model(
     Args:
         name: timm's name of the model that the state dict does not fit.
         state: names to tensors.
-        seconds: time after which the search ends.
+        seconds: of this thread's computing, after which the search ends; waiting for a busy
+            machine does not count, so that it finds the same there.
     """
-    end = time.monotonic() + seconds
+    end = time.thread_time() + seconds
     for other in _relatives(name):
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             return None
         model = meta_model(other)
         if model is None:
