@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # OpenMP threads that wait give their core away soon: on a busy machine much faster.
 export GOMP_SPINCOUNT := 20000
+# Python keeps what it compiles, even where the environment says otherwise: many processes start.
+export PYTHONDONTWRITEBYTECODE :=
+# pip need not compile 20,000 files of which few are ever imported: Python does when it imports them.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: help demo test test-gpu lint types layers docs clean
+.PHONY: help demo test test-gpu suite lint style types layers docs clean
 help:
 	@echo "make demo   install, then adapt, fold, export and verify a real model (about 6 minutes)"
 	@echo "make test   install with the test extras, then linters and the whole CPU test suite"
@@ -18,13 +22,20 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/fastadapt demo --out demo-out --overwrite
 
-test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n auto
+# The suite runs the test of layers, too. A check of types has one thread: it runs beside the suite.
+test: $(VENV)/.test style
+	$(MAKE) --no-print-directory -j 2 types suite
+
+# Neighbours run in one process where they can: files share what is costly to make.
+suite: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist worksteal -m gpu
 
-lint: $(VENV)/.test types layers
+lint: types layers style
+
+style: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -40,11 +51,11 @@ docs: $(VENV)/.test
 
 # A stamp for each set of extras: a second run installs nothing.
 $(VENV)/.demo: pyproject.toml | $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	$(INSTALL) --editable ".[demo]"
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[demo,test]"
+	$(INSTALL) --editable ".[demo,test]"
 	@touch $@ $(VENV)/.demo
 
 $(VENV):
