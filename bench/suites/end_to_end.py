@@ -49,6 +49,7 @@ PHASES = {
 }
 OTHER = "other"
 BASELINES = ("plain", "upstream's loop")  # whose total the others are compared with
+BASELINES_IMPORT = ("timm, torchvision, torch._dynamo", "open_clip")
 COLD, WARM = "cold", "warm"
 TIMEOUT = 900  # seconds for one command
 SMALL_CLIP = {
@@ -221,10 +222,6 @@ def run(quick: bool = False) -> Iterator[Tables]:
             )
 
 
-def _not_reached(command: Command) -> str:
-    return f"{command.job}, {command.provider}, {command.start}: the run ended before it"
-
-
 class CommandError(Exception):
     """A command failed; the message is the last line that it printed."""
 
@@ -277,7 +274,7 @@ def bytecode(folder: Path) -> dict[str, str]:
 
 def compile_imports(folder: Path) -> None:
     """Import what the baselines import, so that their bytecode is warm."""
-    for modules in ("timm, torchvision, torch._dynamo", "open_clip"):
+    for modules in BASELINES_IMPORT:
         code = f"import {modules}"
         subprocess.run(
             [sys.executable, "-c", code],

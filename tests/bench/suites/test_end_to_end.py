@@ -1,6 +1,8 @@
 """Whole jobs: commands in processes of their own, cut into phases."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,11 +10,24 @@ from fastadapt.bench.protocol import Result, Results
 from fastadapt.bench.reporting import plots
 from fastadapt.bench.suites import end_to_end
 from fastadapt.bench.suites.end_to_end import COLD, WARM, Command, CommandError
+from tests.helpers import warm_process
 from tests.helpers.bench_results import environment_of
 
 
-@pytest.mark.timeout(1200)
-def test_every_command_runs_and_tells_its_phases():
+@pytest.fixture
+def warm(monkeypatch):
+    """Commands are forks of a process that has all imported, instead of importing it themselves."""
+
+    def run(arguments, **options):
+        start = subprocess.run if options.get("capture_output") else warm_process.run
+        return start(arguments, **options)
+
+    replaced = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(end_to_end, "subprocess", replaced)
+    monkeypatch.setattr(end_to_end, "BASELINES_IMPORT", ())
+
+
+def test_every_command_runs_and_tells_its_phases(warm):
     *_, last = end_to_end.run(quick=True)
     assert last.left_out == [] and len(last.notes) == 2, last.notes
     found = [(line.job, line.provider, line.start) for line in last.timelines]
@@ -44,7 +59,8 @@ def test_every_command_runs_and_tells_its_phases():
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """No data and no model: commands are what a test makes them."""
+    """No data, no model and no imports: commands are what a test makes them."""
+    monkeypatch.setattr(end_to_end, "BASELINES_IMPORT", ())
     for name in ("write_data", "write_backbone", "write_clip"):
         monkeypatch.setattr(end_to_end.job_files, name, lambda *_: (None, "no data"))
 
@@ -72,6 +88,13 @@ def test_a_baseline_that_fails_leaves_the_others(small):
     ((row,),) = last.tables.values()
     assert (row["command"], row["test accuracy"]) == ("ours", "75.0%")
     assert "times as fast as plain" not in row
+
+
+def test_what_baselines_import_is_compiled_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "BASELINES_IMPORT", ("wave, no_such_module", "colorsys"))
+    end_to_end.compile_imports(tmp_path)
+    names = {path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")}
+    assert {"wave", "colorsys"} <= names
 
 
 def test_ours_may_not_fail(small):
