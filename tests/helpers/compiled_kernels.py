@@ -106,7 +106,12 @@ def replaced(original: Callable, new: Callable) -> Iterator[None]:
 
 
 def compiled(
-    call: Callable[[], None], capability: int, *, cache: Path, assemble: bool = False
+    call: Callable[[], None],
+    capability: int,
+    *,
+    cache: Path,
+    assemble: bool = False,
+    target: int | None = None,
 ) -> list[Compiled]:
     """Compile the kernels that ``call`` launches.
 
@@ -115,6 +120,8 @@ def compiled(
         capability: the compute capability, times ten.
         cache: folder for what Triton keeps: what ends at PTX must not lie where others look.
         assemble: have ptxas make machine code, too, which finds what the GPU cannot do.
+        target: the compute capability that is compiled for, if another of the same generation:
+            what was compiled for it before, with the same constants, is not compiled again.
 
     Returns:
         A :class:`Compiled` for each launch, in order.
@@ -148,7 +155,7 @@ def compiled(
         stack.enter_context(replaced(launcher.device_of, lambda index: device))
         stack.enter_context(replaced(dispatch.why_not_device, lambda x: None))
         stack.enter_context(mock.patch.object(knobs.compilation, "disable_line_info", True))
-        stack.enter_context(mock.patch.object(driver, "_active", _Driver(capability)))
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver(target or capability)))
         stack.enter_context(_NoProducts())
         call()
     return launches

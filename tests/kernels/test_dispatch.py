@@ -83,17 +83,23 @@ def test_what_a_gpu_has():
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-def test_kernels_compile_without_the_gpu(capability, tmp_path):
-    """To machine code, where the GPU has shared memory enough; tools/compare_ptx.py does more."""
+@pytest.mark.parametrize("target", [80, 89, 90, 100, 120])
+def test_kernels_compile_without_the_gpu(target, tmp_path):
+    """To machine code, where the GPU has shared memory enough; tools/compare_ptx.py does more.
+
+    To Triton an RTX 3090 is an RTX 4090: only what it launches otherwise is compiled for it.
+    """
     pytest.importorskip("triton")
     from tests.helpers import compiled_kernels as gpus
 
-    device_has = gpus.GPUS[capability][1]
-    kernels = set()
-    for name, call in gpus.calls(few=True).items():
-        for launch in gpus.compiled(call, capability, assemble=True, cache=tmp_path):
-            assert launch.shared <= device_has, (name, launch.kernel, launch.shared)
-            kernels.add(launch.kernel)
-    assert len(kernels) >= 12
-    assert kernels & HOPPER == (HOPPER if capability == 90 else set())
+    for capability in (89, 86) if target == 89 else (target,):
+        device_has = gpus.GPUS[capability][1]
+        kernels = set()
+        for name, call in gpus.calls(few=True).items():
+            for launch in gpus.compiled(
+                call, capability, assemble=True, cache=tmp_path, target=target
+            ):
+                assert launch.shared <= device_has, (name, launch.kernel, launch.shared)
+                kernels.add(launch.kernel)
+        assert len(kernels) >= 12
+        assert kernels & HOPPER == (HOPPER if capability == 90 else set())
