@@ -24,6 +24,9 @@ from fastadapt.export.precision.int8 import QuantizationImages
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.lora import LoRAConfig, lora_layers
 from tests.helpers.imagesets import CLASSES, make_folders
+from tests.helpers.onnx_registry import keep_onnx_registry
+
+keep_onnx_registry()
 
 SIZE = (3, 32, 32)
 GRAPH_INPUT = GraphInput(Preprocess(SIZE))
