@@ -294,7 +294,7 @@ class _Export:
                 "model": {"file": MODEL, **described},
                 "labels": trained.labels,
                 "decision": trained.decision.to_dict(),
-                "calibration": {"temperature": temperatures(trained.model)},
+                "calibration": temperatures(trained.model),
                 "quality": quality_of(trained.quality),
                 "tasks": _tasks(trained.labels, described),
                 "preprocessing": material.given.graph_input.to_dict(),

@@ -18,7 +18,8 @@ def quality_of(results: dict[str, Any] | None) -> dict[str, Any] | None:
     Returns:
         ``split`` and ``images`` that judged, ``scores`` with ``intervals``, ``per_class``,
         ``confusion`` and ``reliability``; ``linear_probe``; of a run ``calibration`` too, of folds
-        ``mean`` with deviations over ``runs``. ``None`` for results of older versions.
+        ``mean`` with deviations over ``runs``, and what was fitted to the ``ensemble``. ``None``
+        for results of older versions.
     """
     if results is None:
         return None
@@ -43,6 +44,7 @@ def quality_of(results: dict[str, Any] | None) -> dict[str, Any] | None:
     if folds:
         found["runs"] = len(results.get("runs", ()))
         found["mean"] = results.get("mean", {})
+        found["ensemble"] = results.get("ensemble", {})
         return found
     probe = results.get("linear_probe", {}).get(str(split))
     if isinstance(probe, dict):

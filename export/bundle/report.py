@@ -85,9 +85,13 @@ def _quality(manifest: dict[str, Any]) -> str:
     judged = f"{found['images']} {found['split']} images"
     mean = found.get("mean", {})
     if "runs" in found:
-        judged = (
-            f"{found['runs']} runs, each on images that it did not see; their ensemble, which this "
-            "bundle holds, was not judged on any others"
+        own = found.get("ensemble", {}).get("test")
+        judged = f"{found['runs']} runs, each on images that it did not see; "
+        judged += (
+            "their ensemble, which this bundle holds, was not judged on any others"
+            if own is None
+            else f"their ensemble, which this bundle holds, has accuracy {own['accuracy']:.4f} on "
+            f"{own['images']} test images"
         )
     rows = []
     for name, value in found["scores"].items():
@@ -114,6 +118,8 @@ def _quality(manifest: dict[str, Any]) -> str:
     temperature = manifest.get("calibration", {}).get("temperature", 1.0)
     several = temperature if isinstance(temperature, list) else [temperature]
     said = ", ".join(f"{value:.3g}" for value in several)
+    whole = manifest.get("calibration", {}).get("ensemble", 1.0)
+    said += "" if whole == 1 else f", and their mean by {whole:.3g}"
     notes = [f"Judged by {judged}.", f"Decision: {decision}. Logits are divided by {said}."]
     calibration = found.get("calibration", {})
     if calibration.get("note"):

@@ -188,9 +188,10 @@ class DecisionEntry(Part):
 
 
 class Calibration(Part):
-    """What the model's logits were divided by: of an ensemble, each member's."""
+    """What the model's logits were divided by: of an ensemble, each member's and their mean."""
 
     temperature: Temperature | Annotated[list[Temperature], Field(max_length=100_000)] = 1.0
+    ensemble: Temperature = 1.0
 
 
 class Environment(Part):

@@ -31,7 +31,8 @@ from fastadapt.gdpl.checkpoint import load_gdpl
 from fastadapt.gdpl.domain_features import FeatureTable
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.lora import load_peft, replaced_parameters
-from fastadapt.train.ensemble import FoldEnsemble, decision_of_folds, load_folds
+from fastadapt.train.ensemble import FoldEnsemble, load_folds
+from fastadapt.train.ensemble_fit import ensemble_of
 from fastadapt.train.fold_results import FOLDS, read_folds
 from fastadapt.train.fold_results import FORMAT as FOLDS_FORMAT
 from fastadapt.train.run_folder import RESULTS, check_finished
@@ -179,16 +180,20 @@ def _load_folds(
             "backbones": 1 if model.shared else len(folders),
             **{key: digest.hexdigest() for key, digest in text.items()},
         },
-        decision=decision_of_folds(out),
+        decision=ensemble_of(out, summary).decision,
         quality=summary,
     )
 
 
-def temperatures(model: nn.Module) -> float | list[float]:
-    """Return what a model's logits are divided by, of an ensemble each member's; 1 by default."""
+def temperatures(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's logits are divided by; of an ensemble each member's, and their mean."""
     if isinstance(model, FoldEnsemble):
-        return [temperature_of(each) for each in model.members if isinstance(each, AdaptedModel)]
-    return temperature_of(model) if isinstance(model, AdaptedModel) else 1.0
+        members = [each for each in model.members if isinstance(each, AdaptedModel)]
+        return {
+            "temperature": [temperature_of(each) for each in members],
+            "ensemble": model.temperature,
+        }
+    return {"temperature": temperature_of(model) if isinstance(model, AdaptedModel) else 1.0}
 
 
 def _domain_features(

@@ -32,6 +32,7 @@ from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
+from fastadapt.train.ensemble_fit import fit_ensemble
 from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source
 from fastadapt.train.fold_plan import check_out, parts_of, plan_of, remove_others
 from fastadapt.train.fold_results import (
@@ -229,6 +230,7 @@ def train_folds(
                 else:
                     work.run(plan, parts, first)
                 summary = summarize(out, plan, found.dataset, described, found.value_range)
+                summary["ensemble"] = fit_ensemble(out, summary)
                 write_summary(out, summary, found.dataset, numbers)
                 (out / REQUEST).unlink(missing_ok=True)
                 if overwrite:

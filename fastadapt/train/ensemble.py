@@ -2,6 +2,7 @@
 
     (1)  x = backbone(images)                       once, where no run changed it
     (2)  z = 1/M Σ_m head_m(mean(adapter_m(x))) / T_m,   over the M runs, each with its temperature
+    (3)  logits = z / T,   T of the ensemble (:mod:`fastadapt.train.ensemble_fit`)
 
 Where runs trained inside the backbone, each has its own, and (1) is computed M times.
 """
@@ -12,35 +13,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import CONFIG, load_adapter
-from fastadapt.decision import LIKELIEST, Decision, choose_decision
 from fastadapt.errors import InputError
 from fastadapt.files import read_json
 from fastadapt.symmetries import mean_over_views, symmetric_views
-from fastadapt.train.fold_results import PlannedRun, read_folds, read_predicted
-from fastadapt.train.run_folder import RESULTS
+from fastadapt.train.ensemble_fit import ensemble_of
+from fastadapt.train.fold_results import read_folds
 
 
 class FoldEnsemble(nn.Module):
-    """Map images to the mean of several models' logits, by (1) and (2).
+    """Map images to the mean of several models' logits, by (1) to (3).
 
     Args:
         members: adapted models of the same classes and input; where they share a backbone, it is
             the same module in all.
+        temperature: by which the mean is divided.
 
     Attributes:
         members: the models.
+        temperature: as given.
         shared: whether they have one backbone.
         num_classes: of the logits.
     """
 
-    def __init__(self, members: Sequence[AdaptedModel]):
+    def __init__(self, members: Sequence[AdaptedModel], temperature: float = 1.0):
         super().__init__()
+        self.temperature = temperature
         self.members = nn.ModuleList(members)
         self.num_classes = members[0].num_classes
 
@@ -61,7 +63,11 @@ class FoldEnsemble(nn.Module):
         return first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to mean logits [B, num_classes]."""
+        """Map images to calibrated mean logits [B, num_classes]."""
+        logits = self._mean(x)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def _mean(self, x: Tensor) -> Tensor:
         if not self.shared:
             return torch.stack([member(x) for member in self.members]).mean(0)
         first, tta = self._first, self._first.config.tta
@@ -105,7 +111,7 @@ def load_folds(
         if first is not None and _same(member.backbone, first.backbone):
             member.backbone = first.backbone
         members.append(member)
-    return FoldEnsemble(members).eval()
+    return FoldEnsemble(members, ensemble_of(out, summary).temperature).eval()
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
@@ -114,22 +120,3 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
-
-
-def decision_of_folds(out: Path) -> Decision:
-    """Choose the ensemble's decision as its runs' were chosen, on all their validation images.
-
-    Every image validates once for each seed; its probabilities are those of the run that did not
-    train on it.
-    """
-    summary = read_folds(out)
-    plan = [PlannedRun(run["folder"], run["fold"], run["seed"]) for run in summary["runs"]]
-    first = out / plan[0].folder / RESULTS
-    asked = Decision.from_dict(read_json(first).get("decision"), str(first))
-    if asked.criterion == "none" and asked.abstain == 0:
-        return LIKELIEST
-    found = read_predicted(out, plan, summary["classes"], "val")
-    decision, _ = choose_decision(
-        found.probabilities, np.asarray(found.labels), asked.criterion, asked.abstain
-    )
-    return decision

@@ -23,6 +23,7 @@ from fastadapt.train.linear_probe import LARGEST, linear_probe
 from fastadapt.train.metrics import calibration_error, scores
 from fastadapt.train.sources import FeatureSource
 
+NOT_ASKED = "not asked for"  # why a temperature is 1
 DECIDED = ("accuracy", "balanced_accuracy", "macro_f1")  # of the images that are decided
 
 
@@ -120,7 +121,7 @@ def calibration(dataset: Dataset, logits: Mapping[str, Tensor], fit: bool = True
     labels = {
         split: np.array([sample.label for sample in dataset.split(split)]) for split in logits
     }
-    temperature, note = 1.0, "not asked for"
+    temperature, note = 1.0, NOT_ASKED
     if fit:
         temperature, note = calibrate(logits["val"], labels["val"])
     found: dict[str, Any] = {"temperature": temperature}

@@ -35,6 +35,15 @@ def made(tmp_path_factory):
     train_folds(
         data, out, "test_vit", config, ADAPT, FoldSettings(folds=3), pretrained=False, workers=1
     )
+    # One seed alone gives 1; see tests/train/test_ensemble_fit.py for how it is fitted.
+    summary = read_json(out / "folds.json")
+    assert (
+        summary["ensemble"]["val"] | {"images": 60, "runs_per_image": 1}
+        == (summary["ensemble"]["val"])
+    )
+    assert summary["ensemble"]["temperature"] == pytest.approx(1, abs=0.2)
+    summary["ensemble"]["temperature"] = 0.8
+    write_json(out / "folds.json", summary)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastadapt.export.bundle.build.measure", lambda *args: {"1": 1.0})
         export_run(out, folder / "bundle")
@@ -55,7 +64,7 @@ def test_the_graph_is_the_mean_of_the_calibrated_runs(made):
     pixels = torch.stack([preprocess.read(path) for path in paths])
     with torch.no_grad():
         images = preprocess.normalize(pixels)
-        mean = torch.stack([run(images) for run in runs]).mean(0)
+        mean = torch.stack([run(images) for run in runs]).mean(0) / 0.8
         torch.testing.assert_close(ensemble(images), mean, rtol=1e-4, atol=1e-5)
     assert predictor(paths).logits == pytest.approx(mean.numpy(), rel=1e-3, abs=1e-3)
     graph = onnx.load(made / "bundle" / "model.onnx").graph
@@ -66,7 +75,7 @@ def test_the_graph_is_the_mean_of_the_calibrated_runs(made):
         read_json(made / "out" / f"fold-{number}" / "config.json")["temperature"]
         for number in (1, 2, 3)
     ]
-    assert manifest["calibration"]["temperature"] == temperatures
+    assert manifest["calibration"] == {"temperature": temperatures, "ensemble": 0.8}
     assert manifest["source"]["folds"] == ["fold-1", "fold-2", "fold-3"]
     assert {parity["stage"] for parity in manifest["parity"]} >= {"folding", "end to end"}
 
@@ -91,6 +100,7 @@ def test_bundles_say_how_good_the_model_is(made):
         "3 runs, each on images",
         "linear probe",
         "95 % interval",
+        "and their mean by 0.8",
     ):
         assert text in report
     quality = read_json(made / "bundle" / "manifest.json")["quality"]
