@@ -4,6 +4,9 @@ For images x, with the methods that :class:`fastadapt.AdaptedModel` and timm's m
 
 1. features = forward_head(forward_features(x), pre_logits=True)  [B, dim]
 2. logits = head(features)                                        [B, classes]
+
+A run that was trained with ``tta`` shows every image from V sides: (1) is computed for each, and
+features are their mean. Its head is linear, so that (2) of the mean is the mean of the logits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError
+from fastadapt.symmetries import mean_over_views, symmetric_views
 from fastadapt.train.ensemble import FoldEnsemble
 
 from .precision.half import MixedPrecision
@@ -82,9 +86,12 @@ def compute_features(model: Any, images: Tensor, head: bool = False) -> tuple[Te
     inner = model
     if isinstance(model, MixedPrecision):
         inner, images = model.model, images.to(model.dtype)
-    tokens = inner.forward_features(images)
+    own, count = isinstance(inner, AdaptedModel), images.shape[0]
+    tta = inner.config.tta if own else "none"
+    tokens = inner.forward_features(images if tta == "none" else symmetric_views(images, tta))
     features = logits = inner.forward_head(tokens, pre_logits=True)
+    if tta != "none":
+        features = logits = mean_over_views(features, count)
     if head:  # timm's heads differ in what they do after the features
-        own = isinstance(inner, AdaptedModel)
         logits = inner.head(features) if own else inner.forward_head(tokens)
     return logits.flatten(1).float(), features.flatten(1).float()

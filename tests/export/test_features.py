@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastadapt.export.bundle.verify import verify_bundle
 from fastadapt.export.features import Features, WithFeatures
 from fastadapt.export.precision.half import MixedPrecision, precision_units
 from fastadapt.files import read_json, read_tensors, write_tensors
+from fastadapt.symmetries import symmetric_views
 from tests.helpers.bundles import reseal
 from tests.helpers.command import command
 
@@ -65,6 +67,30 @@ def test_a_bundle_embeds_and_predicts_with_embeddings(made, bundle, tmp_path, mo
             assert abs(float(one[f"logits_{name}"]) - float(other[f"logits_{name}"])) < 1e-4
 
 
+def test_features_of_a_run_with_tta_are_means_over_views(made, tmp_path, monkeypatch):
+    config = fa.AdaptConfig(rank=8, num_centers=3, input_size=(3, 32, 32), tta="dihedral")
+    model = fa.adapt("test_vit", config, 2, weights=str(made / "weights.pth")).eval()
+    preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
+    run, out = tmp_path / "run", tmp_path / "out.jsonl"
+    labels = ["crack", "good"]
+    fa.save_adapter(model, run, labels=labels, preprocess=preprocess.to_dict())
+    shutil.copy(made / "run" / "splits.csv", run)
+    export_run(run, tmp_path / "bundle", with_features=True, speed=False)
+    paths = sorted(str(path) for path in (made / "images").rglob("*.png"))
+    images = preprocess.normalize(torch.stack([preprocess.read(path) for path in paths]))
+    with torch.no_grad():
+        views = model.forward_features(symmetric_views(images, "dihedral"))
+        features = model.forward_head(views, pre_logits=True).unflatten(0, (8, -1)).mean(0)
+        logits = model(images)
+    for source in (run, tmp_path / "bundle"):
+        more = ("--out", out, "--workers", 1, "--embeddings", "--logits", "--overwrite")
+        assert command(monkeypatch, "predict", source, made / "images", *more) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        np.testing.assert_allclose([row["embeddings"] for row in rows], features, atol=1e-4)
+        found = [[row["logits"][label] for label in labels] for row in rows]
+        np.testing.assert_allclose(found, logits, atol=1e-4)
+
+
 def test_verify_compares_features(bundle):
     result = verify_bundle(bundle, speed=False)
     assert result.passed
@@ -75,8 +101,6 @@ def test_verify_compares_features(bundle):
 
 
 def test_wrong_features_are_found(bundle, tmp_path):
-    import shutil
-
     wrong = shutil.copytree(bundle, tmp_path / "wrong")
     tensors, metadata = read_tensors(wrong / "golden.safetensors")
     tensors["expected_features"] = tensors["expected_features"].flip(0)
