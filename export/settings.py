@@ -12,6 +12,7 @@ from fastadapt.settings import Setting, Settings
 MODEL, COMPARISON, INPUT, BUNDLE = "Model", "Comparison", "The graph's input", "Bundle"
 ENGINES = "Engines"
 GDPL = "GDPL runs"
+Calibration = Literal["max", "entropy"]
 MOST_IMAGES = 4096  # of a batch
 # From opset 20 on, LayerNormalization and Gelu are one operator each; from 23 on, attention is one,
 # too, which not every runtime takes.
@@ -97,6 +98,15 @@ class EngineSettings(Settings):
             panel=ENGINES,
         ),
     ] = False
+    calibration: Annotated[
+        Calibration,
+        Setting(
+            "With --int8: range of an activation, max (its largest values) or entropy (clipped "
+            "where that keeps most information); OpenVINO's is NNCF's own.",
+            panel=ENGINES,
+            expected="max or entropy",
+        ),
+    ] = "max"
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"],
         Setting(

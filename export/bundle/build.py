@@ -271,10 +271,12 @@ def _build_eight_bit_engine(
     path, images, batch = folded.path(precision, "onnx"), folded.images(), options.batch
     calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
     with console.status(f"quantise to {precision.upper()} for TensorRT …"):
-        write_qdq(folded.onnx, path, calibration, precision)
+        write_qdq(folded.onnx, path, calibration, precision, options.calibration)
         budget = options.int8_budget if precision == "int8" else options.fp8_budget
         judgement = judge_accuracy(folded.onnx, path, images, budget=budget, batch=batch.opt)
-    notes = {"batch": batch.to_dict(), "judgement": judgement.to_dict()}
+    notes: dict[str, Any] = {"batch": batch.to_dict(), "judgement": judgement.to_dict()}
+    if precision == "int8":
+        notes["calibration"] = options.calibration
     graph = describe_artefact("onnx", path, precision, notes)
     if judgement.problems:
         return [_refuse(graph, folded, judgement.problems)]
@@ -332,11 +334,12 @@ def _build_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:
     """Quantise to INT8; keep it if it is accurate, and faster than fp32."""
     _check_images_alone("`int8`", folded)
     path, images = folded.path("int8", "onnx"), folded.images()
-    quantize_int8(folded.onnx, path, images, _device())
+    quantize_int8(folded.onnx, path, images, _device(), options.calibration)
     judgement = judge(
         folded.onnx, path, images, budget=options.int8_budget, batch=options.batch.opt
     )
-    artefact = describe_artefact("onnx", path, "int8", {"batch": options.batch.to_dict()})
+    notes = {"batch": options.batch.to_dict(), "calibration": options.calibration}
+    artefact = describe_artefact("onnx", path, "int8", notes)
     return _accept(artefact, judgement, folded)
 
 

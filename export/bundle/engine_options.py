@@ -33,6 +33,8 @@ class EngineOptions(EngineSettings):
         for flag in ("targets", "workspace", "hardware_compatible", "version_compatible"):
             if getattr(self, flag) and not self.trt:
                 raise InputError(f"`{flag}` is for TensorRT engines: add `trt=True`")
+        if self.calibration != "max" and not self.int8:
+            raise InputError("`calibration` is of INT8: add `int8=True`")
         if self.trt:
             tensorrt.choose_flavour(self.tensorrt)
         if self.fp8 and not self.trt and not self.fp8_pt2:

@@ -189,6 +189,8 @@ def _details(artefact: dict[str, Any]) -> str:
     rows.append(("batch sizes", ", ".join(f"{k} {v}" for k, v in details["batch"].items())))
     if "fp32_layers" in details:
         rows.append(("kept in fp32", ", ".join(details["fp32_layers"]) or "no layer"))
+    if "calibration" in details:
+        rows.append(("calibration", details["calibration"]))
     if "fp8_layers" in details:
         rows.append(("in FP8", f"{len(details['fp8_layers'])} layers"))
     for kind, counts in details.get("summary", {}).get("precision", {}).items():

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from ..runtimes import Runtime, load_runtime
+from ..settings import Calibration
 from ..speed import format_rate, throughput
-from .quantizer import OPERATORS, quantize_static
+from .quantizer import Quantization, quantize_static
 
 CALIBRATION_IMAGES = 128
 BATCH = 8
@@ -96,7 +97,11 @@ class Judgement:
 
 
 def quantize_int8(
-    onnx: str | Path, path: str | Path, images: QuantizationImages, device: str = "cpu"
+    onnx: str | Path,
+    path: str | Path,
+    images: QuantizationImages,
+    device: str = "cpu",
+    calibration: Calibration = "max",
 ) -> None:
     """Write an INT8 version of an fp32 ONNX file.
 
@@ -106,24 +111,16 @@ def quantize_int8(
         images: their ``calibration`` files give the ranges of the activations.
         device: where it is to run: signed and symmetric for ``"cuda"``, as GPUs need it, else
             unsigned, as x86's instructions do.
+        calibration: of the activations.
 
     Raises:
         InputError: the quantiser fails, with its reason.
     """
-    from onnxruntime import quantization
-
     gpu = device == "cuda"
-    activations = quantization.QuantType.QInt8 if gpu else quantization.QuantType.QUInt8
-    quantize_static(
-        onnx,
-        path,
-        images.batches(images.calibration[:CALIBRATION_IMAGES]),
-        op_types_to_quantize=list(OPERATORS),
-        per_channel=True,
-        activation_type=activations,
-        weight_type=quantization.QuantType.QInt8,
-        extra_options={"ActivationSymmetric": gpu},
+    wanted = Quantization(
+        "QInt8" if gpu else "QUInt8", "QInt8", calibration, options={"ActivationSymmetric": gpu}
     )
+    quantize_static(onnx, path, images.batches(images.calibration[:CALIBRATION_IMAGES]), wanted)
 
 
 def judge(

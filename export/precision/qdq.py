@@ -4,9 +4,8 @@ TensorRT builds strongly typed networks: where the graph quantises, the engine d
 else. ONNX Runtime's quantiser writes QuantizeLinear and DequantizeLinear around convolutions and
 products of tokens with weights, symmetric as TensorRT demands, with biases left in fp32:
 
-- INT8: a scale for each output channel of weights, one for each activation, of the largest values.
-  (ONNX Runtime's entropy calibration makes histograms of as many bins as INT8 has steps, so that it
-  gives the same scales.)
+- INT8: a scale for each output channel of weights, one for each activation, of the largest values
+  or with entropy calibration (:mod:`fastadapt.export.precision.entropy`).
 - FP8 (e4m3): a scale for each tensor, from the spread of its values; products of matrices alone.
 
 What few numbers decide (cluster attention's mixture, the head, products of two activations, sums of
@@ -24,7 +23,8 @@ import numpy as np
 from fastadapt.errors import InputError
 from fastadapt.files import atomic_path
 
-from .quantizer import OPERATORS, delicate_nodes, quantize_static
+from ..settings import Calibration
+from .quantizer import OPERATORS, Quantization, delicate_nodes, quantize_static
 
 
 def write_qdq(
@@ -32,6 +32,7 @@ def write_qdq(
     path: str | Path,
     images: Iterable[np.ndarray],
     precision: Literal["int8", "fp8"],
+    calibration: Calibration = "max",
 ) -> None:
     """Write the Q/DQ graph of an fp32 ONNX file.
 
@@ -40,34 +41,26 @@ def write_qdq(
         path: of the result.
         images: batches that give the ranges of the activations, as the file takes them.
         precision: of what is quantised.
+        calibration: of INT8's activations.
 
     Raises:
         InputError: the quantiser fails, with its reason; nothing in the graph can be quantised.
     """
     import onnx
-    from onnxruntime import quantization
 
-    methods = quantization.CalibrationMethod
-    if precision == "int8":
-        dtype, operators, method = quantization.QuantType.QInt8, list(OPERATORS), methods.MinMax
-    else:  # whose quantiser calibrates by distribution alone
-        dtype, operators = quantization.QuantType.QFLOAT8E4M3FN, ["MatMul"]
-        method = methods.Distribution
+    # ONNX Runtime's quantiser to FP8 knows calibration by distribution alone.
+    wanted = Quantization(
+        *(("QInt8",) * 2 if precision == "int8" else ("QFLOAT8E4M3FN",) * 2),
+        calibration if precision == "int8" else "distribution",
+        OPERATORS if precision == "int8" else ("MatMul",),
+        per_channel=precision == "int8",
+        options={"ActivationSymmetric": True, "QuantizeBias": False},
+    )
     graph = onnx.load(onnx_file, load_external_data=False).graph
     excluded = delicate_nodes(Path(onnx_file))
-    if not any(n.op_type in operators and n.name not in excluded for n in graph.node):
+    if not any(n.op_type in wanted.operators and n.name not in excluded for n in graph.node):
         raise InputError(f"{onnx_file} has nothing that {precision} could compute")
-    quantize_static(
-        onnx_file,
-        path,
-        images,
-        op_types_to_quantize=operators,
-        per_channel=precision == "int8",
-        activation_type=dtype,
-        weight_type=dtype,
-        calibrate_method=method,
-        extra_options={"ActivationSymmetric": True, "QuantizeBias": False},
-    )
+    quantize_static(onnx_file, path, images, wanted)
     with atomic_path(path) as temporary:
         model = onnx.load(path)
         _keep_onnx_domain(model)

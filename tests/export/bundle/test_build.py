@@ -83,7 +83,7 @@ class TestInt8:
     """The refusal; what the quantiser makes of a real model is in precision/test_int8.py."""
 
     def run(self, folded, monkeypatch, problems):
-        def quantize(onnx, path, images, device):
+        def quantize(onnx, path, images, device, calibration):
             path.write_bytes(onnx.read_bytes())
 
         judgement = Judgement(0.8, 0.9, 0.01, 30, 20, 8, 100, "accuracy", "ONNX Runtime, CPU")

@@ -17,6 +17,8 @@ class TestOptions:
             ({"workspace": 4}, "`workspace` is for TensorRT engines"),
             ({"workspace": -1, "trt": True}, "workspace is -1; expected MiB"),
             ({"int8_budget": 2.0}, "int8_budget is 2.0"),
+            ({"calibration": "mean"}, "calibration is 'mean'; expected max or entropy"),
+            ({"calibration": "entropy"}, "`calibration` is of INT8: add `int8=True`"),
             ({"trt": True, "targets": ("sm_1",)}, "targets is 'sm_1'"),
             ({"fp8": True, "aoti": True}, "`fp8` is made for TensorRT"),
         ],

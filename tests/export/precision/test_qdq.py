@@ -99,7 +99,7 @@ class TestEngines:
         }
 
     def test_an_inaccurate_graph_is_refused(self, calibrated, monkeypatch):
-        def wrong(onnx_file, path, images, precision):
+        def wrong(onnx_file, path, images, precision, calibration):
             model = onnx.load(onnx_file)
             for weight in model.graph.initializer:
                 if weight.name.endswith("head.bias"):
