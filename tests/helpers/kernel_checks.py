@@ -22,11 +22,11 @@ starts_interpreter = pytest.mark.skipif(INTERPRETING, reason="starts that proces
 gpu = pytest.mark.gpu
 
 
-def run_interpreted(file: str) -> None:
-    """Runs the interpreted tests of a file: Triton must be imported anew for its interpreter."""
+def run_interpreted(*files: str) -> None:
+    """Run the interpreted tests of files: Triton must be imported anew for its interpreter."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", file]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", *files]
     done = subprocess.run(
         [*command, "-k", "interpreted"], env=environment, capture_output=True, text=True
     )

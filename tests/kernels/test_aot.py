@@ -1,15 +1,11 @@
 """The kernels that AOTInductor stores, against the folded layer's ordinary operators."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import fastadapt as fa
 from fastadapt.export.folded_layers import FoldedClusterAttention
-from tests.helpers.kernel_checks import INTERPRETING, interpreted, starts_interpreter
+from tests.helpers.kernel_checks import INTERPRETING, interpreted
 
 CASES = [  # batch, tokens, channels, centers, rank (None: token mode)
     (1, 7, 40, 5, 12),
@@ -39,21 +35,10 @@ def check(layer, x):
     assert error <= 2 * allowed + torch.finfo(x.dtype).eps * truth.abs().max()
 
 
-@starts_interpreter
-def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(CASES)} passed" in done.stdout
-
-
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", CASES)
-def test_agrees(case, dtype, monkeypatch, poisoned_empty):
+def test_interpreted(case, dtype, monkeypatch, poisoned_empty):
     from fastadapt.kernels.cluster_attention import aot as module
 
     monkeypatch.setattr(module, "wrap_triton", lambda kernel: kernel)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastadapt.kernels import batch_norm_act, batch_norm_act_reference
-from tests.helpers.kernel_checks import gpu, interpreted, run_interpreted, starts_interpreter
+from tests.helpers.kernel_checks import gpu, interpreted
 
 # batch, channels, height, width, activation, running statistics
 CASES = [
@@ -37,11 +37,6 @@ def run(norm, case, dtype, device, wide=False):
     g = numbers(1, channels, height, width).expand_as(y)
     found = [y, *torch.autograd.grad(y, (x, weight, bias), g)]
     return [*found, *running] if keeps else found
-
-
-@starts_interpreter
-def test_kernels_in_the_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,7 +1,7 @@
 """Cluster attention: the reference, and the kernels in the interpreter.
 
 The interpreter is chosen before Triton is imported, so its cases run in a process of their own:
-``python -m pytest`` on this file with TRITON_INTERPRET=1, started by one test.
+``python -m pytest`` on this file with TRITON_INTERPRET=1, started by ``test_interpreter.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from tests.helpers.kernel_checks import (
     INTERPRETING,
     interpreted,
     output_and_gradients,
-    run_interpreted,
-    starts_interpreter,
 )
 
 # The reference
@@ -110,11 +108,6 @@ def test_import_and_reference_need_no_triton(block):
 
 
 # The kernels in the interpreter. bf16 products are wrong there, so fp16 and fp32.
-
-
-@starts_interpreter
-def test_kernels_in_the_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,7 +1,7 @@
 """LayerNorm, with an addition, twice in a row, with the mean: reference, interpreter, GPU.
 
 The interpreter is chosen before Triton is imported, so its cases run in a process of their own:
-``python -m pytest`` on this file with TRITON_INTERPRET=1, started by one test.
+``python -m pytest`` on this file with TRITON_INTERPRET=1, started by ``test_interpreter.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from tests.helpers.kernel_checks import (
     gpu,
     interpreted,
     output_and_gradients,
-    run_interpreted,
-    starts_interpreter,
 )
 from tests.helpers.row_operations import KINDS, NAMES, REFERENCES, make
 
@@ -86,11 +84,6 @@ def test_the_mean_needs_tokens():
 
 
 # The kernels in the interpreter. bf16 is wrong there, so fp16 and fp32.
-
-
-@starts_interpreter
-def test_kernels_in_the_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,7 +1,7 @@
 """Quaternion linear layers: reference, checks, launches, kernels in the interpreter.
 
 The interpreter is chosen before Triton is imported, so its cases run in a process of their own:
-``python -m pytest`` on this file with TRITON_INTERPRET=1, started by one test.
+``python -m pytest`` on this file with TRITON_INTERPRET=1, started by ``test_interpreter.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from fastadapt.kernels.quaternion_linear.hamilton_terms import hamilton_terms
 from tests.helpers.kernel_checks import (
     INTERPRETING,
     interpreted,
-    run_interpreted,
-    starts_interpreter,
 )
 from tests.helpers.quaternion_calls import (
     call,
@@ -219,11 +217,6 @@ def test_interpreted_parts_are_added(parts, poisoned_empty):
     sum_partials(device_of(None), *pairs)()
     for found, out in pairs:
         torch.testing.assert_close(out, found.sum(0))
-
-
-@starts_interpreter
-def test_kernels_in_the_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,0 +1,20 @@
+"""The kernels of all operations in Triton's interpreter, which runs them on the CPU."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.kernel_checks import run_interpreted, starts_interpreter
+
+FILES = sorted(
+    str(path)
+    for path in Path(__file__).parent.glob("*.py")
+    if "\n@interpreted\n" in path.read_text()
+)
+
+
+@starts_interpreter
+@pytest.mark.parametrize("half", [0, 1])
+def test_in_the_interpreter(half):
+    assert len(FILES) >= 7
+    run_interpreted(*FILES[half::2])
