@@ -30,9 +30,10 @@ def test_the_split_is_stratified_and_always_the_same():
         )
 
 
-def test_the_whole_path_on_a_few_cells(tmp_path, capsys):
+def test_the_whole_path_on_a_few_cells(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
-    result = demo.run(out, limit=200, epochs=1)
+    monkeypatch.setattr(demo, "IMAGE_SIZE", 96)
+    result = demo.run(out, limit=100, epochs=1)
     printed = capsys.readouterr().out
     assert "images per second" in printed and "the adapter" in printed
     assert all(row["passed"] for row in result["parity"])

@@ -163,7 +163,7 @@ def measure(runtime: Runtime, inputs: Inputs, batch: Batches) -> dict[str, float
             if runtime.device == "cuda":
                 torch.cuda.synchronize()
 
-        speeds[str(size)] = throughput(call, size, seconds=0.5)
+        speeds[str(size)] = throughput(call, size)
     return speeds
 
 
