@@ -7,7 +7,8 @@ from typing import Any
 
 from .parity import Parity
 
-KINDS = ("onnx", "tensorrt", "tensorrt_rtx", "aotinductor")
+NATIVE = ("aotinductor", "tensorrt", "tensorrt_rtx")  # hold machine code; a .json lies beside
+PROGRAMS = ("executorch", "litert")  # hold instructions of a runtime
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 VERIFIED, UNVERIFIED, REFUSED, FAILED = "verified", "unverified", "refused", "failed"
 
@@ -17,8 +18,8 @@ class Artefact:
     """A file of a bundle that runs, as the manifest lists it.
 
     Attributes:
-        kind: ``"onnx"`` (for ONNX Runtime), ``"tensorrt"``, ``"tensorrt_rtx"`` or
-            ``"aotinductor"``.
+        kind: ``"onnx"`` (for ONNX Runtime), ``"openvino"``, one of ``NATIVE`` or of
+            ``PROGRAMS``.
         path: name of the file in the bundle; ``None`` if it was refused.
         precision: one of ``PRECISIONS``, as the file was built.
         status: ``"verified"`` (it ran here and agreed), ``"unverified"`` (it cannot run here;

@@ -348,7 +348,8 @@ def load(
             was made, of those that were verified and run here.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: a GPU if there is one.
         check: compare every file with its hash first, and the parts with each other.
-        trust: run native code (.pt2, engines) of a bundle that was not made on this machine.
+        trust: run native code (.pt2, engines) and programs (.pte, .tflite) of a bundle that was
+            not made on this machine.
 
     Returns:
         A function of images.

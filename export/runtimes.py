@@ -1,4 +1,4 @@
-"""One interface to what runs a bundle's files: ONNX Runtime, OpenVINO, AOTInductor, TensorRT.
+"""What runs a bundle's files: ONNX Runtime, OpenVINO, AOTInductor, TensorRT, and edge runtimes.
 
 >>> runtime = load_runtime("bundle/model.onnx")
 >>> logits = runtime(images)  # numpy in, numpy out; tensor in, tensor out on its device
@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,64 +22,18 @@ from fastadapt.cuda_graph import GraphedCall
 from fastadapt.errors import InputError, first_line
 from fastadapt.files import read_json
 
-SUFFIXES = {".onnx": "onnx", ".pt2": "aotinductor", ".engine": "tensorrt", ".xml": "openvino"}
+from .edge_runtimes import ExecuTorchRuntime, LiteRtRuntime
+from .runtime import Runtime, RuntimeUnavailable, usable_cores
+
+SUFFIXES = {
+    ".onnx": "onnx",
+    ".pt2": "aotinductor",
+    ".engine": "tensorrt",
+    ".xml": "openvino",
+    ".pte": "executorch",
+    ".tflite": "litert",
+}
 DEVICES = ("auto", "cpu", "cuda")
-
-
-class RuntimeUnavailable(InputError):
-    """Report that this machine cannot run a file, and why; another machine may."""
-
-
-class Runtime:
-    """A loaded file: images [B, ...] to outputs [B, outputs].
-
-    Attributes:
-        name: for tables, ``"ONNX Runtime, CPU"`` for one.
-        providers: the libraries that compute, in the order in which they are preferred.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
-
-    name: str
-    providers: tuple[str, ...]
-    device: str
-
-    @overload
-    def __call__(self, *inputs: Tensor) -> Tensor: ...
-
-    @overload
-    def __call__(self, *inputs: np.ndarray) -> np.ndarray: ...
-
-    def __call__(self, *inputs: Any) -> Any:
-        """Run a batch, and return the first output: logits, or features without a head.
-
-        Args:
-            inputs: all arrays or all tensors, in the order, dtypes and layouts of the file's
-                inputs; images come first. Tensors may be on any device.
-
-        Raises:
-            InputError: the runtime fails, at this batch size perhaps.
-        """
-        return self.outputs(*inputs)[0]
-
-    def outputs(self, *inputs: Any) -> tuple[Any, ...]:
-        """Run a batch as :meth:`__call__` does, and return all outputs."""
-        try:
-            if isinstance(inputs[0], Tensor):
-                return self.run_tensors(*(x.to(self.device).contiguous() for x in inputs))
-            return self.run_arrays(*map(np.ascontiguousarray, inputs))
-        except Exception as error:  # the runtimes' own exceptions have no common base
-            raise InputError(
-                f"{self.name} fails at batch size {len(inputs[0])}: {first_line(error)}"
-            ) from error
-
-    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run contiguous tensors that are on the runtime's device; return all outputs."""
-        return tuple(map(torch.from_numpy, self.run_arrays(*(x.numpy() for x in inputs))))
-
-    def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Run contiguous arrays; return all outputs."""
-        tensors = (torch.from_numpy(x).to(self.device) for x in inputs)
-        return tuple(output.cpu().numpy() for output in self.run_tensors(*tensors))
 
 
 def load_runtime(
@@ -94,10 +47,10 @@ def load_runtime(
     """Load a file of a bundle.
 
     Args:
-        path: ``.onnx``, ``.xml`` with the ``.bin`` beside it, ``.pt2`` or ``.engine`` with the
-            ``.json`` beside it.
-        kind: ``"onnx"``, ``"openvino"``, ``"aotinductor"``, ``"tensorrt"`` or ``"tensorrt_rtx"``;
-            by the suffix and the file beside it if ``None``.
+        path: ``.onnx``, ``.xml`` with the ``.bin`` beside it, ``.pte``, ``.tflite``, ``.pt2`` or
+            ``.engine`` with the ``.json`` beside it.
+        kind: ``"onnx"``, ``"openvino"``, ``"executorch"``, ``"litert"``, ``"aotinductor"``,
+            ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix and the file beside it if ``None``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU if there is one.
         cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
             where launching kernels takes most of the time. Each batch size costs a capture.
@@ -119,10 +72,11 @@ def load_runtime(
         raise InputError(f"{path} is no model; expected {', '.join(SUFFIXES)}")
     if kind == "onnx":
         return OnnxRuntime(path, device=device, cuda_graph=cuda_graph, threads=threads)
-    if kind == "openvino":
+    if kind in ON_CPUS:
+        library, runtime = ON_CPUS[kind]
         if device == "cuda":
-            raise RuntimeUnavailable(f"{path.name} is for OpenVINO, which runs it on the CPU")
-        return OpenVinoRuntime(path, threads=threads)
+            raise RuntimeUnavailable(f"{path.name} is for {library}, which runs it on the CPU")
+        return runtime(path, threads=threads)
     details = read_json(path.with_name(f"{path.name}.json"))
     if kind == "aotinductor":
         return AotiRuntime(path, details, device=device, cuda_graph=cuda_graph)
@@ -306,6 +260,14 @@ class OpenVinoRuntime(Runtime):
         return tuple(found[index].copy() for index in range(len(found)))
 
 
+# Kinds that run on CPUs alone: the library, and its class.
+ON_CPUS: dict[str, tuple[str, Callable[..., Runtime]]] = {
+    "openvino": ("OpenVINO", OpenVinoRuntime),
+    "executorch": ("ExecuTorch", ExecuTorchRuntime),
+    "litert": ("LiteRT", LiteRtRuntime),
+}
+
+
 class AotiRuntime(Runtime):
     """AOTInductor's .pt2, which holds native code for one kind of device."""
 
@@ -412,27 +374,6 @@ class TensorRTRuntime(Runtime):
 
 def _all(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-def usable_cores() -> int:
-    """Count the physical cores that this process may use, by its affinity and container limit.
-
-    Two threads on one core wait for each other in products of matrices, and more threads than
-    the limit allows are all stopped at once.
-    """
-    try:
-        cpus = os.sched_getaffinity(0)
-    except AttributeError:  # not on Windows or macOS
-        return os.cpu_count() or 1
-    siblings = set()
-    for cpu in cpus:
-        file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(file.read_text().strip() if file.is_file() else str(cpu))
-    cores = len(siblings)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
 
 
 def _release(version: str) -> str:

@@ -82,6 +82,17 @@ class EngineSettings(Settings):
         bool,
         Setting("Convert for OpenVINO (.xml), for Intel's CPUs.", panel=ENGINES),
     ] = False
+    executorch: Annotated[
+        bool,
+        Setting(
+            "Convert for ExecuTorch with XNNPACK (.pte), for phones, boards and CPUs.",
+            panel=ENGINES,
+        ),
+    ] = False
+    litert: Annotated[
+        bool,
+        Setting("Convert for LiteRT (.tflite), for phones and boards.", panel=ENGINES),
+    ] = False
     int8: Annotated[
         bool,
         Setting(
@@ -351,8 +362,8 @@ class VerifySettings(Settings):
     trust: Annotated[
         bool,
         Setting(
-            "Run native code (.pt2, TensorRT engines) of a bundle that was not made on this "
-            "machine: trust its maker.",
+            "Run native code and programs (.pt2, TensorRT engines, .pte, .tflite) of a bundle that "
+            "was not made on this machine: trust its maker.",
             panel=BUNDLE,
         ),
     ] = False

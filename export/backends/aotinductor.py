@@ -10,10 +10,7 @@ ordinary operators alone, and its details say why.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import logging
 import sys
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +26,7 @@ from fastadapt.kernels.common.dispatch import why_not_device
 from ..folded_layers import FoldedClusterAttention
 from ..graph_input import BATCH
 from ..settings import DEFAULT_BATCHES, Batches
+from .tracing import dynamic_shapes, quiet
 
 
 def check_compiler() -> None:
@@ -84,8 +82,8 @@ def build_aoti(
     sizes = None
     if not fixed:
         dynamic = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
-        sizes = _dynamic_shapes(model, dynamic, len(example))
-    with _quiet(), atomic_path(path) as temporary:
+        sizes = dynamic_shapes(model, dynamic, len(example))
+    with quiet(), atomic_path(path) as temporary:
         # The compiler insists on the suffix, and a temporary name has another.
         package = temporary.with_name(f"{temporary.name}.pt2")
         try:
@@ -204,28 +202,7 @@ def target(device: torch.device | str) -> str:
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:
-    """Make the batch dynamic in each of ``count`` inputs; a ``*others`` is one argument."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
-    rest = (batch,) * (count - named)
-    return (*(batch,) * min(named, count), *((rest,) if rest else ()))
-
-
 def _describe(example: Tensor, fixed: bool) -> dict[str, Any]:
     rows = len(example) if fixed else BATCH
     dtype = str(example.dtype).removeprefix("torch.")
     return {"dtype": dtype, "shape": [rows, *example.shape[1:]]}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from ..features import WithFeatures
 from ..graph_input import BATCH, NAME, Deployed, GraphInput, insert_resize
 from ..settings import OPSET
 from .opsets import Operator, older_runtimes
+from .tracing import plain_attention, quiet
 
 # Protocol buffers end at 2 GiB; larger models have their weights in a file of their own.
 ONE_FILE_LIMIT = 2_000_000_000
@@ -78,7 +76,7 @@ def export_onnx(
     batch = {0: torch.export.Dim(BATCH)}
     classes = bool(getattr(folded, "num_classes", len(labels)))
     outputs = ["logits" if classes else FEATURES, *([FEATURES] if features else [])]
-    with _quiet(), _plain_attention(model), torch.no_grad():
+    with quiet("onnxscript", "onnx_ir"), plain_attention(model), torch.no_grad():
         try:
             program: Any = torch.onnx.export(
                 model,
@@ -183,35 +181,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Make timm's attention use separate operators.
-
-    Some models cannot be exported with the fused one, and this graph has no reshaping around it.
-    """
-    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", False) is True]
-    for module in fused:
-        module.fused_attn = False
-    try:
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's warnings and log lines; its errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

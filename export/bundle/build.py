@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastadapt.errors import InputError
 
 from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
-from ..backends import aotinductor, openvino, tensorrt
+from ..backends import aotinductor, executorch, litert, openvino, tensorrt
 from ..features import WithFeatures
 from ..parity import Parity
 from ..precision import fp8, half
@@ -39,6 +39,7 @@ from .verify_artefact import Reference, measure, verify_artefact
 BF16_OPSET = 22
 EightBit = Literal["int8", "fp8"]
 EIGHT_BIT: tuple[EightBit, ...] = ("int8", "fp8")
+EDGE = {"executorch": executorch, "litert": litert}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ def build_artefacts(
             with console.status("quantise to INT8 for OpenVINO …"):
                 found.append(_build_openvino_int8(options, folded))
             _tell(console, found[-1])
+    for kind in [name for name in EDGE if getattr(options, name)]:
+        with console.status(f"convert for {kind} …"):
+            found.append(_checked(_convert_for_edge(kind, options, folded), folded))
+        _tell(console, found[-1])
     if options.aoti:
         with console.status("compile with AOTInductor …"):
             own = replace(variant, module=copy.deepcopy(variant.module))  # goes to the GPU
@@ -188,8 +193,8 @@ def describe_artefact(kind: str, path: Path, precision: str, details: dict[str, 
     """Describe a file that was written, unverified, with the files beside it."""
     beside = path.with_name(f"{path.name}.json")
     data = path.with_name(f"{path.name}.data")
-    weights = path.with_suffix(".bin")
-    files = tuple(file.name for file in (path, beside, data, weights) if file.exists())
+    weights = [path.with_suffix(".bin")] if kind == "openvino" else []
+    files = tuple(file.name for file in (path, beside, data, *weights) if file.exists())
     return Artefact(kind, path.name, precision, UNVERIFIED, files=files, details=details)
 
 
@@ -248,6 +253,15 @@ def _compile(options: EngineOptions, folded: FoldedModel, variant: Variant) -> A
         model, example, path, options.batch, precision=variant.precision
     )
     return describe_artefact("aotinductor", path, variant.precision, {**details, **variant.notes})
+
+
+def _convert_for_edge(kind: str, options: EngineOptions, folded: FoldedModel) -> Artefact:
+    """Convert the fp32 model, with what stands before it, for phones and boards."""
+    path = folded.path("fp32", EDGE[kind].SUFFIX)
+    module = folded.module if folded.reference.features is None else WithFeatures(folded.module)
+    example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
+    details = EDGE[kind].convert(folded.deployed(module), example, path, options.batch)
+    return describe_artefact(kind, path, "fp32", details)
 
 
 def _build_engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastadapt.errors import InputError
 
-from ..backends import aotinductor, openvino, tensorrt
+from ..backends import aotinductor, executorch, litert, openvino, tensorrt
 from ..precision import fp8
 from ..settings import EngineSettings
 
@@ -46,5 +46,9 @@ class EngineOptions(EngineSettings):
             fp8.check_gpu()
         if self.openvino:
             openvino.check_installed(self.int8)
+        if self.executorch:
+            executorch.check_installed()
+        if self.litert:
+            litert.check_installed()
         if self.aoti:
             aotinductor.check_compiler()

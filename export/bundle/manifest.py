@@ -10,6 +10,7 @@ from fastadapt.errors import InputError
 from fastadapt.files import CONTENT, content_sha256, read_json, sha256_file
 from fastadapt.info import devices, gpus, versions
 
+from ..artefact import NATIVE
 from .schema import check_manifest
 
 FORMAT = "fastadapt-bundle"
@@ -26,6 +27,8 @@ RUNS_ON = (
     "tensorrt-rtx-cu13",
     "torch",
     "timm",
+    "executorch",
+    "ai-edge-litert",
     "pillow",
 )
 _MEANT = "copy the bundle again"
@@ -108,7 +111,7 @@ def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = 
             needed |= dict.fromkeys((artefact["path"], *artefact.get("files", ())))
             if artefact["kind"] == "openvino":  # its weights
                 needed[str(PurePosixPath(artefact["path"]).with_suffix(".bin"))] = None
-            elif artefact["kind"] != "onnx":  # what loads it reads the file beside it
+            elif artefact["kind"] in NATIVE:  # what loads it reads the file beside it
                 needed[f"{artefact['path']}.json"] = None
     for name in needed:
         if name not in manifest["files"]:

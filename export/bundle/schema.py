@@ -121,7 +121,9 @@ class ParityEntry(Part):
 class ArtefactEntry(Part):
     """A file that runs."""
 
-    kind: Literal["onnx", "openvino", "tensorrt", "tensorrt_rtx", "aotinductor"]
+    kind: Literal[
+        "onnx", "openvino", "tensorrt", "tensorrt_rtx", "aotinductor", "executorch", "litert"
+    ]
     path: FileName | None
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
     status: Literal["verified", "unverified", "refused", "failed"]

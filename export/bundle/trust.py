@@ -3,7 +3,11 @@
 A ``.pt2`` of AOTInductor and a TensorRT engine are programs. A bundle's hashes show that its files
 belong together, not who made them: integrity, not authenticity. So native code of a bundle runs
 only if the hash of its manifest was recorded here when it was made, or if the user says that its
-maker is trusted. ONNX files hold no code.
+maker is trusted.
+
+A ``.pte`` of ExecuTorch and a ``.tflite`` of LiteRT hold no machine code, but their runtimes are
+no fence: LiteRT's makers call running a foreign model the same as running foreign code, and
+ExecuTorch's loader has had overflows. They are treated as native code is. ONNX files hold no code.
 """
 
 from __future__ import annotations
@@ -15,9 +19,9 @@ from typing import Any
 
 from fastadapt.files import content_sha256
 
-from ..artefact import Artefact
+from ..artefact import NATIVE, PROGRAMS, Artefact
 
-NATIVE = ("aotinductor", "tensorrt", "tensorrt_rtx")
+GUARDED = (*NATIVE, *PROGRAMS)
 
 
 def remember_bundle(manifest: dict[str, Any]) -> None:
@@ -38,10 +42,11 @@ def made_here(manifest: dict[str, Any]) -> bool:
 
 def why_not_run(artefact: Artefact, manifest: dict[str, Any], trust: bool) -> str | None:
     """Say why a file must not run; ``None`` if it may."""
-    if artefact.kind not in NATIVE or trust or made_here(manifest):
+    if artefact.kind not in GUARDED or trust or made_here(manifest):
         return None
+    what = "holds native code" if artefact.kind in NATIVE else "is a program of its runtime"
     return (
-        f"{artefact.path} holds native code and the bundle was not made on this machine: run it "
+        f"{artefact.path} {what} and the bundle was not made on this machine: run it "
         "with `trust=True` if you trust its maker"
     )
 

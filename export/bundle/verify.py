@@ -40,7 +40,7 @@ from .manifest import (
     version_changes,
 )
 from .signature import check_signature
-from .trust import NATIVE, made_here, remember_bundle, why_not_run
+from .trust import GUARDED, made_here, remember_bundle, why_not_run
 from .verify_artefact import Reference, artefact_problems, verify_artefact
 
 
@@ -187,7 +187,7 @@ def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact, here: bool) 
     if manifest["schema"] >= SCHEMA:
         manifest = seal(manifest)
     write_json(bundle / MANIFEST, manifest)
-    foreign = [a for a in manifest["artefacts"] if a["kind"] in NATIVE and a["path"]]
+    foreign = [a for a in manifest["artefacts"] if a["kind"] in GUARDED and a["path"]]
     if here or foreign == [artefact.to_dict()]:
         remember_bundle(manifest)
 

@@ -14,12 +14,7 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export.backends import aotinductor
-from fastadapt.export.backends.aotinductor import (
-    _dynamic_shapes,
-    build_aoti,
-    check_compiler,
-    target,
-)
+from fastadapt.export.backends.aotinductor import build_aoti, check_compiler, target
 from fastadapt.export.folded_layers import FoldedClusterAttention
 from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.precision.half import MixedPrecision, precision_units
@@ -152,19 +147,6 @@ def test_ordinary_operators_where_the_kernels_do_not_compile(made, tmp_path, mon
     assert compiled == [[True], [False]] and not layers[0].kernels
     assert details["triton_kernels"] == []
     assert details["no_triton_kernels"].endswith("RuntimeError: 0 active drivers")
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_every_input_has_the_dynamic_batch(count):
-    class Model(nn.Module):
-        def forward(self, images, *others):
-            return images.sum((1, 2, 3)) + sum(x.sum(1) for x in others)
-
-    example = (torch.rand(2, 3, 4, 4), torch.rand(2, 5))[:count]
-    batch = {0: torch.export.Dim("batch", min=1, max=8)}
-    shapes = _dynamic_shapes(Model(), batch, count)
-    program = torch.export.export(Model(), example, dynamic_shapes=shapes)
-    assert program.module()(*(x[:1].repeat(7, *[1] * (x.dim() - 1)) for x in example)).shape == (7,)
 
 
 @pytest.mark.gpu

@@ -65,6 +65,14 @@ def test_code_from_elsewhere_does_not_run(bundle, loaded):
     assert set(loaded) == {"model.onnx"}
 
 
+@pytest.mark.parametrize("kind", ["executorch", "litert"])
+def test_programs_of_runtimes_are_treated_alike(bundle, kind):
+    manifest = read_json(bundle / "manifest.json")
+    program = Artefact(kind, "m", "fp32", "verified")
+    assert "m is a program of its runtime and" in str(trust.why_not_run(program, manifest, False))
+    assert trust.why_not_run(program, manifest, True) is None
+
+
 def test_with_trust_it_does(bundle, loaded):
     verify_bundle(bundle, speed=False, trust=True)
     assert "m.pt2" in loaded

@@ -1,0 +1,96 @@
+"""The runtimes of phones and boards, on this machine's CPU: ExecuTorch and LiteRT."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from fastadapt.errors import InputError, first_line
+
+from .backends.executorch import METHOD, load_executorch
+from .backends.litert import load_litert
+from .runtime import Runtime, RuntimeUnavailable, usable_cores
+
+
+class ExecuTorchRuntime(Runtime):
+    """ExecuTorch with XNNPACK. Its threads are the process's: the last file loaded sets them."""
+
+    device = "cpu"
+    name = "ExecuTorch, CPU"
+    providers = ("XNNPACK", "ExecuTorch")
+
+    def __init__(self, path: Path, *, threads: int | None = None):
+        try:
+            with _silent_start():
+                runtime = load_executorch(threads or usable_cores())
+        except InputError as error:
+            raise RuntimeUnavailable(f"{path.name} cannot run here: {error}") from error
+        try:
+            self._program = runtime.Runtime.get().load_program(path)  # checks its tables
+            self._method = self._program.load_method(METHOD)
+        except Exception as error:  # RuntimeErrors, with a number as the reason
+            raise InputError(f"ExecuTorch cannot load {path.name}: {first_line(error)}") from error
+
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run tensors where they are; results are copies."""
+        return tuple(self._method.execute(inputs))
+
+
+class LiteRtRuntime(Runtime):
+    """LiteRT with XNNPACK, one image at a time."""
+
+    device = "cpu"
+    name = "LiteRT, CPU"
+    providers = ("XNNPACK", "LiteRT")
+
+    def __init__(self, path: Path, *, threads: int | None = None):
+        try:
+            library = load_litert()
+        except InputError as error:
+            raise RuntimeUnavailable(f"{path.name} cannot run here: {error}") from error
+        with _silent_start():
+            try:
+                self._interpreter = library.Interpreter(
+                    str(path), num_threads=threads or usable_cores()
+                )
+                self._interpreter.allocate_tensors()
+                (signature,) = self._interpreter.get_signature_list().values()
+            except Exception as error:  # ValueErrors and RuntimeErrors
+                raise InputError(f"LiteRT cannot load {path.name}: {first_line(error)}") from error
+        self._runner = self._interpreter.get_signature_runner()
+        self._inputs = sorted(signature["inputs"], key=_number)
+        self._outputs = sorted(signature["outputs"], key=_number)
+
+    def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Run arrays image by image."""
+        rows = []
+        for index in range(len(inputs[0])):
+            image = (x[index : index + 1] for x in inputs)
+            found = self._runner(**dict(zip(self._inputs, image, strict=True)))
+            rows.append([found[name] for name in self._outputs])
+        return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
+
+
+def _number(name: str) -> int:
+    """Return the place of an input or output: ``args_1``, ``output_0``."""
+    return int(name.rpartition("_")[2])
+
+
+@contextlib.contextmanager
+def _silent_start() -> Iterator[None]:
+    """Hide what the runtimes' C++ code writes to standard error when it starts."""
+    sys.stderr.flush()
+    with Path(os.devnull).open("wb") as nothing:
+        kept = os.dup(2)
+        try:
+            os.dup2(nothing.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,53 @@
+import sys
+
+import pytest
+import torch
+
+import fastadapt as fa
+from fastadapt.export import EngineOptions
+from fastadapt.export.backends import executorch as backend
+from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
+from fastadapt.export.settings import Batches
+from tests.helpers.edge_files import check_bundle, check_file
+
+
+def test_the_file(calibrated):
+    pytest.importorskip("executorch")
+    check_file(calibrated, "executorch", "pte")
+
+
+def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
+    pytest.importorskip("executorch")
+    check_bundle(made, tmp_path, monkeypatch, "executorch", "pte")
+
+
+def test_refused(tmp_path):
+    pytest.importorskip("executorch")
+
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x[:, 0].float()).abs()
+
+    with pytest.raises(fa.InputError, match="ExecuTorch cannot convert the model: ") as caught:
+        backend.convert(Odd(), (torch.rand(1, 1, 4, 4),), tmp_path / "m.pte", Batches())
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    (tmp_path / "m.pte").write_bytes(b"no program" * 100)
+    with pytest.raises(fa.InputError, match=r"ExecuTorch cannot load m\.pte: "):
+        load_runtime(tmp_path / "m.pte")
+
+
+def test_without_it(tmp_path, monkeypatch):
+    (tmp_path / "m.pte").write_bytes(b"a program")
+    with pytest.raises(RuntimeUnavailable, match="is for ExecuTorch, which runs it on the CPU"):
+        load_runtime(tmp_path / "m.pte", device="cuda")
+    hide(monkeypatch)
+    with pytest.raises(RuntimeUnavailable, match=r"pip install 'fastadapt\[executorch\]'"):
+        load_runtime(tmp_path / "m.pte")
+    with pytest.raises(
+        fa.InputError, match=r"is not installed: pip install 'fastadapt\[executorch\]'"
+    ):
+        EngineOptions(executorch=True).check()
+
+
+def hide(monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.runtime", None)
