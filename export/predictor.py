@@ -32,6 +32,7 @@ from fastadapt.errors import InputError
 from .artefact import VERIFIED, Artefact
 from .bundle.consistency import check_consistency
 from .bundle.manifest import check_accepted, check_files, read_manifest
+from .bundle.measured import machine, on_cpu, read_rows, speeds_on
 from .bundle.trust import why_not_run
 from .graph_input import GraphInput
 from .predict.decode_ahead import Computed, compute, open_decoder
@@ -344,8 +345,9 @@ def load(
 
     Args:
         bundle: a folder that ``fastadapt export`` wrote.
-        file: the name of the file to run. If ``None``, the one that was fastest where the bundle
-            was made, of those that were verified and run here.
+        file: the name of the file to run. If ``None``, the fastest of those that were verified and
+            run here: on this machine or one of its kind, if any was measured there
+            (``fastadapt verify --measure``), else where the bundle was made.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: a GPU if there is one.
         check: compare every file with its hash first, and the parts with each other.
         trust: run native code (.pt2, engines) and programs (.pte, .tflite) of a bundle that was
@@ -378,8 +380,11 @@ def load(
             manifest, artefact, runtime, Origin(str(bundle.absolute()), file, device, trust)
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    here = speeds_on(read_rows(bundle, manifest), machine(on_gpu))
     reasons = []
-    for artefact in sorted(artefacts, key=lambda a: -_speed(a, on_gpu)):
+    for artefact in sorted(
+        artefacts, key=lambda a: (-here.get(str(a.path), 0.0), -_speed(a, on_gpu))
+    ):
         if artefact.path is None or artefact.status != VERIFIED:
             continue
         why_not = why_not_run(artefact, manifest, trust)
@@ -407,7 +412,7 @@ def _speed(artefact: Artefact, on_gpu: bool) -> float:
     speeds = [
         max(by_batch.values(), default=0.0)
         for runtime, by_batch in artefact.speed.items()
-        if runtime.endswith("CPU") != on_gpu
+        if on_cpu(runtime) != on_gpu
     ]
     return max(speeds, default=0.0)
 

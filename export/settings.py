@@ -359,6 +359,14 @@ class VerifySettings(Settings):
         Setting("Build engines that cannot run here anew, for this machine.", panel=BUNDLE),
     ] = False
     speed: Annotated[bool, Setting("Measure images per second.", panel=BUNDLE)] = True
+    measure: Annotated[
+        bool,
+        Setting(
+            "Keep this machine's speeds in the bundle (measured.json), from which predict and "
+            "fa.export.load choose the fastest file.",
+            panel=BUNDLE,
+        ),
+    ] = False
     trust: Annotated[
         bool,
         Setting(

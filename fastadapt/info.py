@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,11 +25,11 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "nncf",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
     "executorch",
     "litert-torch",
     "ai-edge-litert",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
     "safetensors",
     "numpy",
     "pillow",
@@ -57,6 +59,25 @@ def devices() -> list[str]:
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
     return found
+
+
+def processor() -> str:
+    """Name the processor, with the numbers of its kind where its name says little."""
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            return done.stdout.strip()
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n"):
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    # Of x86 and of ARM.
+    keys = ("cpu family", "model") if "cpu family" in found else ("CPU implementer", "CPU part")
+    kind = [found[key] for key in keys if key in found]
+    return f"{name} ({'-'.join(kind)})" if kind else name
 
 
 def gpus() -> list[dict[str, str]]:

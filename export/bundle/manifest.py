@@ -11,6 +11,7 @@ from fastadapt.files import CONTENT, content_sha256, read_json, sha256_file
 from fastadapt.info import devices, gpus, versions
 
 from ..artefact import NATIVE
+from .measured import MEASURED
 from .schema import check_manifest
 
 FORMAT = "fastadapt-bundle"
@@ -25,10 +26,10 @@ RUNS_ON = (
     "onnxruntime",
     "tensorrt",
     "tensorrt-rtx-cu13",
-    "torch",
-    "timm",
     "executorch",
     "ai-edge-litert",
+    "torch",
+    "timm",
     "pillow",
 )
 _MEANT = "copy the bundle again"
@@ -119,14 +120,17 @@ def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = 
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of a bundle's files, by name; not of manifest and signature."""
+    """Return size and SHA-256 of a bundle's files, by name.
+
+    Not of the manifest, and of what is written after it: signature, speeds of other machines.
+    """
     return {
         file.relative_to(folder).as_posix(): {
             "bytes": file.stat().st_size,
             "sha256": sha256_file(file),
         }
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file not in (folder / MANIFEST, folder / SIGNATURE)
+        if file.is_file() and file not in (folder / MANIFEST, folder / SIGNATURE, folder / MEASURED)
     }
 
 

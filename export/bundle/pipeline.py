@@ -57,6 +57,7 @@ from .manifest import (
     list_files,
 )
 from .material import Material, ModelInputs, check_quantization
+from .measured import measured_rows
 from .quality import quality_of
 from .report import render_report
 from .samples import (
@@ -323,6 +324,7 @@ class _Export:
             # The report shows every hash but its own, which comes last.
             write_text(folder / REPORT, render_report(manifest, golden))
             manifest["files"] = list_files(folder)
+            manifest["measured"] = measured_rows(artefacts, manifest["files"])
             manifest = seal(manifest)
             write_json(folder / MANIFEST, manifest)
             check_manifest(manifest, str(folder / MANIFEST))

@@ -211,7 +211,8 @@ def _speed(manifest: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    where = "; ".join(manifest["environment"]["devices"])
+    machines = dict.fromkeys(row["machine"] for row in manifest.get("measured", ()))
+    where = "; ".join(machines or manifest["environment"]["devices"])
     note = f'<p class="note">Measured where the bundle was made: {escape(where)}</p>'
     columns = ("file", "runtime", "batch", "images/s")
     return (

@@ -141,6 +141,23 @@ class ArtefactEntry(Part):
         return self
 
 
+class MeasuredRow(Part):
+    """How fast a file runs on a machine."""
+
+    machine: Annotated[str, Field(max_length=500)]
+    runtime: Annotated[str, Field(max_length=200)]
+    file: FileName
+    sha256: Sha256
+    batch: BatchSize
+    images_per_second: Annotated[float, Field(ge=0, le=1e12)]
+
+
+class Rows(Part):
+    """What lies beside the manifest: rows of machines that the bundle came to."""
+
+    rows: Annotated[list[MeasuredRow], Field(max_length=100_000)]
+
+
 class Limits(Part):
     """Limits that the user chose; parity's own stand in the code."""
 
@@ -223,6 +240,7 @@ class Manifest(Part):
     limits: Limits = Limits()
     environment: Environment = Environment()
     artefacts: Annotated[list[ArtefactEntry], Field(max_length=1000)]
+    measured: Annotated[list[MeasuredRow], Field(max_length=100_000)] = []
 
     @model_validator(mode="after")
     def check_tensors(self) -> Manifest:
@@ -242,8 +260,19 @@ class Manifest(Part):
 
 def check_manifest(manifest: dict[str, Any], where: str) -> None:
     """Raise InputError naming the first value of a manifest that is missing or cannot be."""
+    _check(Manifest, manifest, where, "Copy the bundle again.")
+
+
+def check_rows(rows: Any, where: str) -> list[dict[str, Any]]:
+    """Return rows of speeds; raise InputError naming the first value that cannot be."""
+    remedy = "Delete it; fastadapt verify --measure writes it anew."
+    _check(Rows, {"rows": rows}, where, remedy)
+    return rows
+
+
+def _check(kind: type[Part], values: dict[str, Any], where: str, remedy: str) -> None:
     try:
-        Manifest.model_validate(manifest)
+        kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the manifest"
@@ -251,7 +280,7 @@ def check_manifest(manifest: dict[str, Any], where: str) -> None:
             said = f"lacks the key {place!r}"
         else:
             said = f"{place!r} is {_shown(first['input'])}: {_lowered(first['msg'])}"
-        raise InputError(f"{where}: {said}. Copy the bundle again.") from None
+        raise InputError(f"{where}: {said}. {remedy}") from None
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,8 @@ SHA-256; nothing is fetched or sent. Whoever has the library can check it withou
 
     model_signing verify key BUNDLE --signature BUNDLE/signature.json --public_key maker.pub \
         --ignore-paths BUNDLE/signature.json
+
+and ``--ignore-paths BUNDLE/measured.json`` once ``verify --measure`` wrote that.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from fastadapt.locks import lock_beside
 
 from .consistency import check_consistency
 from .manifest import MANIFEST, SIGNATURE, check_accepted, check_files, read_manifest
+from .measured import MEASURED
 from .staging import check_nothing_else
 
 CURVES = "prime256v1, secp384r1 or secp521r1"
@@ -59,7 +62,7 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
         check_accepted(bundle, manifest)
         check_files(bundle, manifest)
         check_consistency(bundle, manifest)
-        check_nothing_else(bundle, {MANIFEST, SIGNATURE, *manifest["files"]})
+        check_nothing_else(bundle, {MANIFEST, SIGNATURE, MEASURED, *manifest["files"]})
         signer.set_hashing_config(_hashing(library, bundle))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / SIGNATURE
@@ -109,9 +112,9 @@ def _check_key(key: str | Path) -> None:
 
 
 def _hashing(library: Any, bundle: Path) -> Any:
-    """Hash every file but the signature, those of Git too."""
+    """Hash every file but the signature and speeds of other machines, those of Git too."""
     config = library.hashing.Config()
-    ignored = [bundle / SIGNATURE]
+    ignored = [bundle / SIGNATURE, bundle / MEASURED]
     return config.set_ignored_paths(paths=ignored, ignore_git_paths=False)
 
 

@@ -17,6 +17,7 @@ from fastadapt.files import exchange, read_json
 from fastadapt.locks import in_use, is_in_use
 
 from .manifest import FORMAT, MANIFEST, SIGNATURE
+from .measured import MEASURED, is_measured
 
 OURS = "fastadapt-"  # in the names of temporary folders
 NOT_OURS_TO_KEEP = frozenset((".DS_Store", "Thumbs.db", "desktop.ini"))  # systems write them
@@ -39,6 +40,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
     files = manifest.get("files")
     ours = {MANIFEST, SIGNATURE, *(files if isinstance(files, dict) else ())}
+    if is_measured(target / MEASURED):
+        ours.add(MEASURED)
     check_nothing_else(target, ours)
 
 

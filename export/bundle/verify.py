@@ -39,6 +39,7 @@ from .manifest import (
     read_manifest,
     version_changes,
 )
+from .measured import add_rows, measured_rows
 from .signature import check_signature
 from .trust import GUARDED, made_here, remember_bundle, why_not_run
 from .verify_artefact import Reference, artefact_problems, verify_artefact
@@ -106,6 +107,7 @@ def verify_bundle(
     *,
     speed: bool = True,
     rebuild: bool = False,
+    measure: bool = False,
     trust: bool = False,
     key: str | Path | None = None,
     console: Console | None = None,
@@ -117,7 +119,10 @@ def verify_bundle(
         speed: measure images per second, too (a few seconds per file).
         rebuild: build TensorRT engines that cannot run here anew, for this machine, and put them
             into the bundle.
-        trust: run native code (.pt2, engines) of a bundle that was not made on this machine.
+        measure: keep this machine's speeds in the bundle, beside the manifest; ``load`` chooses
+            the fastest file by them.
+        trust: run native code (.pt2, engines) and programs (.pte, .tflite) of a bundle that was
+            not made on this machine.
         key: file of the maker's public key; a bundle that was signed with it is trusted, any
             other refused.
         console: where the progress of building is shown.
@@ -132,6 +137,8 @@ def verify_bundle(
             bundle was not signed with ``key``.
     """
     bundle = Path(bundle)
+    if measure and not speed:
+        raise InputError("`measure` keeps speeds: leave out `speed=False`")
     if key is not None:
         check_signature(bundle, key)
         trust = True
@@ -167,6 +174,8 @@ def verify_bundle(
             found = rebuild_artefact(bundle, found, reference, console)
             _replace(bundle, row, found, here)
         artefacts.append(found)
+    if measure:
+        add_rows(bundle, measured_rows(artefacts, read_json(bundle / MANIFEST)["files"]))
     notes = (*changes, *([pixels] if pixels else []))
     return Verification(bundle, manifest, tuple(artefacts), notes)
 
@@ -184,6 +193,9 @@ def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact, here: bool) 
     ]
     hashes = list_files(bundle)
     manifest["files"] |= {name: hashes[name] for name in artefact.files}
+    if "measured" in manifest:
+        others = [row for row in manifest["measured"] if row["file"] != artefact.path]
+        manifest["measured"] = others + measured_rows([artefact], manifest["files"])
     if manifest["schema"] >= SCHEMA:
         manifest = seal(manifest)
     write_json(bundle / MANIFEST, manifest)

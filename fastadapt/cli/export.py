@@ -97,6 +97,7 @@ def verify(given: Given) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from fastadapt.export.bundle.measured import MEASURED
     from fastadapt.export.bundle.verify import artefact_table, speed_table, verify_bundle
     from fastadapt.export.parity import GateError, parity_table
 
@@ -106,6 +107,7 @@ def verify(given: Given) -> None:
             settings.bundle,
             speed=settings.speed,
             rebuild=settings.rebuild,
+            measure=settings.measure,
             trust=settings.trust,
             key=settings.key,
             console=console,
@@ -126,6 +128,8 @@ def verify(given: Given) -> None:
         raise GateError(
             f"{settings.bundle} does not run here as it did before: {result.problems[0]}"
         )
+    if settings.measure:
+        console.print(f"[green]✓[/] speeds are kept in {escape(str(settings.bundle / MEASURED))}")
     if result.images_per_second:
         console.print(speed_table(result.artefacts))
 
