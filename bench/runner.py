@@ -27,6 +27,7 @@ NAMES = (
     "end_to_end",
     "streaming",
     "deployment",
+    "cpu_runtimes",
     "scaling",
     "predict",
 )

@@ -119,13 +119,14 @@ def make_images(count: int, seed: int = 1) -> Tensor:
     return (images * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _graph_input() -> GraphInput:
+def graph_input() -> GraphInput:
+    """Return the input of all models: uint8 images of one size, normalised in the graph."""
     return GraphInput(Preprocess((3, SIZE, SIZE)))
 
 
 def with_graph_input(model: nn.Module) -> nn.Module:
     """Put the normalisation of uint8 images before a model."""
-    return Deployed(model, _graph_input())
+    return Deployed(model, graph_input())
 
 
 def _on_device(model: nn.Module) -> nn.Module:
@@ -148,7 +149,7 @@ def prepare(subject: Subject, part: str, folder: str) -> float:
     if part == "onnx":
         half = _as_shipped(folded, torch.float16)
         path = Path(folder) / ONNX
-        export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=_graph_input())
+        export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=graph_input())
     elif part in ("aoti", "fp8"):
         shipped = _as_shipped(folded, torch.bfloat16)
         model: nn.Module = shipped
