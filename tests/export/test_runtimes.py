@@ -11,16 +11,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.export import export_onnx, runtimes
+from fastadapt.export import export_onnx
 from fastadapt.export.backends import tensorrt
 from fastadapt.export.bundle.verify_artefact import Reference, compare_runtime
 from fastadapt.export.precision.half import MixedPrecision, precision_units
-from fastadapt.export.runtimes import (
-    RuntimeUnavailable,
-    TensorRTRuntime,
-    load_runtime,
-    usable_cores,
-)
+from fastadapt.export.runtime import usable_cores
+from fastadapt.export.runtimes import RuntimeUnavailable, TensorRTRuntime, load_runtime
 from fastadapt.export.settings import Batches
 
 X = np.random.default_rng(0).random((5, 3, 4, 4), dtype=np.float32)
@@ -80,22 +76,6 @@ class TestOnnxRuntime:
         assert load_runtime(path, device="cpu").threads == usable_cores() >= 1
         runtime = load_runtime(path, device="cpu", threads=3)
         assert runtime._session(None).get_session_options().intra_op_num_threads == 3
-
-    def test_cores_are_those_that_may_be_used(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(runtimes.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-        cores = {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}
-        limit = "max 100000"
-
-        def fake(path):
-            if path.endswith("cpu.max"):
-                return SimpleNamespace(read_text=lambda: limit)
-            cpu = int(path.split("/cpu/cpu")[1].split("/")[0])
-            return SimpleNamespace(is_file=lambda: True, read_text=lambda: cores[cpu])
-
-        monkeypatch.setattr(runtimes, "Path", fake)
-        assert usable_cores() == 2
-        limit = "100000 100000"
-        assert usable_cores() == 1
 
     def test_a_shape_that_does_not_fit_is_one_line(self, path):
         with pytest.raises(fa.InputError, match="ONNX Runtime, CPU fails at batch size 5: ") as e:
