@@ -1,9 +1,9 @@
 """Share settings with every test: few threads, no network, seeds, and the package to be tested."""
 
+import contextlib
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from importlib.machinery import PathFinder
@@ -100,14 +100,17 @@ def pytest_pyfunc_call(pyfuncitem):
     """Run a test that forks in a fresh process: forks cannot use autograd once its threads run."""
     if pyfuncitem.get_closest_marker("forks") is None or "TESTS_FORK_HERE" in os.environ:
         return None
+    from tests.helpers import warm_process
+
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", pyfuncitem.nodeid],
-        cwd=pyfuncitem.config.rootpath,
-        env={**kept, "TESTS_FORK_HERE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-10_000:]
+    environment = {**kept, "TESTS_FORK_HERE": "1"}
+    with (
+        contextlib.chdir(pyfuncitem.config.rootpath),
+        tempfile.NamedTemporaryFile("r", suffix=".log") as log,
+    ):
+        done = warm_process.run(
+            command, stdout=log, stderr=log, env=environment, check=False, timeout=500
+        )
+        assert done.returncode == 0, log.read()[-10_000:]
     return True

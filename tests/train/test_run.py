@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.train import loop as trainer
 from fastadapt.train.run import TrainConfig, train
+from tests.helpers import warm_process
 from tests.helpers.imagesets import CLASSES, make_folders, truncate
 
 ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48))
@@ -232,7 +232,11 @@ run(sys.argv[1], sys.argv[2])
 def test_killed_run_resumes_to_the_same(tmp_path, data, write):
     run(data, tmp_path / "whole")
     args = [str(data), str(tmp_path / "run"), str(write)]
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *args], check=False)
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, *args]
+    with (tmp_path / "log").open("w") as log:
+        killed = warm_process.run(
+            command, stdout=log, stderr=log, env=os.environ, check=False, timeout=500
+        )
     assert killed.returncode == -signal.SIGKILL
     assert list((tmp_path / "run").rglob(".*.tmp"))
     run(data, tmp_path / "run", resume=True)
