@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -134,17 +135,23 @@ class TestExport:
         assert not (tmp_path / "bundle").exists()
 
 
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The bundle without the domain encoder."""
+    bundle = tmp_path_factory.mktemp("bundles") / "bundle"
+    arguments = ["fastadapt", "export", str(run), "--out", str(bundle), "--domain-input"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", arguments)
+        cli.main()
+    assert not end.value.code
+    return bundle
+
+
 class TestDomainInput:
     """The graph's second input: domain features instead of the domain encoder."""
 
-    def test_the_encoder_is_left_out(self, run, tmp_path, monkeypatch, capsys):
-        bundle = tmp_path / "bundle"
-        monkeypatch.setattr(
-            sys, "argv", ["fastadapt", "export", str(run), "--out", str(bundle), "--domain-input"]
-        )
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code, capsys.readouterr().err
+    def test_the_encoder_is_left_out(self, run, exported):
+        bundle = exported
         manifest = json.loads((bundle / "manifest.json").read_text())
         images, features = manifest["model"]["inputs"]
         model = load_gdpl(run)
@@ -172,8 +179,8 @@ class TestDomainInput:
             predict(golden["images"], domain_features=features[:1])
         assert verify_bundle(bundle, speed=False).passed
 
-    def test_other_features_give_other_logits(self, run, tmp_path):
-        export_run(run, tmp_path / "bundle", domain_input=True)
+    def test_other_features_give_other_logits(self, exported, tmp_path):
+        shutil.copytree(exported, tmp_path / "bundle")
         file = tmp_path / "bundle" / "golden.safetensors"
         golden, metadata = read_tensors(file)
         golden["domain_features"] = golden["domain_features"].flip(0).contiguous()
@@ -181,10 +188,9 @@ class TestDomainInput:
         reseal(tmp_path / "bundle")
         assert not verify_bundle(tmp_path / "bundle", speed=False).passed
 
-    def test_a_golden_file_without_an_input(self, run, tmp_path):
-        export_run(run, tmp_path / "bundle", domain_input=True)
-        session = onnx_session(tmp_path / "bundle" / "model.onnx")
-        golden, _ = read_tensors(tmp_path / "bundle" / "golden.safetensors")
+    def test_a_golden_file_without_an_input(self, exported):
+        session = onnx_session(exported / "model.onnx")
+        golden, _ = read_tensors(exported / "golden.safetensors")
         del golden["domain_features"]
         names = [value.name for value in session.get_inputs()]
         with pytest.raises(fa.InputError, match="lacks the model's input 'domain_features'"):

@@ -28,7 +28,7 @@ from fastadapt.export.precision.half import DTYPES, MixedPrecision, precision_un
 from fastadapt.export.settings import Batches
 
 trt_rtx = pytest.importorskip("tensorrt_rtx")
-SIZE = {"vit": 32, "swin": 56, "convnext": 64, "demo": 64}
+SIZE = {"vit": 32, "swin": 56, "convnext": 64, "efficientnet": 64}
 BATCH = Batches(1, 4, 8)
 
 
@@ -46,7 +46,7 @@ def make_folded(name):
             num_heads=(1, 2),
         ),
         "convnext": lambda: timm.create_model("test_convnext"),
-        "demo": lambda: timm.create_model("tf_efficientnet_lite0"),
+        "efficientnet": lambda: timm.create_model("test_efficientnet"),
     }[name]()
     config = fa.AdaptConfig(rank=8, num_centers=3, input_size=(3, SIZE[name], SIZE[name]))
     return fa.fold(fa.adapt(backbone, config, num_classes=4))
