@@ -1,6 +1,7 @@
 """Share settings with every test: few threads, no network, seeds, and the package to be tested."""
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -86,6 +87,12 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def pytest_collection_finish():
+    """Leave what all tests share out of every search for garbage, of half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
