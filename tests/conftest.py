@@ -1,6 +1,7 @@
 """Share settings with every test: few threads, no network, seeds, and the package to be tested."""
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -87,6 +88,15 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.fixture
+def brief_search(monkeypatch):
+    """Weights that no model of timm's has: let a fifth of a second, not ten, find that none has."""
+    from fastadapt import weights_match
+
+    brief = functools.partial(weights_match.suggest_timm_model, seconds=0.2)
+    monkeypatch.setattr(weights_match, "suggest_timm_model", brief)
 
 
 def pytest_collection_finish():

@@ -214,7 +214,7 @@ class TestBackbones:
         with pytest.raises(fa.InputError, match=says):
             fa.adapt(backbone, AdaptConfig(**config), 2, pretrained=False)
 
-    def test_weights_of_another_model_name_the_key_and_both_shapes(self, tmp_path):
+    def test_weights_of_another_model_name_the_key_and_both_shapes(self, tmp_path, brief_search):
         file = tmp_path / "weights.pth"
         torch.save(timm.create_model("test_vit2").state_dict(), file)
         with pytest.raises(fa.InputError, match=r"lacks .* tensors|has shape .* expects"):

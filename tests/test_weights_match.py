@@ -26,7 +26,7 @@ def test_a_deeper_model_is_named():
         load_weights(timm.create_model("resnet18"), state, "f.pth", name="resnet18")
 
 
-def test_a_deeper_model_that_timm_has_not_is_refused():
+def test_a_deeper_model_that_timm_has_not_is_refused(brief_search):
     depths = {"depths": (2, 2, 8, 2)}
     state = trained("convnext_atto", num_classes=0, **depths).state_dict()
     model = timm.create_model("convnext_atto", num_classes=0)
@@ -66,7 +66,7 @@ def test_constants_of_other_versions_are_no_difference():
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "nan"])
-def test_what_does_not_fit_is_named(change):
+def test_what_does_not_fit_is_named(change, brief_search):
     model = timm.create_model("test_vit", num_classes=0)
     state = model.state_dict()
     if change == "missing":

@@ -116,7 +116,7 @@ class TestLoad:
             ({"peft": "nothing", "weights": "base.pth"}, r"adapter_config\.json does not exist"),
         ],
     )
-    def test_what_does_not_fit(self, weights, options, says):
+    def test_what_does_not_fit(self, weights, options, says, brief_search):
         folder = weights[0]
         torch.save({"model": timm_model(3)}, folder / "pickle.pth")
         paths = ("checkpoint", "peft", "weights")
