@@ -14,11 +14,12 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -78,7 +79,12 @@ class Files:
     def calibration(self) -> QuantizationImages:
         """Return images for the ranges of INT8's activations."""
         pixels = make_images(CALIBRATION, seed=2).numpy()
-        return QuantizationImages(range(CALIBRATION), (), None, lambda rows: pixels[list(rows)])  # type: ignore[arg-type]
+        names = [Path(str(index)) for index in range(CALIBRATION)]
+
+        def read(chosen: Sequence[Path]) -> np.ndarray:
+            return pixels[[int(path.name) for path in chosen]]
+
+        return QuantizationImages(names, (), None, read)
 
 
 def _openvino(files: Files, path: Path) -> Any:

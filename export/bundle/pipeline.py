@@ -286,7 +286,7 @@ class _Export:
                 problems = artefact_problems(artefacts)
             write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
             images = write_golden(folder / GOLDEN, golden)
-            wanted = self.settings.engines
+            wanted, files = self.settings.engines, list_files(folder)
             manifest = {
                 "format": FORMAT,
                 "schema": SCHEMA,
@@ -319,12 +319,12 @@ class _Export:
                 "parity": [parity.to_dict() for parity in parities],
                 "thresholds": asdict(Thresholds()),
                 "artefacts": [artefact.to_dict() for artefact in artefacts],
-                "files": list_files(folder),
+                "measured": measured_rows(artefacts, files),
+                "files": files,
             }
             # The report shows every hash but its own, which comes last.
             write_text(folder / REPORT, render_report(manifest, golden))
             manifest["files"] = list_files(folder)
-            manifest["measured"] = measured_rows(artefacts, manifest["files"])
             manifest = seal(manifest)
             write_json(folder / MANIFEST, manifest)
             check_manifest(manifest, str(folder / MANIFEST))

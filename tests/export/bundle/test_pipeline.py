@@ -16,6 +16,7 @@ import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import export_run, verify_bundle, write_repository
 from fastadapt.export.bundle.golden import GoldenSamples
+from fastadapt.export.bundle.measured import machine
 from fastadapt.export.bundle.report import render_report
 from fastadapt.export.bundle.samples import Sample, choose
 from fastadapt.files import content_sha256, read_json
@@ -60,6 +61,9 @@ class TestBundle:
         (onnx_file,) = manifest["artefacts"]
         assert (onnx_file["path"], onnx_file["status"]) == ("model.onnx", "verified")
         assert onnx_file["speed"]["ONNX Runtime, CPU"]
+        (row, *_) = manifest["measured"]
+        assert (row["machine"], row["file"]) == (machine(on_gpu=False), "model.onnx")
+        assert row["machine"] in (made / "bundle" / "report.html").read_text()
         assert manifest["source"]["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
         assert manifest["source"]["config"]["backbone"]["fingerprint"]
         assert manifest["preprocessing"]["normalization_in_graph"]
