@@ -83,8 +83,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file, indented and in UTF-8."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file, indented and in UTF-8; what is no text (names of files) as escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = json.dumps(value, indent=2)
+    write_text(path, text + "\n")
 
 
 def content_sha256(values: dict[str, Any]) -> str:

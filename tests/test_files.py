@@ -1,4 +1,5 @@
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -100,6 +101,13 @@ def test_what_is_no_text_is_refused(tmp_path, content):
         files.read_text(tmp_path / "classes.txt")
     with pytest.raises(InputError, match="does not exist"):
         files.read_text(tmp_path / "gone.txt")
+
+
+def test_json_holds_names_that_are_no_text(tmp_path):
+    for value in ({"name": os.fsdecode(b"gr\xe4u.png")}, {"name": "gräu"}):
+        files.write_json(tmp_path / "a.json", value)
+        (tmp_path / "a.json").read_text(encoding="utf-8")
+        assert files.read_json(tmp_path / "a.json") == value
 
 
 def test_json_with_a_byte_order_mark(tmp_path):

@@ -25,6 +25,7 @@ from fastadapt.decision import UNDECIDED
 from fastadapt.errors import InputError
 from fastadapt.progress import progress_bars
 
+from .complete import check_columns
 from .decode_ahead import Decoder, open_decoder
 from .formats import check_ending
 from .part_maker import PartMaker, Todo, part_size
@@ -92,6 +93,7 @@ def _run(
         raise InputError(f"{work.out} is a folder; expected a file")
     images.check()
     if work.resume and Parts(work.out).complete:
+        check_columns(settings, work.out)
         Parts(work.out).remove()  # killed while it did that
         return _nothing_to_do(work.out)
     from .request import Request

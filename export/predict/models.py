@@ -106,7 +106,7 @@ def open_embedder(
         raise InputError(f"{path} has a size of its own: leave out `image_size`")
     if (folder / MANIFEST).is_file():
         return _of_bundle(folder, device, trust, "features")
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and not (folder / FOLDS).is_file():
         raise _neither(folder)
     trained = load_run(folder, read_run(folder), weights=weights)
     check_features(trained.model, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import os
@@ -95,9 +96,10 @@ class ImageList:
     def _of(self, source: str, report: WalkReport) -> Iterator[Item]:
         if source == STDIN:
             # Not as text: names of files need not be any.
-            for name in map(os.fsdecode, sys.stdin.buffer):
-                if name.strip():
-                    yield Item(name.strip())
+            for number, line in enumerate(sys.stdin.buffer):
+                name = os.fsdecode(line if number else line.removeprefix(codecs.BOM_UTF8)).strip()
+                if name:
+                    yield Item(name)
         elif _is_table(source):
             with open_text(source) as file:
                 column = None if self.labels == FOLDERS else self.labels

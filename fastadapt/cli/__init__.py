@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -82,12 +82,14 @@ def main() -> None:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
         _fail("interrupted", code=interrupt.EXIT_CODE)
     except Exception as error:
         if interrupt.came():
             _fail("interrupted", code=interrupt.EXIT_CODE)
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _refuse_usage(error)
         if isinstance(error, (InputError, *_backend_error())):
             _fail(str(error))
         if isinstance(error, OSError):
@@ -96,6 +98,18 @@ def main() -> None:
         if full is not None:
             _fail(f"the {full}'s memory is full: close other programs, or use smaller batches")
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _refuse_usage(error: Any) -> NoReturn:
+    """Say in one line which option or argument click does not understand, and exit with code 2."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(error.exit_code)
+    # "Value error, 'x' is not one of …": pydantic, which typer asks, adds its first two words.
+    said = error.format_message().replace("Value error, ", "").removesuffix(".")
+    name = "fastadapt" if context is None else context.command_path
+    _fail(f"{said}; {name} --help has all options", code=error.exit_code)
 
 
 def _of_system(error: OSError) -> str:

@@ -13,6 +13,7 @@ from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter
 from fastadapt.errors import InputError
 from fastadapt.files import read_json, sha256_file
+from fastadapt.train.fold_results import FOLDS, read_folds
 from fastadapt.train.run_folder import check_finished
 
 
@@ -48,6 +49,9 @@ def start_from(
     """
     if not run.is_dir():
         raise InputError(f"{run} is no folder; expected a training run as `init`")
+    if (run / FOLDS).is_file():
+        first = next((row["folder"] for row in read_folds(run).get("runs", ())), "fold-1")
+        raise InputError(f"{run} holds several runs: name one of them, {run / first}, as `init`")
     check_finished(run)
     config = read_json(run / CONFIG)
     module = backbone if isinstance(backbone, nn.Module) else None

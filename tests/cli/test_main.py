@@ -78,8 +78,16 @@ def test_info_as_json():
 @pytest.mark.parametrize(
     "args", [("trane",), ("train",), ("export", "--onyx"), ("export", "--no-json")]
 )
-def test_wrong_usage_is_exit_code_two(args):
-    assert fastadapt(*args).returncode == 2
+def test_wrong_usage_is_exit_code_two_and_one_line(command, args):
+    code, out, err = command(*args)
+    assert code == 2 and not out and err.count("\n") == 1
+    assert err.startswith("fastadapt: ") and err.rstrip().endswith("--help has all options")
+
+
+def test_a_value_that_is_no_choice_is_one_line(command):
+    code, _, err = command("train", "data", "--select", "r2", "--out", "out")
+    assert (code, err.count("\n")) == (2, 1) and "Value error" not in err
+    assert "'--select': 'r2' is not one of 'macro_f1', 'accuracy', 'loss'" in err
 
 
 def test_output_that_cannot_be_shown_stops_nothing(tmp_path):
@@ -112,7 +120,7 @@ def test_a_wrong_backend_is_named_before_any_work(command, monkeypatch, tmp_path
     ],
 )
 def test_errors_of_the_system_are_no_internal_ones(command, monkeypatch, error, says):
-    def fail():
+    def fail(**_):
         raise error
 
     monkeypatch.setattr(cli, "app", fail)

@@ -20,6 +20,7 @@ from fastadapt.train.fold_plan import parts_of
 from fastadapt.train.fold_settings import parse_seeds
 from fastadapt.train.shared_sources import SharedSources
 from fastadapt.train.sources import FeatureSource
+from fastadapt.train.start import start_from
 from tests.helpers.imagesets import CLASSES, make_folders, write_csv
 
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=0.5, input_size=(3, 32, 32))
@@ -115,6 +116,8 @@ def test_unfinished_runs_go_on_and_finished_ones_stay(made, tmp_path, monkeypatc
     for one, other in zip(result.runs, again.runs, strict=True):
         assert (one / "predictions.csv").read_text() == (other / "predictions.csv").read_text()
     assert again.summary == result.summary
+    with pytest.raises(InputError, match=r"holds several runs: name one of them, .*/fold-1, as"):
+        start_from(out, None, CLASSES[:2], None)
     for options, message in (
         ({}, "holds folds already"),
         ({"resume": True, "folds": FoldSettings(folds=4)}, "folds is 4, but was 3"),

@@ -42,7 +42,7 @@ def test_folders_patterns_files_and_lists(folder):
 
 
 def test_standard_input(folder, monkeypatch):
-    text = io.TextIOWrapper(io.BytesIO(b"x/a.png\n\ncaf\xe9.png\r\n"))
+    text = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfx/a.png\n\ncaf\xe9.png\r\n"))
     monkeypatch.setattr(sys, "stdin", text)
     images = ImageList(["-"])
     images.check()
