@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError
 from fastadapt.symmetries import mean_over_views, symmetric_views
-from fastadapt.train.ensemble import FoldEnsemble
+from fastadapt.train.shared_backbone import SharedBackbone
 
 from .precision.half import MixedPrecision
 
@@ -32,7 +32,7 @@ def check_features(model: nn.Module, name: object) -> None:
         model: an adapted model, or timm's.
         name: of the model, for the message.
     """
-    if isinstance(model, FoldEnsemble):
+    if isinstance(model, SharedBackbone):
         raise InputError(
             f"{name} is an ensemble, whose models have features of their own: take one of its run "
             "folders"

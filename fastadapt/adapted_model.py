@@ -204,16 +204,26 @@ class AdaptedModel(nn.Module):
         Returns:
             [B, N, dim], [B, dim, H, W] (or 3D), or channels last, as ``spec.layout`` says.
         """
+        return self.adapter_input(self.all_features(x))
+
+    def all_features(self, x: Tensor) -> Tensor:
+        """Compute the backbone's features with prefix tokens, as its feature function gives them.
+
+        They depend on the backbone and that function alone, so that models which share both can
+        share them; :meth:`adapter_input` takes what this model's adapter reads.
+        """
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             with (
                 torch.no_grad(),
                 image_operators(self.backbone, x),
                 fused_blocks(self.backbone, x),
             ):
-                features = self.feature_fn(self.backbone, x)
-        else:
-            with image_operators(self.backbone, x):
-                features = self.feature_fn(self.backbone, x)
+                return self.feature_fn(self.backbone, x)
+        with image_operators(self.backbone, x):
+            return self.feature_fn(self.backbone, x)
+
+    def adapter_input(self, features: Tensor) -> Tensor:
+        """Return :meth:`all_features` without prefix tokens, or their class token alone."""
         if self._class_token:
             return features[:, :1]
         return (

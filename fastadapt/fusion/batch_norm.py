@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fastadapt.adapted_model import AdaptedModel
-from fastadapt.fusion.readers import readers
+from fastadapt.fusion.readers import HasBackbone, readers
 
+M = TypeVar("M", bound=HasBackbone)
 TOLERANCE = 1e-3  # relative to the largest feature; about the precision of fp16
 
 
 @torch.inference_mode()
-def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
+def fuse_batch_norms(model: M, example: Tensor) -> M:
     """Return a copy of a model whose frozen backbone has no batch norms after convolutions.
 
     On a CPU each batch norm is another pass over memory. Which batch norm reads which convolution's
@@ -28,7 +29,7 @@ def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
     returned.
 
     Args:
-        model: its backbone in evaluation mode.
+        model: an adapted model, or several that share a backbone, in evaluation mode.
         example: images [B, C, H, W]; one is enough.
     """
     fused = copy.deepcopy(model)
@@ -55,7 +56,7 @@ def fuse_batch_norms(model: AdaptedModel, example: Tensor) -> AdaptedModel:
     return fused if close else model
 
 
-def _pairs(model: AdaptedModel, example: Tensor) -> dict[nn.Module, nn.Module]:
+def _pairs(model: HasBackbone, example: Tensor) -> dict[nn.Module, nn.Module]:
     """Map batch norms to the convolutions that feed them; each is called exactly once."""
     from timm.layers import BatchNormAct2d
 

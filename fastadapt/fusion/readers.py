@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-
-from fastadapt.adapted_model import AdaptedModel
 
 Rule = Callable[[nn.Module], bool]
 
 
+class HasBackbone(Protocol):
+    """An adapted model, or several that share a backbone."""
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone."""
+
+    def backbone_features(self, x: Tensor) -> Tensor:
+        """Run it."""
+
+
 def readers(
-    model: AdaptedModel, example: Tensor, is_maker: Rule, is_reader: Rule
+    model: HasBackbone, example: Tensor, is_maker: Rule, is_reader: Rule
 ) -> tuple[dict[nn.Module, nn.Module], Counter[nn.Module]]:
     """Return what each reader in the backbone reads, if a maker made it, and how often each ran.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,12 @@ from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import CONFIG, load_adapter
 from fastadapt.errors import InputError
 from fastadapt.files import read_json
-from fastadapt.symmetries import mean_over_views, symmetric_views
 from fastadapt.train.ensemble_fit import ensemble_of
 from fastadapt.train.fold_results import read_folds
+from fastadapt.train.shared_backbone import SharedBackbone, same_weights
 
 
-class FoldEnsemble(nn.Module):
+class FoldEnsemble(SharedBackbone):
     """Map images to the mean of several models' logits, by (1) to (3).
 
     Args:
@@ -41,41 +40,18 @@ class FoldEnsemble(nn.Module):
     """
 
     def __init__(self, members: Sequence[AdaptedModel], temperature: float = 1.0):
-        super().__init__()
+        super().__init__(members)
         self.temperature = temperature
-        self.members = nn.ModuleList(members)
         self.num_classes = members[0].num_classes
 
-    @property
-    def shared(self) -> bool:
-        """Whether the members have one backbone."""
-        return len({id(member.backbone) for member in self.members}) == 1
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """Return timm's configuration of the input."""
-        return self._first.pretrained_cfg
-
-    @property
-    def _first(self) -> AdaptedModel:
-        first = self.members[0]
-        assert isinstance(first, AdaptedModel)
-        return first
+    def combine(self, logits: list[Tensor]) -> Tensor:
+        """Average the members' logits, and divide by the temperature."""
+        mean = torch.stack(logits).mean(0)
+        return mean if self.temperature == 1 else mean / self.temperature
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images to calibrated mean logits [B, num_classes]."""
-        logits = self._mean(x)
-        return logits if self.temperature == 1 else logits / self.temperature
-
-    def _mean(self, x: Tensor) -> Tensor:
-        if not self.shared:
-            return torch.stack([member(x) for member in self.members]).mean(0)
-        first, tta = self._first, self._first.config.tta
-        views = x if tta == "none" else symmetric_views(x, tta)
-        features = first.backbone_features(views)
-        every = [member.classify_features(features) for member in self.members]
-        logits = torch.stack(every).mean(0)
-        return logits if tta == "none" else mean_over_views(logits, x.shape[0])
+        return self.combine(self.logits_of_members(x))
 
 
 def load_folds(
@@ -108,15 +84,7 @@ def load_folds(
         member = load_adapter(
             out / run["folder"], backbone if first is None else given, weights=weights
         )
-        if first is not None and _same(member.backbone, first.backbone):
+        if first is not None and same_weights(member.backbone, first.backbone):
             member.backbone = first.backbone
         members.append(member)
     return FoldEnsemble(members, ensemble_of(out, summary).temperature).eval()
-
-
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Say whether two backbones have the same weights, so that one serves."""
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name], second[name]) for name in first
-    )

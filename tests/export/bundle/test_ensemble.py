@@ -68,8 +68,8 @@ def test_the_graph_is_the_mean_of_the_calibrated_runs(made):
         torch.testing.assert_close(ensemble(images), mean, rtol=1e-4, atol=1e-5)
     assert predictor(paths).logits == pytest.approx(mean.numpy(), rel=1e-3, abs=1e-3)
     graph = onnx.load(made / "bundle" / "model.onnx").graph
-    patches = [n for n in graph.node if n.op_type == "Conv"]
-    assert len(patches) == 1  # of test_vit's patches: the backbone is there once
+    attention = [n for n in graph.node if n.op_type == "Softmax"]
+    assert len(attention) == 6 + 3  # of test_vit's blocks, which run once, and of three adapters
     manifest = read_json(made / "bundle" / "manifest.json")
     temperatures = [
         read_json(made / "out" / f"fold-{number}" / "config.json")["temperature"]
