@@ -3,7 +3,7 @@
 What imports what, lowest first:
 
 1. ``fold`` and ``folded_layers`` make a plain PyTorch model of a trained one. ``parity``,
-   ``artefact``, ``speed`` and ``graph_input`` hold what all others share.
+   ``tasks``, ``artefact``, ``speed`` and ``graph_input`` hold what all others share.
 2. ``backends`` write one file format each; ``runtimes`` run these files.
 3. ``precision``: half precision, INT8 and FP8.
 4. ``bundle``: the folder of files that is deployed: how it is made, checked and read.
@@ -20,6 +20,7 @@ _MODULES = {
     "compare": "parity",
     "export_onnx": "backends.onnx",
     "export_run": "bundle.pipeline",
+    "export_tasks": "bundle.pipeline",
     "export_timm": "bundle.pipeline",
     "fold_with_report": "fold",
     "load": "predictor",

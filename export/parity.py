@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastadapt.errors import InputError
+
+from .tasks import Task
 
 
 class GateError(InputError):
@@ -175,6 +177,52 @@ def compare(
         tuple(problems),
         thresholds.error,
     )
+
+
+def compare_tasks(
+    reference: Any,
+    candidate: Any,
+    tasks: Sequence[Task],
+    *,
+    stage: str = "",
+    batch: int = 0,
+    classes: bool = True,
+    thresholds: Thresholds = Thresholds(),
+) -> list[Parity]:
+    """Compare as :func:`compare` does, the columns of each task by themselves.
+
+    Args:
+        reference: [samples, outputs], those of the tasks side by side.
+        candidate: the same of the other model.
+        tasks: whose columns are compared; all columns at once where there are none.
+        stage, batch, classes, thresholds: as for :func:`compare`; stages then name the task.
+    """
+
+    def check(a: Any, b: Any, stage: str) -> Parity:
+        return compare(a, b, stage=stage, batch=batch, classes=classes, thresholds=thresholds)
+
+    a, b = np.asarray(reference), np.asarray(candidate)
+    if not tasks or a.shape != b.shape:
+        return [check(a, b, stage)]
+    return [
+        check(a[:, task.columns], b[:, task.columns], f"{stage}, {task.name}") for task in tasks
+    ]
+
+
+def worst(parities: Sequence[Parity], tasks: Sequence[Task]) -> Parity:
+    """Return the comparison that failed, or has the largest error; its problems name the task.
+
+    Args:
+        parities: what :func:`compare_tasks` returned.
+        tasks: that it got.
+    """
+    if len(parities) != len(tasks):
+        return parities[0]
+    named = [
+        replace(p, problems=tuple(f"{task.name}: {problem}" for problem in p.problems))
+        for p, task in zip(parities, tasks, strict=True)
+    ]
+    return max(named, key=lambda p: (not p.passed, math.inf if p.error is None else p.error))
 
 
 def check_problems(parities: Iterable[Parity]) -> list[str]:

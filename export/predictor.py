@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from fastadapt.data.decode import decode, to_rgb
 from fastadapt.data.decode_pool import Reading, default_workers
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
-from fastadapt.decision import LIKELIEST, UNDECIDED, Decision
+from fastadapt.decision import Decision
 from fastadapt.errors import InputError
 
 from .artefact import VERIFIED, Artefact
@@ -36,64 +35,12 @@ from .bundle.measured import machine, on_cpu, read_rows, speeds_on
 from .bundle.trust import why_not_run
 from .graph_input import GraphInput
 from .predict.decode_ahead import Computed, compute, open_decoder
+from .predictions import PredictedImage, Prediction
 from .runtimes import OnnxRuntime, Runtime, RuntimeUnavailable, load_runtime
+from .tasks import tasks_of
 
 Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's outputs for some images.
-
-    Attributes:
-        logits: fp32 [images, classes]; features, if the model has no head.
-        classes: names in the outputs' order; empty without a head.
-        decision: how probabilities become classes.
-    """
-
-    logits: np.ndarray
-    classes: tuple[str, ...]
-    decision: Decision = LIKELIEST
-
-    @property
-    def labels(self) -> list[str]:
-        """The class of every image: the most likely one, unless the bundle has a threshold.
-
-        Empty strings without a head, and for images that are left undecided.
-        """
-        if not self.classes:
-            return [""] * len(self.logits)
-        chosen = self.decision.of_logits(self.logits)
-        return ["" if index == UNDECIDED else self.classes[index] for index in chosen]
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """The softmax of the logits [images, classes]."""
-        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-
-@dataclass(frozen=True)
-class PredictedImage:
-    """A model's outputs for one image file.
-
-    Attributes:
-        path: as it was given.
-        label: the class; empty without a head, if it is left undecided, or if the file cannot be
-            read.
-        probabilities, logits: fp32 [classes]; ``None`` if the file cannot be read.
-        problem: why the file cannot be read, in one line; ``None`` if it was.
-    """
-
-    path: str | os.PathLike
-    label: str = ""
-    probabilities: np.ndarray | None = None
-    logits: np.ndarray | None = None
-    problem: str | None = None
 
 
 class Origin(NamedTuple):
@@ -112,8 +59,9 @@ class Predictor:
     can be sent to processes that are started ("spawn"); a forked process has to load its own.
 
     Attributes:
-        classes: names in the outputs' order.
+        classes: names in the outputs' order; empty with several tasks.
         decision: how probabilities become classes.
+        tasks: with names, classes and decisions, where the bundle has several.
         artefact: the file that runs.
         runtime: that runs it.
         graph_input: the input that it takes.
@@ -129,6 +77,7 @@ class Predictor:
     ):
         self.classes = tuple(manifest["labels"])
         self.decision = Decision.from_dict(manifest.get("decision"), "the bundle's manifest")
+        self.tasks = tasks_of(manifest)
         self.graph_input = GraphInput.from_dict(manifest["preprocessing"])
         self.artefact = artefact
         self.runtime = runtime
@@ -160,6 +109,8 @@ class Predictor:
 
     def run(self, pixels: np.ndarray) -> np.ndarray:
         """Map prepared images, uint8 [images, H, W, 3], to fp32 logits [images, classes].
+
+        Those of several tasks stand side by side.
 
         Raises:
             InputError: the model takes more than images, or the process is a fork of the one that
@@ -238,24 +189,24 @@ class Predictor:
     def _listed_results(
         self, paths: list[str | os.PathLike], computed: Computed
     ) -> Iterator[PredictedImage]:
-        prediction = Prediction(computed.values, self.classes, self.decision)
-        found = zip(prediction.labels, prediction.probabilities, prediction.logits, strict=True)
+        whole = Prediction(computed.values, self.classes, self.decision, self.tasks)
+        readable = [p for place, p in enumerate(paths) if place not in computed.problems]
+        found = _images(readable, whole)
         for place, path in enumerate(paths):
             problem = computed.problems.get(place)
-            if problem is None:
-                yield PredictedImage(path, *next(found))
-            else:
-                yield PredictedImage(path, problem=problem)
+            yield next(found) if problem is None else PredictedImage(path, problem=problem)
 
     @property
     def width(self) -> int:
-        """The number of outputs: classes, or features where there is no head."""
+        """The number of outputs: classes (of all tasks), or features where there is no head."""
+        if self.tasks:
+            return self.tasks[-1].columns.stop
         return len(self.classes) or int(np.prod(self._outputs[0]["shape"][1:]))
 
     @property
     def num_features(self) -> int:
         """The width of the second output, features; 0 if the bundle was exported without."""
-        second = self._outputs[1:2]
+        second = [] if self.tasks else self._outputs[1:2]
         return int(np.prod(second[0]["shape"][1:])) if second else 0
 
     def __call__(self, images: Picture | Sequence[Picture], **others: np.ndarray) -> Prediction:
@@ -286,7 +237,7 @@ class Predictor:
                 for index, row in zip(part, rows, strict=True):
                     outputs[index] = row
         logits = np.stack([outputs[i] for i in range(len(pixels))])
-        return Prediction(logits.astype(np.float32), self.classes, self.decision)
+        return Prediction(logits.astype(np.float32), self.classes, self.decision, self.tasks)
 
     def _listed(self, images: Picture | Sequence[Picture]) -> list[Image.Image]:
         """Convert one or many pictures to RGB images."""
@@ -330,7 +281,8 @@ class Predictor:
             inputs = [np.resize(x, (self._fewest, *x.shape[1:])) for x in inputs]
         with self._one_at_a_time:
             outputs = self.runtime.outputs(*inputs)
-        return [output.reshape(len(output), -1)[:count] for output in outputs]
+        rows = [output.reshape(len(output), -1)[:count] for output in outputs]
+        return [np.concatenate(rows, axis=1)] if self.tasks else rows
 
 
 def load(
@@ -401,6 +353,18 @@ def load(
     if not reasons:
         raise InputError(f"nothing in {bundle} was verified: fastadapt verify says more")
     raise InputError(f"nothing in {bundle} runs here: {'; '.join(reasons)}")
+
+
+def _images(paths: Sequence[str | os.PathLike], found: Prediction) -> Iterator[PredictedImage]:
+    """Yield what a prediction, of one model or of several tasks, says of each image."""
+    if found.tasks:
+        names = [task.name for task in found.tasks]
+        for path, *each in zip(paths, *(_images(paths, found[n]) for n in names), strict=True):
+            yield PredictedImage(path, tasks=dict(zip(names, each, strict=True)))
+        return
+    rows = zip(paths, found.labels, found.probabilities, found.logits, strict=True)
+    for row in rows:
+        yield PredictedImage(*row)
 
 
 def _load_again(origin: Origin) -> Predictor:

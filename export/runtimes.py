@@ -349,7 +349,7 @@ class TensorRTRuntime(Runtime):
             )
         self._context = self._engine.create_execution_context()
         self._inputs = [value["name"] for value in details["inputs"]]
-        self._output = details["outputs"][0]["name"]
+        self._outputs = [value["name"] for value in details["outputs"]]
         self.name = flavour.name
         self.providers = (flavour.name,)
         self._graphs = GraphedCall(self._enqueue, say=warnings.warn) if cuda_graph else None
@@ -359,17 +359,19 @@ class TensorRTRuntime(Runtime):
         run: Callable[..., Any] = self._graphs or self._enqueue
         return _all(run(*inputs))
 
-    def _enqueue(self, *inputs: Tensor) -> Tensor:
+    def _enqueue(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         context = self._context
         for name, x in zip(self._inputs, inputs, strict=True):
             if not context.set_input_shape(name, tuple(x.shape)):
                 raise RuntimeError(f"shape {tuple(x.shape)} is outside the engine's profile")
             context.set_tensor_address(name, x.data_ptr())
-        output = torch.empty(tuple(context.get_tensor_shape(self._output)), device=self.device)
-        context.set_tensor_address(self._output, output.data_ptr())
+        outputs = []
+        for name in self._outputs:
+            outputs.append(torch.empty(tuple(context.get_tensor_shape(name)), device=self.device))
+            context.set_tensor_address(name, outputs[-1].data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._log.reason)
-        return output
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _all(outputs: Any) -> tuple[Tensor, ...]:

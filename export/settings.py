@@ -228,10 +228,26 @@ class BundleSettings(Settings):
 class ModelSettings(Settings):
     """Which model is exported: that of a run, or one that is named."""
 
-    run: Annotated[
-        Path | None,
-        Setting("A training run's folder; or give --backbone.", panel=MODEL, argument=True),
-    ] = None
+    runs: Annotated[
+        tuple[Path, ...],
+        Setting(
+            "A training run's folder, or several of one frozen backbone, which become the tasks of "
+            "one graph; or give --backbone.",
+            panel=MODEL,
+            metavar="RUN",
+            argument=True,
+        ),
+    ] = ()
+    tasks: Annotated[
+        tuple[str, ...],
+        Setting(
+            "Name of a task and of its output, once for each of several runs, in their order.",
+            panel=MODEL,
+            option="task",
+            metavar="NAME",
+            shown_default="the names of the runs' folders",
+        ),
+    ] = ()
     backbone: Annotated[
         str | None,
         Setting(

@@ -12,6 +12,7 @@ Configuration"; the schema is ``model_config.proto`` of triton-inference-server/
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -26,7 +27,7 @@ from fastadapt.output_place import check_output
 from . import triton_python
 from .artefact import VERIFIED, Artefact
 from .bundle.consistency import check_consistency
-from .bundle.manifest import LABELS, MODEL, check_accepted, check_files, read_manifest
+from .bundle.manifest import MODEL, check_accepted, check_files, label_files, read_manifest
 from .bundle.staging import check_nothing_else, place, staging
 from .graph_input import GraphInput
 
@@ -102,8 +103,8 @@ def write_repository(
     check_consistency(bundle, manifest)
     backend, artefact = _choose(bundle, manifest, backend)
     config = to_pbtxt(model_config(target.name, manifest, backend, artefact))
-    labels = manifest["labels"]
-    made_of = hashlib.sha256(json.dumps([config, labels]).encode()).hexdigest()
+    labels = {name: named for name, named in label_files(manifest).items() if named}
+    made_of = hashlib.sha256(json.dumps([config, _hashed(labels)]).encode()).hexdigest()
     with lock_beside(target):
         check_repository(repository, bundle)
         before = _marker(target)
@@ -116,13 +117,20 @@ def write_repository(
             files = [
                 f"1/{file}" for file in _write_version(folder / "1", bundle, backend, artefact)
             ]
-            if labels:
-                shutil.copyfile(bundle / LABELS, folder / LABELS)
+            for name in labels:
+                shutil.copyfile(bundle / name, folder / name)
             write_text(folder / CONFIG, config)
-            others = [CONFIG, *([LABELS] if labels else [])]
+            others = [CONFIG, *labels]
             _write_marker(folder, made_of, [*others, *files])
             place(folder, target)
     return target
+
+
+def _hashed(labels: dict[str, list[str]]) -> Any:
+    """Return what a model's hash covers of its class names, one model's as they always were."""
+    if not labels:
+        return []
+    return labels if len(labels) > 1 else next(iter(labels.values()))
 
 
 def _marker(model: Path) -> dict[str, Any] | None:
@@ -197,14 +205,16 @@ def model_config(
     inputs, outputs = manifest["model"]["inputs"], manifest["model"]["outputs"]
     warm_up = {value["name"]: _warm_up(value, manifest) for value in inputs}
     sizes = sorted({1, batch["max"]})
-    label_file = {"label_filename": LABELS} if manifest["labels"] else {}
+    files = [name for name, labels in label_files(manifest).items() if labels]
+    names = [{"label_filename": name} for name in files]
     config: dict[str, Any] = {
         "name": name,
         **{key: value for key, value in BACKENDS[backend].items() if key != "file"},
         "max_batch_size": batch["max"],
         "input": [_tensor(value) for value in inputs],
         "output": [
-            {**_tensor(value), **(label_file if value is outputs[0] else {})} for value in outputs
+            {**_tensor(value), **(label_file or {})}
+            for value, label_file in itertools.zip_longest(outputs, names)
         ],
     }
     if batch["max"] > 1:

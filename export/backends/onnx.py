@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def export_onnx(
     other_inputs: dict[str, tuple[int, ...]] | None = None,
     graph_input: GraphInput | None = None,
     features: bool = False,
+    outputs: Sequence[str] = (),
     labels: list[str] | tuple[str, ...] = (),
     metadata: dict[str, Any] | None = None,
     opset: int = OPSET,
@@ -54,6 +55,7 @@ def export_onnx(
             [batch, C, D, H, W]).
         features: write a second output, ``features`` [batch, dim], those before the head; the
             module has timm's ``forward_features`` and ``forward_head``.
+        outputs: names of the outputs of a module that gives a tuple of them.
         labels: class names, for the file's metadata.
         metadata: further metadata; values that are no strings are written as JSON.
         opset: of the graph; bf16 convolutions need 22.
@@ -75,7 +77,7 @@ def export_onnx(
     device = next(folded.parameters(), example[0]).device
     batch = {0: torch.export.Dim(BATCH)}
     classes = bool(getattr(folded, "num_classes", len(labels)))
-    outputs = ["logits" if classes else FEATURES, *([FEATURES] if features else [])]
+    one = ["logits" if classes else FEATURES, *([FEATURES] if features else [])]
     with quiet("onnxscript", "onnx_ir"), plain_attention(model), torch.no_grad():
         try:
             program: Any = torch.onnx.export(
@@ -84,7 +86,7 @@ def export_onnx(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[NAME, *others],
-                output_names=outputs,
+                output_names=list(outputs) or one,
                 dynamic_shapes=(batch, (batch,) * len(others)) if others else (batch,),
                 verbose=False,
             )

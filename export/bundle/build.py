@@ -32,6 +32,7 @@ from ..precision.qdq import write_qdq
 from ..precision.quantizer import delicate_nodes
 from ..runtimes import load_runtime
 from ..settings import OPSET, Batches
+from ..tasks import side_by_side
 from .engine_options import EngineOptions
 from .verify_artefact import Reference, measure, verify_artefact
 
@@ -230,12 +231,12 @@ def _reduce(options: EngineOptions, folded: FoldedModel, console: Console) -> ha
     def outputs(module: nn.Module):
         model = folded.deployed(module).to(_device())
         parts = [model(*(x.to(_device()) for x in part)) for part in zip(*batches, strict=True)]
-        return torch.cat([part.flatten(1).float().cpu() for part in parts]).numpy()
+        return torch.cat([side_by_side(part).float().cpu() for part in parts]).numpy()
 
     reduced = half.reduce_precision(
         folded.module,
         options.precision,
-        half.Trial(outputs, reference.expected, folded.example, reference.classes),
+        half.Trial(outputs, reference.expected, folded.example, reference.classes, reference.tasks),
         tell=lambda line: console.print(f"  {line}", markup=False),
     )
     reduced.module.cpu()  # it was judged on the GPU, if there is one; what follows begins here

@@ -12,27 +12,38 @@ from typing import Any
 
 from fastadapt.errors import InputError
 
-from .manifest import LABELS, MANIFEST, MODEL
+from ..tasks import named_tasks
+from .manifest import LABELS, MANIFEST, MODEL, label_files
 
 
 def check_consistency(bundle: str | Path, manifest: dict[str, Any]) -> None:
     """Raise InputError naming the first two parts of a bundle that contradict each other."""
-    bundle, labels = Path(bundle), manifest["labels"]
-    if LABELS in manifest["files"] and read_labels(bundle / LABELS) != labels:
-        raise InputError(_contradiction(bundle, "class names", LABELS))
-    for task in manifest.get("tasks", ())[:1]:
-        if task["labels"] != labels:
-            raise InputError(f"{bundle / MANIFEST}: the first task has other labels than 'labels'")
+    bundle = Path(bundle)
+    for name, labels in label_files(manifest).items():
+        if name in manifest["files"] and read_labels(bundle / name) != labels:
+            raise InputError(_contradiction(bundle, "class names", name))
+    if not named_tasks(manifest):
+        for task in manifest.get("tasks", ())[:1]:
+            if task["labels"] != manifest["labels"]:
+                raise InputError(
+                    f"{bundle / MANIFEST}: the first task has other labels than 'labels'"
+                )
     outputs = manifest["model"].get("outputs", ())
-    shape = outputs[0].get("shape") if outputs else None
-    width = shape[-1] if shape else None
-    if labels and width not in (None, len(labels)):
-        raise InputError(
-            f"{bundle / MANIFEST} names {len(labels)} classes; the model has {width} outputs"
-        )
+    for output, labels in zip(outputs, _labels_of_outputs(manifest), strict=False):
+        shape = output.get("shape")
+        width = shape[-1] if shape else None
+        if labels and width not in (None, len(labels)):
+            raise InputError(
+                f"{bundle / MANIFEST} names {len(labels)} classes; the model has {width} outputs"
+            )
     for artefact in manifest["artefacts"]:
         if artefact["kind"] == "onnx" and artefact["path"] is not None:
             _check_onnx(bundle, manifest, artefact)
+
+
+def _labels_of_outputs(manifest: dict[str, Any]) -> list[list[str]]:
+    """Return the class names of each output: of the first, or of one for each task."""
+    return [task["labels"] for task in named_tasks(manifest)] or [manifest["labels"]]
 
 
 def read_labels(path: Path) -> list[str]:
@@ -73,17 +84,21 @@ def _check_onnx(bundle: Path, manifest: dict[str, Any], artefact: dict[str, Any]
     stated = labels if manifest["schema"] >= 3 else labels or None  # once left empty
     if stated is not None and stated != manifest["labels"]:
         raise InputError(_contradiction(bundle, "class names", f"{file.name}'s metadata"))
+    tasks, stated = named_tasks(manifest), _parsed(metadata.get("tasks"))
+    if stated is not None and stated != {task["name"]: task["labels"] for task in tasks}:
+        raise InputError(_contradiction(bundle, "tasks", f"{file.name}'s metadata"))
     preprocessing = _parsed(metadata.get("preprocessing"))
     if preprocessing is not None and preprocessing != manifest["preprocessing"]:
         raise InputError(_contradiction(bundle, "preprocessing", f"{file.name}'s metadata"))
-    for output in model.graph.output[:1]:
+    for output, named in zip(model.graph.output, _labels_of_outputs(manifest), strict=False):
         sizes = output.type.tensor_type.shape.dim
         width = sizes[-1].dim_value if len(sizes) > 1 else 0
-        if manifest["labels"] and width and width != len(manifest["labels"]):
+        if named and width and width != len(named):
             raise InputError(
-                f"{bundle / MANIFEST} names {len(manifest['labels'])} classes; {file.name} has "
-                f"{width} outputs"
+                f"{bundle / MANIFEST} names {len(named)} classes; {file.name} has {width} outputs"
             )
+    if tasks and [value.name for value in model.graph.output] != [t["name"] for t in tasks]:
+        raise InputError(_contradiction(bundle, "tasks", f"{file.name}'s outputs"))
     if artefact["path"] == MODEL:
         _check_graph(bundle, manifest["model"], model)
 

@@ -20,7 +20,8 @@ from fastadapt.errors import InputError, first_line
 
 from ..features import Features
 from ..graph_input import Inputs
-from ..parity import RESIZED, Parity, compare
+from ..parity import RESIZED, Parity, compare, compare_tasks
+from ..tasks import Task, side_by_side
 from .material import Material
 
 # One image, the smallest real batch, and an odd one: a batch that silently became fixed, or
@@ -32,16 +33,19 @@ END_TO_END = "end to end"
 def gate(file: Path, material: Material) -> list[Parity]:
     """Compare unfolded with folded, folded with ONNX Runtime, and the first with the last."""
     expected, classes, example = material.expected, material.classes, material.given.example
-    parities = [_check_resizing(material)] if material.given.graph_input.resize else []
+    tasks = material.trained.tasks
+    parities = _check_resizing(material) if material.given.graph_input.resize else []
     for batch in BATCHES:
         folded = model_outputs(material.folded, example, batch)
-        parities.append(compare(expected, folded, stage="folding", batch=batch, classes=classes))
+        parities += compare_tasks(
+            expected, folded, tasks, stage="folding", batch=batch, classes=classes
+        )
     references = {"ONNX Runtime": folded, END_TO_END: expected}
     try:
         session = onnx_session(file)
     except InputError as error:
         return [*parities, Parity("ONNX Runtime", 0, len(expected), problems=(str(error),))]
-    parities += compare_onnx(session, material.inputs, references, classes)
+    parities += compare_onnx(session, material.inputs, references, classes, tasks=tasks)
     return parities + _check_features(session, material)
 
 
@@ -59,14 +63,15 @@ def _check_features(session: Any, material: Material) -> list[Parity]:
     return parities + compare_onnx(session, material.inputs, references, classes=False, output=1)
 
 
-def _check_resizing(material: Material) -> Parity:
+def _check_resizing(material: Material) -> list[Parity]:
     """Compare the graph's way of resizing with the training's."""
     trained, expected = material.trained, material.expected
     normalized = trained.preprocess.normalize(material.given.pixels.training)
     training = model_outputs(trained.model, (normalized, *material.given.example[1:]), batch=8)
-    return compare(
+    return compare_tasks(
         training,
         expected,
+        trained.tasks,
         stage="resizing",
         batch=len(expected),
         classes=material.classes,
@@ -80,7 +85,7 @@ def model_outputs(
 ) -> np.ndarray:
     """Run a model in batches of ``batch`` and return its outputs [samples, outputs]."""
     batches = zip(*(x.split(batch) for x in inputs), strict=True)
-    parts = [model(*part).flatten(1) for part in batches]
+    parts = [side_by_side(model(*part)) for part in batches]
     return torch.cat(parts).to(dtype).numpy()
 
 
@@ -109,8 +114,10 @@ def onnx_session(path: str | Path) -> Any:
         raise InputError(f"ONNX Runtime cannot load {name}: {first_line(error)}") from error
 
 
-def run_onnx(session: Any, inputs: Inputs, batch: int, output: int = 0) -> np.ndarray:
+def run_onnx(session: Any, inputs: Inputs, batch: int, output: int | None = 0) -> np.ndarray:
     """Run a session in batches of ``batch`` and return one of its outputs [samples, ...].
+
+    With ``None`` as the output all are returned, side by side.
 
     Raises:
         InputError: ONNX Runtime fails, at this batch size perhaps.
@@ -118,12 +125,14 @@ def run_onnx(session: Any, inputs: Inputs, batch: int, output: int = 0) -> np.nd
     count = len(next(iter(inputs.values())))
     try:
         slices = (slice(start, start + batch) for start in range(0, count, batch))
-        parts = [session.run(None, {k: x[s] for k, x in inputs.items()})[output] for s in slices]
+        every = [session.run(None, {k: x[s] for k, x in inputs.items()}) for s in slices]
     except Exception as error:
         raise InputError(
             f"ONNX Runtime fails at batch size {batch}: {first_line(error)}"
         ) from error
-    return np.concatenate(parts)
+    if output is None:
+        return np.concatenate([np.concatenate(part) for part in zip(*every, strict=True)], axis=1)
+    return np.concatenate([part[output] for part in every])
 
 
 def compare_onnx(
@@ -132,19 +141,23 @@ def compare_onnx(
     references: dict[str, np.ndarray],
     classes: bool,
     output: int = 0,
+    tasks: tuple[Task, ...] = (),
 ) -> list[Parity]:
-    """Compare a session's output with references, named by stage, at every batch size."""
-    parities = []
+    """Compare a session's output with references, named by stage, at every batch size.
+
+    Of several tasks every output is compared.
+    """
+    found: dict[str, list[Parity]] = {stage: [] for stage in references}
     for batch in BATCHES:
         try:
-            outputs = run_onnx(session, inputs, batch, output)
+            outputs = run_onnx(session, inputs, batch, None if tasks else output)
         except InputError as error:
-            failed = [
-                Parity(stage, batch, len(reference), problems=(str(error),))
-                for stage, reference in references.items()
-            ]
-            parities.extend(failed)
+            for stage, reference in references.items():
+                failed = Parity(stage, batch, len(reference), problems=(str(error),))
+                found[stage].append(failed)
             continue
         for stage, reference in references.items():
-            parities.append(compare(reference, outputs, stage=stage, batch=batch, classes=classes))
-    return sorted(parities, key=lambda parity: list(references).index(parity.stage))
+            found[stage] += compare_tasks(
+                reference, outputs, tasks, stage=stage, batch=batch, classes=classes
+            )
+    return [parity for parities in found.values() for parity in parities]

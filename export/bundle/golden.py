@@ -8,6 +8,7 @@ all the way from pixels, and ``--golden DIR|synthetic`` keeps images of patients
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastadapt.errors import InputError, first_line
 from fastadapt.files import write_tensors
 
 from ..graph_input import GraphInput, Inputs
+from ..tasks import Task
 from .manifest import GOLDEN
 from .samples import LONGEST_SIDE
 
@@ -41,6 +43,7 @@ class GoldenSamples:
         expected: the trained model's outputs [samples, outputs].
         origin: where the images are from, in words.
         features: the model's features before its head, if they are an output, too.
+        tasks: of the model, where it has several.
     """
 
     images: tuple[Image.Image, ...]
@@ -49,12 +52,13 @@ class GoldenSamples:
     expected: np.ndarray
     origin: str
     features: np.ndarray | None = None
+    tasks: tuple[Task, ...] = ()
 
 
 def write_golden(path: Path, golden: GoldenSamples) -> list[str]:
     """Write ``path``, and the images beside it; return the images' names in the bundle."""
     labels = json.dumps(golden.labels, ensure_ascii=False)
-    tensors = {**golden.inputs, EXPECTED: torch.from_numpy(golden.expected)}
+    tensors = {**golden.inputs, **_expected(golden)}
     if golden.features is not None:
         tensors[EXPECTED_FEATURES] = torch.from_numpy(golden.features)
     write_tensors(path, tensors, {"labels": labels})
@@ -64,6 +68,44 @@ def write_golden(path: Path, golden: GoldenSamples) -> list[str]:
         pixels = Image.fromarray(np.asarray(image))  # the pixels alone, without metadata
         pixels.save(path.parent / name, "PNG")
     return names
+
+
+def _expected(golden: GoldenSamples) -> dict[str, Tensor]:
+    expected = torch.from_numpy(golden.expected)
+    if not golden.tasks:
+        return {EXPECTED: expected}
+    return {_of(task): expected[:, task.columns].contiguous() for task in golden.tasks}
+
+
+def _of(task: Task) -> str:
+    return f"{EXPECTED}:{task.name}"
+
+
+def join_expected(tensors: dict[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return golden samples with the tasks' expected outputs side by side, as those of one model.
+
+    Args:
+        tensors: what ``golden.safetensors`` holds.
+        tasks: of the bundle; nothing is changed where there are none.
+
+    Raises:
+        InputError: the outputs of a task are missing, or are no logits of its classes.
+    """
+    if not tasks:
+        return tensors
+    rows = set()
+    for task in tasks:
+        found = tensors.get(_of(task))
+        right = found is not None and found.dtype == torch.float32 and found.ndim == 2
+        if found is None or not right or found.shape[1] != len(task.classes):
+            raise InputError(
+                f"{GOLDEN} holds no fp32 {_of(task)!r} of {len(task.classes)} classes: copy the "
+                "bundle again"
+            )
+        rows.add(len(found))
+    if len(rows) > 1:
+        raise InputError(f"{GOLDEN} holds the tasks' outputs of different images: copy it again")
+    return {**tensors, EXPECTED: torch.cat([tensors[_of(task)] for task in tasks], dim=1)}
 
 
 def golden_inputs(

@@ -11,11 +11,12 @@ from fastadapt.files import CONTENT, content_sha256, read_json, sha256_file
 from fastadapt.info import devices, gpus, versions
 
 from ..artefact import NATIVE
+from ..tasks import named_tasks
 from .measured import MEASURED
 from .schema import check_manifest
 
 FORMAT = "fastadapt-bundle"
-SCHEMA = 3  # see schema.py
+SCHEMA, SEALED = 4, 3  # the newest, and the first with a hash of itself: see schema.py
 MANIFEST, MODEL, GOLDEN, LABELS = "manifest.json", "model.onnx", "golden.safetensors", "labels.txt"
 REPORT = "report.html"
 SIGNATURE = "signature.json"  # of a maker, over all other files
@@ -57,7 +58,7 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
             f"{bundle} was written by a newer fastadapt (schema {schema}, this one reads up to "
             f"{SCHEMA}): update fastadapt"
         )
-    if schema == SCHEMA and manifest.get(CONTENT) != content_sha256(manifest):
+    if schema >= SEALED and manifest.get(CONTENT) != content_sha256(manifest):
         raise InputError(
             f"{file} was changed: its content is not what its {CONTENT} says. Copy the bundle "
             "again."
@@ -66,6 +67,20 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         manifest = _from_schema_1(manifest)
     check_manifest(manifest, str(file))
     return manifest
+
+
+def label_files(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the class names that each file of them holds: one file, or one for each task."""
+    tasks = named_tasks(manifest)
+    if not tasks:
+        return {LABELS: manifest["labels"]}
+    return {labels_name(task["name"]): task["labels"] for task in tasks}
+
+
+def labels_name(task: str) -> str:
+    """Return the name of the file of a task's class names."""
+    stem, _, suffix = LABELS.rpartition(".")
+    return f"{stem}.{task}.{suffix}"
 
 
 def check_accepted(bundle: str | Path, manifest: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from fastadapt.errors import InputError
 from ..backends.onnx import export_onnx
 from ..fold import FoldReport
 from ..graph_input import NAME, GraphInput, Inputs
-from ..precision.int8 import QuantizationImages
+from ..precision.int8 import QuantizationImages, TaskTargets
+from ..tasks import Task
 from .golden import GoldenSamples
 from .samples import Pixels, Sample, Samples
 from .trained import Trained
@@ -42,7 +43,11 @@ class ModelInputs:
     example: tuple[Tensor, ...]
 
     def golden(
-        self, expected: np.ndarray, origin: str, features: np.ndarray | None = None
+        self,
+        expected: np.ndarray,
+        origin: str,
+        features: np.ndarray | None = None,
+        tasks: tuple[Task, ...] = (),
     ) -> GoldenSamples:
         """Keep these samples in the bundle, with the model's outputs for them."""
         return GoldenSamples(
@@ -52,6 +57,7 @@ class ModelInputs:
             expected=expected,
             origin=origin,
             features=features,
+            tasks=tasks,
         )
 
 
@@ -80,7 +86,7 @@ class Material:
     @property
     def classes(self) -> bool:
         """Whether the model's outputs are classes."""
-        return bool(self.trained.labels)
+        return bool(self.trained.labels or self.trained.parts)
 
     @property
     def inputs(self) -> Inputs:
@@ -92,7 +98,9 @@ class Material:
     @property
     def golden(self) -> GoldenSamples:
         """The samples that parity is checked on, as a bundle keeps them."""
-        return self.given.golden(self.expected, self.samples.origin, self.features)
+        return self.given.golden(
+            self.expected, self.samples.origin, self.features, self.trained.tasks
+        )
 
     def write_onnx(self, module: nn.Module, path: Path, **options: Any) -> dict[str, Any]:
         """Call :func:`export_onnx` on a module that takes and gives what ``folded`` does."""
@@ -103,6 +111,7 @@ class Material:
             other_inputs={name: tuple(x.shape[1:]) for name, x in self.given.others.items()},
             graph_input=self.given.graph_input,
             features=self.features is not None,
+            outputs=[task.name for task in self.trained.tasks],
             labels=self.trained.labels,
             metadata=self._metadata(),
             **options,
@@ -111,11 +120,13 @@ class Material:
     def _metadata(self) -> dict[str, Any]:
         hashes = {"run_sha256": "config_sha256", "adapter_sha256": "adapter_sha256"}
         source = self.trained.source
+        tasks = {task.name: list(task.classes) for task in self.trained.tasks}
         return {
             "preprocessing": self.given.graph_input.to_dict(),
             "fastadapt": __version__,
             "backbone": self.trained.backbone,
             **{key: source[name] for key, name in hashes.items() if name in source},
+            **({"tasks": tasks} if tasks else {}),
         }
 
     def quantization_images(self) -> QuantizationImages:
@@ -133,7 +144,16 @@ class Material:
             [sample.path for sample in validation],
             np.array(classes) if len(classes) == len(validation) else None,
             read,
+            tuple(_targets(task, validation) for task in self.trained.tasks),
         )
+
+
+def _targets(task: Task, validation: Sequence[Sample]) -> TaskTargets:
+    """Return the classes that images are known to have in one of several tasks."""
+    number = {name: index for index, name in enumerate(task.classes)}
+    known = [sample.tasks.get(task.name) for sample in validation]
+    found = np.array([-1 if label is None else number.get(label, -1) for label in known])
+    return TaskTargets(task.name, found if (found >= 0).any() else None)
 
 
 def check_quantization(flag: str, trained: Trained, samples: Samples) -> None:
@@ -143,7 +163,7 @@ def check_quantization(flag: str, trained: Trained, samples: Samples) -> None:
             f"{flag} is calibrated and judged on image files: give a folder of them with "
             "`images=...`"
         )
-    if not trained.labels:
+    if not trained.labels and not trained.parts:
         raise InputError(f"{flag} is judged by its accuracy, and this model has no classes")
     if trained.domain_features is not None:
         raise InputError(f"{flag} is for graphs that take images alone: leave out `domain_input`")

@@ -14,9 +14,8 @@ reasons in its manifest, and what was at ``BUNDLE`` stays as it was.
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,27 +37,17 @@ from ..artefact import FAILED, Artefact
 from ..features import Features, check_features
 from ..fold import FoldReport, fold_with_report
 from ..graph_input import Deployed, GraphInput, check_settings
-from ..parity import GateError, Parity, Thresholds, check_problems, parity_table
+from ..parity import GateError, Parity, check_problems, parity_table
 from ..settings import BundleSettings
+from ..tasks import check_names
 from .build import FoldedModel, build_artefacts
 from .consistency import check_labels
 from .engine_options import EngineOptions
 from .gate import BATCHES, END_TO_END, gate, model_outputs, model_outputs_fp64
 from .golden import GoldenSamples, write_golden
-from .manifest import (
-    FORMAT,
-    GOLDEN,
-    LABELS,
-    MANIFEST,
-    MODEL,
-    REPORT,
-    SCHEMA,
-    environment,
-    list_files,
-)
+from .manifest import GOLDEN, MANIFEST, MODEL, REPORT, list_files
 from .material import Material, ModelInputs, check_quantization
-from .measured import measured_rows
-from .quality import quality_of
+from .record import Checked, describe, labels_of
 from .report import render_report
 from .samples import (
     GOLDEN_SAMPLES,
@@ -71,7 +60,8 @@ from .samples import (
 )
 from .schema import check_manifest
 from .staging import check_target, place, staging
-from .trained import Trained, load_run, load_timm, read_run, temperatures
+from .task_runs import load_tasks, task_samples
+from .trained import Trained, load_run, load_timm, read_run
 from .trust import remember_bundle
 from .verify_artefact import Reference, artefact_problems
 
@@ -185,6 +175,54 @@ def export_run(
         return export.run(trained, samples)
 
 
+def export_tasks(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    weights: str | None = None,
+    images: str | Path | None = None,
+    backbone: nn.Module | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> ExportResult:
+    """Export several runs as one graph: their frozen backbone once, and an output for each.
+
+    Args:
+        runs: two or more runs, or folders of folds, of one frozen backbone and one preprocessing.
+        out: the bundle's folder.
+        tasks: names of the runs' tasks, and of the outputs; those of the folders if ``None``.
+        weights, images, backbone, console: as for :func:`export_run`.
+        **settings: of :class:`ExportSettings`.
+
+    Returns:
+        An :class:`ExportResult`.
+
+    Raises:
+        GateError: the outputs of a task differ; the bundle is kept as ``out`` + ``.rejected``.
+        InputError: two runs differ in what they share, or a run changed its backbone; names of
+            tasks are the same; as for :func:`export_run`.
+    """
+    folders = [Path(run) for run in runs]
+    if len(folders) < 2:
+        raise InputError(f"there are {len(folders)} runs; several tasks need two or more")
+    names = [folder.absolute().name for folder in folders] if tasks is None else list(tasks)
+    if len(names) != len(folders):
+        raise InputError(f"`tasks` names {len(names)} tasks; there are {len(folders)} runs")
+    check_names(names)
+    named = dict(zip(names, folders, strict=True))
+    export = _Export(Path(out), ExportSettings(**settings), console)
+    if export.settings.with_features:
+        raise InputError(
+            "`with_features` is for one model; the adapters of several tasks have features of "
+            "their own: export their runs by themselves"
+        )
+    with lock_beside(export.out):
+        with export.step("load the trained models"):
+            trained = load_tasks(named, backbone=backbone, weights=weights)
+        return export.run(trained, task_samples(named, images, FEWEST_SAMPLES))
+
+
 def export_timm(
     name: str,
     out: str | Path,
@@ -258,7 +296,8 @@ class _Export:
 
     def run(self, trained: Trained, samples: Samples) -> ExportResult:
         """Fold, export, compare and write; raise GateError if the outputs differ."""
-        check_labels(trained.labels)
+        for labels in labels_of(trained).values():
+            check_labels(labels)
         if self.settings.with_features:
             check_features(trained.model, trained.backbone)
             if not trained.labels:
@@ -284,44 +323,13 @@ class _Export:
                 folded = self._folded_model(folder, material, parities)
                 artefacts = build_artefacts(self.settings.engines, folded, self.console)
                 problems = artefact_problems(artefacts)
-            write_text(folder / LABELS, "".join(f"{label}\n" for label in trained.labels))
+            for name, labels in labels_of(trained).items():
+                write_text(folder / name, "".join(f"{label}\n" for label in labels))
             images = write_golden(folder / GOLDEN, golden)
-            wanted, files = self.settings.engines, list_files(folder)
-            manifest = {
-                "format": FORMAT,
-                "schema": SCHEMA,
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "accepted": not problems,
-                "problems": problems,
-                "model": {"file": MODEL, **described},
-                "labels": trained.labels,
-                "decision": trained.decision.to_dict(),
-                "calibration": temperatures(trained.model),
-                "quality": quality_of(trained.quality),
-                "tasks": _tasks(trained.labels, described),
-                "preprocessing": material.given.graph_input.to_dict(),
-                "backbone": {"name": trained.backbone, "pretrained_cfg": trained.pretrained_cfg},
-                "source": trained.source,
-                "licences": {"weights": trained.pretrained_cfg.get("license"), "data": None},
-                "golden": {
-                    "file": GOLDEN,
-                    "samples": len(images),
-                    "origin": golden.origin,
-                    "images": images,
-                },
-                "compared_on": samples.origin,
-                "limits": {
-                    "int8_budget": wanted.int8_budget if wanted.int8 else None,
-                    "fp8_budget": wanted.fp8_budget if wanted.fp8 else None,
-                },
-                "environment": environment(),
-                "fold_report": material.fold_report.to_dict(),
-                "parity": [parity.to_dict() for parity in parities],
-                "thresholds": asdict(Thresholds()),
-                "artefacts": [artefact.to_dict() for artefact in artefacts],
-                "measured": measured_rows(artefacts, files),
-                "files": files,
-            }
+            checked = Checked(tuple(parities), tuple(artefacts), tuple(problems))
+            manifest = describe(
+                folder, material, self.settings.engines, described, checked, golden, images
+            )
             # The report shows every hash but its own, which comes last.
             write_text(folder / REPORT, render_report(manifest, golden))
             manifest["files"] = list_files(folder)
@@ -351,7 +359,8 @@ class _Export:
             kept = folder_samples(wanted, FEWEST_SAMPLES)
         inputs = self._inputs(trained, kept)
         expected = model_outputs(trained.model, inputs.example, batch=8)
-        return inputs.golden(expected, kept.origin, self._features(trained, inputs))
+        features = self._features(trained, inputs)
+        return inputs.golden(expected, kept.origin, features, trained.tasks)
 
     def _features(self, trained: Trained, inputs: ModelInputs) -> np.ndarray | None:
         """Compute the features before the head, if they are asked for."""
@@ -411,6 +420,7 @@ class _Export:
                 material.expected,
                 material.classes,
                 features=material.features,
+                tasks=material.trained.tasks,
                 exact=lambda: model_outputs_fp64(material.trained.model, material.given.example),
             ),
             write_onnx=material.write_onnx,
@@ -426,14 +436,6 @@ class _Export:
         with self.console.status(f"{what} …"):
             yield
         self.console.print(f"[green]✓[/] {what}")
-
-
-def _tasks(labels: list[str], described: dict[str, Any]) -> list[dict[str, Any]]:
-    """Describe the graph's outputs."""
-    first, *others = described["outputs"]
-    kind = "classification" if labels else "features"
-    tasks = [{"output": first["name"], "kind": kind, "labels": labels}]
-    return tasks + [{"output": o["name"], "kind": "features", "labels": []} for o in others]
 
 
 def _failed_onnx(folder: Path, problems: list[str]) -> Artefact:

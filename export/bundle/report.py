@@ -14,10 +14,13 @@ from PIL import Image
 from fastadapt.decision import Decision
 
 from ..speed import format_rate
+from ..tasks import named_tasks
 from .golden import GoldenSamples
 from .report_figures import parity_svg, reliability_svg, speed_svg
 
 THUMBNAIL = 96
+MOST_CLASSES = 10  # of a task that are named
+TASK_SCORES = ("accuracy", "balanced_accuracy", "macro_f1")
 PER_CLASS = ("precision", "recall", "f1", "auroc", "average_precision")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -46,7 +49,8 @@ def render_report(manifest: dict[str, Any], golden: GoldenSamples) -> str:
     name = manifest["backbone"]["name"]
     sections = [
         _summary(manifest),
-        ("How good the model is", _quality(manifest)),
+        ("Tasks", _tasks(manifest)),
+        *_qualities(manifest),
         ("Agreement with the trained model", _parity(manifest)),
         ("Files that run", _artefacts(manifest)),
         ("Speed", _speed(manifest)),
@@ -75,6 +79,39 @@ def _summary(manifest: dict[str, Any]) -> str:
         return f'{made}\n<p class="verdict good">{verdict}</p>'
     reasons = "".join(f"<li>{escape(problem)}</li>" for problem in manifest["problems"])
     return f'{made}\n<div class="verdict bad">Rejected.<ul>{reasons}</ul></div>'
+
+
+def _tasks(manifest: dict[str, Any]) -> str:
+    """List several tasks: each task's output, classes, and scores of its run; else nothing."""
+    rows = []
+    for task in named_tasks(manifest):
+        labels, found = task["labels"], task.get("quality") or {}
+        classes = ", ".join(labels[:MOST_CLASSES]) + (", …" if len(labels) > MOST_CLASSES else "")
+        scores = found.get("scores", {})
+        rows.append(
+            (
+                task["name"],
+                len(labels),
+                classes,
+                task.get("source", {}).get("run", "–"),
+                f"{found['images']} {found['split']}" if found else "–",
+                *(_number(scores.get(name), ".4f") for name in TASK_SCORES),
+            )
+        )
+    if not rows:
+        return ""
+    columns = ("task and output", "", "classes", "run", "judged by images")
+    scores = [name.replace("_", " ") for name in TASK_SCORES]
+    note = "<p>The backbone is in the graph once; each task has an adapter and an output.</p>"
+    return note + _table((*columns, *scores), rows)
+
+
+def _qualities(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how good the model is, or how good it is in each of several tasks."""
+    tasks, title = named_tasks(manifest), "How good the model is"
+    if not tasks:
+        return [(title, _quality(manifest))]
+    return [(f"{title}: {task['name']}", _quality(task)) for task in tasks]
 
 
 def _quality(manifest: dict[str, Any]) -> str:
@@ -223,13 +260,14 @@ def _speed(manifest: dict[str, Any]) -> str:
 
 
 def _golden(manifest: dict[str, Any], golden: GoldenSamples) -> str:
-    labels = manifest["labels"]
     figures = []
     samples = zip(golden.images, golden.labels, golden.expected, strict=True)
     for index, (image, label, outputs) in enumerate(samples):
         caption = [] if label is None else [f"is {label}"]
-        if labels:
-            caption.append(f"model: {labels[int(outputs.argmax())]}")
+        if manifest["labels"]:
+            caption.append(f"model: {manifest['labels'][int(outputs.argmax())]}")
+        for task in golden.tasks:
+            caption.append(f"{task.name}: {task.classes[int(outputs[task.columns].argmax())]}")
         text = escape(", ".join(caption))
         figures.append(
             f'<figure><img src="{_thumbnail(image)}" alt="golden sample {index}">'

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ class Sample:
         path: of the file; a synthetic image's name.
         label: name of its class, if that is known.
         image: the synthetic image, RGB.
+        tasks: names of its classes in several tasks, where they are known.
     """
 
     path: Path
     label: str | None = None
     image: Image.Image | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, intensity_range: ValueRange | None = None) -> Image.Image:
         """Decode the file as RGB, or return the synthetic image, which has 8 bits."""
@@ -99,6 +102,45 @@ def run_samples(run: Path, images: str | Path | None, fewest: int) -> Samples:
     _check_count(samples, fewest, origin, remedy)
     training = tuple(sample for sample in splits["train"] if sample.path.is_file())
     return Samples(samples, origin, training, samples)
+
+
+def merge_samples(tasks: Mapping[str, Samples]) -> Samples:
+    """Merge the images of several runs: one sample of an image, with its class in each task.
+
+    An image that one run was trained on and another held out is not among those that calibrate.
+
+    Args:
+        tasks: each task's own images.
+    """
+
+    def merged(lists: Mapping[str, Sequence[Sample]]) -> tuple[Sample, ...]:
+        known: dict[Path, dict[str, str]] = {}
+        # In turns, so that the first few are of all runs.
+        for row in itertools.zip_longest(*lists.values()):
+            for task, sample in zip(lists, row, strict=True):
+                if sample is None:
+                    continue
+                classes = known.setdefault(sample.path, {})
+                if sample.label is not None:
+                    classes[task] = sample.label
+        return tuple(
+            Sample(path, _said(found, lists), tasks=found) for path, found in known.items()
+        )
+
+    validation = merged({task: found.validation for task, found in tasks.items()})
+    held_out = {sample.path for sample in validation}
+    calibration = merged({task: found.calibration for task, found in tasks.items()})
+    return Samples(
+        merged({task: found.samples for task, found in tasks.items()}),
+        "; ".join(dict.fromkeys(found.origin for found in tasks.values())),
+        tuple(sample for sample in calibration if sample.path not in held_out),
+        validation,
+    )
+
+
+def _said(classes: Mapping[str, str], tasks: Iterable[str]) -> str | None:
+    """Return an image's classes in several tasks as one text, in the tasks' order."""
+    return ", ".join(f"{task}: {classes[task]}" for task in tasks if task in classes) or None
 
 
 def folder_samples(images: str | Path, fewest: int) -> Samples:

@@ -6,6 +6,8 @@ Schemas:
 2. uint8 input; artefacts, environment, speed.
 3. ``content_sha256``, a hash over the manifest itself; ``tasks``, one for each output; golden
    samples as decoded images; ``limits`` that the user chose; licences.
+4. Several tasks, with names: class names, decision, temperature and quality stand with each of
+   ``tasks``, and ``labels`` is empty. Bundles of one model stay of schema 3.
 
 Keys that are not declared here are kept and not read, so that a later version can add some.
 """
@@ -19,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fastadapt.errors import InputError
 
 from ..settings import MOST_IMAGES
+from ..tasks import MOST
+from ..tasks import NAME as TASK_NAME
 
 LARGEST_SIDE = 65536
 LARGEST_IMAGE = 2**27  # pixels of a resized image before it is cropped
@@ -60,12 +64,33 @@ class ModelEntry(Part):
     outputs: Annotated[list[TensorEntry], Field(max_length=16)] = []
 
 
-class Task(Part):
+class DecisionEntry(Part):
+    """How probabilities become classes; the likeliest one in bundles that do not say."""
+
+    criterion: Literal["none", "balanced_accuracy", "f1", "youden"] = "none"
+    threshold: Share = 0.5
+    abstain: Share = 0.0
+    band: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+    confidence: Share | None = None
+
+
+class Calibration(Part):
+    """What the model's logits were divided by: of an ensemble, each member's and their mean."""
+
+    temperature: Temperature | Annotated[list[Temperature], Field(max_length=100_000)] = 1.0
+    ensemble: Temperature = 1.0
+
+
+class TaskEntry(Part):
     """What one output of the graph means."""
 
     output: Annotated[str, Field(max_length=200)]
     kind: Annotated[str, Field(max_length=50)]
     labels: Annotated[list[Text], Field(max_length=1_000_000)]
+    name: Annotated[str, Field(pattern=f"^{TASK_NAME}$")] | None = None
+    decision: DecisionEntry = DecisionEntry()
+    calibration: Calibration = Calibration()
+    quality: dict[str, Any] | None = None
 
 
 class FileEntry(Part):
@@ -196,23 +221,6 @@ class PreprocessingEntry(Part):
         return self
 
 
-class DecisionEntry(Part):
-    """How probabilities become classes; the likeliest one in bundles that do not say."""
-
-    criterion: Literal["none", "balanced_accuracy", "f1", "youden"] = "none"
-    threshold: Share = 0.5
-    abstain: Share = 0.0
-    band: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
-    confidence: Share | None = None
-
-
-class Calibration(Part):
-    """What the model's logits were divided by: of an ensemble, each member's and their mean."""
-
-    temperature: Temperature | Annotated[list[Temperature], Field(max_length=100_000)] = 1.0
-    ensemble: Temperature = 1.0
-
-
 class Environment(Part):
     """The machine that made the bundle."""
 
@@ -231,7 +239,7 @@ class Manifest(Part):
     problems: list[Text]
     model: ModelEntry
     labels: Annotated[list[Text], Field(max_length=1_000_000)]
-    tasks: Annotated[list[Task], Field(max_length=16)] = []
+    tasks: Annotated[list[TaskEntry], Field(max_length=MOST)] = []
     preprocessing: PreprocessingEntry
     decision: DecisionEntry = DecisionEntry()
     calibration: Calibration = Calibration()
@@ -255,6 +263,27 @@ class Manifest(Part):
         for entry in (*self.model.inputs, *self.model.outputs):
             if self.schema_ > 1 and {"dtype", "shape"} - entry.model_fields_set:
                 raise ValueError(f"{entry.name!r} lacks its dtype or shape")
+        return self
+
+    @model_validator(mode="after")
+    def check_tasks(self) -> Manifest:
+        """Demand of several tasks that each output is one, by its name, and has classes."""
+        names = [task.name for task in self.tasks if task.name is not None]
+        if self.schema_ < 4:
+            if names:
+                raise ValueError("'tasks' have names, which schema 4 brought")
+            return self
+        if len(names) < 2 or len(names) != len(self.tasks):
+            raise ValueError("'tasks' holds fewer than two tasks with names, or one without")
+        if len({name.lower() for name in names}) != len(names):
+            raise ValueError("two tasks have the same name")
+        if names != [output.name for output in self.model.outputs]:
+            raise ValueError("'tasks' are not the outputs of the graph, in order")
+        for task in self.tasks:
+            if task.output != task.name or task.kind != "classification" or not task.labels:
+                raise ValueError(f"task {task.name!r} lacks classes, or names another output")
+        if self.labels:
+            raise ValueError("'labels' stand with each of 'tasks'")
         return self
 
 

@@ -38,6 +38,21 @@ from fastadapt.train.fold_results import FORMAT as FOLDS_FORMAT
 from fastadapt.train.run_folder import RESULTS, check_finished
 from fastadapt.weights_match import load_weights, meta_model
 
+from ..tasks import Task, place_side_by_side
+
+
+@dataclass(frozen=True)
+class TrainedTask:
+    """One of several tasks of a model to export.
+
+    Attributes:
+        name: of the task.
+        trained: the run that it is from; its ``model`` is a member of the whole one.
+    """
+
+    name: str
+    trained: Trained
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -54,6 +69,7 @@ class Trained:
             the run's ``results.json``, or the summary of folds.
         domain_features: GDPL, where they are an input of the graph: computes the features
             [B, D_f] of samples from their paths and normalised images.
+        parts: where the model has several tasks, each of them.
     """
 
     model: nn.Module
@@ -64,6 +80,14 @@ class Trained:
     domain_features: Callable[[list[Path], Tensor], Tensor] | None = None
     decision: Decision = LIKELIEST
     quality: dict[str, Any] | None = None
+    parts: tuple[TrainedTask, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks' columns, classes and decisions; none for one model."""
+        return place_side_by_side(
+            [(part.name, part.trained.labels, part.trained.decision) for part in self.parts]
+        )
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -24,14 +24,21 @@ from fastadapt.files import read_json, read_tensors, seal, write_json
 from ..artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
 from ..parity import Parity
 from ..speed import format_rate
+from ..tasks import tasks_of
 from .build import rebuild_artefact
 from .consistency import check_consistency
-from .golden import EXPECTED, check_golden_pixels, golden_features, golden_inputs
+from .golden import (
+    EXPECTED,
+    check_golden_pixels,
+    golden_features,
+    golden_inputs,
+    join_expected,
+)
 from .manifest import (
     GOLDEN,
     MANIFEST,
     MODEL,
-    SCHEMA,
+    SEALED,
     check_accepted,
     check_files,
     environment,
@@ -146,14 +153,16 @@ def verify_bundle(
     check_accepted(bundle, manifest)
     check_files(bundle, manifest)
     check_consistency(bundle, manifest)
-    tensors, _ = read_tensors(bundle / GOLDEN)
+    tasks = tasks_of(manifest)
+    tensors = join_expected(read_tensors(bundle / GOLDEN)[0], tasks)
     names = [value["name"] for value in manifest["model"]["inputs"]]
     inputs = golden_inputs(tensors, names, manifest["preprocessing"])
     reference = Reference(
         inputs,
         tensors[EXPECTED].numpy(),
-        classes=bool(manifest["labels"]),
-        features=golden_features(tensors, manifest["model"].get("outputs", [])),
+        classes=bool(manifest["labels"] or tasks),
+        features=None if tasks else golden_features(tensors, manifest["model"].get("outputs", [])),
+        tasks=tasks,
     )
     changes = version_changes(manifest)
     same = not any(note.startswith(("pillow", "timm")) for note in changes)
@@ -196,7 +205,7 @@ def _replace(bundle: Path, row: dict[str, Any], artefact: Artefact, here: bool) 
     if "measured" in manifest:
         others = [row for row in manifest["measured"] if row["file"] != artefact.path]
         manifest["measured"] = others + measured_rows([artefact], manifest["files"])
-    if manifest["schema"] >= SCHEMA:
+    if manifest["schema"] >= SEALED:
         manifest = seal(manifest)
     write_json(bundle / MANIFEST, manifest)
     foreign = [a for a in manifest["artefacts"] if a["kind"] in GUARDED and a["path"]]

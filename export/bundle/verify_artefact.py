@@ -14,11 +14,12 @@ from fastadapt.kernels.common.arithmetic import ceil_div
 
 from ..artefact import FAILED, UNVERIFIED, VERIFIED, Artefact
 from ..graph_input import Inputs
-from ..parity import THRESHOLDS, Parity, compare
+from ..parity import THRESHOLDS, Parity, check_problems, compare, compare_tasks
 from ..precision.half import DTYPES
 from ..runtimes import Runtime, RuntimeUnavailable, load_runtime
 from ..settings import DEFAULT_BATCHES, Batches
 from ..speed import throughput
+from ..tasks import Task
 
 LARGEST_INPUT = 2**31  # bytes of a batch
 
@@ -33,6 +34,8 @@ class Reference:
         classes: whether the outputs are classes.
         exact: computes ``expected`` in fp64; called where fp32's own rounding may matter.
         features: the trained model's features, where they are the files' second output.
+        tasks: of the model, where it has several; the files have an output for each, and their
+            columns stand side by side in ``expected``.
     """
 
     inputs: Inputs
@@ -40,6 +43,7 @@ class Reference:
     classes: bool = True
     exact: Callable[[], np.ndarray] | None = None
     features: np.ndarray | None = None
+    tasks: tuple[Task, ...] = ()
 
 
 def verify_artefact(
@@ -81,6 +85,8 @@ def verify_artefact(
         return replace(artefact, status=UNVERIFIED, reason=reason, parity=())
     parity = compare_runtime(runtime, reference, batch, precision=artefact.precision)
     problems = [f"at batch {p.batch}: {problem}" for p in parity for problem in p.problems]
+    if reference.tasks:
+        problems = check_problems(parity)  # that name the task
     if problems:
         return replace(artefact, status=FAILED, reason=problems[0], parity=tuple(parity))
     speeds = measure(runtime, reference.inputs, batch) if speed else {}
@@ -115,7 +121,8 @@ def compare_runtime(
                 runtime.outputs(*(x[start : start + size] for x in tiled))
                 for start in range(0, count, size)
             ]
-            outputs = _rows([part[0] for part in parts])
+            given = parts if reference.tasks else [part[:1] for part in parts]
+            outputs = np.concatenate([_rows(list(part)) for part in zip(*given, strict=True)], 1)
             features = None if reference.features is None else _rows([part[1] for part in parts])
         # Outputs that are missing, or are no rows of numbers.
         except (InputError, TypeError, ValueError, IndexError) as error:
@@ -123,22 +130,25 @@ def compare_runtime(
             continue
 
         def against(truth, stage, size=size, outputs=outputs):
-            wanted = _repeat(truth, len(outputs))
-            return compare(
-                wanted,
+            return compare_tasks(
+                _repeat(truth, len(outputs)),
                 outputs,
+                reference.tasks,
                 stage=stage,
                 batch=size,
                 classes=reference.classes,
                 thresholds=limits,
             )
 
-        parity = against(expected, runtime.name)
-        close = parity.error is not None and parity.error <= limits.error / 10
+        found = against(expected, runtime.name)
+        close = all(p.error is not None and p.error <= limits.error / 10 for p in found)
         if precision == "fp32" and exact is not None and not close:
             truth = against(exact(), f"{runtime.name}, against fp64")
-            parity = truth if truth.passed and not parity.passed else parity
-        parities.append(parity)
+            found = [
+                exact_p if exact_p.passed and not p.passed else p
+                for p, exact_p in zip(found, truth, strict=True)
+            ]
+        parities += found
         if features is not None and reference.features is not None:
             stage = f"{runtime.name}, features"
             wanted = _repeat(reference.features, len(features))

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.errors import InputError, first_line
 from fastadapt.fusion.batch_norm import fuse_batch_norms
+from fastadapt.train.shared_backbone import SharedBackbone
 
 from ..folded_layers import FoldedClusterAttention
-from ..parity import THRESHOLDS, Parity, compare
+from ..parity import THRESHOLDS, Parity, compare_tasks, worst
+from ..tasks import Task
 
 # Share of the error that engines are allowed, since another engine rounds elsewhere. One minus the
 # cosine goes with the square of the error.
@@ -63,9 +65,12 @@ class MixedPrecision(nn.Module):
             target = torch.float32 if kept else dtype
             unit.register_forward_pre_hook(_caster(target), with_kwargs=True)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Cast the inputs, run the model and cast its output to fp32."""
-        return self.model(*(x.to(self.dtype) for x in inputs)).float()
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Cast the inputs, run the model and cast its output, or each of several, to fp32."""
+        outputs = self.model(*(x.to(self.dtype) for x in inputs))
+        if isinstance(outputs, tuple):
+            return tuple(output.float() for output in outputs)
+        return outputs.float()
 
 
 def _caster(dtype: torch.dtype):
@@ -151,12 +156,14 @@ class Trial:
         expected: the trained model's outputs for the same samples.
         example: inputs of the module, images normalised; one sample is enough.
         classes: whether the outputs are classes.
+        tasks: of the model, where it has several; each must pass.
     """
 
     outputs: Callable[[nn.Module], np.ndarray]
     expected: np.ndarray
     example: tuple[Tensor, ...]
     classes: bool = True
+    tasks: tuple[Task, ...] = ()
 
     def run(self, module: nn.Module, precision: str) -> Parity:
         """Compare a module with the trained model, with a margin to the precision's limits."""
@@ -168,7 +175,15 @@ class Trial:
         allowed = THRESHOLDS[precision]
         cosine = 1 - MARGIN**2 * (1 - allowed.cosine)
         limits = replace(allowed, error=MARGIN * allowed.error, cosine=cosine)
-        return compare(self.expected, values, stage=stage, classes=self.classes, thresholds=limits)
+        found = compare_tasks(
+            self.expected,
+            values,
+            self.tasks,
+            stage=stage,
+            classes=self.classes,
+            thresholds=limits,
+        )
+        return worst(found, self.tasks)
 
 
 def reduce_precision(
@@ -189,7 +204,8 @@ def reduce_precision(
     Raises:
         InputError: not even fp32 passes: the limits or the images are at fault, not the precision.
     """
-    if isinstance(folded, AdaptedModel):
+    one_backbone = isinstance(folded, SharedBackbone) and folded.shared
+    if isinstance(folded, AdaptedModel) or one_backbone:
         folded = fuse_batch_norms(folded, *trial.example)  # their statistics do not fit fp16
     units = precision_units(folded, *trial.example)
     tried: list[str] = []

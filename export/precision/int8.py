@@ -29,6 +29,20 @@ LEAST_SPEEDUP = 1.05
 
 
 @dataclass(frozen=True)
+class TaskTargets:
+    """What is known of the validation files in one of several tasks.
+
+    Attributes:
+        name: of the task; empty for a model of one.
+        targets: class index of every file, -1 where it is not known in this task; ``None`` if it
+            is known of none: the class that the fp32 model gives then counts as the right one.
+    """
+
+    name: str
+    targets: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class QuantizationImages:
     """The images that calibrate 8-bit files, and those that judge them; no image does both.
 
@@ -38,12 +52,15 @@ class QuantizationImages:
         targets: class index of every validation file; ``None`` if not known: the class that the
             fp32 model gives then counts as the right one.
         read: reads files as the model's input.
+        tasks: of a model with several tasks, in the order of its outputs; ``targets`` is then not
+            used.
     """
 
     calibration: Sequence[Path]
     validation: Sequence[Path]
     targets: np.ndarray | None
     read: Callable[[Sequence[Path]], np.ndarray]
+    tasks: tuple[TaskTargets, ...] = ()
 
     def batches(self, files: Sequence[Path]) -> Iterator[np.ndarray]:
         """Read files in batches."""
@@ -65,6 +82,7 @@ class Judgement:
         runtime: name of the runtime.
         rival: precision of the file that it must be faster than.
         problems: why it is refused.
+        task: the one that loses most, of several; the figures are its.
     """
 
     accuracy: float
@@ -78,15 +96,19 @@ class Judgement:
     runtime: str
     rival: str = "fp32"
     problems: tuple[str, ...] = ()
+    task: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a manifest records."""
-        return {**asdict(self), "problems": list(self.problems)}
+        found = {**asdict(self), "problems": list(self.problems)}
+        if not self.task:
+            del found["task"]
+        return found
 
     def __str__(self) -> str:
         accuracy = (
-            f"{self.measured} {self.accuracy:.2%} (fp32 {self.accuracy_fp32:.2%}, "
-            f"{self.images} images)"
+            f"{self.task and f'{self.task}: '}{self.measured} {self.accuracy:.2%} "
+            f"(fp32 {self.accuracy_fp32:.2%}, {self.images} images)"
         )
         if self.speed is None or self.speed_rival is None:
             return f"{accuracy}, {self.runtime}"
@@ -180,34 +202,42 @@ def judge_accuracy(
 def _judge_accuracy(
     reference: Runtime, runtime: Runtime, images: QuantizationImages, budget: float, batch: int
 ) -> Judgement:
-    answers: list[list[np.ndarray]] = [[], []]
+    tasks = images.tasks or (TaskTargets("", images.targets),)
+    answers: list[list[list[np.ndarray]]] = [[[], []] for _ in tasks]
     for start in range(0, len(images.validation), batch):
         part = images.read(images.validation[start : start + batch])
         full = np.resize(part, (batch, *part.shape[1:]))  # not every file takes fewer
-        for model, found in zip((reference, runtime), answers, strict=True):
-            found.append(model(full)[: len(part)].argmax(axis=1))
-    right, got = (np.concatenate(found) for found in answers)
-    targets = right if images.targets is None else images.targets
-    accuracy_fp32, accuracy = float((right == targets).mean()), float((got == targets).mean())
-    measured = "agreement" if images.targets is None else "accuracy"
-    problems: tuple[str, ...] = ()
-    if accuracy < accuracy_fp32 - budget:
-        problems = (
-            f"{measured} falls from {accuracy_fp32:.2%} to {accuracy:.2%}; the budget is "
-            f"{100 * budget:g} percentage points",
+        for place, model in enumerate((reference, runtime)):
+            outputs = model.outputs(full)
+            for found, output in zip(answers, outputs, strict=False):
+                found[place].append(output[: len(part)].argmax(axis=1))
+    judged = []
+    for task, found in zip(tasks, answers, strict=True):
+        right, got = (np.concatenate(each) for each in found)
+        targets = right if task.targets is None else task.targets
+        known = targets >= 0
+        judged.append(
+            Judgement(
+                accuracy=float((got == targets)[known].mean()),
+                accuracy_fp32=float((right == targets)[known].mean()),
+                budget=budget,
+                speed=None,
+                speed_rival=None,
+                batch=batch,
+                images=int(known.sum()),
+                measured="agreement" if task.targets is None else "accuracy",
+                runtime=runtime.name,
+                task=task.name,
+            )
         )
-    return Judgement(
-        accuracy=accuracy,
-        accuracy_fp32=accuracy_fp32,
-        budget=budget,
-        speed=None,
-        speed_rival=None,
-        batch=batch,
-        images=len(targets),
-        measured=measured,
-        runtime=runtime.name,
-        problems=problems,
+    problems = tuple(
+        f"{one.task and f'{one.task}: '}{one.measured} falls from {one.accuracy_fp32:.2%} to "
+        f"{one.accuracy:.2%}; the budget is {100 * budget:g} percentage points"
+        for one in judged
+        if one.accuracy < one.accuracy_fp32 - budget
     )
+    most = max(judged, key=lambda one: one.accuracy_fp32 - one.accuracy)
+    return replace(most, problems=problems)
 
 
 def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:

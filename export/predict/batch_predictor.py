@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.decision import UNDECIDED
+from fastadapt.decision import UNDECIDED, Decision
 
 from .decode_ahead import compute, open_decoder
 from .models import ImageModel
@@ -31,6 +31,7 @@ class BatchPredictor:
         batch: images that are computed at once.
         workers: processes of this worker that decode.
         embeddings: give the features before the head, too.
+        task: the one of several that is meant; all if ``None``.
 
     Raises:
         InputError: the model cannot be loaded, or lacks what is asked for.
@@ -45,9 +46,11 @@ class BatchPredictor:
         batch: int = 32,
         workers: int = 1,
         embeddings: bool = False,
+        task: str | None = None,
     ):
         if not isinstance(model, Request):
-            model = Request(PredictSettings(model=model, embeddings=embeddings), trust)
+            asked = PredictSettings(model=model, task=task, embeddings=embeddings)
+            model = Request(asked, trust)
         self.model: ImageModel = model.open(device)
         self.batch = batch
         self._open = ExitStack()
@@ -65,26 +68,23 @@ class BatchPredictor:
         Returns:
             The columns, and ``prediction`` (texts), ``probabilities`` and ``logits``
             [images, classes], ``embeddings`` [images, dim] if asked for, and ``problem``: why a
-            file cannot be read, else empty. Features alone are ``features``. Numbers of a file
-            that cannot be read are NaN.
+            file cannot be read, else empty. Features alone are ``features``. Of several tasks each
+            has columns of its own, ``prediction:TASK`` for one. Numbers of a file that cannot be
+            read are NaN.
         """
         outputs, problems = self.outputs([str(path) for path in batch["path"]])
         found = {**batch, "problem": np.array(problems, dtype=object)}
-        classes = self.model.classes
-        if not classes:
+        model = self.model
+        for task in model.tasks:
+            logits = outputs[:, task.columns]
+            columns = _columns(logits, task.classes, task.decision, problems)
+            found |= {f"{name}:{task.name}": values for name, values in columns.items()}
+        if model.tasks:
+            return found
+        if not model.classes:
             return {**found, "features": outputs}
-        logits, features = np.split(outputs, [len(classes)], axis=1)
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        best = self.model.decision.of_logits(np.nan_to_num(logits))
-        names = [
-            "" if problem or i == UNDECIDED else classes[i]
-            for i, problem in zip(best, problems, strict=True)
-        ]
-        found |= {
-            "prediction": np.array(names, dtype=object),
-            "probabilities": powers / powers.sum(axis=1, keepdims=True),
-            "logits": logits,
-        }
+        logits, features = np.split(outputs, [len(model.classes)], axis=1)
+        found |= _columns(logits, model.classes, model.decision, problems)
         return found | ({"embeddings": features} if features.shape[1] else {})
 
     def outputs(self, paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -110,3 +110,20 @@ class BatchPredictor:
     def close(self) -> None:
         """End the processes that decode."""
         self._open.close()
+
+
+def _columns(
+    logits: np.ndarray, classes: tuple[str, ...], decision: Decision, problems: list[str]
+) -> dict[str, np.ndarray]:
+    """Return predictions, probabilities and logits, by their names."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    best = decision.of_logits(np.nan_to_num(logits))
+    names = [
+        "" if problem or i == UNDECIDED else classes[i]
+        for i, problem in zip(best, problems, strict=True)
+    ]
+    return {
+        "prediction": np.array(names, dtype=object),
+        "probabilities": powers / powers.sum(axis=1, keepdims=True),
+        "logits": logits,
+    }

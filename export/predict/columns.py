@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadapt.decision import UNDECIDED
+from fastadapt.decision import UNDECIDED, Decision
 
 if TYPE_CHECKING:
     from .models import ImageModel
@@ -36,14 +36,67 @@ class Column:
 Values = list[list[str] | np.ndarray]
 
 
+class _TaskColumns:
+    """The columns of one model's classes, or of one of several tasks'.
+
+    Args:
+        classes: names in the outputs' order.
+        decision: how probabilities become classes.
+        logits, top_k, target: as for :class:`PredictionColumns`.
+        task: follows the columns' names.
+    """
+
+    def __init__(
+        self,
+        classes: tuple[str, ...],
+        decision: Decision,
+        logits: bool,
+        top_k: int,
+        target: bool = False,
+        task: str = "",
+    ):
+        self.classes, self.decision, self.logits, self.target = classes, decision, logits, target
+        self.top_k = min(top_k, len(classes))
+        names, end = unique(classes), task and f":{task}"
+        self.columns = [
+            Column(f"prediction{end}"),
+            *([Column("target")] if target else []),
+            Column(f"probabilities{end}", names, numbers=True, keyed=True),
+            *([Column(f"logits{end}", names, numbers=True, keyed=True)] if logits else []),
+        ]
+        if self.top_k:
+            places = tuple(str(place + 1) for place in range(self.top_k))
+            self.columns += [
+                Column(f"top_classes{end}", places),
+                Column(f"top_probabilities{end}", places, numbers=True),
+            ]
+
+    def values(self, labels: list[str], outputs: np.ndarray) -> Values:
+        """Return the columns' values of logits [images, classes]."""
+        classes = np.array(self.classes, dtype=object)
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        chosen = self.decision.of_logits(outputs)
+        found: Values = [np.where(chosen == UNDECIDED, "", classes[chosen]).tolist()]
+        if self.target:
+            found.append(labels)
+        found.append(probabilities)
+        if self.logits:
+            found.append(outputs)
+        if self.top_k:
+            order = np.argsort(-outputs, axis=1, kind="stable")[:, : self.top_k]
+            found += [classes[order], np.take_along_axis(probabilities, order, axis=1)]
+        return found
+
+
 class PredictionColumns:
-    """The columns of ``fastadapt predict``.
+    """The columns of ``fastadapt predict``; of several tasks each has its own.
 
     Args:
         model: that predicts.
         logits: write its outputs, too.
         top_k: write as many of the likeliest classes, too.
-        target: write the known class, too.
+        target: write the known class, too; of a model without tasks.
         embeddings: write the features before the head, too, which are the model's last outputs.
     """
 
@@ -55,47 +108,28 @@ class PredictionColumns:
         target: bool = False,
         embeddings: bool = False,
     ):
-        self.classes, self.embeddings = model.classes, embeddings
-        self.decision = model.decision
-        self.logits, self.target = logits, target
-        self.top_k = min(top_k, len(self.classes))
-        names = unique(self.classes)
-        self.columns = [
-            Column("path"),
-            Column("prediction"),
-            *([Column("target")] if target else []),
-            Column("probabilities", names, numbers=True, keyed=True),
-            *([Column("logits", names, numbers=True, keyed=True)] if logits else []),
+        self.classes, self.decision, self.embeddings = model.classes, model.decision, embeddings
+        self._parts = [
+            (task.columns, _TaskColumns(task.classes, task.decision, logits, top_k, task=task.name))
+            for task in model.tasks
         ]
-        if self.top_k:
-            places = tuple(str(place + 1) for place in range(self.top_k))
-            self.columns += [
-                Column("top_classes", places),
-                Column("top_probabilities", places, numbers=True),
-            ]
+        if not model.tasks:
+            one = _TaskColumns(model.classes, model.decision, logits, top_k, target)
+            self._parts = [(slice(0, len(model.classes)), one)]
+        self.columns = [Column("path")]
+        for _, part in self._parts:
+            self.columns += part.columns
         if embeddings:
             entries = tuple(map(str, range(model.width - len(self.classes))))
             self.columns.append(Column("embeddings", entries, numbers=True))
 
     def values(self, paths: list[str], labels: list[str], outputs: np.ndarray) -> Values:
         """Return the columns' values for images that could be read."""
-        classes = np.array(self.classes, dtype=object)
-        outputs, features = np.split(outputs, [len(classes)], axis=1)
-        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-        probabilities = powers / powers.sum(axis=1, keepdims=True)
-        chosen = self.decision.of_logits(outputs)
-        names = np.where(chosen == UNDECIDED, "", classes[chosen]).tolist()
-        found: Values = [paths, names]
-        if self.target:
-            found.append(labels)
-        found.append(probabilities)
-        if self.logits:
-            found.append(outputs)
-        if self.top_k:
-            order = np.argsort(-outputs, axis=1, kind="stable")[:, : self.top_k]
-            found += [classes[order], np.take_along_axis(probabilities, order, axis=1)]
+        found: Values = [paths]
+        for columns, part in self._parts:
+            found += part.values(labels, outputs[:, columns])
         if self.embeddings:
-            found.append(features)
+            found.append(outputs[:, len(self.classes) :])
         return found
 
     def confusion(self, labels: list[str], outputs: np.ndarray) -> Counter[tuple[int, int]]:

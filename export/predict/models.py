@@ -28,6 +28,7 @@ from ..bundle.trained import Trained, load_run, read_run
 from ..features import Features, WithFeatures, check_features
 from ..fold import fold
 from ..predictor import load
+from ..tasks import Task, find_task
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ImageModel:
         name: of what runs it, for people.
         identity: what the outputs depend on: hashes, and the runtime.
         decision: how probabilities become classes.
+        tasks: of a bundle with several, whose outputs stand side by side; it then has no classes.
     """
 
     run: Callable[[np.ndarray], np.ndarray]
@@ -53,9 +55,29 @@ class ImageModel:
     name: str
     identity: dict[str, Any]
     decision: Decision = LIKELIEST
+    tasks: tuple[Task, ...] = ()
+
+    def of_task(self, name: str) -> ImageModel:
+        """Return the model of one of several tasks.
+
+        Raises:
+            InputError: there is no such task.
+        """
+        task, run = find_task(self.tasks, name), self.run
+        return replace(
+            self,
+            run=lambda pixels: np.ascontiguousarray(run(pixels)[:, task.columns]),
+            width=len(task.classes),
+            classes=task.classes,
+            identity={**self.identity, "task": name},
+            decision=task.decision,
+            tasks=(),
+        )
 
 
-def open_classifier(path: str, *, device: str, trust: bool, embeddings: bool = False) -> ImageModel:
+def open_classifier(
+    path: str, *, device: str, trust: bool, embeddings: bool = False, task: str | None = None
+) -> ImageModel:
     """Open a bundle or a run for predictions.
 
     Args:
@@ -63,10 +85,11 @@ def open_classifier(path: str, *, device: str, trust: bool, embeddings: bool = F
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or, for runs, ``"cuda:1"``.
         trust: as for :func:`fastadapt.export.load`.
         embeddings: give the features before the head, too, after the classes.
+        task: the one of several that is meant; all if ``None``.
 
     Raises:
-        InputError: the folder is neither, cannot be loaded, has no classes, or lacks features that
-            are asked for.
+        InputError: the folder is neither, cannot be loaded, has no classes, or lacks features or a
+            task that are asked for.
     """
     folder = Path(path)
     if (folder / MANIFEST).is_file():
@@ -80,7 +103,9 @@ def open_classifier(path: str, *, device: str, trust: bool, embeddings: bool = F
         model = _of_run(trained, module, width, device)
     else:
         raise _neither(folder)
-    if not model.classes:
+    if task is not None:
+        return model.of_task(task)
+    if not model.classes and not model.tasks:
         raise InputError(f"{path} has no classes to predict: fastadapt embed writes its features")
     return model
 
@@ -138,6 +163,11 @@ def _neither(folder: Path) -> InputError:
 def _of_bundle(folder: Path, device: str, trust: bool, wanted: str) -> ImageModel:
     predictor = load(folder, device=device, trust=trust)
     classes = predictor.classes if wanted != "features" else ()
+    if wanted != "classes" and predictor.tasks:
+        raise InputError(
+            f"{folder} has several tasks, whose adapters have features of their own: give the run "
+            "folder of one"
+        )
     if wanted != "classes" and predictor.classes and not predictor.num_features:
         raise InputError(
             f"{folder} has no output of features, only its classes: export it with "
@@ -166,6 +196,7 @@ def _of_bundle(folder: Path, device: str, trust: bool, wanted: str) -> ImageMode
             "runtime": runtime,
         },
         predictor.decision,
+        predictor.tasks,
     )
 
 

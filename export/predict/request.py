@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.errors import InputError
+
 from .columns import Columns, FeatureColumns, PredictionColumns
 from .models import ImageModel, open_classifier, open_embedder
 from .settings import EmbedSettings, PredictSettings
@@ -32,9 +34,17 @@ class Request:
         """
         asked = self.settings
         if isinstance(asked, PredictSettings):
-            return open_classifier(
-                asked.model, device=device, trust=self.trust, embeddings=asked.embeddings
+            model = open_classifier(
+                asked.model,
+                device=device,
+                trust=self.trust,
+                embeddings=asked.embeddings,
+                task=asked.task,
             )
+            if model.tasks and asked.labels is not None:
+                names = ", ".join(task.name for task in model.tasks)
+                raise InputError(f"`labels` are of one task: name it with `task=...` ({names})")
+            return model
         return open_embedder(
             asked.model,
             device=device,

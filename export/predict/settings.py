@@ -36,6 +36,15 @@ class PredictSettings(Settings):
             metavar="COLUMN|folders",
         ),
     ] = None
+    task: Annotated[
+        str | None,
+        Setting(
+            "Predict this task of a bundle that has several; all of them if not given, with a "
+            "column prediction:TASK for each.",
+            panel=OPTIONS,
+            metavar="NAME",
+        ),
+    ] = None
     logits: Annotated[bool, Setting("Write the model's outputs, too.", panel=COLUMNS)] = False
     top_k: Annotated[
         int,

@@ -33,7 +33,7 @@ def export(given: Given) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from fastadapt.export import EngineOptions, export_run, export_timm
+    from fastadapt.export import EngineOptions, export_run, export_tasks, export_timm
     from fastadapt.export.triton_server import check_repository, write_repository
     from fastadapt.files import read_lines
 
@@ -49,9 +49,12 @@ def export(given: Given) -> None:
     with working():
         if target.repository is not None:
             check_repository(target.repository, out)
-        if model.run is not None:
+        if len(model.runs) > 1:
+            del shared["class_names"]
+            result = export_tasks(model.runs, out, tasks=model.tasks or None, **shared)
+        elif model.runs:
             domain = {name: getattr(model, name) for name in OF_A_RUN}
-            result = export_run(model.run, out, **domain, **shared)
+            result = export_run(model.runs[0], out, **domain, **shared)
         else:
             named = {name: getattr(model, name) for name in OF_A_NAMED_MODEL}
             result = export_timm(str(model.backbone), out, **named, **shared)
@@ -73,9 +76,11 @@ def export(given: Given) -> None:
 
 def _target(given: Given, model: ModelSettings, target: TargetSettings) -> Path:
     """Return the bundle's folder; refuse options that are missing or exclude each other."""
-    if (model.run is None) == (model.backbone is None):
+    if bool(model.runs) == (model.backbone is not None):
         raise InputError("give a run's folder, or a model with --backbone: one of the two")
-    if model.run is None:
+    if model.tasks and len(model.runs) < 2:
+        raise InputError("--task names the tasks of several runs: give two runs or more")
+    if not model.runs:
         if target.out is None:
             raise InputError("--backbone needs --out, the bundle's folder")
         if any(given.values[name] for name in OF_A_RUN):
@@ -86,7 +91,14 @@ def _target(given: Given, model: ModelSettings, target: TargetSettings) -> Path:
             raise InputError(
                 f"{given.flag(name)} is for models that --backbone names, not for runs"
             )
-    return target.out or model.run / "bundle"
+    if len(model.runs) > 1:
+        if target.out is None:
+            raise InputError("several runs need --out, the bundle's folder")
+        for name in (*OF_A_RUN, "classes"):
+            if given.values[name] not in (None, False):
+                raise InputError(f"{given.flag(name)} is for one GDPL run, not for several runs")
+        return target.out
+    return target.out or model.runs[0] / "bundle"
 
 
 @command(VerifySettings)

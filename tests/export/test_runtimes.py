@@ -147,13 +147,14 @@ class FakeEngine:
 
     def execute_async_v3(self, stream):
         count = int(np.prod(self.shape))
-        x, y = (
+        x, *outputs = (
             np.ctypeslib.as_array(
                 ctypes.cast(self.address[n], ctypes.POINTER(ctypes.c_float)), (count,)
             )
-            for n in ("images", "logits")
+            for n in ("images", *(n for n in self.address if n != "images"))
         )
-        y[:] = 2 * x
+        for factor, y in enumerate(outputs, 2):
+            y[:] = factor * x
         return True
 
 
@@ -181,6 +182,13 @@ class TestTensorRT:
         assert np.array_equal(runtime(x), 2 * x)
         with pytest.raises(fa.InputError, match=r"batch size 5: .*outside the engine's profile"):
             runtime(X[:, 0, 0])
+
+    def test_an_output_of_each_task(self, file):
+        outputs = [{"name": "grade"}, {"name": "artifact"}]
+        file.with_name("m.engine.json").write_text(json.dumps({**ENGINE, "outputs": outputs}))
+        x = X[:4, 0, 0]
+        grade, artifact = load_runtime(file).outputs(x)
+        assert np.array_equal(grade, 2 * x) and np.array_equal(artifact, 3 * x)
 
     def test_not_for_this_gpu(self, file, monkeypatch):
         file.write_bytes(b"other")
