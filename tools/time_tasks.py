@@ -4,7 +4,7 @@
 
 Runs are made with weights drawn at random, which take as long as others, and the adapter that
 ``fastadapt train`` adds. The graphs are those that ``fastadapt export`` writes; ONNX Runtime runs
-them on the CPU in turns, and the shortest pass of each counts, so that other programs on the
+them in turns with one thread, and the least CPU time of each counts, so that other programs on the
 machine lengthen it least.
 """
 
@@ -27,13 +27,13 @@ from fastadapt.export.backends.onnx import export_onnx
 from fastadapt.export.bundle.task_runs import load_tasks
 from fastadapt.export.bundle.trained import load_run, read_run
 from fastadapt.export.graph_input import GraphInput
-from fastadapt.export.runtimes import Runtime, load_runtime, usable_cores
+from fastadapt.export.runtimes import Runtime, load_runtime
 from fastadapt.files import write_json
 
 TASKS = (1, 2, 5)
 CLASSES = 4
 BATCHES = (1, 8)
-ROUNDS = 40
+ROUNDS = 10
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         )
     if asked.out is not None:
         versions = {"torch": torch.__version__, "timm": timm.__version__}
-        machine = {"cores": usable_cores(), "machine": platform.machine(), "versions": versions}
+        machine = {"threads": 1, "machine": platform.machine(), "versions": versions}
         write_json(asked.out, {"command": "python tools/time_tasks.py", **machine, "rows": rows})
 
 
@@ -91,7 +91,7 @@ def _time(backbone: str, folder: Path) -> list[dict[str, Any]]:
 def _measured(
     backbone: str, files: dict[int, Path], graph_input: GraphInput
 ) -> list[dict[str, Any]]:
-    runtimes = {count: load_runtime(file, device="cpu") for count, file in files.items()}
+    runtimes = {count: load_runtime(file, device="cpu", threads=1) for count, file in files.items()}
     rows = []
     for batch in BATCHES:
         shape = (batch, *graph_input.preprocess.input_size)
@@ -115,9 +115,9 @@ def _measured(
 
 
 def _seconds(runtime: Runtime, images: np.ndarray) -> float:
-    began = time.perf_counter()
+    began = time.thread_time()
     runtime.outputs(images)
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 if __name__ == "__main__":
