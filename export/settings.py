@@ -93,6 +93,14 @@ class EngineSettings(Settings):
         bool,
         Setting("Convert for LiteRT (.tflite), for phones and boards.", panel=ENGINES),
     ] = False
+    fused_attention: Annotated[
+        bool,
+        Setting(
+            "Write the ONNX file of --precision with fused attention, too, for ONNX Runtime alone; "
+            "kept only if faster where it runs.",
+            panel=ENGINES,
+        ),
+    ] = False
     int8: Annotated[
         bool,
         Setting(

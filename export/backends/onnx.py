@@ -99,10 +99,10 @@ def export_onnx(
     if graph_input is not None and graph_input.resize:
         insert_resize(program.model.graph, graph_input.preprocess)
     _check_graph(program.model)
-    _strip(program.model)
+    strip(program.model)
     program.model.metadata_props.update(_strings({"labels": list(labels), **(metadata or {})}))
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    _write(program, path, external_data=size > ONE_FILE_LIMIT)
+    write_model(program.model, path, external_data=size > ONE_FILE_LIMIT)
     graph = program.model.graph
     operators = [Operator(node.op_type, _attributes(node)) for node in _nodes(program.model)]
     return {
@@ -113,14 +113,20 @@ def export_onnx(
     }
 
 
-def _write(program: Any, path: Path, external_data: bool) -> None:
-    """Save and check the files under a temporary name, then rename them."""
+def write_model(model: Any, path: Path, external_data: bool) -> None:
+    """Save and check a graph's files under a temporary name, then rename them.
+
+    Args:
+        model: an ``onnx_ir.Model``.
+        path: of the file.
+        external_data: write the weights into ``path`` + ``.data``.
+    """
     import onnx
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         file = Path(temporary) / path.name  # the graph refers to its data by name
-        program.save(str(file), external_data=external_data)
+        torch.onnx.ONNXProgram(model, None).save(str(file), external_data=external_data)
         onnx.checker.check_model(str(file), full_check=True)
         for part in sorted(Path(temporary).iterdir(), reverse=True):  # the data before the graph
             part.replace(path.parent / part.name)
@@ -142,7 +148,7 @@ def _check_graph(model: Any) -> None:
             )
 
 
-def _strip(model: Any) -> None:
+def strip(model: Any) -> None:
     """Remove the exporter's traces: source lines with paths of the machine that exported."""
     for node in _nodes(model):
         node.metadata_props.clear()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ from fastadapt.errors import InputError
 
 from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
 from ..backends import aotinductor, executorch, litert, openvino, tensorrt
+from ..backends.fused_attention import fuse_attention
 from ..features import WithFeatures
 from ..parity import Parity
 from ..precision import fp8, half
@@ -32,6 +34,7 @@ from ..precision.qdq import write_qdq
 from ..precision.quantizer import delicate_nodes
 from ..runtimes import load_runtime
 from ..settings import OPSET, Batches
+from ..speed import LEAST_SPEEDUP, format_rate, speeds_in_turns
 from ..tasks import side_by_side
 from .engine_options import EngineOptions
 from .verify_artefact import Reference, measure, verify_artefact
@@ -113,6 +116,10 @@ def build_artefacts(
         least = BF16_OPSET if variant.precision == "bf16" else folded.opset
         folded.write_onnx(variant.module, graph, opset=max(least, folded.opset))
         found.append(_half_onnx(options, folded, reduced))
+        _tell(console, found[-1])
+    if options.fused_attention:
+        with console.status("fuse the attention …"):
+            found.append(_build_fused(options, folded, variant))
         _tell(console, found[-1])
     if options.trt:
         found.append(_build_engine(options, folded, variant, console))
@@ -221,6 +228,34 @@ def _half_onnx(options: EngineOptions, folded: FoldedModel, reduced: half.Reduce
     path = folded.path(reduced.precision, "onnx")
     found = _checked(describe_artefact("onnx", path, reduced.precision, details), folded)
     return replace(found, parity=(reduced.parity, *found.parity))
+
+
+def _build_fused(options: EngineOptions, folded: FoldedModel, variant: Variant) -> Artefact:
+    """Fuse the attention of a variant's graph; keep it if it is accurate, and faster where it runs.
+
+    A file that does not load is refused as well: which precisions ONNX Runtime's operator computes
+    depends on its release and the machine.
+    """
+    precision = variant.precision
+    path = folded.path(precision, "fused.onnx")
+    count = fuse_attention(variant.onnx, path)
+    details = {"batch": options.batch.to_dict(), **variant.notes, "fused_attention": count}
+    artefact = describe_artefact("onnx", path, precision, details)
+    if not count:
+        return _refuse(artefact, folded, ["there is no attention that ONNX Runtime fuses"])
+    found = _checked(artefact, folded)
+    problems = [found.reason] if found.status == FAILED else []
+    if found.status == VERIFIED:
+        batch = options.batch.opt
+        example = [np.resize(x, (batch, *x.shape[1:])) for x in folded.reference.inputs.values()]
+        runtimes = [load_runtime(file) for file in (variant.onnx, path)]
+        rival, speed = speeds_in_turns(runtimes, *example)
+        if speed < LEAST_SPEEDUP * rival:
+            problems = [
+                f"{format_rate(speed)} images/s at batch {batch} where {variant.onnx.name} has "
+                f"{format_rate(rival)} ({runtimes[0].name}): not faster"
+            ]
+    return _refuse(found, folded, problems) if problems else found
 
 
 def _reduce(options: EngineOptions, folded: FoldedModel, console: Console) -> half.Reduced:

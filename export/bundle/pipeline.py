@@ -82,12 +82,12 @@ class ExportSettings(BundleSettings):
         check_settings(self.input, self.normalize, self.resize)
         wanted = self.engines
         others = wanted.trt or wanted.openvino or wanted.aoti or wanted.int8
-        others = others or wanted.executorch or wanted.litert
+        others = others or wanted.executorch or wanted.litert or wanted.fused_attention
         if self.resize and (others or wanted.precision != "fp32"):
             raise InputError(
                 "`resize` is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
-                "leave out `trt`, `openvino`, `executorch`, `litert`, `aoti`, `int8`, `fp8` and "
-                "`precision`, or resize before the graph"
+                "leave out `trt`, `openvino`, `executorch`, `litert`, `fused_attention`, `aoti`, "
+                "`int8`, `fp8` and `precision`, or resize before the graph"
             )
         if self.with_features and (wanted.trt or wanted.int8 or wanted.fp8):
             raise InputError(

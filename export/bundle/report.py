@@ -226,6 +226,8 @@ def _details(artefact: dict[str, Any]) -> str:
     rows.append(("batch sizes", ", ".join(f"{k} {v}" for k, v in details["batch"].items())))
     if "fp32_layers" in details:
         rows.append(("kept in fp32", ", ".join(details["fp32_layers"]) or "no layer"))
+    if "fused_attention" in details:
+        rows.append(("layers with fused attention", str(details["fused_attention"])))
     if "calibration" in details:
         rows.append(("calibration", details["calibration"]))
     if "fp8_layers" in details:

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..runtimes import Runtime, load_runtime
 from ..settings import Calibration
-from ..speed import format_rate, throughput
+from ..speed import LEAST_SPEEDUP, format_rate, speeds_in_turns
 from .quantizer import Quantization, quantize_static
 
 CALIBRATION_IMAGES = 128
 BATCH = 8
-# A smaller speed-up is noise, and not worth another file.
-LEAST_SPEEDUP = 1.05
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ def judge(
         name, other = rival[0], load_runtime(rival[1], cuda_graph=cuda_graph)
     judgement = _judge_accuracy(reference, runtime, images, budget, batch)
     example = images.read([images.validation[i % len(images.validation)] for i in range(batch)])
-    speed_rival, speed = _speeds((other, runtime), example)
+    speed_rival, speed = speeds_in_turns((other, runtime), example)
     problems = judgement.problems
     if speed < LEAST_SPEEDUP * speed_rival:
         slower = (
@@ -238,23 +235,3 @@ def _judge_accuracy(
     )
     most = max(judged, key=lambda one: one.accuracy_fp32 - one.accuracy)
     return replace(most, problems=problems)
-
-
-def _speeds(runtimes: Sequence[Runtime], example: np.ndarray) -> list[float]:
-    """Measure runtimes in turns, so that a busy machine is so for each; return the best of each.
-
-    Inputs and outputs stay in the memory of the runtime's device.
-    """
-
-    def once(runtime: Runtime) -> float:
-        given = torch.from_numpy(example).to(runtime.device)
-
-        def call() -> None:
-            runtime(given)
-            if runtime.device == "cuda":
-                torch.cuda.synchronize()
-
-        return throughput(call, len(example), 0.5)
-
-    rounds = [list(map(once, runtimes)) for _ in range(3)]
-    return [max(speeds) for speeds in zip(*rounds, strict=True)]

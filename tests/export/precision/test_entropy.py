@@ -96,7 +96,7 @@ def test_an_outlier_costs_less_than_with_the_largest_values(outlier, tmp_path, k
 
 
 def test_both_pass_the_gate(calibrated, monkeypatch):
-    monkeypatch.setattr(int8, "_speeds", lambda runtimes, example: (10.0, 20.0))
+    monkeypatch.setattr(int8, "speeds_in_turns", lambda runtimes, example: (10.0, 20.0))
     for calibration in ("max", "entropy"):
         options = EngineOptions(int8=True, calibration=calibration)
         found = build._build_int8(options, calibrated)

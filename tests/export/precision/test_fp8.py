@@ -149,7 +149,7 @@ def made(folded_model, tmp_path_factory):
         pytest.skip("what Inductor 2.11 writes in C++ for e4m3 does not compile")
     folded = with_images(folded_model, tmp_path_factory.mktemp("fp8"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "_speeds", lambda runtimes, example: (10.0, 20.0))
+        patch.setattr(quantize, "speeds_in_turns", lambda runtimes, example: (10.0, 20.0))
         return folded, build_artefacts(replace(OPTIONS, fp8_budget=0.3), folded)
 
 

@@ -87,7 +87,7 @@ def test_convolutions_and_token_products_are_int8(made):
 def test_is_judged_by_accuracy_and_speed(made, monkeypatch):
     folder, images = made
     speeds = [10.0, 20.0]
-    monkeypatch.setattr(quantize, "_speeds", lambda runtimes, example: speeds)
+    monkeypatch.setattr(quantize, "speeds_in_turns", lambda runtimes, example: speeds)
     result = judge(folder / "model.onnx", folder / "int8.onnx", images, budget=0.1, batch=4)
     assert result.accuracy_fp32 > 0.85
     assert result.accuracy > result.accuracy_fp32 - 0.1
@@ -108,7 +108,7 @@ def test_accuracy_beyond_the_budget_is_refused(made, tmp_path, monkeypatch):
     bias = next(t for t in model.graph.initializer if t.name.endswith("head.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([0, 9], np.float32), bias.name))
     onnx.save(model, tmp_path / "biased.onnx")
-    monkeypatch.setattr(quantize, "_speeds", lambda runtimes, example: (10.0, 20.0))
+    monkeypatch.setattr(quantize, "speeds_in_turns", lambda runtimes, example: (10.0, 20.0))
     result = judge(folder / "model.onnx", tmp_path / "biased.onnx", images, budget=0.01, batch=4)
     assert result.accuracy == 0.5
     assert "falls from" in result.problems[0] and "budget is 1 percentage" in result.problems[0]
@@ -120,7 +120,7 @@ def test_accuracy_beyond_the_budget_is_refused(made, tmp_path, monkeypatch):
 def test_speed_is_measured(made):
     folder, images = made
     runtimes = [load_runtime(folder / name, device="cpu") for name in ("model.onnx", "int8.onnx")]
-    assert len(quantize._speeds(runtimes, read(images.validation[:1]))) == 2
+    assert len(quantize.speeds_in_turns(runtimes, read(images.validation[:1]))) == 2
 
 
 def test_a_graph_that_it_cannot_read(made, tmp_path):
