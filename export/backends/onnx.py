@@ -67,6 +67,8 @@ def export_onnx(
         InputError: the model cannot be exported, with the exporter's reason; the graph has
             operators that other runtimes do not know; the batch became fixed.
     """
+    import onnx
+
     path = Path(path)
     others = other_inputs or {}
     # With a batch of 1 the exporter would take it for a constant.
@@ -100,6 +102,9 @@ def export_onnx(
         insert_resize(program.model.graph, graph_input.preprocess)
     _check_graph(program.model)
     strip(program.model)
+    # The exporter writes its newest, which ONNX Runtime before 1.18 refuses whatever the opset.
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    program.model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
     program.model.metadata_props.update(_strings({"labels": list(labels), **(metadata or {})}))
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     write_model(program.model, path, external_data=size > ONE_FILE_LIMIT)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-# The first release of ONNX Runtime that takes an opset.
-ONNXRUNTIME = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.20", 23: "1.23"}
+# The first release of ONNX Runtime that takes an opset; older ones refuse the file.
+ONNXRUNTIME = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24"}
 TENSORRT, TENSORRT_OPSET = "10.3", 20
 # https://github.com/onnx/onnx-tensorrt/blob/96e7811/docs/operators.md
 _LISTED = """

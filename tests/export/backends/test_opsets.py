@@ -18,7 +18,17 @@ RUN = """
 import sys
 import numpy as np, onnxruntime
 assert onnxruntime.__version__ == sys.argv[1], onnxruntime.__version__
-session = onnxruntime.InferenceSession(sys.argv[2], providers=["CPUExecutionProvider"])
+
+def load(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+session = load(sys.argv[2])
+try:
+    load(sys.argv[5])
+except Exception as error:
+    assert "22" in str(error), error
+else:
+    raise AssertionError("opset 22 was taken")
 images = np.load(sys.argv[3])
 np.save(sys.argv[4], session.run(None, {"images": images})[0])
 """
@@ -41,10 +51,14 @@ def test_an_older_runtime_gives_the_same(folded_model, old_runtime, tmp_path, op
     path = tmp_path / "model.onnx"
     described = folded_model.write_onnx(folded_model.module, path, opset=opset)
     assert described["opset"] == opset
-    assert {o.domain: o.version for o in onnx.load(path).opset_import} == {"": opset}
+    model = onnx.load(path)
+    assert {o.domain: o.version for o in model.opset_import} == {"": opset}
+    assert model.ir_version == {18: 8, 20: 9}[opset]  # what releases of the opset's time know
+    model.opset_import[0].version = 22  # which the table says that 1.20 does not take
+    onnx.save(model, tmp_path / "newer.onnx")
     images = folded_model.reference.inputs["images"]
     np.save(tmp_path / "x.npy", images)
-    arguments = [OLD, path, tmp_path / "x.npy", tmp_path / "y.npy"]
+    arguments = [OLD, path, tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "newer.onnx"]
     subprocess.run(
         [sys.executable, "-c", RUN, *map(str, arguments)],
         env={"PYTHONPATH": str(old_runtime), "PATH": "/usr/bin:/bin"},
@@ -77,6 +91,7 @@ def test_what_is_in_the_way_is_named():
         "onnxruntime": "1.23 or newer",
         "tensorrt": "opset 23; TensorRT 10.3 takes up to 20; Attention: not in TensorRT 10.3",
     }
+    assert older_runtimes(22, [])["onnxruntime"] == "1.21 or newer"
     assert older_runtimes(99, [])["onnxruntime"] == "the newest"
     assert tensorrt_problems(20, [Operator("Resize", {"antialias": 0})]) == []
 
