@@ -62,6 +62,17 @@ def scaling_figures() -> set[str]:
     return {f"{row['step, ms']:.2f} ms" for row in tables["weak scaling"]}
 
 
+def task_figures() -> set[str]:
+    """Return what passes of graphs of several tasks take, and their files."""
+    rows, found = read("tasks-cpu.json")["rows"], set[str]()
+    alone = {(row["backbone"], row["batch"]): row for row in rows if row["tasks"] == 1}
+    for row in rows:
+        first = alone[row["backbone"], row["batch"]]
+        found |= {f"{row['milliseconds']:.{places}f} ms" for places in (0, 1)}
+        found.add(f"{row['milliseconds'] / first['milliseconds']:.2f}×")
+    return found
+
+
 def campaign_figures() -> set[str]:
     """Return how long the campaigns of random calls took."""
     files = RESULTS.glob("*/random-calls-*.json")
@@ -94,7 +105,7 @@ def test_gdpls_table():
 )
 def test_every_figure_is_known(document: Path):
     known = demo_figures() | gdpl_figures() | prediction_figures() | limits() | DEFINITIONS
-    known |= scaling_figures() | campaign_figures()
+    known |= scaling_figures() | campaign_figures() | task_figures()
     for line in prose(document).splitlines():
         for figure in FIGURE.findall(re.sub("`[^`]*`", "", line)):
             assert figure in known, f"{figure} in: {line}"
