@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ def _silent_start() -> Iterator[None]:
         kept = os.dup(2)
         try:
             os.dup2(nothing.fileno(), 2)
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):  # some goes by way of Python's
+                yield
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -21,7 +21,7 @@ from fastadapt.files import atomic_path
 
 from ..graph_input import BATCH
 from ..settings import Batches
-from .tracing import dynamic_shapes, fold_constants, plain_attention, quiet
+from .tracing import drop_mean_dtypes, dynamic_shapes, fold_constants, plain_attention, quiet
 
 SUFFIX = "pte"
 METHOD = "forward"
@@ -77,8 +77,8 @@ def convert(
     with quiet("executorch", "root"), plain_attention(model):
         try:
             program = exported(model.eval())
-            folded = fold_constants(program)
-            program = program if folded is None else exported(folded)
+            folded = fold_constants(program) or program.module(check_guards=False)
+            program = exported(drop_mean_dtypes(folded))
             lowered = exir.to_edge_transform_and_lower(
                 program, partitioner=[xnnpack.XnnpackPartitioner()]
             ).to_executorch()

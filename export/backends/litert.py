@@ -20,7 +20,7 @@ from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path
 
 from ..settings import Batches
-from .tracing import fold_constants, plain_attention, quiet
+from .tracing import drop_mean_dtypes, fold_constants, plain_attention, quiet
 
 SUFFIX = "tflite"
 REMEDY = "pip install 'fastadapt[litert]', in an environment of its own perhaps"
@@ -95,14 +95,7 @@ def convert(
 def _plainer(model: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
     """Trace a model, and leave out what the converter does not know.
 
-    That is what is computed of weights alone, and dtypes of means, which are those of their inputs:
-    all of the model is fp32.
+    That is what is computed of weights alone, and dtypes of means.
     """
     program = torch.export.export(model, example)
-    module: Any = fold_constants(program) or program.module(check_guards=False)
-    for node in module.graph.nodes:
-        if node.target is torch.ops.aten.mean.dim and "dtype" in node.kwargs:
-            assert node.kwargs["dtype"] == node.args[0].meta["val"].dtype
-            node.kwargs = {key: v for key, v in node.kwargs.items() if key != "dtype"}
-    module.recompile()
-    return module
+    return drop_mean_dtypes(fold_constants(program) or program.module(check_guards=False))

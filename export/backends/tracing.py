@@ -97,3 +97,20 @@ def fold_constants(program: Any) -> nn.Module | None:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def drop_mean_dtypes(module: Any) -> nn.Module:
+    """Leave out dtypes of means that are those of their inputs.
+
+    LiteRT's converter does not know them, and ExecuTorch writes a line about each at every call.
+
+    Args:
+        module: of an exported program in fp32; it is changed.
+    """
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.mean.dim and "dtype" in node.kwargs:
+            assert node.kwargs["dtype"] == node.args[0].meta["val"].dtype
+            node.kwargs = {key: v for key, v in node.kwargs.items() if key != "dtype"}
+    module.recompile()
+    module.training = False  # as it was exported; converters ask
+    return module

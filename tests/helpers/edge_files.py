@@ -18,7 +18,7 @@ from tests.helpers.command import command
 from tests.helpers.imagesets import make_folders
 
 
-def check_file(folded, kind, suffix):
+def check_file(folded, kind, suffix, capfd):
     """Build a file through the gate, and run it with arrays and tensors."""
     options = EngineOptions(**{kind: True}, batch=Batches(1, 2, 4))
     _, artefact = build_artefacts(options, folded)
@@ -29,12 +29,15 @@ def check_file(folded, kind, suffix):
     assert artefact.details["targets"] == ["cpu"]
     assert {file.name for file in folded.folder.iterdir()} == {"model.onnx", artefact.path}
 
+    capfd.readouterr()
     runtime = load_runtime(folded.folder / artefact.path, threads=1)
     images = folded.reference.inputs["images"]
     first = runtime(images[:3])
     kept = first.copy()
     tensors = runtime(torch.from_numpy(images[3:6]))
     np.testing.assert_array_equal(first, kept)  # a later call leaves earlier results alone
+    said = capfd.readouterr().err
+    assert not said, said
     expected = load_runtime(folded.onnx)(images[:6])
     outputs = np.concatenate([first, tensors.numpy()])
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)

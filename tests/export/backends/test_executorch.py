@@ -11,9 +11,9 @@ from fastadapt.export.settings import Batches
 from tests.helpers.edge_files import check_bundle, check_file
 
 
-def test_the_file(calibrated):
+def test_the_file(calibrated, capfd):
     pytest.importorskip("executorch")
-    check_file(calibrated, "executorch", "pte")
+    check_file(calibrated, "executorch", "pte", capfd)
 
 
 def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
