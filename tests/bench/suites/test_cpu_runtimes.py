@@ -20,6 +20,7 @@ def test_runtimes_take_turns(small, monkeypatch):
         RIVAL: cpu_runtimes.PROVIDERS[RIVAL],
         "OpenVINO fp32": cpu_runtimes.PROVIDERS["OpenVINO fp32"],
         "Wrong": wrong,
+        "Coarse": Provider("model.coarse.xml", write_wrong, ("openvino",), "fp8"),
         "Absent": Provider("model.x", write_wrong, ("no_such_package",)),
     }
     monkeypatch.setattr(cpu_runtimes, "PROVIDERS", providers)
@@ -28,17 +29,17 @@ def test_runtimes_take_turns(small, monkeypatch):
     assert [row["runtime"] for row in rows] == [RIVAL, "OpenVINO fp32", "target of the best"]
     assert rows[0]["1, ratio"] == rows[0]["8, ratio"] == "1.00"
     assert last.wrong == ["ViT, Wrong"]
+    assert any(note.startswith("ViT, Coarse: not timed, ") for note in last.notes)
     assert "Absent: left out, no_such_package is not installed" in last.notes
     assert first.progress == "ViT, round 1"
 
 
 def write_wrong(files, path):
     """Convert a model of other weights."""
-    (files.folder / "other").mkdir()
-    other = files.folder / "other" / "model.onnx"
+    other = files.folder / f"other-{path.stem}.onnx"
     folded = files.model.model
     for parameter in folded.head.parameters():
-        parameter.data = 1 - parameter.data
+        parameter.data = 1 - 2 * parameter.data
     deployment.export_onnx(
         folded, other, input_size=(3, 160, 160), graph_input=deployment.graph_input()
     )
