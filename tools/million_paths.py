@@ -61,6 +61,7 @@ class StubModel:
 
     width: int = len(CLASSES)
     classes: tuple[str, ...] = CLASSES
+    tasks: tuple[()] = ()
     reading: None = None
     value_range: None = None
     name: str = "a stub"

@@ -42,7 +42,7 @@ class Sample:
     path: Path
     label: str | None = None
     image: Image.Image | None = None
-    tasks: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict, hash=False)  # of no hash itself
 
     def read(self, intensity_range: ValueRange | None = None) -> Image.Image:
         """Decode the file as RGB, or return the synthetic image, which has 8 bits."""

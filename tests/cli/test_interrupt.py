@@ -72,7 +72,7 @@ from fastadapt import cli, interrupt
 interrupt.install()
 class D:
     def __del__(self): signal.raise_signal(signal.SIGINT)
-def app():
+def app(**options):
     with interrupt.working():
         {code}
 cli.app = app
