@@ -216,6 +216,7 @@ def _prepare(results: Results, folder: Path, batch: Batches) -> dict[str, Runtim
                 provider.build(files, folder / provider.file)
             runtime = load_runtime(folder / provider.file, device="cpu")
             parities = check(_on_cpu(runtime), images, expected, provider.precision, [batch.opt])
+            runtime(make_images(batch.max).numpy())  # which it may refuse, though it was asked for
         except InputError as error:
             results.notes.append(f"{results.subject.title}, {name}: {one_line(error)}")
             continue
