@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def convert(
         shapes = None if fixed else dynamic_shapes(module, sizes, len(example))
         return torch.export.export(module, example, dynamic_shapes=shapes)
 
-    with quiet("executorch", "root"), plain_attention(model):
+    with quiet("executorch", "root"), plain_attention(model), _one_convolution():
         try:
             program = exported(model.eval())
             folded = fold_constants(program) or program.module(check_guards=False)
@@ -94,6 +95,18 @@ def convert(
         "batch": batch.to_dict(),
         "targets": ["cpu"],
     }
+
+
+@contextlib.contextmanager
+def _one_convolution() -> Iterator[None]:
+    """Leave PyTorch one kernel of convolutions to choose, whatever the batch.
+
+    From 16 images on it would take others than for the example, and memory is planned for those
+    sizes alone at which the choice is the same.
+    """
+    flags = {"enabled": False}
+    with torch.backends.mkldnn.flags(**flags), torch.backends.nnpack.flags(**flags):
+        yield
 
 
 def _imported(module: str) -> Any:

@@ -21,6 +21,16 @@ def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
     check_bundle(made, tmp_path, monkeypatch, "executorch", "pte")
 
 
+def test_batches_on_both_sides_of_pytorchs_choice(tmp_path):
+    """From 16 images on PyTorch has another convolution than for the example of eight."""
+    pytest.importorskip("executorch")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU()).eval()
+    images = torch.rand(20, 3, 6, 6)
+    backend.convert(model, (images[:1],), tmp_path / "m.pte", Batches(1, 8, 20))
+    outputs = load_runtime(tmp_path / "m.pte", device="cpu")(images)
+    torch.testing.assert_close(outputs, model(images).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_refused(tmp_path):
     pytest.importorskip("executorch")
 
