@@ -22,7 +22,7 @@ from fastadapt.files import atomic_path
 
 from ..graph_input import BATCH
 from ..settings import Batches
-from .tracing import drop_mean_dtypes, dynamic_shapes, fold_constants, plain_attention, quiet
+from .tracing import dynamic_shapes, plain_attention, plainer, quiet
 
 SUFFIX = "pte"
 METHOD = "forward"
@@ -77,9 +77,7 @@ def convert(
 
     with quiet("executorch", "root"), plain_attention(model), _one_convolution():
         try:
-            program = exported(model.eval())
-            folded = fold_constants(program) or program.module(check_guards=False)
-            program = exported(drop_mean_dtypes(folded))
+            program = exported(plainer(exported(model.eval())))
             lowered = exir.to_edge_transform_and_lower(
                 program, partitioner=[xnnpack.XnnpackPartitioner()]
             ).to_executorch()

@@ -20,7 +20,7 @@ from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path
 
 from ..settings import Batches
-from .tracing import drop_mean_dtypes, fold_constants, plain_attention, quiet
+from .tracing import plain_attention, plainer, quiet
 
 SUFFIX = "tflite"
 REMEDY = "pip install 'fastadapt[litert]', in an environment of its own perhaps"
@@ -69,7 +69,8 @@ def convert(
     with quiet("jax", "absl"), plain_attention(model), contextlib.redirect_stdout(io.StringIO()):
         try:
             converter = importlib.import_module("litert_torch")
-            converted = converter.convert(_plainer(model.eval(), example), example)
+            program = torch.export.export(model.eval(), example)
+            converted = converter.convert(plainer(program), example)
             with atomic_path(path) as temporary:
                 # It insists on the suffix, and a temporary name has another.
                 named = temporary.with_name(f"{temporary.name}.{SUFFIX}")
@@ -90,12 +91,3 @@ def convert(
         "images_at_once": 1,
         "targets": ["cpu"],
     }
-
-
-def _plainer(model: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
-    """Trace a model, and leave out what the converter does not know.
-
-    That is what is computed of weights alone, and dtypes of means.
-    """
-    program = torch.export.export(model, example)
-    return drop_mean_dtypes(fold_constants(program) or program.module(check_guards=False))

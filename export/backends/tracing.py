@@ -54,6 +54,14 @@ def dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple
     return (*(batch,) * min(named, count), *((rest,) if rest else ()))
 
 
+def plainer(program: Any) -> nn.Module:
+    """Return the module of an exported program without what converters for edge runtimes lack.
+
+    That is what is computed of weights alone, and dtypes of means.
+    """
+    return drop_mean_dtypes(fold_constants(program) or program.module(check_guards=False))
+
+
 def fold_constants(program: Any) -> nn.Module | None:
     """Compute what an exported program computes of its weights alone, once and for all.
 
