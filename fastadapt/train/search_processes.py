@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastadapt.errors import InputError
+from fastadapt.host_memory import keep_freed_memory
 from fastadapt.train.search_trials import Task, end_running, open_study, run_one
 
 Say = Callable[[dict[str, Any]], None]
@@ -46,6 +47,8 @@ def run_trials(
         InputError: a process met an error, or all were lost.
     """
     if len(devices) == 1:
+        if devices[0].type == "cpu":
+            keep_freed_memory()
         study = open_study(task)
         features = {name: item.to(devices[0]) for name, item in task.features.items()}
         task = replace(task, features=features)
@@ -152,6 +155,8 @@ def _work(task: Task, number: int, device: str, threads: int, connection: Connec
     try:
         torch.set_num_threads(threads)
         place = torch.device(device)
+        if place.type == "cpu":
+            keep_freed_memory()
         features = {name: item.to(place) for name, item in task.features.items()}
         task = replace(task, features=features)
         study = open_study(task, number)
