@@ -67,3 +67,18 @@ def check_bundle(made, folder, monkeypatch, kind, suffix):
     (changed / name).write_bytes((changed / name).read_bytes()[:-1])
     with pytest.raises(fa.InputError, match="it was truncated or changed"):
         fa.export.load(changed, name, trust=True)
+
+
+def check_refused(backend, library, path):
+    """Refuse a model that cannot be converted, and a file that is none, in one line each."""
+
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x[:, 0].float()).abs()
+
+    with pytest.raises(fa.InputError, match=f"{library} cannot convert the model: ") as caught:
+        backend.convert(Odd(), (torch.rand(1, 1, 4, 4),), path, Batches())
+    assert "\n" not in str(caught.value) and not list(path.parent.iterdir())
+    path.write_bytes(b"no program" * 100)
+    with pytest.raises(fa.InputError, match=rf"{library} cannot load m\.{path.suffix[1:]}: "):
+        load_runtime(path)

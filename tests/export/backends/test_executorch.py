@@ -8,7 +8,7 @@ from fastadapt.export import EngineOptions
 from fastadapt.export.backends import executorch as backend
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
 from fastadapt.export.settings import Batches
-from tests.helpers.edge_files import check_bundle, check_file
+from tests.helpers.edge_files import check_bundle, check_file, check_refused
 
 
 def test_the_file(calibrated, capfd):
@@ -33,17 +33,7 @@ def test_batches_on_both_sides_of_pytorchs_choice(tmp_path):
 
 def test_refused(tmp_path):
     pytest.importorskip("executorch")
-
-    class Odd(torch.nn.Module):
-        def forward(self, x):
-            return torch.linalg.eigvals(x[:, 0].float()).abs()
-
-    with pytest.raises(fa.InputError, match="ExecuTorch cannot convert the model: ") as caught:
-        backend.convert(Odd(), (torch.rand(1, 1, 4, 4),), tmp_path / "m.pte", Batches())
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
-    (tmp_path / "m.pte").write_bytes(b"no program" * 100)
-    with pytest.raises(fa.InputError, match=r"ExecuTorch cannot load m\.pte: "):
-        load_runtime(tmp_path / "m.pte")
+    check_refused(backend, "ExecuTorch", tmp_path / "m.pte")
 
 
 def test_without_it(tmp_path, monkeypatch):

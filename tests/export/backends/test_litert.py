@@ -1,14 +1,12 @@
 import sys
 
 import pytest
-import torch
 
 import fastadapt as fa
 from fastadapt.export import EngineOptions
 from fastadapt.export.backends import litert as backend
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
-from fastadapt.export.settings import Batches
-from tests.helpers.edge_files import check_bundle, check_file
+from tests.helpers.edge_files import check_bundle, check_file, check_refused
 
 
 def test_the_file(calibrated, capfd):
@@ -23,17 +21,7 @@ def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
 
 def test_refused(tmp_path):
     pytest.importorskip("litert_torch")
-
-    class Odd(torch.nn.Module):
-        def forward(self, x):
-            return torch.linalg.eigvals(x[:, 0].float()).abs()
-
-    with pytest.raises(fa.InputError, match="LiteRT cannot convert the model: ") as caught:
-        backend.convert(Odd(), (torch.rand(1, 1, 4, 4),), tmp_path / "m.tflite", Batches())
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
-    (tmp_path / "m.tflite").write_bytes(b"no program" * 100)
-    with pytest.raises(fa.InputError, match=r"LiteRT cannot load m\.tflite: "):
-        load_runtime(tmp_path / "m.tflite")
+    check_refused(backend, "LiteRT", tmp_path / "m.tflite")
 
 
 def test_without_it(tmp_path, monkeypatch):
