@@ -11,6 +11,7 @@ from torch import nn
 
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.checkpoint import CONFIG
+from fastadapt.decision import LIKELIEST
 from fastadapt.errors import InputError
 from fastadapt.files import read_json
 from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
@@ -67,7 +68,7 @@ def load_tasks(
         model=TaskModels([_member(part.trained.model) for part in parts]).eval(),
         labels=[],
         source={"runs": {part.name: part.trained.source["run"] for part in parts}},
-        decision=type(first.decision)(),
+        decision=LIKELIEST,
         quality=None,
         parts=tuple(parts),
     )
