@@ -24,6 +24,7 @@ from ..settings import Batches
 
 # Tokens beside convolutions: NNCF then keeps in fp32 what transformers need.
 TRANSFORMER_OPERATORS = ("MVN", "ScaledDotProductAttention")
+WITHOUT_BIAS = "/WithoutBiases"  # ends the name of such an operator's product
 SUFFIX = "xml"
 
 
@@ -93,6 +94,8 @@ def quantize(
         model = openvino.Core().read_model(str(onnx))
         kinds = {node.get_type_name() for node in model.get_ops()}
         transformer = bool(kinds & set(TRANSFORMER_OPERATORS))
+        # Products with a bias (Gemm) are two operators here.
+        kept = [name for node in fp32_nodes for name in (node, f"{node}{WITHOUT_BIAS}")]
         batches = list(images)
         with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
             quantized = nncf.quantize(
@@ -100,7 +103,7 @@ def quantize(
                 nncf.Dataset(batches),
                 subset_size=len(batches),
                 model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-                ignored_scope=nncf.IgnoredScope(names=fp32_nodes, validate=False),
+                ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
             )
         _write(openvino, quantized, Path(path))
     except OSError:

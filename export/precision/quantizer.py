@@ -169,8 +169,8 @@ def _silent_root_logger() -> Iterator[None]:
 def delicate_nodes(path: Path) -> list[str]:
     """Return the nodes that stay in fp32.
 
-    They are products of two activations or of pooled features, and sums of tokens: the residual
-    connections of transformers.
+    They are products of two activations or of pooled features (the head), and sums of tokens: the
+    residual connections of transformers.
     """
     import onnx
 
@@ -182,6 +182,8 @@ def delicate_nodes(path: Path) -> list[str]:
         given = [name for name in node.input if name not in weights]
         if node.op_type == "MatMul":
             return len(given) > 1 or ranks.get(given[0], 0) < 3
-        return node.op_type == "Add" and ranks.get(given[0], 0) < 4
+        if node.op_type == "Add":
+            return ranks.get(given[0], 0) < 4
+        return node.op_type == "Gemm"
 
     return [node.name for node in graph.node if stays(node)]

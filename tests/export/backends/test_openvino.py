@@ -69,8 +69,24 @@ def test_int8(calibrated, monkeypatch):
     assert artefact.status == VERIFIED, artefact.reason
     text = (calibrated.folder / artefact.path).read_text()
     assert "FakeQuantize" in text
+    products = [op for op in operators(calibrated.folder / artefact.path) if is_product(op)]
+    heads = [op for op in products if op.get_friendly_name().endswith(backend.WITHOUT_BIAS)]
+    assert len(heads) == 1 and not takes_int8(heads[0])
+    assert any(map(takes_int8, products))
     weights = (calibrated.folder / "model.int8.bin").stat().st_size
     assert weights < (calibrated.folder / "model.fp32.bin").stat().st_size
+
+
+def operators(path):
+    return backend.load_openvino().Core().read_model(path).get_ops()
+
+
+def is_product(op):
+    return op.get_type_name() == "MatMul"
+
+
+def takes_int8(op):
+    return op.input_value(0).get_node().get_type_name() == "FakeQuantize"
 
 
 def test_int8_that_is_refused_leaves_nothing(calibrated, monkeypatch):
