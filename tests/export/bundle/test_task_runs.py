@@ -1,5 +1,6 @@
 """Several runs as tasks of one graph, from images to labels; and runs that cannot share one."""
 
+import importlib.util
 import shutil
 
 import numpy as np
@@ -7,17 +8,21 @@ import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
-from fastadapt.export import BatchPredictor, export_tasks, load
+from fastadapt.export import BatchPredictor, EngineOptions, export_tasks, load
+from fastadapt.export.artefact import UNVERIFIED, VERIFIED
 from fastadapt.export.bundle import material
 from fastadapt.export.bundle.samples import Sample, Samples, merge_samples
 from fastadapt.export.bundle.task_runs import load_tasks
 from fastadapt.export.bundle.verify import verify_bundle
 from fastadapt.export.parity import GateError
+from fastadapt.export.precision import int8
+from fastadapt.export.settings import Batches
 from fastadapt.export.triton_server import write_repository
 from fastadapt.files import read_json, seal, write_json
 from fastadapt.gdpl.checkpoint import FORMAT as GDPL_FORMAT
@@ -83,6 +88,18 @@ def wrong_task(made, monkeypatch):
         return {key: described[key] for key in ("opset", "inputs", "outputs")}
 
     monkeypatch.setattr(material, "export_onnx", wrong)
+
+
+@pytest.fixture
+def exported_before(made, monkeypatch):
+    """Copy the ONNX file of the runs' bundle, instead of exporting it anew."""
+
+    def copy(folded, path, **kwargs):
+        shutil.copy(made / "bundle" / "model.onnx", path)
+        described = read_json(made / "bundle" / "manifest.json")["model"]
+        return {key: described[key] for key in ("opset", "inputs", "outputs")}
+
+    monkeypatch.setattr(material, "export_onnx", copy)
 
 
 def images_of(made):
@@ -174,6 +191,70 @@ class TestBundle:
         for name, labels in TASKS.items():
             assert f'name: "{name}"' in config and f'"labels.{name}.txt"' in config
             assert (model / f"labels.{name}.txt").read_text().split() == labels
+
+
+# Options, the package they need, and the files they write.
+FORMATS = {
+    "openvino": ("openvino", ["model.fp32.xml", "model.int8.xml"]),
+    "trt": ("tensorrt_rtx", ["model.fp32.engine", "model.int8.onnx", "model.int8.engine"]),
+    "executorch": ("executorch", ["model.fp32.pte"]),
+    "litert": ("litert_torch", ["model.fp32.tflite"]),
+}
+
+
+@pytest.fixture
+def kept_int8(monkeypatch):
+    """Keep INT8 of a model that is too small to be faster in it."""
+    monkeypatch.setattr(int8, "speeds_in_turns", lambda *args: (1.0, 2.0))
+    return {"int8": True, "int8_budget": 0.5}
+
+
+def test_every_format_answers_for_each_task(made, tmp_path, kept_int8, exported_before):
+    wanted = {
+        option: files
+        for option, (package, files) in FORMATS.items()
+        if importlib.util.find_spec(package)
+    }
+    if not wanted:
+        pytest.skip("no package of another format is installed")
+    if "trt" in wanted:
+        kept_int8["targets"] = ("sm_89",)
+    # One colour an image: outputs differ by more than the steps of INT8.
+    (tmp_path / "images").mkdir()
+    for index in range(16):
+        colour = tuple(17 * (index * factor % 16) for factor in (1, 5, 7))
+        Image.new("RGB", SIZE[1:], colour).save(tmp_path / "images" / f"{index}.png")
+    found = export_tasks(
+        [made / name for name in TASKS],
+        tmp_path / "bundle",
+        images=tmp_path / "images",
+        engines=EngineOptions(**dict.fromkeys(wanted, True), **kept_int8, batch=Batches(1, 2, 4)),
+        speed=False,
+    )
+    check_formats(tmp_path / "bundle", found.manifest["artefacts"][1:], wanted, list(TASKS))
+    assert verify_bundle(tmp_path / "bundle", speed=False).passed
+
+
+def check_formats(bundle, entries, wanted, names):
+    """Hold every file against model.onnx, task by task."""
+    files = sorted((bundle.parent / "images").iterdir())[:5]
+    expected = load(bundle, "model.onnx")(files)
+    assert {a["path"] for a in entries} == {file for files in wanted.values() for file in files}
+    for entry in entries:
+        path, int8_file = entry["path"], entry["precision"] == "int8"
+        if path.endswith(".engine"):
+            outputs = read_json(bundle / f"{path}.json")["outputs"]
+            assert [output["name"] for output in outputs] == names
+        if path in FORMATS["trt"][1]:  # there is no GPU for it
+            assert entry["status"] == UNVERIFIED
+            continue
+        assert entry["status"] == VERIFIED
+        assert {parity["stage"].rpartition(", ")[2] for parity in entry["parity"]} == set(names)
+        assert not int8_file or entry["details"]["judgement"]["task"] in names
+        predicted = load(bundle, path)(files)
+        for name in names:
+            allowed = float(np.ptp(expected[name].logits)) / 2 if int8_file else 1e-4
+            assert predicted[name].logits == pytest.approx(expected[name].logits, abs=allowed)
 
 
 class TestDamage:
