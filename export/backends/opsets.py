@@ -7,8 +7,11 @@ opsets, 9 to 20. The lists are compared with the graph; neither runtime is asked
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 # The first release of ONNX Runtime that takes an opset; older ones refuse the file.
 ONNXRUNTIME = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24"}
@@ -31,13 +34,56 @@ _LISTED = """
     Trilu Unsqueeze Where Xor
 """
 TENSORRT_OPERATORS = frozenset(_LISTED.split())
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 class Operator(NamedTuple):
-    """A node, as far as runtimes limit it."""
+    """A node, as far as runtimes limit it.
+
+    Attributes:
+        name: of the operator.
+        attributes: by name.
+        domain: whose operator it is; empty for ONNX's own.
+        shifted: it quantises with a zero point that is not 0, or to unsigned numbers.
+    """
 
     name: str
     attributes: dict[str, Any]
+    domain: str = ""
+    shifted: bool = False
+
+
+def older_runtimes_of(path: str | Path) -> dict[str, str]:
+    """Say from which release on runtimes take an ONNX file, as :func:`older_runtimes` does."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    found = older_runtimes(opset, _operators(model.graph))
+    if any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+        found["onnxruntime"] += ", on devices that it has operators in bf16 for"
+    return found
+
+
+def _operators(graph: Any) -> Iterator[Operator]:
+    """Yield the nodes of a graph, with whole numbers as attributes, and those of subgraphs."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        zero = tensors.get(node.input[2]) if node.op_type in QUANTIZERS and node.input[2:] else None
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        yield Operator(node.op_type, attributes, node.domain, _is_shifted(zero))
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _operators(inner)
+
+
+def _is_shifted(zero: Any) -> bool:
+    from onnx import TensorProto, numpy_helper
+
+    if zero is None or zero.data_location == TensorProto.EXTERNAL:  # of many channels, all 0
+        return False
+    values = numpy_helper.to_array(zero)
+    return values.dtype.kind == "u" or bool(np.any(values.astype(np.float32)))
 
 
 def older_runtimes(opset: int, operators: Iterable[Operator]) -> dict[str, str]:
@@ -65,8 +111,12 @@ def tensorrt_problems(opset: int, operators: Iterable[Operator]) -> list[str]:
         problems.append(f"opset {opset}; TensorRT {TENSORRT} takes up to {TENSORRT_OPSET}")
     unknown: set[str] = set()
     for operator in operators:
-        if operator.name not in TENSORRT_OPERATORS:
+        if operator.domain not in ("", "ai.onnx"):
+            unknown.add(f"{operator.name} of {operator.domain}")
+        elif operator.name not in TENSORRT_OPERATORS:
             unknown.add(operator.name)
+        if operator.shifted:
+            unknown.add(f"{operator.name} of unsigned numbers or with a zero point")
         if operator.name == "Resize" and operator.attributes.get("antialias"):
             unknown.add("Resize with antialiasing")
     if unknown:

@@ -19,6 +19,7 @@ from fastadapt.errors import InputError
 from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
 from ..backends import aotinductor, executorch, litert, openvino, tensorrt
 from ..backends.fused_attention import fuse_attention
+from ..backends.opsets import older_runtimes_of
 from ..features import WithFeatures
 from ..parity import Parity
 from ..precision import fp8, half
@@ -206,6 +207,12 @@ def describe_artefact(kind: str, path: Path, precision: str, details: dict[str, 
     return Artefact(kind, path.name, precision, UNVERIFIED, files=files, details=details)
 
 
+def _describe_onnx(path: Path, precision: str, details: dict[str, Any]) -> Artefact:
+    """Describe an ONNX file beside the fp32 one, with the runtimes that take it."""
+    details = {**details, "taken_by": older_runtimes_of(path)}
+    return describe_artefact("onnx", path, precision, details)
+
+
 def _checked(artefact: Artefact, folded: FoldedModel) -> Artefact:
     return verify_artefact(folded.folder, artefact, folded.reference, speed=folded.speed)
 
@@ -226,7 +233,7 @@ def _check_fp32_onnx(options: EngineOptions, folded: FoldedModel) -> Artefact:
 def _half_onnx(options: EngineOptions, folded: FoldedModel, reduced: half.Reduced) -> Artefact:
     details = {"batch": options.batch.to_dict(), **reduced.to_dict()}
     path = folded.path(reduced.precision, "onnx")
-    found = _checked(describe_artefact("onnx", path, reduced.precision, details), folded)
+    found = _checked(_describe_onnx(path, reduced.precision, details), folded)
     return replace(found, parity=(reduced.parity, *found.parity))
 
 
@@ -240,10 +247,10 @@ def _build_fused(options: EngineOptions, folded: FoldedModel, variant: Variant) 
     path = folded.path(precision, "fused.onnx")
     count = fuse_attention(variant.onnx, path)
     details = {"batch": options.batch.to_dict(), **variant.notes, "fused_attention": count}
-    artefact = describe_artefact("onnx", path, precision, details)
     if not count:
+        artefact = describe_artefact("onnx", path, precision, details)
         return _refuse(artefact, folded, ["there is no attention that ONNX Runtime fuses"])
-    found = _checked(artefact, folded)
+    found = _checked(_describe_onnx(path, precision, details), folded)
     problems = [found.reason] if found.status == FAILED else []
     if found.status == VERIFIED:
         batch = options.batch.opt
@@ -327,7 +334,7 @@ def _build_eight_bit_engine(
     notes: dict[str, Any] = {"batch": batch.to_dict(), "judgement": judgement.to_dict()}
     if precision == "int8":
         notes["calibration"] = options.calibration
-    graph = describe_artefact("onnx", path, precision, notes)
+    graph = _describe_onnx(path, precision, notes)
     if judgement.problems:
         return [_refuse(graph, folded, judgement.problems)]
     graph = replace(graph, reason=f"for TensorRT; in ONNX Runtime {judgement}")
@@ -389,8 +396,7 @@ def _build_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:
         folded.onnx, path, images, budget=options.int8_budget, batch=options.batch.opt
     )
     notes = {"batch": options.batch.to_dict(), "calibration": options.calibration}
-    artefact = describe_artefact("onnx", path, "int8", notes)
-    return _accept(artefact, judgement, folded)
+    return _accept(_describe_onnx(path, "int8", notes), judgement, folded)
 
 
 def _build_openvino_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:

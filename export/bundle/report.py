@@ -205,8 +205,14 @@ def _artefacts(manifest: dict[str, Any]) -> str:
         (a["path"] or "–", a["kind"], a["precision"], a["status"], a["reason"])
         for a in manifest["artefacts"]
     ]
-    taken = [*manifest["model"].get("taken_by", {}).items()]
-    older = "<p>model.onnx is taken by:</p>" + _table(("", ""), taken) if taken else ""
+    graphs = [("model.onnx", manifest["model"])]
+    graphs += [(a["path"], a["details"]) for a in manifest["artefacts"] if a["path"]]
+    taken = [
+        (path, runtime, text)
+        for path, graph in graphs
+        for runtime, text in graph.get("taken_by", {}).items()
+    ]
+    older = _table(("ONNX file", "is taken by", ""), taken) if taken else ""
     return (
         _table(("file", "for", "precision", "status", "why"), rows)
         + older

@@ -122,6 +122,7 @@ class Details(Part):
 
     batch: BatchEntry | None = None
     onnx: FileName | None = None
+    taken_by: dict[Text, Text] = {}
     targets: Annotated[list[Text], Field(max_length=100)] = []
     workspace: Annotated[int, Field(ge=1, le=2**30)] | None = None
     hardware_compatible: bool = False

@@ -104,6 +104,12 @@ def test_in_a_bundle(made, quick, tmp_path, speeds, no_speed):
     export_run(made / "run", tmp_path / "b", engines=options, speed=False)
     found = {a.path: a for a in verify_bundle(tmp_path / "b", speed=False).artefacts}
     assert found["model.fp32.fused.onnx"].status == VERIFIED
-    assert "layers with fused attention" in (tmp_path / "b" / "report.html").read_text()
+    report = (tmp_path / "b" / "report.html").read_text()
+    assert "layers with fused attention" in report
+    assert found["model.fp32.fused.onnx"].details["taken_by"] == {
+        "onnxruntime": "1.17 or newer",
+        "tensorrt": "MultiHeadAttention of com.microsoft: not in TensorRT 10.3",
+    }
+    assert "<td>MultiHeadAttention of com.microsoft: not in TensorRT 10.3</td>" in report
     with pytest.raises(fa.InputError, match="`resize` is for the fp32 ONNX file alone"):
         export_run(made / "run", tmp_path / "c", engines=options, resize=True)

@@ -8,7 +8,12 @@ import pytest
 
 import fastadapt as fa
 from fastadapt.export.backends.onnx import export_onnx
-from fastadapt.export.backends.opsets import Operator, older_runtimes, tensorrt_problems
+from fastadapt.export.backends.opsets import (
+    Operator,
+    older_runtimes,
+    older_runtimes_of,
+    tensorrt_problems,
+)
 from fastadapt.export.graph_input import GraphInput
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import BundleSettings
@@ -94,6 +99,14 @@ def test_what_is_in_the_way_is_named():
     assert older_runtimes(22, [])["onnxruntime"] == "1.21 or newer"
     assert older_runtimes(99, [])["onnxruntime"] == "the newest"
     assert tensorrt_problems(20, [Operator("Resize", {"antialias": 0})]) == []
+
+
+def test_bf16_needs_a_device_that_has_it(tmp_path):
+    value = onnx.helper.make_tensor("w", onnx.TensorProto.BFLOAT16, [1], [1.0])
+    graph = onnx.helper.make_graph([], "g", [], [], [value])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    found = older_runtimes_of(tmp_path / "m.onnx")
+    assert found["onnxruntime"].endswith(", on devices that it has operators in bf16 for")
 
 
 @pytest.mark.parametrize("opset", [17, 24])

@@ -45,6 +45,7 @@ class TestBuild:
         assert (half.path, half.status) == ("model.fp16.onnx", UNVERIFIED)
         assert [p.stage for p in half.parity[:2]] == ["fp16 in PyTorch", "ONNX Runtime, CPU"]
         assert half.details["fp32_layers"] == []
+        assert half.details["taken_by"]["tensorrt"] == "10.3 or newer"
         # What cannot run here is never called good.
         assert (engine.kind, engine.status) == ("tensorrt_rtx", UNVERIFIED)
         assert "needs a GPU (sm_89)" in engine.reason
