@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastadapt.errors import InputError
 
 from ..backends import aotinductor, executorch, litert, openvino, tensorrt
-from ..precision import fp8
+from ..precision import fp8, qdq
 from ..settings import EngineSettings
 
 
@@ -44,6 +44,8 @@ class EngineOptions(EngineSettings):
             )
         if self.fp8_pt2:
             fp8.check_gpu()
+        if self.fp8 and self.trt:
+            qdq.check_fp8()
         if self.openvino:
             openvino.check_installed(self.int8)
         if self.executorch:

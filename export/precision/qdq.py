@@ -14,6 +14,7 @@ tokens) stays in fp32, as in :mod:`fastadapt.export.precision.int8`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,26 @@ from fastadapt.files import atomic_path
 
 from ..settings import Calibration
 from .quantizer import OPERATORS, Quantization, delicate_nodes, quantize_static
+
+
+def check_fp8() -> None:
+    """Raise InputError where ONNX Runtime's quantiser to FP8 does not work with the onnx here.
+
+    Before 1.24 it calls functions that onnx dropped in 1.19 and 1.20.
+    """
+    import onnx
+    import onnxruntime
+
+    runtime, installed = onnxruntime.__version__, onnx.__version__
+    if _release(runtime) < (1, 24) and _release(installed) >= (1, 19):
+        raise InputError(
+            f"`fp8` needs ONNX Runtime's quantiser, and that of {runtime} does not work with onnx "
+            f"{installed}: install onnxruntime 1.24 or newer, or onnx older than 1.19"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def write_qdq(
@@ -47,6 +68,9 @@ def write_qdq(
         InputError: the quantiser fails, with its reason; nothing in the graph can be quantised.
     """
     import onnx
+
+    if precision == "fp8":
+        check_fp8()
 
     # ONNX Runtime's quantiser to FP8 knows calibration by distribution alone.
     wanted = Quantization(
