@@ -45,8 +45,13 @@ def lock_beside(target: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    with _made(target.parent), _held(target.with_name(f".{target.name}.lock"), target):
+    with _made(target.parent), _held(lock_of(target), target):
         yield
+
+
+def lock_of(target: Path) -> Path:
+    """Return the lock's file beside what is replaced as a whole."""
+    return target.with_name(f".{target.name}.lock")
 
 
 @contextlib.contextmanager

@@ -171,8 +171,7 @@ def load_run(
         {
             "run": str(run),
             "config": config,
-            "config_sha256": sha256_file(run / CONFIG),
-            "adapter_sha256": sha256_file(run / WEIGHTS),
+            **hash_run(run, config),
         },
         _domain_features(model, domain_input, domain_features),
         decision,
@@ -187,11 +186,6 @@ def _load_folds(
     model = load_folds(out, backbone, weights=weights)
     folders = [out / run["folder"] for run in summary["runs"]]
     config = read_json(folders[0] / CONFIG)
-    hashes = {
-        "config_sha256": [sha256_file(folder / CONFIG) for folder in folders],
-        "adapter_sha256": [sha256_file(folder / WEIGHTS) for folder in folders],
-    }
-    text = {key: hashlib.sha256(" ".join(each).encode()) for key, each in hashes.items()}
     return Trained(
         model,
         Preprocess.from_dict(config["preprocess"]),
@@ -202,11 +196,26 @@ def _load_folds(
             "config": config,
             "folds": [folder.name for folder in folders],
             "backbones": 1 if model.shared else len(folders),
-            **{key: digest.hexdigest() for key, digest in text.items()},
+            **hash_run(out, summary),
         },
         decision=ensemble_of(out, summary).decision,
         quality=summary,
     )
+
+
+def hash_run(run: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of a run's configuration and weights; of folds, those of all of them.
+
+    Args:
+        run: folder of the run.
+        config: what :func:`read_run` returned.
+    """
+    files = {"config_sha256": CONFIG, "adapter_sha256": WEIGHTS}
+    if config.get("format") != FOLDS_FORMAT:
+        return {key: sha256_file(run / name) for key, name in files.items()}
+    folders = [run / each["folder"] for each in config["runs"]]
+    hashes = {key: [sha256_file(f / name) for f in folders] for key, name in files.items()}
+    return {key: hashlib.sha256(" ".join(h).encode()).hexdigest() for key, h in hashes.items()}
 
 
 def temperatures(model: nn.Module) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from fastadapt.decision import UNDECIDED
 from fastadapt.errors import InputError
 from fastadapt.progress import progress_bars
 
-from .complete import check_columns
+from .complete import check_complete
 from .decode_ahead import Decoder, open_decoder
 from .formats import check_ending
 from .part_maker import PartMaker, Todo, part_size
 from .parts import Parts
 from .settings import EmbedSettings, PredictSettings, WorkSettings
-from .sources import ImageList, Item
+from .sources import ImageList, Item, ListDigest
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -92,13 +92,14 @@ def _run(
     if work.out.is_dir():
         raise InputError(f"{work.out} is a folder; expected a file")
     images.check()
-    if work.resume and Parts(work.out).complete:
-        check_columns(settings, work.out)
-        Parts(work.out).remove()  # killed while it did that
-        return _nothing_to_do(work.out)
+    images.report.own = Parts(work.out).own
     from .request import Request
 
     request = Request(settings, work.trust)
+    if work.resume and Parts(work.out).complete:
+        note = check_complete(request, Parts(work.out), images)
+        Parts(work.out).remove()  # killed while it did that
+        return _nothing_to_do(work.out, note)
     if work.executor == "ray":
         from .ray_executor import RayPool
 
@@ -120,17 +121,17 @@ def _job(
     pool: Pool | None,
 ) -> Job:
     images.classes = model.classes
+    images.check_labels()
     return Job(model, images, request.columns(model), work, request.identity, pool=pool)
 
 
-def _nothing_to_do(out: Path) -> Summary:
+def _nothing_to_do(out: Path, note: str) -> Summary:
     """Tell of results that are complete, whose unreadable files still count."""
     file = Parts(out).unreadable_file
     unreadable = 0
     if file.is_file():
         with file.open(encoding="utf-8", newline="") as lines:
             unreadable = sum(1 for _ in csv.reader(lines)) - 1
-    note = f"{out} is there, and complete: there is nothing to resume"
     return Summary(out, 0, 0, unreadable, file, 0.0, None, (note,))
 
 
@@ -186,6 +187,7 @@ class Job:
         self.maker = PartMaker(model, columns, work.out, work.batch, self.size)
         self.parts, self.rows = self.maker.parts, self.maker.rows
         self.identity = {"model": model.identity, "batch": work.batch, **asked}
+        self._digest = ListDigest(images.labels)
         self._open_decoder = decoder
 
     def run(self) -> Summary:
@@ -212,7 +214,7 @@ class Job:
         total = counts.kept + counts.computed
         if not total:
             self.parts.remove()
-            said = "; ".join(self.images.report.lines())
+            said = "; ".join(self.images.lines())
             raise InputError(
                 f"there are no images in {', '.join(work.images)}" + (f" ({said})" if said else "")
             )
@@ -222,7 +224,7 @@ class Job:
             part = self.parts.read(number)
             unreadable += len(part.unreadable)
             confusion += part.confusion
-        self.parts.join(count, self.rows)
+        self.parts.join(count, self.rows, {**self.identity, "images": self._digest.to_dict()})
         return Summary(
             work.out,
             total,
@@ -231,7 +233,7 @@ class Job:
             self.parts.unreadable_file,
             seconds,
             self._metrics(confusion),
-            tuple(self.images.report.lines()),
+            tuple(self.images.lines()),
         )
 
     def _count(self, progress: Progress, task: TaskID) -> None:
@@ -242,7 +244,7 @@ class Job:
         self, finished: set[int], keep: Callable[[int], None]
     ) -> Iterator[tuple[int, Iterator[Item]]]:
         """Give the parts that are not finished; pass over the images of those that are."""
-        items = iter(self.images)
+        items = self._hashed()
         for number in itertools.count():
             if number in finished:
                 found = list(itertools.islice(items, self.size))
@@ -255,6 +257,11 @@ class Job:
             yield number, itertools.chain([first], itertools.islice(items, self.size - 1))
         if any(left > number for left in finished):
             self.parts.check_images(max(finished), [])
+
+    def _hashed(self) -> Iterator[Item]:
+        for item in self.images:
+            self._digest.add(item)
+            yield item
 
     def _compute(self, todo: Todo, advance: Callable[[int], None]) -> None:
         """Write all parts."""

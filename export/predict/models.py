@@ -24,7 +24,7 @@ from fastadapt.train.fold_results import FOLDS
 from fastadapt.train.run import parse_device
 
 from ..bundle.manifest import MANIFEST
-from ..bundle.trained import Trained, load_run, read_run
+from ..bundle.trained import Trained, hash_run, load_run, read_run
 from ..features import Features, WithFeatures, check_features
 from ..fold import fold
 from ..predictor import load
@@ -139,6 +139,28 @@ def open_embedder(
     return _of_run(trained, Features(fold(trained.model)), width, device)
 
 
+def identify(
+    path: str, *, weights: str | None = None, image_size: int | None = None
+) -> dict[str, Any]:
+    """Return the hashes of :attr:`ImageModel.identity`; only a named backbone is loaded for them.
+
+    Args:
+        path, weights, image_size: as for :func:`open_embedder`.
+
+    Raises:
+        InputError: there is no such model, or it cannot be read.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        return {"bundle": sha256_file(folder / MANIFEST)}
+    if (folder / CONFIG).is_file() or (folder / FOLDS).is_file():
+        return hash_run(folder, read_run(folder))
+    if folder.exists():
+        raise _neither(folder)
+    model = _of_backbone(path, "cpu", weights, image_size)
+    return {key: value for key, value in model.identity.items() if key != "runtime"}
+
+
 class _Both(nn.Module):
     """Map images to logits and features, side by side [B, classes + dim]."""
 
@@ -204,7 +226,9 @@ def _of_backbone(name: str, device: str, weights: str | None, image_size: int | 
     size = None if image_size is None else (3, image_size, image_size)
     config = AdaptConfig(adapter="none", input_size=size)
     model = adapt(name, config, weights=weights).eval()
-    identity = {"backbone": name, "weights": backbone_fingerprint(model)}
+    identity: dict[str, Any] = {"backbone": name, "weights": backbone_fingerprint(model)}
+    if image_size is not None:
+        identity["image_size"] = image_size
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
     return _in_pytorch(Features(model), model.num_features, (), preprocess, identity, device)
 

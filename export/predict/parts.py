@@ -4,7 +4,8 @@ A part holds the rows of a fixed number of images. Its ``.json`` is written last
 hash of its paths and labels, files that cannot be read, and how many predictions were right. So a
 command that was killed goes on with the first part without one, and the joined file is the same as
 if it had not been killed. ``manifest.json`` holds what the rows depend on; other settings, another
-model or another list of images are refused.
+model or another list of images are refused. Once the parts are joined, ``FILE.job.json`` holds the
+same, so that results which are complete are told from those of another model as well.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import InputError
-from fastadapt.files import atomic_path, is_temporary, read_json, write_json
+from fastadapt.files import atomic_path, is_temporary, read_json, sha256_file, write_json
+from fastadapt.locks import lock_of
 
 from .formats import Format
 from .sources import Item
 
 MANIFEST = "manifest.json"  # by which the walker tells that the folder is ours
 KIND, VERSION = "fastadapt-parts", 2
+JOB = "fastadapt-results"  # format of the file that tells how results were made
 _NAME = re.compile(r"part-[0-9]{6,}\.(json|jsonl|csv|parquet)|manifest\.json")
 
 
@@ -69,6 +72,30 @@ class Parts:
         self.file = file
         self.folder = file.with_name(f"{file.name}.parts")
         self.unreadable_file = file.with_name(f"{file.name}.unreadable.csv")
+        self.job_file = file.with_name(f"{file.name}.job.json")
+        self._written = frozenset((file.name, self.unreadable_file.name, self.job_file.name))
+        self._own = self._written | {self.folder.name, lock_of(file).name}
+
+    def own(self, path: Path) -> bool:
+        """Say whether a file or folder is one that this job writes, by its name and folder."""
+        if path.name not in self._own and not is_temporary(path.name, self._written):
+            return False
+        return path.parent.resolve() == self.file.parent.resolve()
+
+    def made_by(self) -> dict[str, Any] | None:
+        """Return what :meth:`join` noted of the results that are complete.
+
+        Returns:
+            What they depend on; ``None`` if nothing is noted, or of another file than is there.
+
+        Raises:
+            InputError: the note is damaged, or not this command's.
+        """
+        self._check_own()
+        if not self.job_file.is_file():
+            return None
+        found = read_json(self.job_file)
+        return found if found.get("sha256") == sha256_file(self.file) else None
 
     @property
     def complete(self) -> bool:
@@ -115,12 +142,11 @@ class Parts:
             raise InputError(
                 f"{self.folder} was not written by this version: start again with `overwrite=True`"
             )
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise InputError(
-                    f"{self.folder} was made with another {key} ({before.get(key)}, now {value}): "
-                    "give the same, or start again with `overwrite=True`"
-                )
+        if said := difference(before, now):
+            raise InputError(
+                f"{self.folder} was made with another {said}: give the same, or start again with "
+                "`overwrite=True`"
+            )
 
     def read(self, number: int) -> Part:
         """Read what is known of a finished part."""
@@ -144,12 +170,13 @@ class Parts:
             rows.write_part(temporary)
         write_json(self._record(number), part.to_dict())
 
-    def join(self, count: int, rows: Format) -> None:
-        """Write the results and the list of unreadable files, and remove the parts.
+    def join(self, count: int, rows: Format, made_by: dict[str, Any]) -> None:
+        """Write the results, the list of unreadable files and how they were made; remove the parts.
 
         Args:
             count: of parts.
             rows: their format.
+            made_by: what the results depend on.
         """
         unreadable = (row for n in range(count) for row in self.read(n).unreadable)
         first = next(unreadable, None)
@@ -165,8 +192,11 @@ class Parts:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerows([("path", "reason"), first])
                 writer.writerows(unreadable)
+        self.job_file.unlink(missing_ok=True)  # it is of results that are replaced now
         with atomic_path(self.file) as temporary:
             rows.join((self._rows(n) for n in range(count)), temporary)
+        note = {"format": JOB, "version": 1, "sha256": sha256_file(self.file), **made_by}
+        write_json(self.job_file, note)
         self.remove()
 
     def remove(self) -> None:
@@ -175,9 +205,8 @@ class Parts:
         Raises:
             InputError: it holds files of others.
         """
-        written = {self.file.name, self.unreadable_file.name}
         for path in self.file.parent.glob(".*.tmp"):  # of a command that was killed
-            if is_temporary(path.name, written):
+            if is_temporary(path.name, self._written):
                 path.unlink(missing_ok=True)
         if not self.folder.exists():
             return
@@ -207,12 +236,35 @@ class Parts:
         unreadable = self.unreadable_file
         if unreadable.exists() and not _begins_with(unreadable, b"path,reason\n"):
             raise InputError(f"{unreadable} was not written by this command: {named}")
+        job = self.job_file
+        if job.exists() and not (job.is_file() and read_json(job).get("format") == JOB):
+            raise InputError(f"{job} was not written by this command: {named}")
 
     def _rows(self, number: int) -> Path:
         return self.folder / f"part-{number + 1:06}{self.file.suffix.lower()}"
 
     def _record(self, number: int) -> Path:
         return self.folder / f"part-{number + 1:06}.json"
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name the first value that differs from what was noted; empty if all are the same."""
+    for key, value in now.items():
+        there = before.get(key)
+        if there == value:
+            continue
+        if isinstance(there, dict) and isinstance(value, dict) and there.keys() == value.keys():
+            one = next(name for name in value if there[name] != value[name])
+            return f"{key} ({one} {_short(there[one])}, now {_short(value[one])})"
+        return f"{key} ({_short(there)}, now {_short(value)})"
+    return ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(_short(each) for each in next(iter(value.items()), ()))
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
 
 
 def _begins_with(file: Path, content: bytes) -> bool:

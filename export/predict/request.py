@@ -10,7 +10,7 @@ import numpy as np
 from fastadapt.errors import InputError
 
 from .columns import Columns, FeatureColumns, PredictionColumns
-from .models import ImageModel, open_classifier, open_embedder
+from .models import ImageModel, identify, open_classifier, open_embedder
 from .settings import EmbedSettings, PredictSettings
 
 
@@ -70,6 +70,18 @@ class Request:
             return {"command": "embed"}
         names = ("labels", "logits", "top_k", "embeddings")
         return {"command": "predict", **{name: getattr(asked, name) for name in names}}
+
+    def model_identity(self) -> dict[str, Any]:
+        """Return what tells the model from others, whatever it runs in.
+
+        Raises:
+            InputError: it does not exist, or cannot be read.
+        """
+        asked = self.settings
+        if isinstance(asked, EmbedSettings):
+            return identify(asked.model, weights=asked.weights, image_size=asked.image_size)
+        found = identify(asked.model)
+        return found if asked.task is None else {**found, "task": asked.task}
 
 
 def described(model: ImageModel) -> ImageModel:

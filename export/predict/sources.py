@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fastadapt.data.table import SEPARATORS
 from fastadapt.data.walker import LISTS, WalkReport, walk
@@ -51,6 +52,10 @@ class ImageList:
     labels: str | None = None
     classes: tuple[str, ...] = ()
     report: WalkReport = field(default_factory=WalkReport)
+    _unknown: Unknown = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._unknown = Unknown(self.labels == FOLDERS)
 
     def check(self) -> None:
         """Refuse sources that are not there, before any work.
@@ -72,6 +77,36 @@ class ImageList:
             elif source != STDIN and not Path(source).exists():
                 next(walk(source), None)
 
+    def check_labels(self) -> None:
+        """Refuse labels that are no class of the model, before any work; not of standard input.
+
+        Raises:
+            InputError: naming the first, how many there are, and the classes.
+        """
+        if self.labels is None:
+            return
+        found, total = Unknown(self.labels == FOLDERS), 0
+        for source in self.sources:
+            for item in () if source == STDIN else self._of(source, WalkReport()):
+                self._labelled(item, found)
+                total += 1
+        if found.count:
+            remedy = (
+                "name other folders, or take labels from a column of a CSV, --labels COLUMN"
+                if self.labels == FOLDERS
+                else "correct them, or leave a cell empty where the class is not known"
+            )
+            raise InputError(
+                f"{found.said(total)}; its classes are {first_few(self.classes, 8)}: {remedy}"
+            )
+
+    def lines(self) -> list[str]:
+        """Say in lines for the terminal what was left out; empty if nothing was."""
+        lines = self.report.lines()
+        if self._unknown.count:
+            lines.append(f"{self._unknown.said()}: left out of the metrics")
+        return lines
+
     @property
     def countable(self) -> bool:
         """Whether the images can be counted beforehand: standard input is read once."""
@@ -84,14 +119,15 @@ class ImageList:
     def __iter__(self) -> Iterator[Item]:
         for source in self.sources:
             for item in self._of(source, self.report):
-                if self.labels == FOLDERS:
-                    item = Item(item.path, self._folder_label(item.path))
-                elif item.label and item.label not in self.classes:
-                    raise InputError(
-                        f"{item.path} has the label {item.label!r}, which is none of the model's "
-                        f"classes: {first_few(self.classes, 8)}"
-                    )
-                yield item
+                yield item if self.labels is None else self._labelled(item, self._unknown)
+
+    def digest(self) -> ListDigest:
+        """Walk all images, and hash them as :class:`ListDigest` does."""
+        found = ListDigest(self.labels)
+        for source in self.sources:
+            for item in self._of(source, WalkReport()):
+                found.add(item)
+        return found
 
     def _of(self, source: str, report: WalkReport) -> Iterator[Item]:
         if source == STDIN:
@@ -114,15 +150,71 @@ class ImageList:
             for path in walk(source, report):
                 yield Item(str(path))
 
-    def _folder_label(self, path: str) -> str:
-        """Return the name of the nearest folder that is called as a class."""
-        for name in reversed(Path(path).parent.parts):
-            if name in self.classes:
-                return name
-        raise InputError(
-            f"no folder above {path} has the name of a class: {first_few(self.classes, 8)}. "
-            "Labels can also be a column of a CSV, --labels COLUMN."
-        )
+    def _labelled(self, item: Item, unknown: Unknown) -> Item:
+        """Return an image with its label, or without one if that is no class, which is counted."""
+        if self.labels == FOLDERS:
+            for name in reversed(Path(item.path).parent.parts):  # the nearest one
+                if name in self.classes:
+                    return Item(item.path, name)
+            unknown.add(item.path)
+        elif item.label and item.label not in self.classes:
+            unknown.add(f"{item.label!r} of {item.path}")
+        else:
+            return item
+        return Item(item.path)
+
+
+@dataclass
+class Unknown:
+    """Labels that are no class of the model.
+
+    Attributes:
+        of_folders: they are names of folders, else values of a column.
+        count: of images that have them.
+        first: what says which the first one is.
+    """
+
+    of_folders: bool
+    count: int = 0
+    first: str = ""
+
+    def add(self, label: str) -> None:
+        """Count one."""
+        self.first, self.count = self.first or label, self.count + 1
+
+    def said(self, total: int | None = None) -> str:
+        """Say in a sentence how many there are of a total."""
+        many, one = self.count if total is None else total, self.count == 1
+        number = f"{self.count}" if total is None else f"{self.count} of {total}"
+        if self.of_folders:
+            images, lie = "image" if many == 1 else "images", "lies" if one else "lie"
+            what = f"{images} {lie} in no folder that has the name of a class of the model"
+        else:
+            labels, are = "label" if many == 1 else "labels", "is" if one else "are"
+            what = f"{labels} {are} no class of the model"
+        return f"{number} {what}, {self.first} for one"
+
+
+class ListDigest:
+    """A hash of images: their number, paths, and labels that stand in a column.
+
+    Args:
+        labels: as of :class:`ImageList`; labels from folders say nothing that paths do not.
+    """
+
+    def __init__(self, labels: str | None):
+        self.count, self._labels = 0, labels not in (None, FOLDERS)
+        self._hash = hashlib.sha256()
+
+    def add(self, item: Item) -> None:
+        """Add the next image."""
+        text = f"{item.path}\0{item.label if self._labels else ''}\n"
+        self._hash.update(text.encode("utf-8", "surrogateescape"))
+        self.count += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return number and hash."""
+        return {"count": self.count, "sha256": self._hash.hexdigest()}
 
 
 def _below(folder: Path, path: str) -> str:

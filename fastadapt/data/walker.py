@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,15 +34,24 @@ class WalkReport:
     Attributes:
         skipped: files and folders by reason: how many, and the first one.
         runs: folders of runs and bundles that were left out.
+        own: says which files and folders are the command's own, and not worth a word.
     """
 
     skipped: dict[str, tuple[int, Path]] = field(default_factory=dict)
     runs: list[Path] = field(default_factory=list)
+    own: Callable[[Path], bool] = lambda path: False
 
     def skip(self, path: Path, reason: str) -> None:
         """Count a file or a folder that is left out."""
+        if self.own(path):
+            return
         count, first = self.skipped.get(reason, (0, path))
         self.skipped[reason] = (count + 1, first)
+
+    def skip_run(self, folder: Path) -> None:
+        """Note a folder of a run or a bundle that is left out."""
+        if not self.own(folder):
+            self.runs.append(folder)
 
     def add(self, other: WalkReport) -> None:
         """Take in what another walk left out."""
@@ -137,7 +146,7 @@ def list_entries(
             elif entry.is_symlink() and os.path.realpath(path) in (*above, os.path.realpath(root)):
                 report.skip(path, "links that lead back")
             elif is_ours(path):
-                report.runs.append(path)
+                report.skip_run(path)
             else:
                 folders.append(path)
         elif entry.is_file():

@@ -7,9 +7,10 @@ import pytest
 import fastadapt as fa
 from fastadapt.export import EngineOptions
 from fastadapt.export.artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED
+from fastadapt.export.backends.opsets import older_runtimes_of
 from fastadapt.export.bundle import build
 from fastadapt.export.bundle.build import build_artefacts
-from fastadapt.export.precision.qdq import write_qdq
+from fastadapt.export.precision.qdq import check_fp8, write_qdq
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import Batches
 
@@ -52,6 +53,10 @@ def test_graph(calibrated, precision):
     assert np.abs(found - expected).max() < 0.5 * np.ptp(expected, axis=0).max()
     left = {file.name for file in calibrated.folder.iterdir()}
     assert left == {"model.onnx", "q.onnx"}
+    assert older_runtimes_of(path) == {
+        "onnxruntime": "1.17 or newer",
+        "tensorrt": "10.3 or newer",
+    }
 
 
 def test_nothing_to_quantise(calibrated, tmp_path):
@@ -66,6 +71,24 @@ def test_nothing_to_quantise(calibrated, tmp_path):
     with pytest.raises(fa.InputError, match=r"pool\.onnx has nothing that fp8 could compute"):
         write_qdq(path, tmp_path / "q.onnx", images, "fp8")
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_runtimes_that_do_not_work_with_this_onnx(tmp_path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnx, "__version__", "1.23.2")
+    for older in ("1.22.1", "1.23.2"):
+        monkeypatch.setattr(onnxruntime, "__version__", older)
+        said = rf"that of {older} does not work with onnx 1\.23\.2: install onnxruntime 1\.24 or"
+        with pytest.raises(fa.InputError, match=said):
+            check_fp8()
+        with pytest.raises(fa.InputError, match=said):
+            write_qdq(tmp_path / "none.onnx", tmp_path / "q.onnx", iter(()), "fp8")
+    monkeypatch.setattr(onnx, "__version__", "1.18.0")
+    check_fp8()
+    monkeypatch.setattr(onnxruntime, "__version__", "1.100.0")
+    monkeypatch.setattr(onnx, "__version__", "1.23.2")
+    check_fp8()
 
 
 class TestEngines:

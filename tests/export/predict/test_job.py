@@ -18,6 +18,7 @@ from fastadapt.export.predict.job import Job
 from fastadapt.export.predict.models import ImageModel
 from fastadapt.export.predict.settings import WorkSettings
 from fastadapt.export.predict.sources import ImageList, Item
+from fastadapt.files import read_json
 
 CLASSES = ("crack", "good", "crack")
 
@@ -94,8 +95,11 @@ def test_the_bytes_after_a_stop_are_those_without_one(tmp_path, ending, features
         assert again.metrics == summary.metrics
         assert sorted(p.name for p in tmp_path.glob(f"stopped{stop_at}*")) == [
             out.name,
+            f"{out.name}.job.json",
             f"{out.name}.unreadable.csv",
         ]
+        notes = [file.with_name(f"{file.name}.job.json") for file in (out, whole)]
+        assert read_json(notes[0]) == read_json(notes[1])
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -249,6 +253,7 @@ class TestWhatIsThere:
             ("out.csv.parts/manifest.json", '{"name": "an extension"}'),
             ("out.csv.parts", "mine"),
             ("out.csv.unreadable.csv", "file;complaint\n"),
+            ("out.csv.job.json", '{"job": "mine"}'),
         ],
     )
     def test_names_like_ours_are_no_proof(self, tmp_path, name, content):

@@ -12,7 +12,7 @@ import torch
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.export import load
-from fastadapt.files import read_json
+from fastadapt.files import read_json, write_json
 from tests.helpers.command import command
 from tests.helpers.imagesets import CLASSES
 
@@ -162,3 +162,32 @@ def test_ctrl_c_says_how_to_go_on(made, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert command(monkeypatch, *args, "--resume") == 0
     assert len(read(tmp_path / "o.csv")) == 24
+
+
+def test_a_wrong_label_costs_no_work(made, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "table.csv"
+    rows = [f"{made}/images/{name}/{n}.png,{name}" for n, name in enumerate(("crack", "good"))]
+    table.write_text("\n".join(["path,label", *rows, f"{made}/images/good/3.png,god"]))
+    args = ("predict", made / "bundle", table, "--out", tmp_path / "o.csv", "--labels", "label")
+    assert command(monkeypatch, *args) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "1 of 3 labels is no class of the model, 'god' of" in said
+    assert list(tmp_path.iterdir()) == [table]
+
+
+def test_own_files_are_not_worth_a_word(made, tmp_path, monkeypatch, capsys):
+    images = shutil.copytree(made / "images", tmp_path / "images")
+    (images / "bad.png").write_text("no image")
+    (images / ".hidden.png").touch()
+    monkeypatch.chdir(images)
+    args = ("predict", made / "bundle", ".", "--out", images / "o.csv", "--batch", 8)
+    for more in ((), ("--resume",), ("--overwrite",)):
+        assert command(monkeypatch, *args, *more) == 3
+        said = capsys.readouterr().err
+        if more != ("--resume",):
+            assert "left out: 1 hidden (.hidden.png)\n" in said
+    (images / "other.csv").touch()
+    (images / "o.csv.parts").mkdir()  # of a command that was killed at once
+    write_json(images / "o.csv.parts" / "manifest.json", {"format": "fastadapt-parts"})
+    assert command(monkeypatch, *args, "--overwrite") == 3
+    assert "left out: 1 hidden (.hidden.png); 1 .csv files (other.csv)\n" in capsys.readouterr().err

@@ -23,6 +23,7 @@ def folder(tmp_path):
 def found(folder, *sources, **more):
     images = ImageList([str(s) for s in sources], classes=("crack", "good"), **more)
     images.check()
+    images.check_labels()
     return [(str(item.path).removeprefix(f"{folder}/"), item.label) for item in images]
 
 
@@ -70,8 +71,33 @@ def test_labels_from_folders(folder):
         ("images/good/b.png", "good"),
         ("images/good/deep/c.jpg", "good"),
     ]
-    with pytest.raises(fa.InputError, match=r"no folder above .*a\.png has the name of a class"):
+    said = (
+        r"^1 of 4 images lies in no folder that .* of a class of the model, .*a\.png for one; its"
+    )
+    with pytest.raises(fa.InputError, match=said):
         found(folder, folder / "images", labels="folders")
+
+
+def test_labels_are_checked_before_any_work(folder, monkeypatch):
+    file = folder / "table.csv"
+    rows = "path,label\na.png,good\nb.png,god\nc.png,\nd.png,Crack\n"
+    file.write_text(rows)
+    with pytest.raises(fa.InputError) as raised:
+        found(folder, file, labels="label")
+    assert str(raised.value) == (
+        f"2 of 4 labels are no class of the model, 'god' of {folder}/b.png for one; its classes "
+        "are crack, good: correct them, or leave a cell empty where the class is not known"
+    )
+    # What can be read once is counted as it comes, and told at the end.
+    text = io.TextIOWrapper(io.BytesIO(b"x/good/a.png\nx/b.png\n"))
+    monkeypatch.setattr(sys, "stdin", text)
+    images = ImageList(["-"], "folders", ("crack", "good"))
+    images.check_labels()
+    assert list(images) == [Item("x/good/a.png", "good"), Item("x/b.png")]
+    assert images.lines() == [
+        "1 image lies in no folder that has the name of a class of the model, x/b.png for one: "
+        "left out of the metrics"
+    ]
 
 
 def test_counting(folder):
@@ -85,7 +111,7 @@ def test_counting(folder):
         ("path,label\na,b\n", "class", "has no column 'class'; its columns are path, label"),
         ("path\n\n,\n'a'\n\"b\n", None, "line 5 is no row of a CSV"),
         ("path,label\n,good\n", None, "line 2: the path is empty"),
-        ("path,label\na.png,god\n", "label", "'god', which is none of the model's classes: crack"),
+        ("path,label\na.png,god\n", "label", "1 of 1 label is no class of the model, 'god' of"),
         ("", None, "has no column 'path'; its columns are none"),
         ("path\0\n", None, "cannot be read as text"),
     ],
