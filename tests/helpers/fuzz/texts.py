@@ -189,6 +189,7 @@ class Listings(Target):
         classes = ("crack", "good", "Über;maß", "a|b")
         sources = ImageList([str(path)], choose.choice((None, "label")), classes)
         sources.check()
+        sources.check_labels()
         rows = list(sources)
         labelled = sources.labels is not None
         tried = []
