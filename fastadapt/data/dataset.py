@@ -222,9 +222,10 @@ def _read(data: str | os.PathLike[str], check_files: bool) -> tuple[Dataset, Seq
     if root.is_dir():
         files = list_folder(root, report)
     elif root.is_file():
-        files = list_table(root, check_files)
+        files = list_table(root, check_files, report)
     else:
-        raise InputError(f"{data} does not exist; DATA is {LAYOUTS}")
+        what = "is no folder and no ordinary file" if root.exists() else "does not exist"
+        raise InputError(f"{data} {what}; DATA is {LAYOUTS}")
 
     for file in files:
         _check_text(file.path, file.label)
@@ -242,6 +243,11 @@ def _read(data: str | os.PathLike[str], check_files: bool) -> tuple[Dataset, Seq
     for name in classes:
         if len(f"{name}.".splitlines()) > 1:
             raise InputError(f"{data}: the class name {name!r} has more than one line: rename it")
+        if any(unicodedata.category(letter) == "Cc" for letter in name):
+            raise InputError(
+                f"{data}: the class name {name!r} has control characters, which move a terminal's "
+                "cursor: rename it"
+            )
     index = {name: i for i, name in enumerate(classes)}
     samples = [
         Sample(f.path, index[f.label], f.split or "train", f.group, f.fold) for f in sorted(files)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from fastadapt.data.class_folders import LabeledFile
 from fastadapt.data.splits import split_of
+from fastadapt.data.walker import WalkReport
 from fastadapt.errors import InputError, first_few
 from fastadapt.files import read_text, resolve_listed
 
@@ -16,13 +18,36 @@ NO_VALUES = ("nan", "<na>", "nat")  # what programs write where there is no valu
 SEPARATORS = ",;\t|"
 
 
-def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
+class Table(NamedTuple):
+    """What a table holds.
+
+    Attributes:
+        rows: line number and values by column, stripped; ``""`` where there is no value.
+        unused: names of further columns.
+    """
+
+    rows: list[tuple[int, dict[str, str]]]
+    unused: list[str]
+
+    def note(self) -> str:
+        """Say in a line for the terminal which columns are not used; empty if all are."""
+        if not self.unused:
+            return ""
+        grouped = any(values["group"] for _, values in self.rows)
+        hint = " (a column group keeps images of one patient or place in one split)"
+        return f"columns that are not used: {first_few(self.unused, 5)}{'' if grouped else hint}"
+
+
+def list_table(
+    file: Path, check_files: bool = True, report: WalkReport | None = None
+) -> list[LabeledFile]:
     """List the rows of a table with the columns path, label and, optionally, split, group, fold.
 
     Args:
         file: separated by commas, semicolons or tabs, in any encoding of
             :func:`fastadapt.files.read_text`; its paths are absolute, or relative to its folder.
         check_files: whether the files must exist.
+        report: where to note columns that are not used.
 
     Raises:
         InputError: the table cannot be read, lacks columns, files, labels or rows, has a row of
@@ -30,7 +55,10 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
             gives a split or a group for some rows only.
     """
     files, missing = [], []
-    for number, values in read_table(file):
+    table = read_table(file)
+    if report is not None and (note := table.note()):
+        report.notes.append(note)
+    for number, values in table.rows:
         for column in ("path", "label"):
             if not values[column]:
                 raise InputError(f"{file}, line {number}: the {column} is empty")
@@ -71,11 +99,8 @@ def list_table(file: Path, check_files: bool = True) -> list[LabeledFile]:
     return files
 
 
-def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
+def read_table(file: Path) -> Table:
     """Read the columns of :data:`COLUMNS` of every row that is not empty.
-
-    Returns:
-        The line number and the values by column, stripped; ``""`` where there is no value.
 
     Raises:
         InputError: as :func:`list_table`, as far as no row's meaning is concerned.
@@ -121,7 +146,7 @@ def read_table(file: Path) -> list[tuple[int, dict[str, str]]]:
         table.append((number, {column: found.get(column, "") for column in COLUMNS}))
     if not table:
         raise InputError(f"{file} has no rows below its header")
-    return table
+    return Table(table, [name for name in names if name and name not in COLUMNS])
 
 
 def _has_columns(header: str, separator: str) -> bool:

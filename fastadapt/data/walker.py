@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastadapt.data.formats import is_image_file
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, printable
 from fastadapt.files import read_lines, resolve_listed
 
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "system volume information", "lost+found")
 )
 LISTS = (".txt", ".lst")
+MANY_RUNS = 8  # of more, the first one and their number are named
 
 PathLike = str | os.PathLike[str]
 
@@ -34,11 +35,13 @@ class WalkReport:
     Attributes:
         skipped: files and folders by reason: how many, and the first one.
         runs: folders of runs and bundles that were left out.
+        notes: further lines, of a table's columns for one.
         own: says which files and folders are the command's own, and not worth a word.
     """
 
     skipped: dict[str, tuple[int, Path]] = field(default_factory=dict)
     runs: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     own: Callable[[Path], bool] = lambda path: False
 
     def skip(self, path: Path, reason: str) -> None:
@@ -59,18 +62,23 @@ class WalkReport:
             before, path = self.skipped.get(reason, (0, first))
             self.skipped[reason] = (before + count, path)
         self.runs += other.runs
+        self.notes += other.notes
 
     def lines(self) -> list[str]:
         """Say in lines for the terminal what was left out; empty if nothing was."""
         lines = []
         if self.skipped:
             parts = [
-                f"{count} {reason} ({first})" if count == 1 else f"{count} {reason} (first {first})"
+                f"{count} {reason} ({'first ' * (count > 1)}{first})"
                 for reason, (count, first) in self.skipped.items()
             ]
             lines.append(f"left out: {'; '.join(parts)}")
-        lines += [f"left out: {path}, a folder that fastadapt wrote" for path in self.runs]
-        return lines
+        if len(self.runs) > MANY_RUNS:
+            first = self.runs[0]
+            lines.append(f"left out: {len(self.runs)} folders that fastadapt wrote (first {first})")
+        else:
+            lines += [f"left out: {path}, a folder that fastadapt wrote" for path in self.runs]
+        return [printable(line) for line in (*lines, *self.notes)]
 
 
 def walk(
@@ -140,16 +148,22 @@ def list_entries(
         path = root / entry.name
         if entry.name.startswith("."):
             report.skip(path, "hidden")
-        elif entry.is_dir():
+            continue
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError as error:  # links in a circle, or to where nobody may look
+            report.skip(path, f"links that lead nowhere ({error.strerror})")
+            continue
+        if is_folder:
             if entry.name.lower() in SYSTEM_FOLDERS:
                 report.skip(path, "folders of a system")
-            elif entry.is_symlink() and os.path.realpath(path) in (*above, os.path.realpath(root)):
+            elif os.path.realpath(path) in (*above, os.path.realpath(root)):
                 report.skip(path, "links that lead back")
             elif is_ours(path):
                 report.skip_run(path)
             else:
                 folders.append(path)
-        elif entry.is_file():
+        elif is_file:
             if is_image_file(path):
                 files.append(path)
             else:

@@ -135,3 +135,12 @@ def test_names_that_are_no_text_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"b/caf\\udce9\.png is no text in UTF-8") as caught:
         read_dataset(tmp_path)
     str(caught.value).encode()
+
+
+def test_names_that_move_the_cursor_and_data_that_is_no_file(tmp_path):
+    make_folders(tmp_path / "data", 2, CLASSES[:2])
+    (tmp_path / "data" / CLASSES[0]).rename(tmp_path / "data" / "a\x1b[2J")
+    with pytest.raises(InputError, match=r"the class name 'a\\x1b\[2J' has control characters"):
+        read_dataset(tmp_path / "data")
+    with pytest.raises(InputError, match="/dev/null is no folder and no ordinary file; DATA is"):
+        read_dataset("/dev/null")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastadapt.data.dataset import read_dataset
+from fastadapt.data.dataset import read_dataset, read_unsplit
 from fastadapt.data.splits import split_of
 from fastadapt.data.table import list_table
 from fastadapt.errors import InputError
@@ -141,3 +141,16 @@ def test_a_name_that_no_file_can_have(tmp_path):
     (tmp_path / "data.csv").write_text(f"path,label\n{'a' * 300}.png,crack\n")
     with pytest.raises(InputError, match="1 files that do not exist"):
         list_table(tmp_path / "data.csv")
+
+
+def test_columns_that_are_not_used_are_told(tmp_path):
+    root = make_folders(tmp_path / "data", 2, CLASSES[:2])
+    rows = [(p, p.parent.name, "", "p", n) for n, p in enumerate(sorted(root.rglob("*.png")))]
+    for header, said in (
+        (("path", "label", "split", "patient", "Age"), ["patient, age (a column group keeps"]),
+        (("path", "label", "split", "group", "age"), ["not used: age"]),
+        (("path", "label", "split", "group", "fold"), []),
+    ):
+        found = read_unsplit(write_csv(tmp_path / "t.csv", rows, header)).left_out
+        assert len(found) == len(said)
+        assert all(text in line for text, line in zip(said, found, strict=True))

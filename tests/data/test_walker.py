@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from fastadapt.data.walker import WalkReport, walk
+from fastadapt.data.walker import MANY_RUNS, WalkReport, walk
 from fastadapt.errors import InputError
 from tests.helpers.imagesets import put_image
 
@@ -66,3 +66,37 @@ def test_links_in_a_circle_end(tree):
     (tree / "x" / "y" / "up").symlink_to(tree)
     (tree / "x" / "self").symlink_to(tree / "x")
     assert names(walk(tree), tree) == ["a.png", "b.png", "x/c.jpg", "x/y/d.tif"]
+
+
+def test_a_link_to_a_folder_above_gives_no_image_twice(tree):
+    (tree / "x" / "up").symlink_to(tree)
+    report = WalkReport()
+    assert sorted(path.name for path in walk(tree / "x", report)) == [
+        "a.png",
+        "b.png",
+        "c.jpg",
+        "d.tif",
+    ]
+    assert report.skipped["links that lead back"][0] == 1
+
+
+def test_a_link_to_itself_stops_no_walk(tree):
+    (tree / "loop.png").symlink_to("loop.png")
+    report = WalkReport()
+    assert names(walk(tree, report), tree) == ["a.png", "b.png", "x/c.jpg", "x/y/d.tif"]
+    (reason,) = [
+        reason for reason in report.skipped if reason.startswith("links that lead nowhere")
+    ]
+    assert report.skipped[reason] == (1, tree / "loop.png")
+
+
+def test_what_is_told_is_one_line_each(tree):
+    for number in range(10):
+        (tree / f"run\n{number}").mkdir()
+        (tree / f"run\n{number}" / "config.json").write_text('{"format": "fastadapt-adapter"}')
+        report = WalkReport()
+        assert len(list(walk(tree, report))) == 4
+        lines = report.lines()
+        assert len(lines) == 1 + (number + 1 if number < MANY_RUNS else 1)
+        assert all(line.isprintable() for line in lines)
+    assert lines[1].startswith("left out: 10 folders that fastadapt wrote (first ")
