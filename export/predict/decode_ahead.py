@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.data.decode import load_image
+from fastadapt.data.decode import load_and_tell
 from fastadapt.data.decode_pool import DecodePool, Reading, Region
 from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError, first_line
@@ -32,10 +32,12 @@ class DecodedBatch:
         groups: images of one size each; to be used up before the next batch is asked for, which
             overwrites them.
         problems: why an image cannot be read, by its place; complete once ``groups`` is used up.
+        dropped: what of an image's file is not read, by its place; as complete.
     """
 
     groups: Iterable[Group]
     problems: dict[int, str] = field(default_factory=dict)
+    dropped: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 # From batches of paths to decoded batches, in order.
@@ -93,12 +95,13 @@ class _PoolDecoder:
         decoded = self.pool.stream(requests(), self.reading, region, AHEAD)
         for number, answers in enumerate(decoded):
             first = number % AHEAD * size
-            problems = {i: answer for i, answer in enumerate(answers) if answer is not None}
+            problems = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
+            dropped = {i: answer for i, answer in enumerate(answers) if isinstance(answer, tuple)}
             rows = [i for i in range(len(answers)) if i not in problems]
             pixels = ring[first : first + len(answers)]
             if problems:
                 pixels = pixels[rows]
-            yield DecodedBatch([(rows, pixels)] if rows else [], problems)
+            yield DecodedBatch([(rows, pixels)] if rows else [], problems, dropped)
 
 
 def _own_sizes(
@@ -112,9 +115,10 @@ def _own_sizes(
             counts.append(len(batch))
             yield from batch
 
-    def read(path: str) -> np.ndarray | str:
+    def read(path: str) -> tuple[np.ndarray, tuple[str, ...]] | str:
         try:
-            return np.asarray(load_image(path, value_range))
+            image, dropped = load_and_tell(path, value_range)
+            return np.asarray(image), dropped
         except InputError as error:
             return str(error)
         except Exception as error:  # an image that Pillow decodes and cannot convert, say
@@ -124,18 +128,23 @@ def _own_sizes(
     for first in images:
         decoded = DecodedBatch(())
         batch = itertools.islice(itertools.chain([first], images), counts.popleft())
-        decoded.groups = _by_size(batch, decoded.problems)
+        decoded.groups = _by_size(batch, decoded)
         yield decoded
 
 
-def _by_size(images: Iterator[np.ndarray | str], problems: dict[int, str]) -> Iterator[Group]:
+def _by_size(
+    images: Iterator[tuple[np.ndarray, tuple[str, ...]] | str], batch: DecodedBatch
+) -> Iterator[Group]:
     """Group images by size, and give the groups whenever they hold much memory."""
     held: dict[Any, list[tuple[int, np.ndarray]]] = {}
     size = 0
-    for place, image in enumerate(images):
-        if isinstance(image, str):
-            problems[place] = image
+    for place, found in enumerate(images):
+        if isinstance(found, str):
+            batch.problems[place] = found
             continue
+        image, dropped = found
+        if dropped:
+            batch.dropped[place] = dropped
         held.setdefault(image.shape, []).append((place, image))
         size += image.nbytes
         if size >= HELD_BYTES:
@@ -158,11 +167,13 @@ class Computed:
         rows: places in the batch of the images that could be read, ascending.
         values: fp32 [rows, outputs].
         problems: why the others cannot be read, by place.
+        dropped: what of an image's file is not read, by place.
     """
 
     rows: list[int]
     values: np.ndarray
     problems: dict[int, str]
+    dropped: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def compute(batch: DecodedBatch, run: Callable[[np.ndarray], np.ndarray], width: int) -> Computed:
@@ -179,4 +190,5 @@ def compute(batch: DecodedBatch, run: Callable[[np.ndarray], np.ndarray], width:
         rows += places
         parts.append(np.asarray(run(pixels), np.float32))
     order = np.argsort(np.array(rows, dtype=np.int64))
-    return Computed([rows[i] for i in order], np.concatenate(parts)[order], batch.problems)
+    values = np.concatenate(parts)[order]
+    return Computed([rows[i] for i in order], values, batch.problems, batch.dropped)

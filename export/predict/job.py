@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.decision import UNDECIDED
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, printable
 from fastadapt.progress import progress_bars
 
 from .complete import check_complete
 from .decode_ahead import Decoder, open_decoder
 from .formats import check_ending
 from .part_maker import PartMaker, Todo, part_size
-from .parts import Parts
+from .parts import Part, Parts
 from .settings import EmbedSettings, PredictSettings, WorkSettings
-from .sources import ImageList, Item, ListDigest
+from .sources import STDIN, ImageList, Item, ListDigest
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -92,6 +92,7 @@ def _run(
     if work.out.is_dir():
         raise InputError(f"{work.out} is a folder; expected a file")
     images.check()
+    _check_not_a_source(work)
     images.report.own = Parts(work.out).own
     from .request import Request
 
@@ -111,6 +112,22 @@ def _run(
         with DevicePool(request, work) as devices:
             return _job(request, work, images, devices.model, devices).run()
     return _job(request, work, images, request.open(work.device), None).run()
+
+
+def _check_not_a_source(work: WorkSettings) -> None:
+    """Refuse to replace a table of images by its results, or by what lies beside them.
+
+    Raises:
+        InputError: as said.
+    """
+    parts = Parts(work.out)
+    written = {path.resolve() for path in (work.out, parts.unreadable_file, parts.job_file)}
+    for source in work.images:
+        if source != STDIN and Path(source).resolve() in written:
+            raise InputError(
+                f"{source} lists the images, and would be replaced by the results: choose another "
+                "`out`"
+            )
 
 
 def _job(
@@ -219,11 +236,13 @@ class Job:
                 f"there are no images in {', '.join(work.images)}" + (f" ({said})" if said else "")
             )
         count = -(-total // self.size)
-        unreadable, confusion = 0, Counter[tuple[int, int]]()
+        unreadable, confusion, all_parts = 0, Counter[tuple[int, int]](), Part()
         for number in range(count):
             part = self.parts.read(number)
             unreadable += len(part.unreadable)
             confusion += part.confusion
+            for what, (files, first) in part.dropped.items():
+                all_parts.drop(what, first, files)
         self.parts.join(count, self.rows, {**self.identity, "images": self._digest.to_dict()})
         return Summary(
             work.out,
@@ -233,8 +252,19 @@ class Job:
             self.parts.unreadable_file,
             seconds,
             self._metrics(confusion),
-            tuple(self.images.lines()),
+            (
+                *self.images.lines(),
+                *(
+                    f"warning: {files} of {total} images lose {what} (first {printable(first)})"
+                    for what, (files, first) in all_parts.dropped.items()
+                ),
+                *self._without_labels(confusion),
+            ),
         )
+
+    def _without_labels(self, confusion: Counter[tuple[int, int]]) -> list[str]:
+        asked = self.images.labels is not None and not confusion
+        return ["no image that can be read has a label: there are no metrics"] if asked else []
 
     def _count(self, progress: Progress, task: TaskID) -> None:
         with suppress(Exception):  # whoever reads the images says what is wrong with them

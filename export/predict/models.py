@@ -21,7 +21,9 @@ from fastadapt.decision import LIKELIEST, Decision
 from fastadapt.errors import InputError
 from fastadapt.files import sha256_file
 from fastadapt.train.fold_results import FOLDS
+from fastadapt.train.request import REQUEST
 from fastadapt.train.run import parse_device
+from fastadapt.train.run_folder import meant_run
 
 from ..bundle.manifest import MANIFEST
 from ..bundle.trained import Trained, hash_run, load_run, read_run
@@ -175,10 +177,11 @@ class _Both(nn.Module):
 def _neither(folder: Path) -> InputError:
     if not folder.exists():
         return InputError(f"{folder} does not exist; expected a bundle, or the folder of a run")
-    seeds = sorted(folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
-    hint = f"; did you mean {seeds[0].parent}?" if seeds else ""
+    if (folder / REQUEST).is_file():
+        return InputError(f"{folder} holds an unfinished run: resume its training first")
     return InputError(
-        f"{folder} is neither a bundle (it has no {MANIFEST}) nor a run (no {CONFIG}){hint}"
+        f"{folder} is neither a bundle (it has no {MANIFEST}) nor a run (no {CONFIG})"
+        f"{meant_run(folder)}"
     )
 
 

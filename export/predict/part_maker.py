@@ -82,6 +82,9 @@ class PartMaker:
             current = number
             computed = compute(decoded, self.model.run, self.model.width)
             self.add(part, batch, computed.rows, computed.values, computed.problems)
+            for place, dropped in sorted(computed.dropped.items()):
+                for what in dropped:
+                    part.drop(what, batch[place].path)
             listed += batch
             if len(listed) < self.size:
                 yield Step(len(batch), None)

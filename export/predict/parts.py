@@ -42,12 +42,19 @@ class Part:
         digest: of their paths and labels.
         unreadable: path and reason of each that cannot be read.
         confusion: how often a known class (number) got a predicted one, by the pair.
+        dropped: what of files is not read, pages after the first for one: how many, and the first.
     """
 
     images: int = 0
     digest: str = ""
     unreadable: list[list[str]] = field(default_factory=list)
     confusion: Counter[tuple[int, int]] = field(default_factory=Counter)
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def drop(self, what: str, path: str, count: int = 1) -> None:
+        """Count files of which something is not read; ``path`` is the first of them."""
+        before, first = self.dropped.get(what, (0, path))
+        self.dropped[what] = (before + count, first)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the part's ``.json``."""
@@ -58,7 +65,8 @@ class Part:
     def from_dict(cls, values: dict[str, Any]) -> Part:
         """Read the part's ``.json``."""
         pairs = Counter({(known, guess): n for known, guess, n in values["confusion"]})
-        return cls(values["images"], values["digest"], values["unreadable"], pairs)
+        dropped = {what: (n, first) for what, (n, first) in values.get("dropped", {}).items()}
+        return cls(values["images"], values["digest"], values["unreadable"], pairs, dropped)
 
 
 class Parts:

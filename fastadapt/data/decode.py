@@ -78,7 +78,15 @@ def load_image(path: str | os.PathLike[str], value_range: ValueRange | None = No
     Raises:
         InputError: as :func:`decode` and :func:`fastadapt.data.pixels.to_eight_bit_rgb`.
     """
-    return to_eight_bit_rgb(decode(path).image, value_range, str(path))
+    return load_and_tell(path, value_range)[0]
+
+
+def load_and_tell(
+    path: str | os.PathLike[str], value_range: ValueRange | None = None
+) -> tuple[Image.Image, tuple[str, ...]]:
+    """Read an image file as :func:`load_image`; return what of it is dropped, too."""
+    decoded = decode(path)
+    return to_eight_bit_rgb(decoded.image, value_range, str(path)), decoded.dropped
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:

@@ -41,6 +41,10 @@ _START = (
 )
 
 
+# Of an image that is stored: None, what of the file is dropped, or why it cannot be read.
+Answer = str | tuple[str, ...] | None
+
+
 class Reading(NamedTuple):
     """How an image becomes the pixels that are kept: its values' range, then its size."""
 
@@ -173,7 +177,7 @@ class DecodePool:
     ) -> Job:
         """Start to decode images into the region, image i into place i, or into ``places[i]``.
 
-        The job's answers are ``None``, or why an image cannot be read.
+        The job's answers are of the type :data:`Answer`.
         """
 
         def request(rows: list[int]) -> tuple:
@@ -188,7 +192,7 @@ class DecodePool:
         reading: Reading,
         region: Region,
         ahead: int,
-    ) -> Iterator[list[str | None]]:
+    ) -> Iterator[list[Answer]]:
         """Decode batches in order, up to ``ahead`` of them before they are asked for.
 
         Args:
@@ -199,7 +203,7 @@ class DecodePool:
             ahead: number of batches that are in work or waiting.
 
         Yields:
-            For each image of a batch ``None``, or why it cannot be read, once the batch is there.
+            An answer for each image of a batch, once the batch is there.
         """
         waiting: deque[_Part] = deque()
         for batch in batches:

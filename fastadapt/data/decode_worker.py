@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastadapt.data.decode import load_image
-from fastadapt.data.decode_pool import Reading
+from fastadapt.data.decode import load_and_tell
+from fastadapt.data.decode_pool import Answer, Reading
 from fastadapt.data.facts import ImageFacts, look_at
 from fastadapt.data.intensity import IntensitySetting
 from fastadapt.data.pixels import DeepImage, to_eight_bit_rgb
@@ -30,9 +30,10 @@ def main(connection_fd: int, memory_fd: int) -> None:
 
     A request is ``("look", keep, images)``, answered with a list of facts
     (:func:`fastadapt.data.facts.look_at`), or ``("store", reading, [(place, path), …], file)``,
-    answered with a list that has ``None`` for each image that went well, else the reason why it did
-    not. ``keep`` is how many bytes of decoded images this process may hold until they are stored;
-    ``file`` is where they go, if that is not the memory that this process was started with.
+    answered with a list that has ``None`` for each image that went well, a tuple that says what of
+    it is dropped, or the reason why it cannot be read. ``keep`` is how many bytes of decoded images
+    this process may hold until they are stored; ``file`` is where they go, if that is not the
+    memory that this process was started with.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what Ctrl-C means
     connection = Connection(connection_fd)
@@ -76,21 +77,23 @@ class _Worker:
 
     def store(
         self, reading: Reading, rows: list[tuple[int, str]], file: str | None
-    ) -> list[str | None]:
+    ) -> list[Answer]:
         return [self._store(path, place, reading, file) for place, path in rows]
 
-    def _store(self, path: str, place: int, reading: Reading, file: str | None) -> str | None:
+    def _store(self, path: str, place: int, reading: Reading, file: str | None) -> Answer:
         try:
-            self._store_one(path, place, reading, file)
+            return self._store_one(path, place, reading, file) or None
         except Exception as error:  # an image that Pillow decodes, and that cannot be resized, say
             return str(error) if isinstance(error, InputError) else _line(path, error)
-        return None
 
-    def _store_one(self, path: str, place: int, reading: Reading, file: str | None) -> None:
+    def _store_one(
+        self, path: str, place: int, reading: Reading, file: str | None
+    ) -> tuple[str, ...]:
         geometry = reading.geometry
+        dropped: tuple[str, ...] = ()  # of an image that was looked at, it is known
         image = self.held.pop(path, None)
         if image is None:
-            rgb = load_image(path, reading.value_range)
+            rgb, dropped = load_and_tell(path, reading.value_range)
         else:
             self.held_bytes -= _bytes_of(image)
             rgb = to_eight_bit_rgb(image, reading.value_range, path)
@@ -98,6 +101,7 @@ class _Worker:
         memory = self._memory(place + math.prod(shape)) if file is None else self._opened(file)
         target = np.ndarray(shape, np.uint8, memory, place)
         target[:] = np.asarray(geometry.apply(rgb))
+        return dropped
 
     def _memory(self, needed: int) -> mmap.mmap:
         """Map the shared memory, again if it has grown since."""

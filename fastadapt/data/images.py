@@ -20,6 +20,7 @@ from fastadapt.data.dataset import Sample
 from fastadapt.data.decode import load_image
 from fastadapt.data.decode_pool import (
     INLINE,
+    Answer,
     DecodePool,
     Reading,
     Region,
@@ -275,16 +276,16 @@ class ImageSource:
         return self._rings[key]
 
 
-def check_decoded(answers: Sequence[str | None]) -> None:
+def check_decoded(answers: Sequence[Answer]) -> None:
     """Refuse images that could not be read.
 
     Args:
-        answers: for each image ``None``, or why it cannot be read.
+        answers: for each image, as a pool of decoders gives them.
 
     Raises:
         InputError: one cannot be read; it names the first few.
     """
-    reasons = [answer for answer in answers if answer is not None]
+    reasons = [answer for answer in answers if isinstance(answer, str)]
     if reasons:
         raise InputError(
             f"{len(reasons)} images cannot be read any more: {first_few(reasons, 2)}. Were they "

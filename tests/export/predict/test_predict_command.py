@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
@@ -191,3 +192,44 @@ def test_own_files_are_not_worth_a_word(made, tmp_path, monkeypatch, capsys):
     write_json(images / "o.csv.parts" / "manifest.json", {"format": "fastadapt-parts"})
     assert command(monkeypatch, *args, "--overwrite") == 3
     assert "left out: 1 hidden (.hidden.png); 1 .csv files (other.csv)\n" in capsys.readouterr().err
+
+
+def test_a_table_of_images_is_not_replaced_by_its_results(made, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "x.csv"
+    rows = f"path,label\n{made}/images/good/1.png,\n"
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.csv", "y.csv.unreadable.csv"):
+        (tmp_path / name).write_text(rows)
+        args = ("predict", made / "bundle", name, "--out", tmp_path / f"{name[0]}.csv")
+        assert command(monkeypatch, *args, "--overwrite") == 1
+        said = capsys.readouterr().err
+        assert f"{name} lists the images, and would be replaced by the results" in said
+        assert (tmp_path / name).read_text() == rows
+    args = ("predict", made / "bundle", table, "--out", tmp_path / "o.csv", "--labels", "label")
+    assert command(monkeypatch, *args) == 0
+    assert "no image that can be read has a label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bundle", "resize"])
+def test_pages_that_are_not_read_are_told(made, tuned_bundles, tmp_path, monkeypatch, capsys, name):
+    bundle = made / "bundle" if name == "bundle" else tuned_bundles[0] / "resize"
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pages = [Image.new("RGB", (40, 40), (level, 0, 0)) for level in (0, 200)]
+    pages[0].save(folder / "a.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "b.gif", save_all=True, append_images=pages[1:])
+    pages[0].save(folder / "c.tif", save_all=True, append_images=pages[1:])
+    assert command(monkeypatch, "predict", bundle, folder, "--out", tmp_path / "o.csv") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"warning: 2 of 3 images lose pages after the first (first {folder}/a.tif)",
+        f"warning: 1 of 3 images lose frames after the first (first {folder}/b.gif)",
+    ]
+
+
+def test_a_run_that_is_unfinished_is_named_so(made, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    args = ("predict", tmp_path / "run", made / "images", "--out", tmp_path / "o.csv")
+    assert command(monkeypatch, *args) == 1
+    assert "run holds an unfinished run: resume its training first" in capsys.readouterr().err
