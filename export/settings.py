@@ -49,6 +49,8 @@ class Batches(Settings):
         low, opt, high = map(int, parts)
         if not 1 <= low <= opt <= high:
             raise InputError(f"batch is {text!r}; expected 1 ≤ MIN ≤ OPT ≤ MAX")
+        if high > MOST_IMAGES:
+            raise InputError(f"batch is {text!r}; expected at most {MOST_IMAGES:,} images")
         return cls(low, opt, high)
 
     @property

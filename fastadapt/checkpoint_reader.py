@@ -96,6 +96,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     path = Path(path)
     if path.suffix == ".safetensors":
         return find_state_dict(read_tensors(path)[0], str(path), key)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected a file of weights")
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     found = find_state_dict(_unpickle(path), str(path), key)
@@ -245,6 +247,8 @@ def _unpickle(path: Path) -> Any:
         raise
     except Exception as error:  # damaged files raise almost anything
         reason = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
+        if not any(letter.isalpha() for letter in reason):  # a number that pickle does not know
+            reason = "it is no file of torch.save"
         raise InputError(
             f"{path} cannot be read as weights alone ({reason}). Files of torch.save and "
             "safetensors are; any other pickle could run code: save model.state_dict() and give "

@@ -45,8 +45,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write to a full disk does not say to what
         raise
 
 
@@ -233,9 +235,10 @@ def write_tensors(
     with atomic_path(path) as temporary:
         try:
             save_file(owned, temporary, metadata=metadata)
-        except Exception as error:  # safetensors wraps a full disk in an error of its own
-            if "No space left" in str(error):
-                raise OSError(28, "No space left on device", str(path)) from error
+        except Exception as error:  # safetensors wraps what the system says in an error of its own
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                number = int(found[1])
+                raise OSError(number, os.strerror(number), str(path)) from error
             raise
 
 

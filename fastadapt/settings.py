@@ -287,7 +287,8 @@ def _input_error(cls: type, error: Any, values: dict[str, Any]) -> InputError:
         and not isinstance(number, bool)
     ):
         if kind in _TOO_LITTLE or not math.isfinite(number):
-            expected = field.setting.range
+            endless = field.setting.le is None and field.setting.lt is None and number == math.inf
+            expected = f"{'a finite number, ' if endless else ''}{field.setting.range}"
         elif kind in _TOO_MUCH:
             beyond_use = field.setting.le is None and field.setting.lt is None
             expected = f"at most {field.setting.limit:,g}" if beyond_use else field.setting.range

@@ -160,6 +160,13 @@ class TestNothingRuns:
 
 
 class TestDamage:
+    def test_no_weights_at_all(self, tmp_path):
+        with pytest.raises(InputError, match="is a folder; expected a file of weights"):
+            read_checkpoint(tmp_path)
+        (tmp_path / "model.pth").write_bytes(b"\x08\x0a" * 50)  # as an ONNX file begins
+        with pytest.raises(InputError, match="it is no file of torch"):
+            read_checkpoint(tmp_path / "model.pth")
+
     def test_truncated(self, tmp_path):
         torch.save({"state_dict": RAW, "args": argparse.Namespace()}, tmp_path / "m.pth")
         whole = (tmp_path / "m.pth").read_bytes()

@@ -21,18 +21,24 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_no_debris(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_an_os_error_and_leaves_no_debris(tmp_path, monkeypatch, number):
     def full(*args, **kwargs):
         raise files_error
 
     import safetensors.torch
 
-    files_error = Exception("Error while serializing: I/O error: No space left on device")
+    said = f"{os.strerror(number)} (os error {number})"
+    files_error = Exception(f"Error while serializing: I/O error: {said}")
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
         files.write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.errno == number
     assert not list(tmp_path.iterdir())
+    # A write does not say to which file; the error does.
+    with pytest.raises(OSError) as caught, files.atomic_path(tmp_path / "b.json"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.filename == str(tmp_path / "b.json")
 
 
 def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):

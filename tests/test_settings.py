@@ -56,6 +56,7 @@ class Example(Settings):
     size: Annotated[int, Setting("Size of it.", ge=1, limit=1000)] = 1
     share: Annotated[float | None, Setting("Share of it.", gt=0, le=1)] = None
     shape: Annotated[tuple[int, ...], Setting("Shape of it.", expected="numbers")] = (1,)
+    rate: Annotated[float, Setting("Rate of it.", gt=0)] = 1.0
 
     def check_together(self):
         if self.size == 13:
@@ -73,6 +74,7 @@ class Example(Settings):
         ({"size": None}, "size is None; expected a whole number, at least 1"),
         ({"share": float("nan")}, "share is nan; expected more than 0, at most 1"),
         ({"share": float("inf")}, "share is inf; expected more than 0, at most 1"),
+        ({"rate": float("inf")}, "rate is inf; expected a finite number, more than 0"),
         ({"share": False}, "share is False; expected a number, more than 0, at most 1"),
         ({"shape": ["a"]}, "shape is ('a',); expected numbers"),
         ({"size": 13}, "size is 13; expected luck"),

@@ -45,7 +45,9 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
     """
     file = Path(bundle) / MANIFEST
     if not file.is_file():
-        what = f"has no {MANIFEST}" if file.parent.is_dir() else "is not there"
+        place = file.parent
+        missing = "is a file, not a folder" if place.exists() else "is not there"
+        what = f"has no {MANIFEST}" if place.is_dir() else missing
         raise InputError(f"{bundle} is no bundle: it {what}. fastadapt export RUN makes one.")
     if file.stat().st_size > LARGEST_MANIFEST:
         raise InputError(f"{file} is larger than any manifest: {_MEANT}")

@@ -356,7 +356,7 @@ class _Export:
         if wanted == "synthetic":
             kept = synthetic_samples(trained.preprocess)
         else:
-            kept = folder_samples(wanted, FEWEST_SAMPLES)
+            kept = folder_samples(wanted, FEWEST_SAMPLES, "golden")
         inputs = self._inputs(trained, kept)
         expected = model_outputs(trained.model, inputs.example, batch=8)
         features = self._features(trained, inputs)

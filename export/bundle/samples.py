@@ -143,7 +143,7 @@ def _said(classes: Mapping[str, str], tasks: Iterable[str]) -> str | None:
     return ", ".join(f"{task}: {classes[task]}" for task in tasks if task in classes) or None
 
 
-def folder_samples(images: str | Path, fewest: int) -> Samples:
+def folder_samples(images: str | Path, fewest: int, option: str = "images") -> Samples:
     """List a folder's images; the names of their folders are their labels.
 
     Raises:
@@ -151,7 +151,7 @@ def folder_samples(images: str | Path, fewest: int) -> Samples:
     """
     root = Path(images)
     if not root.is_dir():
-        raise InputError(f"{root} is no folder; `images` is to be one")
+        raise InputError(f"{root} is no folder; `{option}` is to be one")
     report = WalkReport()
     files = sorted(walk(root, report))
     samples = tuple(

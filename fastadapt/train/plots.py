@@ -6,6 +6,7 @@ Figures are made without pyplot: no global state, no window system.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,8 +77,7 @@ def plot_evaluation(
     draw_roc(roc, labels, probabilities, classes)
     draw_reliability(reliability, found)
     figure.subplots_adjust(wspace=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight")
+    save_figure(figure, path, tight=True)
 
 
 def draw_roc(
@@ -193,10 +193,12 @@ def draw_confusion(
         axes.text(column, row, number, ha="center", va="center", color=color)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a PNG, whole or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+def save_figure(figure: Figure, path: str | os.PathLike, tight: bool = False) -> None:
+    """Write a PNG, whole or not at all; ``tight``, without empty margins."""
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # Letters that the font lacks are boxes in the picture; the files beside it have the names.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(temporary, format="png", bbox_inches="tight" if tight else None)
 
 
 def _stage_begins(history: Sequence[dict[str, Any]], index: int) -> bool:

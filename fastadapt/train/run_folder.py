@@ -233,7 +233,7 @@ def finished_results(out: Path, settings: dict[str, Any]) -> dict[str, Any] | No
 
 
 def check_finished(run: Path) -> None:
-    """Refuse the folder of a run that has not ended: its files may be of two runs.
+    """Refuse a folder that is no run, or of one that has not ended: its files may be of two runs.
 
     Raises:
         InputError: as said.
@@ -242,6 +242,17 @@ def check_finished(run: Path) -> None:
         raise InputError(
             f"{run} holds an unfinished run: resume its training first, then it can be loaded"
         )
+    if not (run / CONFIG).is_file():
+        what = "a bundle" if (run / "manifest.json").is_file() else "no run"
+        raise InputError(
+            f"{run} is {what}; expected the folder of a training, with {CONFIG}{meant_run(run)}"
+        )
+
+
+def meant_run(folder: Path) -> str:
+    """Return the end of a message that names a run one level below; empty if there is none."""
+    runs = sorted(folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+    return f"; did you mean {runs[0].parent}?" if runs else ""
 
 
 def append_metrics(out: Path, row: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from fastadapt.train.metrics import (
     classification_metrics,
     scores,
 )
-from fastadapt.train.plots import plot_confusion
+from fastadapt.train.plots import plot_confusion, plot_evaluation
 
 
 def drawn(images, classes, seed=0):
@@ -108,3 +108,12 @@ def test_calibration_error_equals_one_worked_by_hand():
     labels = np.array([0, 1, 1, 0, 1])
     expected = (abs(1 - 1.8) + abs(2 - 1.2) + 0) / 5
     assert calibration_error(labels, probabilities) == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
+    labels, predicted, probabilities = drawn(20, 2)
+    classes = ("\u88c2\u7eb9", "\U0001f600")
+    found = scores(labels, predicted, probabilities, classes)
+    plot_evaluation(tmp_path / "e.png", "val", found, labels, probabilities, classes)
+    assert (tmp_path / "e.png").stat().st_size > 1000

@@ -74,7 +74,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         "what,says",
         [
-            ("no config", "config.json does not exist"),
+            ("no config", "run is no run; expected the folder of a training, with config.json"),
             ("truncated", "adapter.safetensors is no complete safetensors file"),
             ("nan", "head.weight holds 1 values that are NaN"),
             ("other backbone", "was trained on other weights of test_vit"),
@@ -98,6 +98,18 @@ class TestCommand:
         assert "nothing is no folder" in capfd.readouterr().err
         assert command(monkeypatch, "export", run, "--weights", tmp_path / "gone.pth") == 1
         assert "gone.pth, which are not there" in capfd.readouterr().err
+        assert command(monkeypatch, "export", run, "--golden", tmp_path / "nothing") == 1
+        assert "nothing is no folder; --golden is to be one" in capfd.readouterr().err
+        assert command(monkeypatch, "export", run, "--batch", "1:1:100000") == 1
+        assert "--batch is '1:1:100000'; expected at most 4,096" in capfd.readouterr().err
+
+    def test_what_lies_beside_a_run(self, made, tmp_path, monkeypatch, capfd):
+        assert command(monkeypatch, "export", made / "bundle") == 1
+        assert "bundle is a bundle; expected the folder of a training" in capfd.readouterr().err
+        assert command(monkeypatch, "export", made, "--out", tmp_path / "b") == 1
+        assert f"with config.json; did you mean {made / 'run'}?" in capfd.readouterr().err
+        assert command(monkeypatch, "verify", made / "weights.pth") == 1
+        assert "is no bundle: it is a file, not a folder." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
