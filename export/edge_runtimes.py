@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +11,7 @@ from fastadapt.errors import InputError, first_line
 
 from .backends.executorch import METHOD, load_executorch
 from .backends.litert import load_litert
+from .backends.tracing import silent_stderr
 from .runtime import Runtime, RuntimeUnavailable, usable_cores
 
 
@@ -28,7 +24,7 @@ class ExecuTorchRuntime(Runtime):
 
     def __init__(self, path: Path, *, threads: int | None = None):
         try:
-            with _silent_start():
+            with silent_stderr():
                 runtime = load_executorch(threads or usable_cores())
         except InputError as error:
             raise RuntimeUnavailable(f"{path.name} cannot run here: {error}") from error
@@ -55,7 +51,7 @@ class LiteRtRuntime(Runtime):
             library = load_litert()
         except InputError as error:
             raise RuntimeUnavailable(f"{path.name} cannot run here: {error}") from error
-        with _silent_start():
+        with silent_stderr():
             try:
                 self._interpreter = library.Interpreter(
                     str(path), num_threads=threads or usable_cores()
@@ -81,18 +77,3 @@ class LiteRtRuntime(Runtime):
 def _number(name: str) -> int:
     """Return the place of an input or output: ``args_1``, ``output_0``."""
     return int(name.rpartition("_")[2])
-
-
-@contextlib.contextmanager
-def _silent_start() -> Iterator[None]:
-    """Hide what the runtimes' C++ code writes to standard error when it starts."""
-    sys.stderr.flush()
-    with Path(os.devnull).open("wb") as nothing:
-        kept = os.dup(2)
-        try:
-            os.dup2(nothing.fileno(), 2)
-            with contextlib.redirect_stderr(io.StringIO()):  # some goes by way of Python's
-                yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

@@ -106,8 +106,9 @@ class EngineSettings(Settings):
     int8: Annotated[
         bool,
         Setting(
-            "Quantise to INT8: an engine with --trt, OpenVINO's file with --openvino, else ONNX "
-            "Runtime's; kept only if accurate, and faster where it runs.",
+            "Quantise to INT8: an engine with --trt, else ONNX Runtime's file, and one for each of "
+            "--openvino, --executorch and --litert; kept only if accurate, and faster where it "
+            "runs.",
             panel=ENGINES,
         ),
     ] = False
@@ -123,7 +124,8 @@ class EngineSettings(Settings):
         Calibration,
         Setting(
             "With --int8: range of an activation, max (its largest values) or entropy (clipped "
-            "where that keeps most information); OpenVINO's is NNCF's own.",
+            "where that keeps most information); for OpenVINO, ExecuTorch and LiteRT it is that of "
+            "their quantisers.",
             panel=ENGINES,
             expected="max or entropy",
         ),

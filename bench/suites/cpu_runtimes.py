@@ -99,6 +99,19 @@ def _openvino_int8(files: Files, path: Path) -> Any:
     return openvino.quantize(files.onnx, path, batches, files.batch, fp32_nodes=kept)
 
 
+def _executorch_int8(files: Files, path: Path) -> Any:
+    images = files.calibration()
+    batches = images.batches(images.calibration)
+    return executorch.quantize(files.model, files.example, path, batches, files.batch)
+
+
+def _litert_int8(files: Files, path: Path) -> Any:
+    images = files.calibration()
+    batches = images.batches(images.calibration)
+    fp32 = path.with_name("model.fp32.tflite")  # written before
+    return litert.quantize(fp32, path, batches, files.batch)
+
+
 @dataclass(frozen=True)
 class Provider:
     """A file of a bundle, and what runs it.
@@ -134,6 +147,10 @@ PROVIDERS = {
         "model.fp32.tflite",
         lambda files, path: litert.convert(files.model, files.example, path, files.batch),
         ("litert_torch", "ai_edge_litert"),
+    ),
+    "ExecuTorch INT8": Provider("model.int8.pte", _executorch_int8, ("executorch",), "fp8"),
+    "LiteRT INT8": Provider(
+        "model.int8.tflite", _litert_int8, ("litert_torch", "ai_edge_quantizer"), "fp8"
     ),
     "AOTInductor fp32": Provider(
         "model.fp32.pt2",

@@ -3,6 +3,9 @@
 PyTorch exports the model, and ExecuTorch's partitioner gives XNNPACK all that it can compute; what
 it cannot (LayerNorm, for one) ExecuTorch's portable operators do. The batch is dynamic between the
 smallest and the largest size; memory is planned for the largest when the file is written.
+
+INT8 is made by torchao's quantisation of exported programs with ExecuTorch's quantiser for XNNPACK,
+with a scale for each output channel of weights and one for each activation.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +30,8 @@ from .tracing import dynamic_shapes, plain_attention, plainer, quiet
 
 SUFFIX = "pte"
 METHOD = "forward"
+LIBRARIES = ("executorch", "torchao")  # the second is the first's quantiser
+QUANTIZER = "executorch.backends.xnnpack.quantizer.xnnpack_quantizer"
 
 
 def load_executorch(threads: int) -> Any:
@@ -41,12 +47,13 @@ def load_executorch(threads: int) -> Any:
     return runtime
 
 
-def check_installed() -> None:
+def check_installed(int8: bool) -> None:
     """Raise InputError, with the remedy, if files cannot be written and run here."""
     _imported("executorch.runtime")
+    if int8:
+        _imported("torchao.quantization.pt2e.quantize_pt2e")
 
 
-@torch.no_grad()
 def convert(
     model: nn.Module, example: tuple[Tensor, ...], path: str | Path, batch: Batches
 ) -> dict[str, Any]:
@@ -64,27 +71,95 @@ def convert(
     Raises:
         InputError: ExecuTorch is not installed, or does not take the model; with its reason.
     """
+    return _write(model, example, path, batch, change=None)
+
+
+def quantize(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    path: str | Path,
+    images: Iterable[np.ndarray],
+    batch: Batches,
+) -> dict[str, Any]:
+    """Write a model as a program in INT8; what few numbers decide stays in fp32.
+
+    Args:
+        model, example, path, batch: as for :func:`convert`; images are the only input.
+        images: batches that give the ranges of the activations, as the file takes them.
+
+    Returns:
+        The manifest's details of the file.
+
+    Raises:
+        InputError: ExecuTorch or torchao is not installed, or fails; with the reason.
+    """
+    rows = batch.min if batch.min == batch.max else None  # a fixed batch takes no other
+
+    def to_int8(module: nn.Module) -> nn.Module:
+        recipes = _imported(QUANTIZER)
+        pt2e = _imported("torchao.quantization.pt2e.quantize_pt2e")
+        quantizer = recipes.XNNPACKQuantizer()
+        quantizer.set_global(recipes.get_symmetric_quantization_config(is_per_channel=True))
+        quantizer.set_filter_function(_is_quantized)
+        prepared = pt2e.prepare_pt2e(module, quantizer)
+        for given in images:
+            for part in np.array_split(given, -(-len(given) // rows)) if rows else [given]:
+                full = np.resize(part, (rows or len(part), *part.shape[1:]))
+                prepared(torch.from_numpy(full))
+        return pt2e.convert_pt2e(prepared)
+
+    return _write(model, example, path, batch, change=to_int8)
+
+
+def _is_quantized(node: Any) -> bool:
+    """Tell whether the quantiser may take a node, so that it takes what ONNX Runtime's does.
+
+    Those are products of tokens with weights, convolutions, and sums between convolutions. It asks
+    of their weights and activations, too.
+    """
+    aten = torch.ops.aten
+    if node.target in (aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default):
+        return False
+    least = {aten.linear.default: 3, aten.add.Tensor: 4}.get(node.target, 0)
+    return not least or all(x.meta["val"].dim() >= least for x in node.all_input_nodes[:1])
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    path: str | Path,
+    batch: Batches,
+    change: Callable[[nn.Module], nn.Module] | None,
+) -> dict[str, Any]:
     exir = _imported("executorch.exir")
     xnnpack = _imported("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     fixed = batch.min == batch.max
     rows = batch.min if fixed else max(2, batch.opt)  # of 1 the exporter makes a constant
     example = tuple(x[:1].expand(rows, *x.shape[1:]).contiguous() for x in example)
-    sizes = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
 
     def exported(module: nn.Module) -> Any:
-        shapes = None if fixed else dynamic_shapes(module, sizes, len(example))
+        shapes = None
+        if not fixed:
+            size = torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))
+            shapes = dynamic_shapes(module, {0: size}, len(example))
         return torch.export.export(module, example, dynamic_shapes=shapes)
 
     with quiet("executorch", "root"), plain_attention(model), _one_convolution():
         try:
             program = exported(plainer(exported(model.eval())))
+            if change is not None:
+                program = exported(change(program.module(check_guards=False)))
             lowered = exir.to_edge_transform_and_lower(
                 program, partitioner=[xnnpack.XnnpackPartitioner()]
             ).to_executorch()
             content = lowered.buffer
+        except OSError:
+            raise
         except Exception as error:  # its passes' exceptions have no common base
+            what = "convert" if change is None else "quantise"
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"ExecuTorch cannot convert the model: {reason}") from error
+            raise InputError(f"ExecuTorch cannot {what} the model: {reason}") from error
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return {
@@ -113,10 +188,11 @@ def _imported(module: str) -> Any:
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("executorch", ""):
+            library = (error.name or "executorch").partition(".")[0]
+            if library not in LIBRARIES:
                 raise
             raise InputError(
-                "executorch is not installed: pip install 'fastadapt[executorch]'"
+                f"{library} is not installed: pip install 'fastadapt[executorch]'"
             ) from error
         except (ImportError, OSError) as error:  # its libraries are built for one PyTorch
             raise InputError(f"executorch cannot be loaded: {first_line(error)}") from error

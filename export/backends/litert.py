@@ -2,6 +2,9 @@
 
 The file takes one image: LiteRT's converter cannot keep the batch open, and reshapes with the
 converted batch stand in the graph. The runtime here computes a batch image by image.
+
+INT8 is made of the fp32 file by Google's AI Edge Quantizer, which LiteRT's converter installs, with
+a scale for each output channel of weights and one for each activation.
 """
 
 from __future__ import annotations
@@ -10,19 +13,25 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path
 
+from ..runtime import usable_cores
 from ..settings import Batches
-from .tracing import plain_attention, plainer, quiet
+from .tracing import plain_attention, plainer, quiet, silent_stderr
 
 SUFFIX = "tflite"
+CONVOLUTIONS, PRODUCT, SUM = ("CONV_2D", "DEPTHWISE_CONV_2D"), "FULLY_CONNECTED", "ADD"
+SIGNATURE = "serving_default"  # the converter's name of the only one
 REMEDY = "pip install 'fastadapt[litert]', in an environment of its own perhaps"
 
 
@@ -38,11 +47,12 @@ def load_litert() -> Any:
         raise InputError(f"ai-edge-litert is not installed: {REMEDY}") from error
 
 
-def check_installed() -> None:
+def check_installed(int8: bool) -> None:
     """Raise InputError, with the remedy, if files cannot be written and run here."""
     load_litert()
-    if importlib.util.find_spec("litert_torch") is None:  # importing it takes seconds
-        raise InputError(f"litert-torch is not installed: {REMEDY}")
+    for name in ("litert-torch", *(["ai-edge-quantizer"] if int8 else [])):
+        if importlib.util.find_spec(name.replace("-", "_")) is None:  # importing takes seconds
+            raise InputError(f"{name} is not installed: {REMEDY}")
 
 
 @torch.no_grad()
@@ -64,7 +74,7 @@ def convert(
         InputError: LiteRT's converter is not installed, or does not take the model; with its
             reason.
     """
-    check_installed()
+    check_installed(int8=False)
     example = tuple(x[:1].contiguous() for x in example)
     with quiet("jax", "absl"), plain_attention(model), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -84,6 +94,80 @@ def convert(
         except Exception as error:  # the converter's own, JAX's and MLIR's have no common base
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(f"LiteRT cannot convert the model: {reason}") from error
+    return _details(batch)
+
+
+def quantize(
+    fp32: str | Path, path: str | Path, images: Iterable[np.ndarray], batch: Batches
+) -> dict[str, Any]:
+    """Write an INT8 version of an fp32 .tflite file; what few numbers decide stays in fp32.
+
+    Args:
+        fp32: the file, whose only input is images.
+        path: of the result.
+        images: batches that give the ranges of the activations, as the file takes them.
+        batch: as for :func:`convert`.
+
+    Returns:
+        The manifest's details of the file.
+
+    Raises:
+        InputError: the quantiser is not installed, or fails; with its reason.
+    """
+    check_installed(int8=True)
+    with quiet("absl"), silent_stderr(), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            tool = importlib.import_module
+            recipe = tool("ai_edge_quantizer.recipe_manager").RecipeManager()
+            for operator, output in _quantized_operators(fp32):
+                recipe.add_static_config(f"^{re.escape(output)}$", operator, 8, 8)
+            calibrator = tool("ai_edge_quantizer.calibrator").Calibrator(
+                str(fp32),
+                usable_cores(),
+                # Unless told, it takes moving averages, in which the first images count most.
+                qsv_update_func=tool("ai_edge_quantizer.utils.qsv_utils").min_max_update,
+            )
+            for given in images:
+                single = [{"args_0": image[None]} for image in given]
+                calibrator.calibrate({SIGNATURE: single}, recipe)
+            quantizer = tool("ai_edge_quantizer.quantizer").Quantizer(
+                str(fp32), recipe.get_quantization_recipe()
+            )
+            content = quantizer.quantize(
+                calibrator.get_model_qsvs(), enable_progress_report=False
+            ).quantized_model
+        except OSError:
+            raise
+        except Exception as error:  # its own have no common base
+            name, reason = Path(fp32).name, f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"LiteRT's quantiser cannot quantise {name}: {reason}") from error
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return _details(batch)
+
+
+def _quantized_operators(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Return kind and output of each operator that computes in INT8, as in ONNX Runtime's INT8.
+
+    Those are products of tokens with weights, convolutions, and sums between convolutions.
+    """
+    utilities = importlib.import_module("ai_edge_quantizer.utils.tfl_flatbuffer_utils")
+    model = utilities.read_model(str(path))
+    for graph in model.subgraphs:
+        for node in graph.operators:
+            code = model.operatorCodes[node.opcodeIndex].builtinCode
+            kind = utilities.TFL_OP_CODE_TO_NAME.get(code)  # an enumeration of strings
+            shape = list(graph.tensors[node.inputs[0]].shape or ())
+            wanted = (
+                kind in CONVOLUTIONS
+                or (kind == PRODUCT and np.prod(shape[:-1]) > 1)
+                or (kind == SUM and len(shape) == 4)
+            )
+            if wanted:
+                yield kind, utilities.get_op_scope(node, graph.tensors)
+
+
+def _details(batch: Batches) -> dict[str, Any]:
     return {
         "library": "LiteRT",
         "version": importlib.metadata.version("litert-torch"),

@@ -1,13 +1,17 @@
-"""What converters that trace a model share: quiet loggers, plain attention, example inputs."""
+"""What converters that trace a model share: quiet libraries, plain attention, example inputs."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import operator
+import os
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +48,21 @@ def quiet(*names: str) -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Hide what libraries' C++ code writes to standard error, when they start for one."""
+    sys.stderr.flush()
+    with Path(os.devnull).open("wb") as nothing:
+        kept = os.dup(2)
+        try:
+            os.dup2(nothing.fileno(), 2)
+            with contextlib.redirect_stderr(io.StringIO()):  # some goes by way of Python's
+                yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def dynamic_shapes(model: nn.Module, batch: dict[int, Any], count: int) -> tuple[Any, ...]:

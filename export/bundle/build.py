@@ -142,6 +142,10 @@ def build_artefacts(
         with console.status(f"convert for {kind} …"):
             found.append(_checked(_convert_for_edge(kind, options, folded), folded))
         _tell(console, found[-1])
+        if options.int8 and found[-1].status == VERIFIED:  # else the bundle is rejected
+            with console.status(f"quantise to INT8 for {kind} …"):
+                found.append(_build_edge_int8(kind, options, folded))
+            _tell(console, found[-1])
     if options.aoti:
         with console.status("compile with AOTInductor …"):
             own = replace(variant, module=copy.deepcopy(variant.module))  # goes to the GPU
@@ -410,15 +414,41 @@ def _build_openvino_int8(options: EngineOptions, folded: FoldedModel) -> Artefac
         options.batch,
         fp32_nodes=delicate_nodes(folded.onnx),
     )
+    return _judged_beside_fp32(
+        describe_artefact("openvino", path, "int8", details), path, folded, options
+    )
+
+
+def _build_edge_int8(kind: str, options: EngineOptions, folded: FoldedModel) -> Artefact:
+    """Quantise for an edge runtime; keep it if it is accurate, and faster than its fp32."""
+    _check_images_alone("`int8`", folded)
+    suffix, images = EDGE[kind].SUFFIX, folded.images()
+    path = folded.path("int8", suffix)
+    calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
+    if kind == "litert":
+        details = litert.quantize(folded.path("fp32", suffix), path, calibration, options.batch)
+    else:
+        example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
+        module = folded.deployed(folded.module)
+        details = executorch.quantize(module, example, path, calibration, options.batch)
+    return _judged_beside_fp32(
+        describe_artefact(kind, path, "int8", details), path, folded, options
+    )
+
+
+def _judged_beside_fp32(
+    artefact: Artefact, path: Path, folded: FoldedModel, options: EngineOptions
+) -> Artefact:
+    """Keep an INT8 file if it is accurate, and faster than the same runtime's file in fp32."""
     judgement = judge(
         folded.onnx,
         path,
-        images,
+        folded.images(),
         budget=options.int8_budget,
         batch=options.batch.opt,
-        rival=("fp32", folded.path("fp32", openvino.SUFFIX)),
+        rival=("fp32", folded.path("fp32", path.suffix[1:])),
     )
-    return _accept(describe_artefact("openvino", path, "int8", details), judgement, folded)
+    return _accept(artefact, judgement, folded)
 
 
 def _check_images_alone(flag: str, folded: FoldedModel) -> None:

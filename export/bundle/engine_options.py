@@ -49,8 +49,8 @@ class EngineOptions(EngineSettings):
         if self.openvino:
             openvino.check_installed(self.int8)
         if self.executorch:
-            executorch.check_installed()
+            executorch.check_installed(self.int8)
         if self.litert:
-            litert.check_installed()
+            litert.check_installed(self.int8)
         if self.aoti:
             aotinductor.check_compiler()

@@ -9,8 +9,10 @@ import torch
 
 import fastadapt as fa
 from fastadapt.export import EngineOptions, verify_bundle
-from fastadapt.export.artefact import UNVERIFIED, VERIFIED
+from fastadapt.export.artefact import REFUSED, UNVERIFIED, VERIFIED
+from fastadapt.export.bundle import build
 from fastadapt.export.bundle.build import build_artefacts
+from fastadapt.export.precision import int8
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import Batches
 from fastadapt.files import read_json
@@ -41,6 +43,30 @@ def check_file(folded, kind, suffix, capfd):
     expected = load_runtime(folded.onnx)(images[:6])
     outputs = np.concatenate([first, tensors.numpy()])
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_int8(folded, kind, suffix, monkeypatch):
+    """Refuse a file in INT8 that is not faster, and build one that counts as faster."""
+    monkeypatch.setattr(build, "_tell", lambda console, artefact: None)
+    # ONNX Runtime's own INT8 has its tests elsewhere.
+    monkeypatch.setattr(build, "_build_int8", lambda options, folded: None)
+    options = EngineOptions(**{kind: True}, int8=True, batch=Batches(1, 2, 4))
+    kept = {"model.onnx", f"model.fp32.{suffix}"}
+    for speed, status, files in (
+        (0.5, REFUSED, ()),
+        (2.0, VERIFIED, (f"model.int8.{suffix}",)),
+    ):
+        # A model of this size is not faster: what is measured elsewhere is given.
+        monkeypatch.setattr(int8, "speeds_in_turns", lambda *args, ratio=speed: (1.0, ratio))
+        _, _, artefact, _ = build_artefacts(options, folded)
+        assert artefact.status == status, artefact.reason
+        assert (artefact.kind, artefact.precision, artefact.files) == (kind, "int8", files)
+        judgement = artefact.details["judgement"]
+        assert judgement["accuracy"] == 1.0 and judgement["rival"] == "fp32"
+        assert {file.name for file in folded.folder.iterdir()} == {*kept, *files}
+    assert [p.batch for p in artefact.parity] == [1, 2, 3, 4]
+    size = (folded.folder / f"model.int8.{suffix}").stat().st_size
+    assert size < 0.6 * (folded.folder / f"model.fp32.{suffix}").stat().st_size
 
 
 def check_bundle(made, folder, monkeypatch, kind, suffix):

@@ -8,12 +8,32 @@ from fastadapt.export import EngineOptions
 from fastadapt.export.backends import executorch as backend
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
 from fastadapt.export.settings import Batches
-from tests.helpers.edge_files import check_bundle, check_file, check_refused
+from tests.helpers.edge_files import check_bundle, check_file, check_int8, check_refused
 
 
 def test_the_file(calibrated, capfd):
     pytest.importorskip("executorch")
     check_file(calibrated, "executorch", "pte", capfd)
+
+
+def test_int8(calibrated, monkeypatch):
+    pytest.importorskip("executorch")
+    check_int8(calibrated, "executorch", "pte", monkeypatch)
+
+
+def test_int8_of_a_fixed_batch_and_of_convolutions(tmp_path):
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+    ).eval()
+    images = torch.rand(9, 3, 12, 12)
+    given = [part.numpy() for part in images.split(5)]  # parts that fill no batch
+    backend.quantize(model, (images[:1],), tmp_path / "m.pte", given, Batches(4, 4, 4))
+    outputs = load_runtime(tmp_path / "m.pte", device="cpu")(images[:4])
+    expected = model(images[:4]).detach()
+    error = (outputs - expected).abs().max()
+    assert 0 < error < 0.05 * expected.std()
 
 
 def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
@@ -47,6 +67,14 @@ def test_without_it(tmp_path, monkeypatch):
         fa.InputError, match=r"is not installed: pip install 'fastadapt\[executorch\]'"
     ):
         EngineOptions(executorch=True).check()
+
+
+def test_int8_without_its_library(monkeypatch):
+    pytest.importorskip("executorch")
+    monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e.quantize_pt2e", None)
+    EngineOptions(executorch=True).check()
+    with pytest.raises(fa.InputError, match="torchao is not installed: pip install 'fastadapt"):
+        EngineOptions(executorch=True, int8=True).check()
 
 
 def hide(monkeypatch):

@@ -197,8 +197,8 @@ class TestBundle:
 FORMATS = {
     "openvino": ("openvino", ["model.fp32.xml", "model.int8.xml"]),
     "trt": ("tensorrt_rtx", ["model.fp32.engine", "model.int8.onnx", "model.int8.engine"]),
-    "executorch": ("executorch", ["model.fp32.pte"]),
-    "litert": ("litert_torch", ["model.fp32.tflite"]),
+    "executorch": ("executorch", ["model.fp32.pte", "model.int8.pte"]),
+    "litert": ("litert_torch", ["model.fp32.tflite", "model.int8.tflite"]),
 }
 
 
