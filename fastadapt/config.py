@@ -171,9 +171,14 @@ class AdaptConfig(Settings):
     features: Annotated[
         str | Callable[..., Any] | None,
         Setting(
-            "A method's name, or a function of (backbone, images) that gives features before "
-            "pooling; found by itself for timm models and open_clip towers.",
-            expected="a method's name or a function",
+            "What of the backbone is adapted: its last map or tokens (last); the maps of all its "
+            "resolutions side by side (pyramid); those, of backbones that have some (auto); the "
+            "result of a method of this name or, in Python, of a function of (backbone, images).",
+            panel=MODEL,
+            metavar="last|pyramid|auto|METHOD",
+            kind=str,
+            shown_default="last",
+            expected="'last', 'pyramid', 'auto', a method's name or a function",
         ),
     ] = None
     layout: Annotated[

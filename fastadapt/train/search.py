@@ -161,6 +161,7 @@ def search(
                     pretrained=pretrained,
                     weights=item.weights,
                     preprocess=preprocess,
+                    features=adapt_config.features,
                 )
                 for item in backbones
             ]

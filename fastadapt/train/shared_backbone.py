@@ -26,14 +26,15 @@ class SharedBackbone(nn.Module):
 
     Attributes:
         members: the models.
-        shared: whether they have one backbone.
+        shared: whether they have one backbone, and adapt the same of its features.
     """
 
     def __init__(self, members: Sequence[AdaptedModel | SharedBackbone]):
         super().__init__()
         self.members = nn.ModuleList(members)
         # Found out once: torch.export gives each path to a module an object of its own.
-        self.shared = len({id(model.backbone) for model in self.models}) == 1
+        kinds = {(id(model.backbone), model.config.features) for model in self.models}
+        self.shared = len(kinds) == 1
 
     @property
     def models(self) -> list[AdaptedModel]:

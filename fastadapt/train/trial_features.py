@@ -54,6 +54,7 @@ def frozen_backbone(
     pretrained: bool = True,
     weights: str | Path | None = None,
     preprocess: dict[str, Any] | None = None,
+    features: Any = None,
 ) -> FrozenBackbone:
     """Make a backbone that gives features.
 
@@ -62,9 +63,10 @@ def frozen_backbone(
         image_size: height and width in pixels; the backbone's own if ``None``.
         preprocess: settings of :class:`fastadapt.data.preprocess.Preprocess` that differ from
             those that the backbone was trained with.
+        features: which of its features, as :class:`fastadapt.AdaptConfig` says.
     """
     size = None if image_size is None else (3, image_size, image_size)
-    small = AdaptConfig(rank=1, num_centers=1, mlp_ratio=1.0, input_size=size)
+    small = AdaptConfig(rank=1, num_centers=1, mlp_ratio=1.0, input_size=size, features=features)
     found = None if weights is None else str(Path(weights).absolute())
     model = adapt(backbone, small, 2, pretrained=pretrained, weights=found)
     images = Preprocess.from_pretrained_cfg(model.pretrained_cfg, **(preprocess or {}))
