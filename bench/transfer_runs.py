@@ -36,6 +36,7 @@ from .transfer_recipes import (
     FULL,
     FULL_RATES,
     PROBE,
+    PROBE_PYRAMID,
     STAGE_TWO,
     TEST_SHARE,
     VAL_SHARE,
@@ -144,20 +145,20 @@ def frozen_runs(
 ) -> None:
     """Run the probe and all recipes of one set and backbone that are not in the store."""
     seeds = list(seeds)
-    wanted = [PROBE, *recipes]
+    probes = {PROBE: Recipe(), PROBE_PYRAMID: Recipe(adapter=AdaptConfig(features="pyramid"))}
+    wanted = probes | recipes
     if all(store.key(item.name, backbone, m, s) in store.runs for m in wanted for s in seeds):
         return
     data, shown = None, None
-    # Recipes with the same views follow each other: features of one kind are held at a time.
-    for name in sorted(wanted, key=lambda n: recipes.get(n, Recipe()).training.views):
-        recipe = recipes.get(name, Recipe())
-        views = (recipe.training.views, recipe.training.augment)
+    # Recipes with the same features follow each other: those of one kind are held at a time.
+    for name, recipe in sorted(wanted.items(), key=lambda pair: _kind(pair[1])):
+        views = _kind(recipe)
         if views[0] > 1 and not views_are_allowed(item, views[1]):
             continue
         if views != shown or data is None:
             data, shown = None, views
-            data = _features(item, backbone, weights, recipe.training, device, positions)
-        trial = None if name == PROBE else Trial(data, recipe.training, recipe.adapter)
+            data = _features(item, backbone, weights, recipe, device, positions)
+        trial = None if name in probes else Trial(data, recipe.training, recipe.adapter)
         for seed in seeds:
             key = store.key(item.name, backbone, name, seed)
             if key in store.runs:
@@ -171,15 +172,27 @@ def frozen_runs(
             print(f"{key}: {_shown(found)}", flush=True)
 
 
+def _kind(recipe: Recipe) -> tuple[int, str, str]:
+    """Return which features a recipe needs."""
+    training = recipe.training
+    return training.views, training.augment, str(recipe.adapter.features)
+
+
 def _features(
     item: ImageSet,
     backbone: str,
     weights: Path,
-    config: TrainConfig,
+    recipe: Recipe,
     device: torch.device,
     positions: int | None,
 ) -> Features:
-    found = frozen_backbone(backbone, item.size, weights=weights, preprocess=CROP)
+    found = frozen_backbone(
+        backbone,
+        item.size,
+        weights=weights,
+        preprocess=CROP,
+        features=recipe.adapter.features,
+    )
     samples = [
         Sample(path, int(label), "train")
         for path, label in zip(item.paths, item.labels, strict=True)
@@ -189,7 +202,7 @@ def _features(
             found,
             {"train": samples},
             item.classes,
-            config,
+            recipe.training,
             device,
             Path(folder),
             progress,

@@ -191,12 +191,12 @@ class TrainConfig(AugmentSettings):
         float,
         Setting(
             "Validate and keep an exponential moving average of the weights with this decay per "
-            "step (0.99); 0 for none.",
+            "step; 0 for none.",
             panel=TRAINING,
             ge=0,
             lt=1,
         ),
-    ] = 0.0
+    ] = 0.99
     class_weights: Annotated[
         Literal["none", "balanced"],
         Setting(
@@ -347,7 +347,7 @@ class TrainConfig(AugmentSettings):
         if what == "head":
             values = {"epochs": 30, "lr": 5e-3, "weight_decay": 0.05}
         elif what == "full":
-            values = {"full": True, "epochs": 15, "lr": 3e-4, "weight_decay": 0.05}
+            values = {"full": True, "epochs": 15, "lr": 3e-4, "weight_decay": 0.05, "ema": 0.0}
         return cls(**(values | changes))
 
     @classmethod
@@ -377,6 +377,7 @@ class TrainConfig(AugmentSettings):
             "optimizer": "adam",
             "weight_decay": 1e-3,
             "label_smoothing": 0.0,
+            "ema": 0.0,
             "decay": "all",
             "schedule": "cladapter",
             "warmup_epochs": 2.0,
