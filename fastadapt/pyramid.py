@@ -54,7 +54,7 @@ def to_grid(x: Tensor, sizes: list[torch.Size]) -> Tensor:
     for size in sizes:
         steps = [_halving(old, new) for old, new in zip(x.shape[-2:], size, strict=True)]
         if None in steps:
-            x = F.adaptive_avg_pool2d(x, size)
+            x = F.adaptive_avg_pool2d(x, (size[0], size[1]))
             continue
         kernel, stride, padding = zip(*steps, strict=True)  # type: ignore[arg-type]
         x = F.avg_pool2d(x, kernel, stride, padding, count_include_pad=False)
