@@ -320,6 +320,12 @@ _address = Tensor.data_ptr
 # What has begun to compile ahead of its launch.
 _begun: dict[tuple, Ahead] = {}
 
+
+def begun() -> list[Ahead]:
+    """List the kernels that began to compile ahead of their launch."""
+    return list(_begun.values())
+
+
 # The native launch function and its arguments, by launch, stream and addresses: 3 KB each.
 _ready: dict[tuple, tuple[Callable, tuple]] = {}
 MOST_READY = 4096

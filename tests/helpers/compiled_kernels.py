@@ -28,6 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import fastadapt.kernels
+from tests.helpers.unfinished_products import products_left_reading
 
 for _module in pkgutil.walk_packages(fastadapt.kernels.__path__, "fastadapt.kernels."):
     importlib.import_module(_module.name)
@@ -60,6 +61,7 @@ class Compiled:
     numbers: tuple[int, ...]
     shared: int  # bytes
     ptx: str  # normalized
+    unfinished: int  # products that may still read registers when these are written again
 
 
 class _Driver:
@@ -144,7 +146,8 @@ def compiled(
         ptx = normalized(kernel.asm["ptx"])
         shared = kernel.metadata.shared
         name = self.fn.__name__
-        launches.append(Compiled(name, tuple(grid), tuple(numbers), shared, ptx))
+        unfinished = products_left_reading(kernel.asm.get("ttgir", ""))
+        launches.append(Compiled(name, tuple(grid), tuple(numbers), shared, ptx, unfinished))
         return kernel
 
     with contextlib.ExitStack() as stack:
@@ -314,6 +317,51 @@ def depthwise_conv2d(b, c, height, width, k, stride, padding, dtype, params=None
     _step(lambda *a, backend: function(*a, stride, padding, backend=backend), args)
 
 
+def qkv_attention(b, n, heads, size, dtype):
+    """A call of self-attention of a packed product."""
+    from fastadapt.kernels.qkv_attention.op import qkv_attention
+
+    with torch.no_grad():
+        qkv_attention(torch.empty(b, n, 3 * heads * size, dtype=dtype), heads, backend="triton")
+
+
+def depthwise_norm(b, height, width, c, dtype):
+    """A call of a depthwise convolution with normalisation."""
+    from fastadapt.kernels.depthwise_norm.op import depthwise_norm
+
+    x, weight = torch.empty(b, height, width, c, dtype=dtype), torch.empty(49, c, dtype=dtype)
+    depthwise_norm(x, weight, torch.empty(c), backend="triton")
+
+
+def patch_embedding(b, side, c, patch, outputs, dtype, *, prefix=0, norm=False):
+    """A call of a product with patches, of bytes where there are three channels."""
+    from fastadapt.kernels.patch_embedding.checks import Norm
+    from fastadapt.kernels.patch_embedding.op import patch_embedding
+
+    x = torch.empty(b, side, side, c, dtype=torch.uint8 if c == 3 else dtype)
+    weight = torch.empty(outputs, patch * patch * c, dtype=dtype)
+    tokens = prefix + (side // patch) ** 2
+    table = torch.empty(tokens, outputs) if prefix else torch.empty(outputs)
+    norms = Norm(torch.empty(outputs), torch.empty(outputs), 1e-6) if norm else None
+    patch_embedding(x, weight, table, patch, norm=norms, backend="triton")
+
+
+def shifted_norm(m, c, dtype):
+    """A call of a norm of shifted rows."""
+    from fastadapt.kernels.shifted_norm.op import shifted_norm
+
+    shifted_norm(torch.empty(m, c, dtype=dtype), torch.empty(c), 1e-6, backend="triton")
+
+
+def narrow_mlp(m, c, hidden, dtype):
+    """A call of an MLP of few channels."""
+    from fastadapt.kernels.narrow_mlp.op import narrow_mlp
+
+    x, fc1 = torch.empty(m, c, dtype=dtype), torch.empty(hidden, c, dtype=dtype)
+    fc2 = torch.empty(c, hidden, dtype=dtype)
+    narrow_mlp(x, fc1, torch.empty(hidden), fc2, torch.empty(c), x, backend="triton")
+
+
 def _only(*numbers: int, of: int = 7) -> list[bool]:
     return [i in numbers for i in range(of)]
 
@@ -344,6 +392,9 @@ _FEW: list[Call] = [
     (layer_norm_twice, (8, 197, 768, BF16), {}),
     (layer_norm_mean, (8, 197, 768, BF16), {}),
     (residual_mlp, (12608, 768, 3072, BF16), {}),  # Hopper's kernel
+    (patch_embedding, (64, 224, 3, 16, 768, BF16), {"prefix": 1}),
+    (narrow_mlp, (25088, 128, 512, BF16), {}),
+    (qkv_attention, (8, 197, 12, 64, BF16), {}),
 ]
 
 _SMALL: list[Call] = [
@@ -362,6 +413,10 @@ _SMALL: list[Call] = [
     (residual_mlp, (700, 63, 65, FP32), {}),
     (linear_gelu, (12608, 768, 3072, FP16), {}),
     (depthwise_conv2d, (10, 16, 28, 28, 7, 3, 6, FP16, FP32), {}),
+    (depthwise_norm, (64, 14, 14, 512, BF16), {}),
+    (patch_embedding, (64, 224, 3, 4, 128, BF16), {"norm": True}),
+    (patch_embedding, (64, 28, 256, 2, 512, FP16), {}),
+    (shifted_norm, (12608, 768, BF16), {}),
 ]
 
 _MORE: list[Call] = [

@@ -100,6 +100,7 @@ def test_kernels_compile_without_the_gpu(target, tmp_path):
                 call, capability, assemble=True, cache=tmp_path, target=target
             ):
                 assert launch.shared <= device_has, (name, launch.kernel, launch.shared)
+                assert not launch.unfinished, (name, launch.kernel)
                 kernels.add(launch.kernel)
         assert len(kernels) >= 12
         assert kernels & HOPPER == (HOPPER if capability == 90 else set())

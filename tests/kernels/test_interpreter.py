@@ -6,9 +6,10 @@ import pytest
 
 from tests.helpers.kernel_checks import run_interpreted, starts_interpreter
 
+HERE = Path(__file__).parent
 FILES = sorted(
     str(path)
-    for path in Path(__file__).parent.glob("*.py")
+    for path in (*HERE.glob("*.py"), HERE.parent / "export" / "fused" / "test_kernels.py")
     if "\n@interpreted\n" in path.read_text()
 )
 

@@ -1,0 +1,57 @@
+"""The launch of the depthwise convolution with normalisation."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..common.arithmetic import ceil_div
+from ..common.launcher import Device, Launch, block, device_of
+from .block_sizes import StripTile, tile_for
+from .triton_kernels import depthwise_norm_kernel
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, tile: StripTile | None = None
+) -> Tensor:
+    """Convolve and normalize contiguous x [B, H, W, C], with the rule's tile or another."""
+    out = torch.empty_like(x)
+    device = device_of(x.device.index)
+    batch, height, width, channels = x.shape
+    tile = tile or tile_for((batch, height, width, channels), device)
+    dtypes = (x.dtype, weight.dtype, bias.dtype)
+    prepare(tuple(x.shape), bias.dim() == 3, eps, tile, dtypes, device)(x, weight, bias, out)
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def prepare(
+    shape: tuple[int, ...],
+    bias_map: bool,
+    eps: float,
+    tile: StripTile,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    device: Device,
+) -> Launch:
+    """Prepare the launch for a size and a tile; the kernel begins to compile."""
+    batch, height, width, channels = shape
+    across = ceil_div(ceil_div(width, tile.strip), tile.strips)
+    return Launch(
+        depthwise_norm_kernel,
+        (across * ceil_div(height, tile.rows), batch),
+        device,
+        (height, width),
+        (
+            channels,
+            block(channels),
+            tile.strip,
+            tile.strips,
+            tile.rows,
+            bias_map,
+            eps,
+        ),
+        warps=tile.warps,
+        dtypes=(*dtypes, dtypes[0]),
+    )
