@@ -18,8 +18,8 @@ class Artefact:
     """A file of a bundle that runs, as the manifest lists it.
 
     Attributes:
-        kind: ``"onnx"`` (for ONNX Runtime), ``"openvino"``, one of ``NATIVE`` or of
-            ``PROGRAMS``.
+        kind: ``"onnx"`` (for ONNX Runtime), ``"openvino"``, ``"fastadapt"``, one of ``NATIVE`` or
+            of ``PROGRAMS``.
         path: name of the file in the bundle; ``None`` if it was refused.
         precision: one of ``PRECISIONS``, as the file was built.
         status: ``"verified"`` (it ran here and agreed), ``"unverified"`` (it cannot run here;

@@ -1,4 +1,4 @@
-"""What runs a bundle's files: ONNX Runtime, OpenVINO, AOTInductor, TensorRT, and edge runtimes.
+"""What runs a bundle's files: ONNX Runtime, OpenVINO, AOTInductor, TensorRT, ours, and edge ones.
 
 >>> runtime = load_runtime("bundle/model.onnx")
 >>> logits = runtime(images)  # numpy in, numpy out; tensor in, tensor out on its device
@@ -32,6 +32,7 @@ SUFFIXES = {
     ".xml": "openvino",
     ".pte": "executorch",
     ".tflite": "litert",
+    ".safetensors": "fastadapt",
 }
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -47,15 +48,16 @@ def load_runtime(
     """Load a file of a bundle.
 
     Args:
-        path: ``.onnx``, ``.xml`` with the ``.bin`` beside it, ``.pte``, ``.tflite``, ``.pt2`` or
-            ``.engine`` with the ``.json`` beside it.
+        path: ``.onnx``, ``.xml`` with the ``.bin`` beside it, ``.pte``, ``.tflite``, ``.pt2``,
+            ``.safetensors`` or ``.engine`` with the ``.json`` beside it.
         kind: ``"onnx"``, ``"openvino"``, ``"executorch"``, ``"litert"``, ``"aotinductor"``,
-            ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix and the file beside it if ``None``.
+            ``"fastadapt"``, ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix and the file beside
+            it if ``None``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU if there is one.
         cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
             where launching kernels takes most of the time. Each batch size costs a capture.
             AOTInductor and TensorRT capture the first eight sizes; a model that cannot be captured
-            runs without, with a warning.
+            runs without, with a warning. fastadapt's own runtime always captures them.
         threads: on a CPU; the cores that this process may use if ``None``.
 
     Raises:
@@ -80,6 +82,8 @@ def load_runtime(
     details = read_json(path.with_name(f"{path.name}.json"))
     if kind == "aotinductor":
         return AotiRuntime(path, details, device=device, cuda_graph=cuda_graph)
+    if kind == "fastadapt":
+        return FusedRuntime(path, details, device=device)
     if device == "cpu":
         raise RuntimeUnavailable(f"{path.name} is a TensorRT engine, which runs on a GPU only")
     return TensorRTRuntime(path, details, cuda_graph=cuda_graph)
@@ -305,6 +309,28 @@ class AotiRuntime(Runtime):
     @torch.no_grad()
     def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the compiled model, or replay its graph."""
+        run: Callable[..., Any] = self._graphs or self._model
+        return _all(run(*inputs))
+
+
+class FusedRuntime(Runtime):
+    """Fastadapt's own operations; on a GPU a CUDA graph for each batch size."""
+
+    def __init__(self, path: Path, details: dict[str, Any], *, device: str):
+        from .backends.fastadapt import load_fused
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeUnavailable(f"{path.name} cannot run on a GPU; there is none")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
+        self._model, self.name = load_fused(path, details, device)
+        self.providers = ("fastadapt",)
+        graphed = device == "cuda"
+        self._graphs = GraphedCall(self._model, say=warnings.warn) if graphed else None
+
+    def run_tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the operations, or replay their graph."""
         run: Callable[..., Any] = self._graphs or self._model
         return _all(run(*inputs))
 

@@ -80,6 +80,14 @@ class EngineSettings(Settings):
 
     trt: Annotated[bool, Setting("Build a TensorRT or TensorRT-RTX engine.", panel=ENGINES)] = False
     aoti: Annotated[bool, Setting("Compile with AOTInductor (.pt2).", panel=ENGINES)] = False
+    fused: Annotated[
+        bool,
+        Setting(
+            "Write fastadapt's own fused operations (.safetensors), for timm's vision transformers "
+            "and ConvNeXt with a CLAdapter on NVIDIA GPUs; in bf16, or fp16 with --precision fp16.",
+            panel=ENGINES,
+        ),
+    ] = False
     openvino: Annotated[
         bool,
         Setting("Convert for OpenVINO (.xml), for Intel's CPUs.", panel=ENGINES),

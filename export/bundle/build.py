@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,21 +12,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor, nn
+from torch import nn
 
 from fastadapt.errors import InputError
 
 from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
-from ..backends import aotinductor, executorch, litert, openvino, tensorrt
+from ..backends import aotinductor, executorch, fastadapt, litert, openvino, tensorrt
 from ..backends.fused_attention import fuse_attention
 from ..backends.opsets import older_runtimes_of
 from ..features import WithFeatures
-from ..parity import Parity
 from ..precision import fp8, half
 from ..precision.int8 import (
     CALIBRATION_IMAGES,
     Judgement,
-    QuantizationImages,
     judge,
     judge_accuracy,
     quantize_int8,
@@ -34,10 +32,11 @@ from ..precision.int8 import (
 from ..precision.qdq import write_qdq
 from ..precision.quantizer import delicate_nodes
 from ..runtimes import load_runtime
-from ..settings import OPSET, Batches
+from ..settings import Batches
 from ..speed import LEAST_SPEEDUP, format_rate, speeds_in_turns
 from ..tasks import side_by_side
 from .engine_options import EngineOptions
+from .folded_model import FoldedModel, Variant, describe_artefact
 from .verify_artefact import Reference, measure, verify_artefact
 
 # The first opset whose convolutions take bf16; from 23 on, attention becomes one operator.
@@ -45,58 +44,6 @@ BF16_OPSET = 22
 EightBit = Literal["int8", "fp8"]
 EIGHT_BIT: tuple[EightBit, ...] = ("int8", "fp8")
 EDGE = {"executorch": executorch, "litert": litert}
-
-
-@dataclass(frozen=True)
-class FoldedModel:
-    """A folded model with all that its files are built from and compared with.
-
-    Attributes:
-        folder: where the files are written.
-        onnx: the fp32 ONNX file in it, which has passed the gate.
-        onnx_parity: what the gate compared.
-        module: the fp32 model on the CPU: normalised images to one tensor.
-        example: inputs of ``module``, with one sample; images [1, C, H, W] first.
-        reference: samples as ``onnx`` takes them, and the trained model's outputs.
-        write_onnx: (module, path, opset=...) writes an ONNX file of a module like ``module``.
-        deployed: prepends to a module what ``onnx`` has before the model: normalisation.
-        images: for INT8 and FP8.
-        speed: measure images per second of what passes.
-        opset: of the fp32 file.
-    """
-
-    folder: Path
-    onnx: Path
-    onnx_parity: Sequence[Parity]
-    module: nn.Module
-    example: tuple[Tensor, ...]
-    reference: Reference
-    write_onnx: Callable[..., Any]
-    deployed: Callable[[nn.Module], nn.Module]
-    images: Callable[[], QuantizationImages]
-    speed: bool = True
-    opset: int = OPSET
-
-    def path(self, precision: str, suffix: str) -> Path:
-        """Return the name of a file in the folder, ``model.fp16.engine`` for one."""
-        return self.folder / f"{self.onnx.stem}.{precision}.{suffix}"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A module in the precision that engine and .pt2 are built in.
-
-    Attributes:
-        module: fp32 in, fp32 out.
-        precision: of what is between.
-        onnx: its graph.
-        notes: for the artefacts' details: layers kept in fp32, what was tried.
-    """
-
-    module: nn.Module
-    precision: str
-    onnx: Path
-    notes: dict[str, Any]
 
 
 def build_artefacts(
@@ -156,6 +103,10 @@ def build_artefacts(
             with console.status("compile in FP8 …"):
                 found.append(_build_fp8(options, folded, variant))
             _tell(console, found[-1])
+    if options.fused:
+        with console.status("fuse …"):
+            found.append(_build_own(options, folded))
+        _tell(console, found[-1])
     if options.int8 and not options.trt:
         with console.status("quantise to INT8 …"):
             found.append(_build_int8(options, folded))
@@ -200,15 +151,6 @@ def rebuild_artefact(
     kept = {key: value for key, value in built.items() if key != "layers"}
     fresh = describe_artefact(built["kind"], path, artefact.precision, {**details, **kept})
     return verify_artefact(folder, fresh, reference)
-
-
-def describe_artefact(kind: str, path: Path, precision: str, details: dict[str, Any]) -> Artefact:
-    """Describe a file that was written, unverified, with the files beside it."""
-    beside = path.with_name(f"{path.name}.json")
-    data = path.with_name(f"{path.name}.data")
-    weights = [path.with_suffix(".bin")] if kind == "openvino" else []
-    files = tuple(file.name for file in (path, beside, data, *weights) if file.exists())
-    return Artefact(kind, path.name, precision, UNVERIFIED, files=files, details=details)
 
 
 def _describe_onnx(path: Path, precision: str, details: dict[str, Any]) -> Artefact:
@@ -389,6 +331,16 @@ def _build_fp8(options: EngineOptions, folded: FoldedModel, bf16: Variant) -> Ar
         cuda_graph=True,  # whose speed is the GPU's, not the host's
     )
     return _accept(artefact, judgement, folded)
+
+
+def _build_own(options: EngineOptions, folded: FoldedModel) -> Artefact:
+    """Write fastadapt's own operations; they are refused, not failed, if too inexact."""
+    precision = "fp16" if options.precision == "fp16" else "bf16"
+    path = folded.path(precision, fastadapt.SUFFIX)
+    model = folded.deployed(folded.module)
+    details = fastadapt.build_fused(model, path, options.batch, precision=precision)
+    found = _checked(describe_artefact("fastadapt", path, precision, details), folded)
+    return _refuse(found, folded, [found.reason]) if found.status == FAILED else found
 
 
 def _build_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:

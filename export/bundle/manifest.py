@@ -129,7 +129,10 @@ def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = 
             needed |= dict.fromkeys((artefact["path"], *artefact.get("files", ())))
             if artefact["kind"] == "openvino":  # its weights
                 needed[str(PurePosixPath(artefact["path"]).with_suffix(".bin"))] = None
-            elif artefact["kind"] in NATIVE:  # what loads it reads the file beside it
+            elif artefact["kind"] in (
+                *NATIVE,
+                "fastadapt",
+            ):  # what loads it reads the file beside it
                 needed[f"{artefact['path']}.json"] = None
     for name in needed:
         if name not in manifest["files"]:

@@ -40,9 +40,10 @@ from ..graph_input import Deployed, GraphInput, check_settings
 from ..parity import GateError, Parity, check_problems, parity_table
 from ..settings import BundleSettings
 from ..tasks import check_names
-from .build import FoldedModel, build_artefacts
+from .build import build_artefacts
 from .consistency import check_labels
 from .engine_options import EngineOptions
+from .folded_model import FoldedModel
 from .gate import BATCHES, END_TO_END, gate, model_outputs, model_outputs_fp64
 from .golden import GoldenSamples, write_golden
 from .manifest import GOLDEN, MANIFEST, MODEL, REPORT, list_files
@@ -81,18 +82,18 @@ class ExportSettings(BundleSettings):
         """Raise InputError, before any work, for settings that exclude each other or fail."""
         check_settings(self.input, self.normalize, self.resize)
         wanted = self.engines
-        others = wanted.trt or wanted.openvino or wanted.aoti or wanted.int8
+        others = wanted.trt or wanted.openvino or wanted.aoti or wanted.fused or wanted.int8
         others = others or wanted.executorch or wanted.litert or wanted.fused_attention
         if self.resize and (others or wanted.precision != "fp32"):
             raise InputError(
                 "`resize` is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
                 "leave out `trt`, `openvino`, `executorch`, `litert`, `fused_attention`, `aoti`, "
-                "`int8`, `fp8` and `precision`, or resize before the graph"
+                "`fused`, `int8`, `fp8` and `precision`, or resize before the graph"
             )
-        if self.with_features and (wanted.trt or wanted.int8 or wanted.fp8):
+        if self.with_features and (wanted.trt or wanted.fused or wanted.int8 or wanted.fp8):
             raise InputError(
                 "`with_features` is for ONNX files and .pt2 in fp32, fp16 and bf16: leave out "
-                "`trt`, `int8` and `fp8`"
+                "`trt`, `fused`, `int8` and `fp8`"
             )
         wanted.check()
 

@@ -148,7 +148,14 @@ class ArtefactEntry(Part):
     """A file that runs."""
 
     kind: Literal[
-        "onnx", "openvino", "tensorrt", "tensorrt_rtx", "aotinductor", "executorch", "litert"
+        "onnx",
+        "openvino",
+        "tensorrt",
+        "tensorrt_rtx",
+        "aotinductor",
+        "fastadapt",
+        "executorch",
+        "litert",
     ]
     path: FileName | None
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
