@@ -62,6 +62,13 @@ def scaling_figures() -> set[str]:
     return {f"{row['step, ms']:.2f} ms" for row in tables["weak scaling"]}
 
 
+def fused_figures() -> set[str]:
+    """Return how many times as fast as torch.compile the fused runtime is, at its best."""
+    models = read("nvidia-h100-80gb-hbm3/fused-runtime.json")["models"].values()
+    rows = [row for model in models for batch, row in model.items() if batch.isdecimal()]
+    return {f"{max(row.values()) / row['compiled']:.2f}" for row in rows}
+
+
 def task_figures() -> set[str]:
     """Return what passes of graphs of several tasks take, and their files."""
     rows, found = read("tasks-cpu.json")["rows"], set[str]()
@@ -106,6 +113,7 @@ def test_gdpls_table():
 def test_every_figure_is_known(document: Path):
     known = demo_figures() | gdpl_figures() | prediction_figures() | limits() | DEFINITIONS
     known |= scaling_figures() | campaign_figures() | task_figures()
+    known |= {f"{times}×" for times in fused_figures()}
     for line in prose(document).splitlines():
         for figure in FIGURE.findall(re.sub("`[^`]*`", "", line)):
             assert figure in known, f"{figure} in: {line}"
