@@ -79,7 +79,7 @@ def forward(
         view.parts[0],
         view.repeats,
         view.channels,
-        float(x.numel() // view.channels),
+        x.numel() // view.channels,
         momentum,
         eps,
         RUNNING=running is not None,

@@ -13,6 +13,7 @@ import torch
 
 from fastadapt.kernels import layer_norm, layer_norm_mean, layer_norm_twice, residual_mlp
 from tests.helpers import (
+    batch_norm_calls,
     cluster_attention_cases,
     depthwise_calls,
     quaternion_calls,
@@ -28,6 +29,7 @@ _OPERATIONS: dict[str, Callable[..., list[str]]] = {
     "layer_norm_mean": partial(row_operations.random_case, layer_norm_mean),
     "residual_mlp": partial(row_operations.random_case, residual_mlp),
     "depthwise_conv2d": depthwise_calls.random_case,
+    "batch_norm_act": batch_norm_calls.random_case,
 }
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastadapt.kernels import batch_norm_act, batch_norm_act_reference
-from tests.helpers.kernel_checks import gpu, interpreted
+from tests.helpers.batch_norm_calls import random_case
+from tests.helpers.kernel_checks import FIRST_CASE, RANDOM_CASES, gpu, interpreted
 
 # batch, channels, height, width, activation, running statistics
 CASES = [
@@ -90,3 +91,17 @@ def test_what_does_not_fit_is_refused(shapes, options, message):
     x, weight = (torch.randn(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         batch_norm_act(x, weight, weight, **options)
+
+
+@interpreted
+def test_interpreted_random():
+    for case in (0, 1, 34):
+        assert random_case(case, "cpu", small=True) == []
+
+
+@gpu
+def test_gpu_random():
+    """FASTADAPT_RANDOM_CASES calls with random sizes, dtypes and strides."""
+    cases = range(FIRST_CASE, FIRST_CASE + RANDOM_CASES)
+    wrong = [", ".join(found) for case in cases if (found := random_case(case))]
+    assert not wrong, "\n".join(wrong)
