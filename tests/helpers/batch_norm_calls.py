@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.kernels import batch_norm_act, batch_norm_act_reference
+from fastadapt.kernels.batch_norm_act.reference import ACTIVATIONS
 from tests.helpers.kernel_checks import beyond_pytorch, output_and_gradients
 
 NAMES = ("y", "x", "weight", "bias", "running_mean", "running_var")
@@ -35,6 +36,8 @@ def random_case(case: int, device: str = "cuda", *, small: bool = False) -> list
     batch, activation = choose.randint(1, 32), choose.choice(list(KINKS))
     keeps, kind = choose.random() < 0.7, choose.choice(KINDS)
     momentum, eps = choose.choice([0.0, 0.1, 1.0]), choose.choice([1e-5, 1e-3])
+    if keeps:  # PyTorch demands one dtype of weights and running statistics on a GPU
+        weight_dtype = torch.float32
     if small:
         dtype, weight_dtype = (
             (torch.float16, torch.float32) if dtype.itemsize == 2 else (dtype,) * 2
@@ -77,7 +80,8 @@ def random_case(case: int, device: str = "cuda", *, small: bool = False) -> list
     truth = results(batch_norm_act_reference, torch.float64)
     theirs = results(batch_norm_act_reference)
     ours = results(partial(batch_norm_act, backend="triton"))
-    found = beyond_pytorch(NAMES[: len(ours)], ours, theirs, truth, dtype)
+    cancels = cancellation(x, weight, bias, g, eps, activation)
+    found = beyond_pytorch(NAMES[: len(ours)], ours, theirs, truth, dtype, cancellation=cancels)
     if found:
         sizes = (batch, channels, height, width, activation, keeps, momentum, eps)
         found.insert(0, f"case {case}: {sizes, dtype, weight_dtype, kind}")
@@ -95,3 +99,23 @@ def away_from_kinks(
     for kink in kinks:
         g = torch.where((y - kink).abs() < near, 0, g)
     return g
+
+
+def cancellation(
+    x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, eps: float, activation: str
+) -> dict[str, float]:
+    """Norms of the terms of both gradients' sums over pixels, by the norms of the sums; in fp64."""
+    x = x.detach().double()
+    ones = x.new_ones(x.shape[1])
+    normal = batch_norm_act_reference(x, ones, 0 * ones, eps=eps)
+    # A weight and a bias for each value: their gradients are the value's terms.
+    leaves = [
+        t.detach().double()[:, None, None].expand_as(x).clone().requires_grad_()
+        for t in (weight, bias)
+    ]
+    y = ACTIVATIONS[activation](normal * leaves[0] + leaves[1])
+    terms = torch.autograd.grad(y, leaves, g.double())
+    return {
+        name: float(t.norm() / t.sum((0, 2, 3)).norm().clamp_min(1e-300))
+        for name, t in zip(("weight", "bias"), terms, strict=True)
+    }

@@ -1,5 +1,6 @@
 """Ray Data on this machine, for real: two workers, of which one is killed in the middle."""
 
+import functools
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from fastadapt.export.predict import job, part_maker, ray_executor
 from fastadapt.export.predict.settings import PredictSettings, WorkSettings
 from tests.helpers.command import command
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 
 
 def workers():
@@ -45,6 +46,8 @@ def test_a_killed_worker_changes_nothing(made, tmp_path, monkeypatch):
         )
         return PredictSettings(model=str(made / "bundle"), logits=True), given
 
+    # Ray counts GPUs and asks for none: it gives workers with a GPU other options.
+    monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_gpus=2))
     killed, real = [], ray_executor.RayPool.run
 
     def run(pool, todo, advance):
