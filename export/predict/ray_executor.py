@@ -153,7 +153,7 @@ class RayPool:
         mapped = data.from_arrow_refs(blocks).map_batches(
             RayWorker,
             fn_constructor_args=(self._request, self._work.batch, self._workers),
-            batch_size=None,  # a block, which is a part
+            batch_size=part_size(self._work.batch),  # Ray demands a number for workers with GPUs
             batch_format="numpy",
             num_cpus=1,
             num_gpus=self._gpus,
