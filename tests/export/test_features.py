@@ -129,7 +129,7 @@ def test_the_modules_agree_in_every_precision(folded_model):
 
 
 def test_what_has_no_features_to_give(made, bundle, tmp_path):
-    with pytest.raises(fa.InputError, match="leave out `trt`, `int8` and `fp8`"):
+    with pytest.raises(fa.InputError, match="leave out `trt`, `fused`, `int8` and `fp8`"):
         export_run(
             made / "run",
             tmp_path / "out",
