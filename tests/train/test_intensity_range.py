@@ -63,7 +63,8 @@ def test_a_run_records_what_its_images_were_read_with(tmp_path, camera, setting,
 
 
 def test_a_bundle_reads_as_the_training_did(tmp_path, camera):
-    run(camera, tmp_path / "run", "auto", val_fraction=0.4)
+    # Without the average, after which all logits of so short a run are nearly the same.
+    run(camera, tmp_path / "run", "auto", val_fraction=0.4, ema=0.0)
     export_run(tmp_path / "run", tmp_path / "bundle", speed=False)
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["preprocessing"]["intensity_range"] == [0, 4095]
