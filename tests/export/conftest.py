@@ -25,6 +25,7 @@ from fastadapt.export.runtimes import load_runtime
 from fastadapt.lora import LoRAConfig, lora_layers
 from tests.helpers.imagesets import CLASSES, make_folders
 from tests.helpers.onnx_registry import keep_onnx_registry
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 keep_onnx_registry()
 
@@ -48,10 +49,10 @@ def made(tmp_path_factory):
     """Make a run as training leaves it, its images, and the bundle made of it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("made")
-    backbone = timm.create_model("test_vit", num_classes=0, img_size=32)
+    backbone = timm.create_model(SHALLOW_VIT, num_classes=0, img_size=32)
     torch.save(backbone.state_dict(), folder / "weights.pth")
     config = fa.AdaptConfig(rank=8, num_centers=3, lora=LoRAConfig(r=2), input_size=SIZE)
-    model = fa.adapt("test_vit", config, 2, weights=str(folder / "weights.pth"))
+    model = fa.adapt(SHALLOW_VIT, config, 2, weights=str(folder / "weights.pth"))
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B["all"], std=0.3)
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg).to_dict()
@@ -171,7 +172,7 @@ def tuned_bundles(tmp_path_factory):
     """Make a fine-tuned timm model, images of many kinds, and its bundles with every input."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("made")
-    model = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    model = timm.create_model(SHALLOW_VIT, num_classes=3, img_size=32).eval()
     torch.nn.init.normal_(model.head.weight, std=0.5)
     torch.save(model.state_dict(), folder / "tuned.pth")
     make_folders(folder / "images", per_class=4)
@@ -181,7 +182,7 @@ def tuned_bundles(tmp_path_factory):
         "resize": {"resize": True},
     }.items():
         export_timm(
-            "test_vit",
+            SHALLOW_VIT,
             folder / name,
             checkpoint=folder / "tuned.pth",
             image_size=32,

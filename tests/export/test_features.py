@@ -18,6 +18,7 @@ from fastadapt.files import read_json, read_tensors, write_tensors
 from fastadapt.symmetries import symmetric_views
 from tests.helpers.bundles import reseal
 from tests.helpers.command import command
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_a_bundle_embeds_and_predicts_with_embeddings(made, bundle, tmp_path, mo
 
 def test_features_of_a_run_with_tta_are_means_over_views(made, tmp_path, monkeypatch):
     config = fa.AdaptConfig(rank=8, num_centers=3, input_size=(3, 32, 32), tta="dihedral")
-    model = fa.adapt("test_vit", config, 2, weights=str(made / "weights.pth")).eval()
+    model = fa.adapt(SHALLOW_VIT, config, 2, weights=str(made / "weights.pth")).eval()
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
     run, out = tmp_path / "run", tmp_path / "out.jsonl"
     labels = ["crack", "good"]
@@ -138,7 +139,7 @@ def test_what_has_no_features_to_give(made, bundle, tmp_path):
         )
     with pytest.raises(fa.InputError, match="its output is the features"):
         export_timm(
-            "test_vit",
+            SHALLOW_VIT,
             tmp_path / "out",
             checkpoint=made / "weights.pth",
             image_size=32,

@@ -4,11 +4,12 @@ import pytest
 
 from fastadapt.bench.suites import cpu_runtimes, deployment
 from fastadapt.bench.suites.cpu_runtimes import RIVAL, Provider, Results
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(cpu_runtimes, "SUBJECTS", (deployment.Subject("ViT", "test_vit", 1e9),))
+    monkeypatch.setattr(cpu_runtimes, "SUBJECTS", (deployment.Subject("ViT", SHALLOW_VIT, 1e9),))
     monkeypatch.setattr(deployment, "SIZE", 160)
     monkeypatch.setattr(cpu_runtimes, "SECONDS", 0.01)
 
@@ -36,19 +37,20 @@ def test_runtimes_take_turns(small, monkeypatch):
 
 def write_wrong(files, path):
     """Convert a model of other weights."""
-    other = files.folder / f"other-{path.stem}.onnx"
-    folded = files.model.model
-    for parameter in folded.head.parameters():
-        parameter.data = 1 - 2 * parameter.data
-    deployment.export_onnx(
-        folded, other, input_size=(3, 160, 160), graph_input=deployment.graph_input()
-    )
+    other = files.folder / "other.onnx"
+    if not other.exists():
+        folded = files.model.model
+        for parameter in folded.head.parameters():
+            parameter.data = 1 - 2 * parameter.data
+        deployment.export_onnx(
+            folded, other, input_size=(3, 160, 160), graph_input=deployment.graph_input()
+        )
     return cpu_runtimes.openvino.convert(other, path, files.batch)
 
 
 def test_ratios_are_those_of_a_round():
     rates = {RIVAL: {1: [10.0, 5.0, 10.0]}, "Other": {1: [14.0, 6.0, 15.0]}}
-    found = Results(deployment.Subject("ViT", "test_vit", 1e9), rates)
+    found = Results(deployment.Subject("ViT", SHALLOW_VIT, 1e9), rates)
     rows = found.rows((1,))
     assert (rows[1]["1"], rows[1]["1, ratio"]) == ("14", "1.40")
     assert rows[2]["1, ratio"] == "1.3: met"

@@ -7,9 +7,10 @@ from fastadapt.bench import harness
 from fastadapt.bench.suites import deployment
 from fastadapt.export.precision.fp8 import Float8Linear
 from fastadapt.export.runtimes import load_runtime
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 SUBJECTS = (
-    deployment.Subject("ViT", "test_vit", 1e9, {8: (7_100, 8_000)}, {8: (14_000,)}),
+    deployment.Subject("ViT", SHALLOW_VIT, 1e9, {8: (7_100, 8_000)}, {8: (14_000,)}),
     deployment.Subject("ConvNeXt", "test_convnext", 1e9),
 )
 
@@ -159,7 +160,7 @@ def test_fp8_is_prepared(small, tmp_path, monkeypatch, subject):
     ((model, path, precision),) = built
     assert (path.name, precision) == ("model.fp8.pt2", "fp8")
     layers = [module for module in model.modules() if isinstance(module, Float8Linear)]
-    assert len(layers) > 10
+    assert len(layers) == {"ViT": 10, "ConvNeXt": 18}[subject.title]
     images = deployment.make_images(4)
     with torch.no_grad():
         want = deployment.with_graph_input(deployment.make_model(subject))(images).numpy()

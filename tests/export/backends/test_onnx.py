@@ -1,10 +1,12 @@
 import json
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
 import timm
 import torch
+from timm.models import mobilenetv3
 from torch import nn
 
 import fastadapt as fa
@@ -30,6 +32,18 @@ def video():
     )
 
 
+def mobilenet():
+    """MobileNetV3 with a block of each kind: ReLU, hard swish, squeeze and excitation."""
+    blocks = ["ds_r1_k3_s2_e1_c16_se0.25_nre"], ["ir_r1_k5_s2_e4_c24_se0.25"], ["cn_r1_k1_s1_c48"]
+    excite = {"gate_layer": "hard_sigmoid", "force_act_layer": nn.ReLU}
+    return mobilenetv3.MobileNetV3(
+        mobilenetv3.decode_arch_def(blocks),
+        num_features=64,
+        act_layer=nn.Hardswish,
+        se_layer=partial(mobilenetv3.SqueezeExcite, **excite),
+    )
+
+
 def timm_model(name, **kwargs):
     return lambda: timm.create_model(name, **kwargs)
 
@@ -42,10 +56,10 @@ BACKBONES = {
     "vit": (timm_model("vit_tiny_patch16_224", **VIT), (3, 32, 32)),
     "beit": (timm_model("beit_base_patch16_224", **{**VIT, "patch_size": 16}), (3, 32, 32)),
     "swin": (timm_model("swin_tiny_patch4_window7_224", **SWIN), (3, 56, 56)),
-    "convnext": (timm_model("test_convnext"), (3, 64, 64)),
+    "convnext": (timm_model("test_convnext", depths=(1, 1, 1, 1)), (3, 64, 64)),
     "efficientnet": (timm_model("test_efficientnet"), (3, 64, 64)),
     "resnet": (timm_model("test_resnet"), (3, 64, 64)),
-    "mobilenet": (timm_model("mobilenetv3_small_050"), (3, 64, 64)),
+    "mobilenet": (mobilenet, (3, 64, 64)),
     "layer scale": (timm_model("deit3_small_patch16_224", **ONE_BLOCK), (3, 32, 32)),
     "two class tokens": (timm_model("deit_tiny_distilled_patch16_224", **ONE_BLOCK), (3, 32, 32)),
     "registers": (timm_model("vit_small_patch14_reg4_dinov2", **TINY_14), (3, 28, 28)),

@@ -98,7 +98,7 @@ def test_int8_that_is_refused_leaves_nothing(calibrated, monkeypatch):
     assert names == {"model.onnx", "model.fp32.xml", "model.fp32.bin"}
 
 
-def test_a_bundle_runs_it(made, tmp_path, monkeypatch):
+def test_a_bundle_runs_it(made, tmp_path, monkeypatch, quick):
     bundle = tmp_path / "b"
     arguments = ["export", made / "run", "--out", bundle, "--openvino", "--no-speed"]
     monkeypatch.setattr(sys, "argv", ["fastadapt", *map(str, arguments)])

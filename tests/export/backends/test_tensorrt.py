@@ -45,7 +45,7 @@ def make_folded(name):
             depths=(1, 1),
             num_heads=(1, 2),
         ),
-        "convnext": lambda: timm.create_model("test_convnext"),
+        "convnext": lambda: timm.create_model("test_convnext", depths=(1, 1, 1, 1)),
         "efficientnet": lambda: timm.create_model("test_efficientnet"),
     }[name]()
     config = fa.AdaptConfig(rank=8, num_centers=3, input_size=(3, SIZE[name], SIZE[name]))

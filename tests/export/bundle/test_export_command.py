@@ -41,7 +41,7 @@ class TestCommand:
         assert command(monkeypatch, "export", run, "--onnx", "--out", tmp_path / "b") == 0
         shown = capfd.readouterr()
         assert shown.err == ""
-        for word in ("✓ fold", "6 LoRALinear, 1 ClusterAttention", "end to end", "model.onnx"):
+        for word in ("✓ fold", "2 LoRALinear, 1 ClusterAttention", "end to end", "model.onnx"):
             assert word in shown.out
         assert command(monkeypatch, "verify", tmp_path / "b") == 0
         shown = capfd.readouterr()
@@ -77,7 +77,7 @@ class TestCommand:
             ("no config", "run is no run; expected the folder of a training, with config.json"),
             ("truncated", "adapter.safetensors is no complete safetensors file"),
             ("nan", "head.weight holds 1 values that are NaN"),
-            ("other backbone", "was trained on other weights of test_vit"),
+            ("other backbone", "was trained on other weights of test_vit_shallow"),
             ("unknown backbone", "timm has no model 'test_vitt'. Nearest: test_vit"),
             ("labels", "names 1 labels; the model has 2 classes"),
             ("few images", "has 0 images; the parity check needs at least 5"),

@@ -30,6 +30,7 @@ from fastadapt.lora import LoRAConfig
 from tests.export.conftest import SIZE, write_images
 from tests.helpers.bundles import reseal
 from tests.helpers.command import command
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 TASKS = {"grade": ["low", "mid", "high"], "artifact": ["no", "yes"]}
 ADAPTERS = {
@@ -42,7 +43,7 @@ THRESHOLD = {"criterion": "youden", "threshold": 0.45}
 def save_run(folder, name, weights, rows, **settings):
     """Write what training leaves of a task's run; classes go round with the images."""
     config = fa.AdaptConfig(input_size=SIZE, **{**ADAPTERS[name], **settings})
-    model = fa.adapt("test_vit", config, len(TASKS[name]), weights=str(weights))
+    model = fa.adapt(SHALLOW_VIT, config, len(TASKS[name]), weights=str(weights))
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg).to_dict()
     more = {"decision": THRESHOLD} if name == "artifact" else {}
     fa.save_adapter(model, folder, labels=TASKS[name], preprocess=preprocess, **more)
@@ -58,7 +59,7 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tasks")
     rows = write_images(folder / "images")
-    backbone = timm.create_model("test_vit", num_classes=0, img_size=32)
+    backbone = timm.create_model(SHALLOW_VIT, num_classes=0, img_size=32)
     torch.save(backbone.state_dict(), folder / "weights.pth")
     for name in TASKS:
         save_run(folder / name, name, folder / "weights.pth", rows)
@@ -130,9 +131,9 @@ class TestBundle:
 
     def test_the_backbone_is_in_the_file_once(self, made):
         graph = onnx.load(made / "bundle" / "model.onnx").graph
-        # One for each of the backbone's six blocks, and one of the adapter.
-        assert len([node for node in graph.node if node.op_type == "Softmax"]) == 7
-        backbone = timm.create_model("test_vit", num_classes=0, img_size=32)
+        # One for each of the backbone's two blocks, and one of the adapter.
+        assert len([node for node in graph.node if node.op_type == "Softmax"]) == 3
+        backbone = timm.create_model(SHALLOW_VIT, num_classes=0, img_size=32)
         size = 4 * sum(p.numel() for p in backbone.parameters())
         adapters = sum((made / name / "adapter.safetensors").stat().st_size for name in TASKS)
         weights = sum(len(tensor.raw_data) for tensor in graph.initializer)
@@ -326,7 +327,7 @@ REFUSED = {
     "GDPL": (lambda run: change_config(run, format=GDPL_FORMAT), "other is a GDPL run"),
     "backbone": (
         lambda run: change_config(run, backbone={"name": "test_vit2"}),
-        "grade and .*other cannot share .* backbones are test_vit and test_vit2",
+        "grade and .*other cannot share .* backbones are test_vit_shallow and test_vit2",
     ),
     "weights": (
         lambda run: change_config(run, backbone={"fingerprint": "0" * 64}),

@@ -16,6 +16,7 @@ from fastadapt.export import load
 from fastadapt.files import read_json, write_json
 from tests.helpers.command import command
 from tests.helpers.imagesets import CLASSES
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 
 def read(file):
@@ -99,14 +100,14 @@ def test_features_of_a_run(made, tmp_path, monkeypatch):
 def test_features_of_a_backbone(made, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.jsonl"
     weights = ("--weights", made / "weights.pth", "--image-size", 32)
-    args = ("embed", "test_vit", made / "images" / "good", "--out", out, *weights)
+    args = ("embed", SHALLOW_VIT, made / "images" / "good", "--out", out, *weights)
     assert command(monkeypatch, *args) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 12 and {len(row["features"]) for row in rows} == {64}
     # A folder of that name wins.
-    shutil.copytree(made / "run", tmp_path / "test_vit")
+    shutil.copytree(made / "run", tmp_path / SHALLOW_VIT)
     monkeypatch.chdir(tmp_path)
-    args = ("embed", "test_vit", made / "images" / "good", "--out", "run.jsonl")
+    args = ("embed", SHALLOW_VIT, made / "images" / "good", "--out", "run.jsonl")
     assert command(monkeypatch, *args) == 0
     assert (tmp_path / "run.jsonl").read_text() != out.read_text()
 
