@@ -17,7 +17,9 @@ def quality_of(results: dict[str, Any] | None) -> dict[str, Any] | None:
 
     Returns:
         ``split`` and ``images`` that judged, ``scores`` with ``intervals``, ``per_class``,
-        ``confusion`` and ``reliability``; ``linear_probe``; of a run ``calibration`` too, of folds
+        ``confusion`` and ``reliability``; ``linear_probe``; of a run ``calibration`` too, and of
+        one that was trained again on validation images ``refit``, their number with those of
+        training; of folds
         ``mean`` with deviations over ``runs``, and what was fitted to the ``ensemble``. ``None``
         for results of older versions.
     """
@@ -50,4 +52,6 @@ def quality_of(results: dict[str, Any] | None) -> dict[str, Any] | None:
     if isinstance(probe, dict):
         found["linear_probe"] = {name: probe.get(name) for name in SCORES}
     found["calibration"] = results.get("calibration", {})
+    if isinstance(results.get("refit"), dict):
+        found["refit"] = results["refit"].get("images")
     return found

@@ -158,6 +158,11 @@ def _quality(manifest: dict[str, Any]) -> str:
     whole = manifest.get("calibration", {}).get("ensemble", 1.0)
     said += "" if whole == 1 else f", and their mean by {whole:.3g}"
     notes = [f"Judged by {judged}.", f"Decision: {decision}. Logits are divided by {said}."]
+    if found.get("refit"):
+        images = found["refit"]
+        notes.append(f"The model was trained again on {images} images, validation among them.")
+        if found["split"] == "val":
+            notes.append("The scores are of the model before that, which had not seen them.")
     calibration = found.get("calibration", {})
     if calibration.get("note"):
         notes.append(f"The temperature is 1, since {calibration['note']}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +37,11 @@ def check_finite(loss: float, config: TrainConfig, state: State, where: str) -> 
     )
 
 
-def class_weights(dataset: Dataset, config: TrainConfig) -> Tensor | None:
-    """[num_classes], mean 1 over the training images; None without weighting."""
+def class_weights(labels: np.ndarray, dataset: Dataset, config: TrainConfig) -> Tensor | None:
+    """Return weights [num_classes], of mean 1 over the training images' ``labels``, or ``None``."""
     if config.class_weights == "none":
         return None
-    labels = [sample.label for sample in dataset.split("train")]
-    counts = torch.bincount(torch.tensor(labels), minlength=len(dataset.classes))
+    counts = torch.bincount(torch.from_numpy(labels), minlength=len(dataset.classes))
     return len(labels) / (len(counts) * counts.float())
 
 

@@ -237,6 +237,14 @@ class TrainConfig(AugmentSettings):
             ge=1,
         ),
     ] = None
+    refit: Annotated[
+        bool,
+        Setting(
+            "When validation has judged, train again on training and validation images together "
+            "for as many epochs, and keep that model.",
+            panel=TRAINING,
+        ),
+    ] = False
     views: Annotated[
         int,
         Setting(

@@ -46,7 +46,8 @@ class Work(NamedTuple):
             kept: see the class.
         """
         trained = len(dataset.split("train"))
-        features = len(dataset.samples) + trained * (config.views - 1) if cached else 0
+        viewed = trained + config.refit * len(dataset.split("val"))
+        features = len(dataset.samples) + viewed * (config.views - 1) if cached else 0
         return cls(features, trained, len(dataset.split("val")), kept)
 
 
@@ -100,14 +101,18 @@ def seconds_needed(
         adapter: likewise adapter and head.
         cached: whether stage 1 trains on cached features.
     """
-    step, both = 1 + BACKWARD, backbone + adapter
-    epoch = work.trained * step * adapter + work.validated * adapter
-    if not cached or config.full:
-        frozen = backbone * (step if config.full else 1)
-        epoch = work.trained * (frozen + step * adapter) + work.validated * both
-    total = work.features * backbone + config.epochs * epoch
-    if config.stages == 2:
-        total += config.epochs2 * (work.trained * step + work.validated) * both
+    passes = [(work.trained, work.validated)]  # images that train, and that validate
+    if config.refit:
+        passes.append((work.trained + work.validated, 0))
+    step, both, total = 1 + BACKWARD, backbone + adapter, work.features * backbone
+    for trained, validated in passes:
+        epoch = trained * step * adapter + validated * adapter
+        if not cached or config.full:
+            frozen = backbone * (step if config.full else 1)
+            epoch = trained * (frozen + step * adapter) + validated * both
+        total += config.epochs * epoch
+        if config.stages == 2:
+            total += config.epochs2 * (trained * step + validated) * both
     return total
 
 

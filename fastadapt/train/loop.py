@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,6 @@ from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.processes import ALONE, Processes
 from fastadapt.train.average import WeightAverage
-from fastadapt.train.cache_file import is_cache
 from fastadapt.train.checks import check_finite, class_weights, samples_are_independent
 from fastadapt.train.config import TrainConfig
 from fastadapt.train.estimate import Work, estimate_line
@@ -47,6 +46,8 @@ from fastadapt.train.mixing import make_mix
 from fastadapt.train.optimizer import copy_of, make_optimizer
 from fastadapt.train.phases import Phases
 from fastadapt.train.precision import precision
+from fastadapt.train.refit import InitialWeights
+from fastadapt.train.results import epoch_line
 from fastadapt.train.run_folder import (
     CACHE,
     STATE,
@@ -56,9 +57,10 @@ from fastadapt.train.run_folder import (
     write_metrics,
 )
 from fastadapt.train.schedule import Schedule
-from fastadapt.train.selection import better
+from fastadapt.train.selection import better, stalled
 from fastadapt.train.shared_sources import SharedSources
 from fastadapt.train.sources import PADDING, FeatureSource, Source, logits_of, padded
+from fastadapt.train.split_sources import REFITTED, SplitSources
 from fastadapt.train.state_saver import StateSaver
 from fastadapt.train.step import Losses, training_step
 
@@ -112,8 +114,18 @@ class Trainer:
         )
         # Convolutions on a CPU are several times as fast with channels last.
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self._images: dict[str, ImageSource] = {}
-        self._features: dict[str, FeatureSource] = {}
+        self._sources = SplitSources(
+            self.dataset,
+            self.preprocess,
+            self.config,
+            self.device,
+            self.workers,
+            str(self.amp_dtype),
+            partial(self.phases, "decode"),
+            pool=self.pool,
+            shared=self.shared,
+            processes=self.processes,
+        )
         self._average: WeightAverage | None = None
         self._say = partial(self.progress.console.print, markup=False)
         self._evaluations = Evaluations(self.config, self._autocast, self._say)
@@ -123,11 +135,33 @@ class Trainer:
         self.processes.if_stuck(self._saver.flush)
 
     def run(self) -> None:
-        """Train what is left of all stages."""
+        """Train what is left of all stages, and of the refit where one is asked for."""
         self._prepare()
+        if self.config.refit and not self.state.refit:
+            initial = InitialWeights.of(self.model, self.config)
+            self._run_stages()
+            self._begin_refit(initial)
+        self._run_stages()
+
+    def _run_stages(self) -> None:
         for stage in range(self.state.stage, self.config.stages + 1):
             with self.phases(f"stage{stage}"):
                 self._run_stage(stage)
+
+    def _begin_refit(self, initial: InitialWeights) -> None:
+        """Keep what the model gives for images that it has not seen, and go back to the start."""
+        self.load_best()
+        splits = [split for split in self._sources.splits if split != "train"]
+        logits = {split: self.final_logits(split) for split in splits}
+        self.state = State(
+            refit=True,
+            held_out=logits,
+            held_out_history=self.state.history,
+            held_out_best=self.state.best,
+        )
+        initial.restore(self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self._evaluations = Evaluations(self.config, self._autocast, self._say)
 
     def save(self) -> None:
         """Write the newest state, if it is not on disk. Only the first process has one."""
@@ -136,12 +170,12 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Compute features and decode images, as far as the stages to come need them."""
-        first = self.state.stage
-        splits = [split for split in ("train", "val", "test") if self.dataset.split(split)]
+        first, again = self.state.stage, self.config.refit and not self.state.refit
+        sources = self._sources
         images_train = not self.cached or self.config.stages == 2
         if first == 1 and self.state.epoch == 0 and not self.progress.console.quiet:
-            self._estimate(splits, images_train)
-        if self.cached and first == 1:
+            self._estimate(images_train)
+        if self.cached and (first == 1 or again):
             many = len(self.dataset.samples) >= LEAST_STEPS * GPU_BATCH_SIZE
             extraction = Extraction(
                 self.model,
@@ -149,29 +183,23 @@ class Trainer:
                 graph=many and self.config.cuda_graph == "auto",
                 say=self._say,
             )
-            for split in splits:
-                self._features[split] = self._cached_features(split, extraction)
+            sources.cache(partial(self._cached_features, extraction))
             extraction.close()
         if images_train:
-            kept = []
-            for split in splits:
-                views = split == "train" and self.config.augments
-                kept.append(self._image_source(split).decode(views))
-            total = sum(self._image_source(split).needed_bytes() for split in splits)
+            kept = [sources.decode(split) for split in sources.wholes]
             if not all(kept):
-                self._say(
-                    f"images are decoded in every epoch: {size_text(total)} is too much to keep"
-                )
+                total = size_text(sources.needed_bytes())
+                self._say(f"images are decoded in every epoch: {total} is too much to keep")
                 return
         elif self.model.config.tta != "none":  # the final evaluation sees images
-            for split in splits[1:]:
-                self._image_source(split).decode()
+            for split in sources.splits[1:]:
+                sources.images(split).decode()
         if self.pool is not None:
             self.pool.close()  # nothing is decoded from here on
 
-    def _estimate(self, splits: Sequence[str], images_train: bool) -> None:
+    def _estimate(self, images_train: bool) -> None:
         """Say how much time, memory and disk the run takes."""
-        kept = sum(self._image_source(split).needed_bytes() for split in splits if images_train)
+        kept = self._sources.needed_bytes() if images_train else 0
         work = Work.of(self.dataset, self.config, self.cached, kept)
         size = GPU_BATCH_SIZE if self.device.type == "cuda" else 2
         if line := estimate_line(self.model, self.config, work, size, self._autocast):
@@ -191,7 +219,7 @@ class Trainer:
     def final_logits(self, split: str) -> Tensor:
         """Return what :meth:`predict` does, with test-time augmentation if the model has it."""
         plain = self.model.config.tta == "none"
-        return self.predict(split, None if plain else self._image_source(split))
+        return self.predict(split, None if plain else self._sources.images(split))
 
     def predict(self, split: str, source: Source | None = None) -> Tensor:
         """Return logits [N, num_classes] fp32, on the CPU, of the images of a split.
@@ -220,7 +248,7 @@ class Trainer:
 
     def pooled_features(self, split: str) -> np.ndarray:
         """Return the means of the backbone's features of plain images [n, C], as it is now."""
-        source, parts = self._image_source(split), []
+        source, parts = self._sources.images(split), []
         batch_size = max(self.config.batch_size, EVALUATION_BATCH_SIZE)
         count = len(source.labels)
         share = self.processes.share(np.arange(count), count)
@@ -235,13 +263,15 @@ class Trainer:
     @property
     def features(self) -> dict[str, FeatureSource]:
         """The cached features by split; empty where nothing is cached, or not needed any more."""
-        return self._features
+        found = self._sources.features
+        return {split: found[split] for split in self._sources.splits if split in found}
 
     def loss(self, split: str, logits: Tensor) -> float:
         """Return the loss of logits on a split, with class weights, without label smoothing."""
         labels = torch.from_numpy(self._source(split).labels)
+        trained = np.array([sample.label for sample in self.dataset.split("train")])
         return F.cross_entropy(
-            logits, labels, weight=class_weights(self.dataset, self.config)
+            logits, labels, weight=class_weights(trained, self.dataset, self.config)
         ).item()
 
     def finish(self) -> None:
@@ -254,13 +284,8 @@ class Trainer:
 
     def remove_unused_caches(self) -> None:
         """Remove features that an earlier run in the folder computed with other settings."""
-        paths = [source.path for source in self._features.values()]
-        used = {path.resolve() for path in paths if path is not None}
-        if self.cached and not used:
-            return  # resumed in stage 2: stage 1's are unknown here
-        for path in (self.out / CACHE).glob("*.npy"):
-            if path.resolve() not in used and is_cache(path):
-                path.unlink()
+        if not self.cached or self._sources.features:  # else resumed in stage 2: 1's are unknown
+            self._sources.remove_other_caches(self.out / CACHE)
 
     def _run_stage(self, stage: int) -> None:
         state, config = self.state, self.config
@@ -287,7 +312,7 @@ class Trainer:
         count = len(self._source("train").labels)
         step = self._training_step(optimizer)
         task = self.progress.add_task(
-            f"stage {stage}",
+            self._stage,
             total=epochs * count,
             completed=state.epoch * count,
             unit="images",
@@ -295,25 +320,31 @@ class Trainer:
         )
         if stage == config.stages and self.device.type == "cuda":
             import_ahead()  # beside plans of convolutions and replays, which need no Python
-        while state.epoch < epochs and not self._stalled():
+        while state.epoch < epochs and not stalled(state, config):
             started = time.perf_counter()
             epoch = state.epoch + 1
             row: dict[str, Any] = {"stage": stage, "epoch": epoch}
             row |= self._train_epoch(epoch, step, task)
-            with self.phases("validation"), self._averaged():
-                measured = self.evaluate("val")
-            self._check_finite(measured["loss"], epoch, "validation")
-            row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
+            if not state.refit:  # which has no image left to judge by
+                with self.phases("validation"), self._averaged():
+                    measured = self.evaluate("val")
+                self._check_finite(measured["loss"], epoch, "validation")
+                row |= {f"val_{key}": measured[key] for key in ("loss", "accuracy", "macro_f1")}
             row["seconds"] = round(time.perf_counter() - started, 3)
             self._complete_epoch(row, optimizer)
         self.progress.remove_task(task)
+
+    @property
+    def _stage(self) -> str:
+        """What trains now, for a reader."""
+        return f"{'refit, ' if self.state.refit else ''}stage {self.state.stage}"
 
     def _training_step(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
         """Return the step of the present stage."""
         config, source = self.config, self._source("train")
         epochs, _, batch_size = config.of_stage(self.state.stage)
         steps = (epochs - self.state.epoch) * (len(source.labels) // batch_size)
-        weights = class_weights(self.dataset, self.config)
+        weights = class_weights(source.labels, self.dataset, self.config)
         return training_step(
             lambda inputs: logits_of(self.model, source, inputs),
             optimizer,
@@ -359,7 +390,7 @@ class Trainer:
         losses = Losses(
             lambda loss, step: self._check_finite(loss, epoch, f"step {step} of {steps}")
         )
-        self.progress.update(task, description=f"stage {stage}, epoch {epoch} of {epochs}")
+        self.progress.update(task, description=f"{self._stage}, epoch {epoch} of {epochs}")
         self.model.train()
         # One order for any number of processes, each of which has a piece of every batch.
         share = self.processes.share(order, batch_size)
@@ -399,7 +430,11 @@ class Trainer:
         }
         state.scaler = self.scaler.state_dict()
         newest = len(state.history) - 1
-        improved = state.best is None or better(state.history, newest, state.best, self.config)
+        improved = (
+            state.best is None
+            or state.refit  # of which the last epoch is kept
+            or better(state.history, newest, state.best, self.config)
+        )
         if self._average is not None:
             state.average = self._average.tensors()
         if improved:
@@ -409,16 +444,14 @@ class Trainer:
                 state.best_model = copy_of(trained_state(self.model)) if averaged else state.model
         if self.processes.first:
             self._write_epoch(row)
-        self.progress.console.print(
-            f"stage {row['stage']}  epoch {row['epoch']:3d}  train loss {row['train_loss']:.4f}  "
-            f"val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
-            f"macro-F1 {row['val_macro_f1']:.4f}  {row['seconds']:.1f} s{'  *' if improved else ''}"
-        )
+        self.progress.console.print(epoch_line(self._stage, row, improved), markup=False)
 
     def _write_epoch(self, row: dict[str, Any]) -> None:
         state = self.state
         with self.phases("saving"):
-            if self._wrote_metrics:
+            if state.refit:
+                pass  # metrics are of images that were held out
+            elif self._wrote_metrics:
                 append_metrics(self.out, row)
             else:  # anew, without epochs that a kill lost
                 write_metrics(self.out, state.history)
@@ -432,50 +465,17 @@ class Trainer:
     def _save(self, state: State) -> None:
         save_state(state, self.settings, self.out / STATE)
 
-    def _stalled(self) -> bool:
-        """Whether the stage had ``patience`` epochs without improvement."""
-        state, patience = self.state, self.config.patience
-        if patience is None or state.best is None:
-            return False
-        return min(len(state.history) - 1 - state.best, state.epoch) >= patience
-
     def _source(self, split: str) -> Source:
-        """Return a split for the present stage."""
+        """Return a split for the present stage; a refit trains on validation images, too."""
+        if self.state.refit and split == "train":
+            split = REFITTED
         if self.cached and self.state.stage == 1:
-            return self._features[split]
-        return self._image_source(split)
+            return self._sources.features[split]
+        return self._sources.images(split)
 
-    def _image_source(self, split: str) -> ImageSource:
-        if split not in self._images:
-            config, samples = self.config, self.dataset.split(split)
-            augment = config.augmentation() if split == "train" else "none"
-            if self.shared is not None:
-                self._images[split] = self.shared.images_of(samples, augment, config.seed)
-                return self._images[split]
-            self._images[split] = ImageSource(
-                samples,
-                self.preprocess,
-                self.device,
-                self.workers,
-                augment,
-                config.seed,
-                pool=self.pool,
-                timed=partial(self.phases, "decode"),
-                processes=self.processes,
-            )
-        return self._images[split]
-
-    def _cached_features(self, split: str, extraction: Extraction) -> FeatureSource:
-        if self.shared is not None:
-            return self.shared.features_of(self.dataset.split(split))
-        config, images = self.config, self._image_source(split)
-        settings = CacheSettings(
-            views=config.views if split == "train" else 1,
-            augment=images.augment,
-            seed=config.seed,
-            dtype=config.feature_dtype,
-            amp=str(self.amp_dtype),
-        )
+    def _cached_features(
+        self, extraction: Extraction, images: ImageSource, settings: CacheSettings, name: str
+    ) -> FeatureSource:
         with self.phases("features"):
             return cached_source(
                 self.model,
@@ -484,7 +484,7 @@ class Trainer:
                 settings,
                 self.progress,
                 self._autocast,
-                split,
+                name,
                 self._writers,
                 extraction,
             )

@@ -8,13 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from fastadapt.checkpoint import save_adapter, set_temperature
-from fastadapt.decision import choose_decision
+from fastadapt.decision import Decision, choose_decision
 from fastadapt.files import write_json, write_text
 from fastadapt.info import versions
 from fastadapt.train.linear_probe import LARGEST, linear_probe
 from fastadapt.train.loop import Trainer
 from fastadapt.train.request import REQUEST
 from fastadapt.train.results import (
+    DECIDED,
     TrainResult,
     calibration,
     probe_scores,
@@ -72,8 +73,11 @@ def write_outputs(trainer: Trainer, data: str, probe: dict[str, Any] | None = No
         probe: the linear probe's results, where they are known; fitted here otherwise.
     """
     trainer.load_best()
-    splits = ("val", "test") if trainer.dataset.split("test") else ("val",)
-    logits = {name: trainer.final_logits(name) for name in splits}
+    state, logits = trainer.state, dict[str, Tensor]()
+    # After a refit the model that is saved has trained on the validation images.
+    logits["val"] = state.held_out["val"] if state.refit else trainer.final_logits("val")
+    if trainer.dataset.split("test"):
+        logits["test"] = trainer.final_logits("test")
     return trainer.processes.on_first(lambda: _write(trainer, data, logits, probe))
 
 
@@ -81,8 +85,8 @@ def _write(
     trainer: Trainer, data: str, raw: dict[str, Tensor], probe: dict[str, Any] | None
 ) -> TrainResult:
     out, state, dataset = trainer.out, trainer.state, trainer.dataset
-    assert state.best is not None  # an epoch was completed
-    best = state.history[state.best]
+    history, kept = state.judged()
+    best = history[kept]
     calibrated = calibration(dataset, raw, trainer.config.calibrate)
     temperature = calibrated["temperature"]
     logits = {name: values / temperature for name, values in raw.items()}
@@ -104,6 +108,8 @@ def _write(
         "calibration": calibrated,
         "decision": decision.to_dict(),
     }
+    if state.refit:
+        results["refit"] = _refit(trainer, temperature, decision)
     if trainer.config.probe:
         with trainer.phases("probe"):
             fitted = probe or probe_scores(trainer.features, dataset.classes)
@@ -128,12 +134,12 @@ def _write(
     )
     write_text(out / LABELS, "".join(f"{name}\n" for name in dataset.classes))
     dataset.write_splits(out / SPLITS)
-    write_metrics(out, state.history)
+    write_metrics(out, history)
     # matplotlib, of which only the end has need (imports_ahead)
     from fastadapt.train.mistakes import Mistakes, draw_mistakes
     from fastadapt.train.plots import plot_curves, plot_evaluation
 
-    plot_curves(state.history, out / CURVES, state.best)
+    plot_curves(history, out / CURVES, kept)
     write_predictions(out / PREDICTIONS, dataset, logits, decision)
     held_out = list(raw)[-1]
     labels = np.array([sample.label for sample in dataset.split(held_out)])
@@ -161,3 +167,19 @@ def _write(
     (out / STATE).unlink(missing_ok=True)
     (out / REQUEST).unlink(missing_ok=True)
     return TrainResult(out, best, results)
+
+
+def _refit(trainer: Trainer, temperature: float, decision: Decision) -> dict[str, Any]:
+    """Say what a refit trained on, and how good the model before it is on test images."""
+    dataset, state = trainer.dataset, trainer.state
+    found: dict[str, Any] = {
+        "images": len(dataset.split("train", "val")),
+        "train_loss": state.history[-1]["train_loss"],
+    }
+    if "test" in state.held_out:
+        raw = state.held_out["test"]
+        scores = split_scores(
+            dataset, "test", raw / temperature, trainer.loss("test", raw), decision
+        )
+        found["held_out_test"] = {name: scores[name] for name in ("loss", *DECIDED)}
+    return found

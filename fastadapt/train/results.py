@@ -179,6 +179,9 @@ def summary_table(result: TrainResult) -> Table:
     for split in ("val", "test"):
         if split in result.results:
             table.add_row(split, score_line(result.results[split]))
+    if "refit" in result.results:
+        images = result.results["refit"]["images"]
+        table.add_row("saved", f"trained again on {images} images; val is of the model before that")
     probe = result.results.get("linear_probe", {})
     for split in ("test", "val"):
         if split in probe:
@@ -192,6 +195,23 @@ def summary_table(result: TrainResult) -> Table:
         table.add_row("decision", str(decision))
     table.add_row("run", str(result.out))
     return table
+
+
+def epoch_line(stage: str, row: dict[str, Any], kept: bool) -> str:
+    """Return what an epoch gave in one line.
+
+    Args:
+        stage: its name.
+        row: the line of ``metrics.jsonl``; without validation where a refit has none.
+        kept: whether it is the best so far.
+    """
+    line = f"{stage}  epoch {row['epoch']:3d}  train loss {row['train_loss']:.4f}  "
+    if "val_loss" not in row:
+        return f"{line}{row['seconds']:.1f} s"
+    return (
+        f"{line}val loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}  "
+        f"macro-F1 {row['val_macro_f1']:.4f}  {row['seconds']:.1f} s{'  *' if kept else ''}"
+    )
 
 
 def score_line(found: dict[str, Any]) -> str:

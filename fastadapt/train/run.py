@@ -324,6 +324,8 @@ class Prepared:
         # The trained weights do not depend on these.
         for name in ("cuda_graph", "probe", "calibrate", "threshold", "abstain"):
             del settings[name]
+        if not config.refit:
+            del settings["refit"]  # which runs of older versions do not know
         return settings if self.init is None else {**settings, "init": self.init}
 
 
@@ -414,7 +416,8 @@ def _state_of(
     if where.resume and (out / STATE).is_file():
         state, then = load_state(out / STATE)
         check_settings(settings, then, out)
-        say(f"resuming after epoch {state.epoch} of stage {state.stage}")
+        refit = " of the refit" if state.refit else ""
+        say(f"resuming after epoch {state.epoch} of stage {state.stage}{refit}")
     elif where.resume:
         results = finished_results(out, settings)
         if results is not None:

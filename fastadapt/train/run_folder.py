@@ -36,6 +36,16 @@ PREDICTIONS = "predictions.csv"
 CURVES, EVALUATION, MISTAKES = "curves.png", "evaluation.png", "mistakes.png"
 CACHE = "cache"
 STATE_FORMAT = "fastadapt-state"
+NUMBERS = (  # of a state, beside its tensors
+    "stage",
+    "epoch",
+    "history",
+    "best",
+    "scaler",
+    "refit",
+    "held_out_history",
+    "held_out_best",
+)
 PROFILE = "profile.json"
 OURS = {CONFIG, WEIGHTS, STATE, SPLITS, LABELS, METRICS, RESULTS, PREDICTIONS, CURVES, CACHE}
 OURS |= {PROFILE, REQUEST, EVALUATION, MISTAKES}
@@ -54,6 +64,10 @@ class State:
         optimizer: state of the optimizer, by parameter index and name.
         scaler: state of the gradient scaler (fp16 only).
         average: moving average of the trained parameters after that epoch, where one is kept.
+        refit: whether the model trains again, on validation images, too: all of the above is then
+            that of the refit.
+        held_out: logits [N, K] by split of the model that did not train on them.
+        held_out_history, held_out_best: its epochs, and which of them is kept.
     """
 
     stage: int = 1
@@ -65,6 +79,17 @@ class State:
     optimizer: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    refit: bool = False
+    held_out: dict[str, Tensor] = field(default_factory=dict)
+    held_out_history: list[dict[str, Any]] = field(default_factory=list)
+    held_out_best: int | None = None
+
+    def judged(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the epochs that validation judged, and which of them it chose."""
+        found = self.held_out_history, self.held_out_best
+        history, best = found if self.refit else (self.history, self.best)
+        assert best is not None  # an epoch was completed
+        return history, best
 
 
 def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
@@ -72,9 +97,10 @@ def save_state(state: State, settings: dict[str, Any], path: Path) -> None:
     tensors = {f"model.{name}": t for name, t in state.model.items()}
     tensors |= {f"best.{name}": t for name, t in state.best_model.items()}
     tensors |= {f"average.{name}": t for name, t in state.average.items()}
+    tensors |= {f"held_out.{name}": t for name, t in state.held_out.items()}
     for index, values in state.optimizer.items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in values.items()}
-    numbers = {key: getattr(state, key) for key in ("stage", "epoch", "history", "best", "scaler")}
+    numbers = {key: getattr(state, key) for key in NUMBERS}
     metadata = {"state": json.dumps(numbers), "settings": json.dumps(settings)}
     metadata |= {"format": STATE_FORMAT, "sha256": _hash(tensors, metadata)}
     write_tensors(path, tensors, metadata)
@@ -110,6 +136,7 @@ def load_state(path: Path) -> tuple[State, dict[str, Any]]:
             state.optimizer.setdefault(int(index), {})[key] = tensor
         else:
             kinds = {"model": state.model, "best": state.best_model, "average": state.average}
+            kinds["held_out"] = state.held_out
             kinds[kind][rest] = tensor
     return state, settings
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.run_folder import State
 
 
 def better(history: Sequence[dict[str, Any]], one: int, other: int, config: TrainConfig) -> bool:
@@ -18,6 +19,13 @@ def better(history: Sequence[dict[str, Any]], one: int, other: int, config: Trai
         config: says by which metric, and what tells equal epochs apart.
     """
     return _rank(history, one, config) > _rank(history, other, config)
+
+
+def stalled(state: State, config: TrainConfig) -> bool:
+    """Return whether the stage had ``patience`` epochs without improvement."""
+    if config.patience is None or state.best is None or state.refit:
+        return False
+    return min(len(state.history) - 1 - state.best, state.epoch) >= config.patience
 
 
 def _rank(history: Sequence[dict[str, Any]], index: int, config: TrainConfig) -> tuple[float, ...]:

@@ -19,6 +19,8 @@ def test_time_is_that_of_all_passes():
     assert cached == pytest.approx(100 * 0.1 + 10 * (60 * 3 + 20) * 0.01)
     both = seconds_needed(WORK, replace(config, stages=2), 0.1, 0.01, True)
     assert both == pytest.approx(cached + 2 * (60 * 3 + 20) * 0.11)
+    again = seconds_needed(WORK, replace(config, refit=True), 0.1, 0.01, True)
+    assert again == pytest.approx(cached + 10 * 80 * 3 * 0.01)
     fresh = seconds_needed(WORK._replace(features=0), config, 0.1, 0.01, False)
     assert fresh == pytest.approx(10 * (60 * (0.1 + 0.03) + 20 * 0.11))
 
