@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import pytest
 
 import fastadapt as fa
 from fastadapt import cli
+from fastadapt.bench.protocol import Tables
+from fastadapt.bench.suites import prompt_learner
 
 HEAVY = ("torch", "timm", "torchvision", "numpy", "onnx", "onnxruntime", "matplotlib", "triton")
 
@@ -60,17 +63,17 @@ def test_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", fa.__version__)
 
 
-def test_info_names_versions_and_backends():
-    done = fastadapt("info")
-    assert done.returncode == 0
+def test_info_names_versions_and_backends(command):
+    code, out, _ = command("info")
+    assert code == 0
     for word in ("torch", "backend", "CPUExecutionProvider"):
-        assert word in done.stdout
-    assert "auto: Triton for CUDA tensors" in " ".join(done.stdout.split())
+        assert word in out
+    assert "auto: Triton for CUDA tensors" in " ".join(out.split())
 
 
-def test_info_as_json():
-    environment = {**os.environ, "FASTADAPT_BACKEND": "tritn"}
-    found = json.loads(fastadapt("info", "--json", env=environment).stdout)
+def test_info_as_json(command, monkeypatch):
+    monkeypatch.setenv("FASTADAPT_BACKEND", "tritn")
+    found = json.loads(command("info", "--json")[1])
     assert found["versions"]["fastadapt"] and found["devices"][0].startswith("cpu")
     assert found["backend"] == "FASTADAPT_BACKEND is 'tritn'; expected auto, triton or reference"
 
@@ -92,12 +95,25 @@ def test_a_value_that_is_no_choice_is_one_line(command):
 
 def test_output_that_cannot_be_shown_stops_nothing(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LANG": "C", "LC_ALL": "C"}
-    for args in (("--help",), ("train", "--help"), ("info",)):
-        done = fastadapt(*args, env=environment)
-        assert done.returncode == 0 and done.stdout, done.stderr
-    done = fastadapt("verify", str(tmp_path / "größe"), env=environment)
-    assert done.returncode == 1 and done.stderr.startswith("fastadapt: ")
-    assert done.stderr.count("\n") == 1 and "internal" not in done.stderr
+    calls = [["--help"], ["train", "--help"], ["info"], ["verify", str(tmp_path / "größe")]]
+    code = (
+        "import sys\nfrom fastadapt.__main__ import main\n"
+        f"for args in {calls}:\n"
+        "    sys.argv[1:] = args\n"
+        "    print('called', args[0])\n"
+        "    try: main()\n"
+        "    except SystemExit as end: print('ended', end.code or 0, flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    *shown, last = done.stdout.split("called ")[1:]
+    for out in shown:
+        assert out.endswith("ended 0\n") and out.count("\n") > 5, out
+    assert last == "verify\nended 1\n"
+    assert done.stderr.startswith("fastadapt: ") and "internal" not in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", ["", "tritn"])
@@ -148,16 +164,18 @@ def test_where_results_go_is_decided_before_any_work(command, tmp_path, where):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_bench_names_what_there_is_and_what_was_left_out():
-    done = fastadapt("bench", "warp_drive")
-    assert done.returncode == 1
-    assert "'warp_drive'; there are cluster_attention, cladapter" in done.stderr
+def test_bench_names_what_there_is_and_what_was_left_out(command):
+    code, _, error = command("bench", "warp_drive")
+    assert code == 1
+    assert "'warp_drive'; there are cluster_attention, cladapter" in error
 
 
-def test_bench_writes_its_results(tmp_path):
-    done = fastadapt("bench", "prompt_learner", "--quick", "--json", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_bench_writes_its_results(command, monkeypatch, tmp_path):
+    benchmark = dataclasses.replace(prompt_learner.BENCHMARK, run=lambda quick: iter([Tables({})]))
+    monkeypatch.setattr(prompt_learner, "BENCHMARK", benchmark)
+    code, _, error = command("bench", "prompt_learner", "--quick", "--json", tmp_path)
+    assert code == 0, error
     (file,) = tmp_path.glob("*/results.json")
     result = json.loads(file.read_text())["benchmarks"]["prompt_learner"]
-    command = result["environment"]["command"]
-    assert command == f"fastadapt bench prompt_learner --quick --json {tmp_path}"
+    said = result["environment"]["command"]
+    assert said == f"fastadapt bench prompt_learner --quick --json {tmp_path}"
