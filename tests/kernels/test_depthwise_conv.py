@@ -21,12 +21,12 @@ from tests.helpers.kernel_checks import (
 CASES = [
     (2, 5, 9, 7, 3, 1, 1),
     (1, 33, 10, 11, 5, 2, 2),
-    (1, 70, 6, 6, 7, 1, 3),
+    (1, 40, 6, 6, 7, 1, 3),
     (1, 4, 6, 6, 3, 2, 0),
     (2, 8, 7, 7, 5, 3, 1),
     (1, 16, 5, 4, 2, 1, 1),
     (2, 3, 9, 9, 1, 2, 0),
-    (1, 40, 12, 13, 9, 4, 4),
+    (1, 20, 12, 13, 9, 4, 4),
 ]
 # The last has remainders that the compiler once mixed up: the gradient of x was half wrong.
 LARGER = [(8, 144, 75, 75, 5, 2, 2), (4, 128, 56, 56, 7, 1, 3), (10, 16, 28, 28, 7, 3, 6)]

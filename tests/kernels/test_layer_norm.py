@@ -89,7 +89,7 @@ def test_the_mean_needs_tokens():
 @interpreted
 @OPERATIONS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(2, 9, 64), (1, 1, 40), (150, 16), (3, 5, 2, 63), (7, 8)])
+@pytest.mark.parametrize("shape", [(2, 9, 64), (1, 1, 40), (62, 16), (3, 5, 2, 63), (7, 8)])
 def test_interpreted_shapes(operation, shape, dtype, poisoned_empty, few_programs):
     args, g = make(operation, shape, None, dtype)
     row_operations.assert_as_exact_as_pytorch(operation, args, g)
@@ -148,7 +148,7 @@ def assert_sum_and_norm(shape, stream, dtype, device="cpu"):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(2, 9, 64), (150, 16), (3, 5, 2, 63)])
+@pytest.mark.parametrize("shape", [(2, 9, 64), (62, 16), (3, 5, 2, 63)])
 def test_interpreted_addition(shape, dtype, poisoned_empty):
     for stream in (torch.float32, dtype):
         assert_sum_and_norm(shape, stream, dtype)

@@ -79,7 +79,7 @@ def test_shapes_that_do_not_fit(name, shape, message):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("shape", "hidden"),
-    [((2, 9, 64), 256), ((1, 1, 40), 96), ((150, 16), 17), ((3, 5, 2, 63), 65), ((7, 8), 1)],
+    [((2, 9, 64), 256), ((1, 1, 40), 96), ((62, 16), 17), ((3, 5, 2, 63), 65), ((7, 8), 1)],
 )
 def test_interpreted_shapes(shape, hidden, dtype, poisoned_empty, few_programs):
     args, g = make(residual_mlp, shape, hidden, dtype)
@@ -128,7 +128,7 @@ def assert_medians_are_as_exact_as_pytorch(shape, hidden, dtype, draws, device="
 
 @interpreted
 def test_interpreted_one_hidden_unit_by_medians():
-    assert_medians_are_as_exact_as_pytorch((20, 16), 1, torch.float16, draws=21)
+    assert_medians_are_as_exact_as_pytorch((20, 16), 1, torch.float16, draws=11)
 
 
 # A linear layer with GELU, which has no gradient
@@ -146,7 +146,7 @@ def assert_product_with_gelu(shape, hidden, dtype, device="cpu"):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(2, 9, 64), (150, 16), (3, 5, 2, 63)])
+@pytest.mark.parametrize("shape", [(2, 9, 64), (62, 16), (3, 5, 2, 63)])
 def test_interpreted_linear_gelu(shape, dtype, poisoned_empty):
     assert_product_with_gelu(shape, 33, dtype)
 
