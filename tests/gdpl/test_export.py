@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     source = save_source(folder / "clip")
     data = make_colours(folder / "data", NAMES)
     config = GDPLTrainConfig(shots=2, epochs=1, lr=0.05, optimizer="adamw", val_fraction=0.4)
-    train_gdpl(data, folder / "run", source, config, GDPLConfig(depth=3, rank_depth=2))
+    train_gdpl(data, folder / "run", source, config, GDPLConfig(depth=2, rank_depth=1))
     return folder / "run"
 
 
@@ -198,7 +198,7 @@ class TestDomainInput:
 
     def test_features_that_were_computed_before(self, run, tmp_path):
         source = replace(save_source(tmp_path / "clip"), domain_encoder=WIDTH)
-        model = randomize(source.create(NAMES, GDPLConfig(depth=3, rank_depth=2)))
+        model = randomize(source.create(NAMES, GDPLConfig(depth=2, rank_depth=1)))
         save_gdpl(model, tmp_path / "model", source)
         images = tmp_path / "images"
         make_colours(images, NAMES, count=2)

@@ -114,7 +114,7 @@ def test_the_deviation_is_numpy_s():
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gdpl")
-    return save_source(folder / "clip"), make_colours(folder / "data", NAMES, count=12)
+    return save_source(folder / "clip", layers=3), make_colours(folder / "data", NAMES, count=12)
 
 
 def test_a_run(places, tmp_path, monkeypatch, capsys):

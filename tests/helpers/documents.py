@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.helpers.gdpl_models import tiny_clip
 from tests.helpers.imagesets import make_folders
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -20,7 +21,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETUP = re.compile(r"<!-- test: ((?:(?!-->).)*) -->\n\Z", re.DOTALL)
 GENERATED = re.compile(r"<!-- bench: .*?<!-- /bench -->", re.DOTALL)
 # Small models that stand in for those that snippets name.
-STAND_INS = {"vit_": "test_vit", "convnext_": "test_convnext"}
+STAND_INS = {"vit_": SHALLOW_VIT, "convnext_": "test_convnext"}
 
 
 @dataclass(frozen=True)
@@ -102,5 +103,5 @@ def write_bundle(folder: Path) -> Path:
 
     data = make_folders(folder / "data", 16, classes=("lying", "upright"))
     config = fa.AdaptConfig(num_centers=2, rank=4, mlp_ratio=0.5)
-    train(data, folder / "run", "test_vit", TrainConfig(epochs=1), config, pretrained=False)
+    train(data, folder / "run", SHALLOW_VIT, TrainConfig(epochs=1), config, pretrained=False)
     return export_run(folder / "run", folder / "bundle", speed=False).bundle

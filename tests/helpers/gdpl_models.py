@@ -68,12 +68,12 @@ def tiny_clip(layers):
     return pytest.importorskip("open_clip").CLIP(**tiny_config(layers)).eval()
 
 
-def save_source(folder):
+def save_source(folder, layers=2):
     """Save a random CLIP model and a random domain encoder as files, for training by name."""
-    config = tiny_config(layers=3)
+    config = tiny_config(layers)
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    save_file(tiny_clip(layers=3).state_dict(), folder / "open_clip_model.safetensors")
+    save_file(tiny_clip(layers).state_dict(), folder / "open_clip_model.safetensors")
     encoder = timm.create_model("test_efficientnet", num_classes=0)
     save_file(encoder.state_dict(), folder / "encoder.safetensors")
     return GDPLSource(

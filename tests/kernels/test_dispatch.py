@@ -96,6 +96,8 @@ def test_kernels_compile_without_the_gpu(target, tmp_path):
         device_has = gpus.GPUS[capability][1]
         kernels = set()
         for name, call in gpus.calls(few=True).items():
+            if capability != 90 and name.startswith("quaternion_linear(8, "):
+                continue  # smaller blocks of a kernel that more rows launch there, too
             for launch in gpus.compiled(
                 call, capability, assemble=True, cache=tmp_path, target=target
             ):

@@ -12,6 +12,7 @@ from fastadapt.train import loop as trainer
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers.cuda_graphs import StandIn, count_replays, near, rows_of
 from tests.helpers.imagesets import make_folders
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48), proj_drop=0.2)
 # 18 training images: two batches of eight and an odd one.
@@ -36,7 +37,7 @@ SMALL_DATA = replace(
 SLOW = replace(CONFIG, lr=3e-4, lr2=1e-5)
 
 
-def run(data, out, config=CONFIG, backbone="test_vit", **options):
+def run(data, out, config=CONFIG, backbone=SHALLOW_VIT, **options):
     options = {"workers": 1, "save_every": 0, **options}
     train(data, out, backbone, config, ADAPT, pretrained=False, **options)
     return read_tensors(out / "adapter.safetensors")[0], rows_of(out)

@@ -19,6 +19,7 @@ from fastadapt.train.loop import Trainer
 from fastadapt.train.run import train
 from tests.helpers.imagesets import make_folders
 from tests.helpers.processes import run_processes
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 pytestmark = pytest.mark.forks
 
@@ -36,7 +37,7 @@ def data(tmp_path_factory):
 
 def run(data, out, config=CONFIG, **options):
     return train(
-        data, out, "test_vit", config, ADAPT, pretrained=False, workers=1, save_every=0, **options
+        data, out, SHALLOW_VIT, config, ADAPT, pretrained=False, workers=1, save_every=0, **options
     )
 
 

@@ -22,6 +22,7 @@ from fastadapt.train import loop as trainer
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers import warm_process
 from tests.helpers.imagesets import CLASSES, make_folders, truncate
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48))
 QUICK = TrainConfig(epochs=3, lr=3e-3, batch_size=8, val_fraction=0.25)
@@ -34,7 +35,7 @@ def data(tmp_path):
     return make_folders(tmp_path / "data", 8)
 
 
-def run(data, out, config=QUICK, adapt=ADAPT, backbone="test_vit", **options):
+def run(data, out, config=QUICK, adapt=ADAPT, backbone=SHALLOW_VIT, **options):
     options = {"workers": 1, "save_every": 0, **options}
     return train(data, out, backbone, config, adapt, pretrained=False, **options)
 
@@ -141,7 +142,7 @@ def test_run_learns_and_leaves_a_whole_folder(tmp_path):
     assert right == pytest.approx(result.results["test"]["accuracy"], abs=1 / len(samples))
 
 
-@pytest.mark.parametrize("backbone", ["test_efficientnet", "test_vit"])
+@pytest.mark.parametrize("backbone", ["test_efficientnet", SHALLOW_VIT])
 def test_second_stage_trains_the_backbone(tmp_path, data, backbone):
     config = replace(QUICK, stages=2, epochs=2, epochs2=2, select="loss", lr2=1e-3)
     result = run(data, tmp_path / "two", config, backbone=backbone)
