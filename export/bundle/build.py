@@ -22,13 +22,8 @@ from ..backends.fused_attention import fuse_attention
 from ..backends.opsets import older_runtimes_of
 from ..features import WithFeatures
 from ..precision import fp8, half
-from ..precision.int8 import (
-    CALIBRATION_IMAGES,
-    Judgement,
-    judge,
-    judge_accuracy,
-    quantize_int8,
-)
+from ..precision.fallback import Int8Layers, Kept, keep_layers
+from ..precision.int8 import CALIBRATION_IMAGES, Judgement, judge, judge_accuracy
 from ..precision.qdq import write_qdq
 from ..precision.quantizer import delicate_nodes
 from ..runtimes import load_runtime
@@ -56,6 +51,7 @@ def build_artefacts(
     """
     console = console or Console(quiet=True)
     found = [_check_fp32_onnx(options, folded)]
+    layers = Int8Layers(folded.onnx, folded.images, _device(), options.calibration)
     variant = Variant(folded.module, "fp32", folded.onnx, {})
     if options.precision != "fp32":
         reduced = _reduce(options, folded, console)
@@ -83,7 +79,7 @@ def build_artefacts(
         _tell(console, found[-1])
         if options.int8 and found[-1].status == VERIFIED:  # else the bundle is rejected
             with console.status("quantise to INT8 for OpenVINO …"):
-                found.append(_build_openvino_int8(options, folded))
+                found.append(_build_openvino_int8(options, folded, layers))
             _tell(console, found[-1])
     for kind in [name for name in EDGE if getattr(options, name)]:
         with console.status(f"convert for {kind} …"):
@@ -109,7 +105,7 @@ def build_artefacts(
         _tell(console, found[-1])
     if options.int8 and not options.trt:
         with console.status("quantise to INT8 …"):
-            found.append(_build_int8(options, folded))
+            found.append(_build_int8(options, folded, layers))
         _tell(console, found[-1])
     return found
 
@@ -343,32 +339,41 @@ def _build_own(options: EngineOptions, folded: FoldedModel) -> Artefact:
     return _refuse(found, folded, [found.reason]) if found.status == FAILED else found
 
 
-def _build_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:
+def _build_int8(options: EngineOptions, folded: FoldedModel, layers: Int8Layers) -> Artefact:
     """Quantise to INT8; keep it if it is accurate, and faster than fp32."""
     _check_images_alone("`int8`", folded)
     path, images = folded.path("int8", "onnx"), folded.images()
-    quantize_int8(folded.onnx, path, images, _device(), options.calibration)
-    judgement = judge(
-        folded.onnx, path, images, budget=options.int8_budget, batch=options.batch.opt
+    found = keep_layers(
+        lambda keep: layers.calibrated.write(path, keep),
+        lambda: judge(
+            folded.onnx, path, images, budget=options.int8_budget, batch=options.batch.opt
+        ),
+        layers,
     )
     notes = {"batch": options.batch.to_dict(), "calibration": options.calibration}
-    return _accept(_describe_onnx(path, "int8", notes), judgement, folded)
+    artefact = _describe_onnx(path, "int8", {**notes, **found.to_dict()})
+    return _accept(artefact, found.judgement, folded)
 
 
-def _build_openvino_int8(options: EngineOptions, folded: FoldedModel) -> Artefact:
+def _build_openvino_int8(
+    options: EngineOptions, folded: FoldedModel, layers: Int8Layers
+) -> Artefact:
     """Quantise with NNCF; keep it if it is accurate, and faster than OpenVINO in fp32."""
     _check_images_alone("`int8`", folded)
     path, images = folded.path("int8", openvino.SUFFIX), folded.images()
-    details = openvino.quantize(
-        folded.onnx,
-        path,
-        images.batches(images.calibration[:CALIBRATION_IMAGES]),
-        options.batch,
-        fp32_nodes=delicate_nodes(folded.onnx),
-    )
-    return _judged_beside_fp32(
-        describe_artefact("openvino", path, "int8", details), path, folded, options
-    )
+    delicate = delicate_nodes(folded.onnx)
+
+    def write(keep: Sequence[str]) -> dict[str, Any]:
+        return openvino.quantize(
+            folded.onnx,
+            path,
+            images.batches(images.calibration[:CALIBRATION_IMAGES]),
+            options.batch,
+            fp32_nodes=[*delicate, *(node for name in keep for node in layers.nodes[name])],
+        )
+
+    found = keep_layers(write, lambda: _judge_beside_fp32(path, folded, options), layers)
+    return _accept_kept("openvino", path, found, folded)
 
 
 def _build_edge_int8(kind: str, options: EngineOptions, folded: FoldedModel) -> Artefact:
@@ -383,16 +388,13 @@ def _build_edge_int8(kind: str, options: EngineOptions, folded: FoldedModel) -> 
         example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
         module = folded.deployed(folded.module)
         details = executorch.quantize(module, example, path, calibration, options.batch)
-    return _judged_beside_fp32(
-        describe_artefact(kind, path, "int8", details), path, folded, options
-    )
+    artefact = describe_artefact(kind, path, "int8", details)
+    return _accept(artefact, _judge_beside_fp32(path, folded, options), folded)
 
 
-def _judged_beside_fp32(
-    artefact: Artefact, path: Path, folded: FoldedModel, options: EngineOptions
-) -> Artefact:
-    """Keep an INT8 file if it is accurate, and faster than the same runtime's file in fp32."""
-    judgement = judge(
+def _judge_beside_fp32(path: Path, folded: FoldedModel, options: EngineOptions) -> Judgement:
+    """Judge an INT8 file beside the same runtime's file in fp32."""
+    return judge(
         folded.onnx,
         path,
         folded.images(),
@@ -400,7 +402,12 @@ def _judged_beside_fp32(
         batch=options.batch.opt,
         rival=("fp32", folded.path("fp32", path.suffix[1:])),
     )
-    return _accept(artefact, judgement, folded)
+
+
+def _accept_kept(kind: str, path: Path, found: Kept, folded: FoldedModel) -> Artefact:
+    """Check an INT8 file with the layers that it keeps in fp32, or refuse it."""
+    details = {**found.written, **found.to_dict()}
+    return _accept(describe_artefact(kind, path, "int8", details), found.judgement, folded)
 
 
 def _check_images_alone(flag: str, folded: FoldedModel) -> None:
@@ -442,5 +449,7 @@ def _tell(console: Console, artefact: Artefact) -> None:
     mark = {VERIFIED: "[green]✓[/]", UNVERIFIED: "[yellow]?[/]"}.get(artefact.status, "[red]✗[/]")
     name = artefact.path or f"{artefact.kind} in {artefact.precision}"
     reason = f": {artefact.reason}" if artefact.reason else ""
+    if artefact.details.get("fp32_layers"):
+        reason += f" ({len(artefact.details['fp32_layers'])} layers in fp32)"
     said = escape(f"{name} {artefact.status}{reason}")
     console.print(f"{mark} {said}", highlight=False)

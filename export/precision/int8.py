@@ -19,7 +19,7 @@ import numpy as np
 from ..runtimes import Runtime, load_runtime
 from ..settings import Calibration
 from ..speed import LEAST_SPEEDUP, format_rate, speeds_in_turns
-from .quantizer import Quantization, quantize_static
+from .quantizer import Calibrated, Quantization, calibrate
 
 CALIBRATION_IMAGES = 128
 BATCH = 8
@@ -95,6 +95,11 @@ class Judgement:
     problems: tuple[str, ...] = ()
     task: str = ""
 
+    @property
+    def accurate(self) -> bool:
+        """Whether no more accuracy is lost than the budget allows."""
+        return self.accuracy >= self.accuracy_fp32 - self.budget
+
     def to_dict(self) -> dict[str, Any]:
         """Return what a manifest records."""
         found = {**asdict(self), "problems": list(self.problems)}
@@ -135,11 +140,21 @@ def quantize_int8(
     Raises:
         InputError: the quantiser fails, with its reason.
     """
+    calibrate_int8(onnx, images, device, calibration).write(path)
+
+
+def calibrate_int8(
+    onnx: str | Path,
+    images: QuantizationImages,
+    device: str = "cpu",
+    calibration: Calibration = "max",
+) -> Calibrated:
+    """Calibrate an fp32 ONNX file; arguments and errors are those of :func:`quantize_int8`."""
     gpu = device == "cuda"
     wanted = Quantization(
         "QInt8" if gpu else "QUInt8", "QInt8", calibration, options={"ActivationSymmetric": gpu}
     )
-    quantize_static(onnx, path, images.batches(images.calibration[:CALIBRATION_IMAGES]), wanted)
+    return calibrate(onnx, images.batches(images.calibration[:CALIBRATION_IMAGES]), wanted)
 
 
 def judge(
@@ -231,7 +246,7 @@ def _judge_accuracy(
         f"{one.task and f'{one.task}: '}{one.measured} falls from {one.accuracy_fp32:.2%} to "
         f"{one.accuracy:.2%}; the budget is {100 * budget:g} percentage points"
         for one in judged
-        if one.accuracy < one.accuracy_fp32 - budget
+        if not one.accurate
     )
     most = max(judged, key=lambda one: one.accuracy_fp32 - one.accuracy)
     return replace(most, problems=problems)

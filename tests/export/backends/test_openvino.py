@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from fastadapt.export.backends import openvino as backend
 from fastadapt.export.bundle import build as engines
 from fastadapt.export.bundle.build import build_artefacts
 from fastadapt.export.precision.int8 import Judgement
+from fastadapt.export.precision.quantizer import graph_layers
 from fastadapt.export.runtimes import RuntimeUnavailable, load_runtime
 from fastadapt.export.settings import Batches
 from tests.helpers.imagesets import make_folders
@@ -46,17 +48,20 @@ def test_fp32(calibrated):
     np.testing.assert_allclose(outputs, expected(images), rtol=1e-4, atol=1e-5)
 
 
-def judged(monkeypatch, problems):
+def judged(monkeypatch, problems, accuracies=()):
     """The tests' model is too small to be faster in INT8: what is decided elsewhere is given."""
 
     def judge(fp32, quantized, images, *, rival, **settings):
         assert rival[1].name == "model.fp32.xml"
-        return replace(judgement, problems=problems)
+        accuracy = next(left, 0.8)
+        found = problems if accuracy == 0.8 else ("accuracy falls",)
+        return replace(judgement, accuracy=accuracy, problems=found)
 
+    left = iter(accuracies)
     judgement = Judgement(0.8, 0.8, 0.01, 30, 20, 8, 100, "accuracy", "OpenVINO, CPU")
     monkeypatch.setattr(engines, "judge", judge)
     # ONNX Runtime's own INT8 has its tests elsewhere.
-    monkeypatch.setattr(engines, "_build_int8", lambda options, folded: None)
+    monkeypatch.setattr(engines, "_build_int8", lambda *args: None)
     monkeypatch.setattr(engines, "_tell", lambda console, artefact: None)
 
 
@@ -75,6 +80,25 @@ def test_int8(calibrated, monkeypatch):
     assert any(map(takes_int8, products))
     weights = (calibrated.folder / "model.int8.bin").stat().st_size
     assert weights < (calibrated.folder / "model.fp32.bin").stat().st_size
+
+
+def test_int8_with_layers_in_fp32(calibrated, monkeypatch):
+    pytest.importorskip("nncf")
+    judged(monkeypatch, (), accuracies=[0.7])
+    options = EngineOptions(openvino=True, int8=True, batch=Batches(1, 2, 4))
+    artefact = build_artefacts(options, calibrated)[2]
+    assert artefact.status == VERIFIED, artefact.reason
+    assert artefact.details["tried"] == ["0 layers in fp32: accuracy falls"]
+    kept = artefact.details["fp32_layers"]
+    assert len(kept) == 2
+    nodes = [n for name in kept for n in graph_layers(onnx.load(calibrated.onnx).graph)[name]]
+    found = {
+        op.get_friendly_name().removesuffix(backend.WITHOUT_BIAS): takes_int8(op)
+        for op in operators(calibrated.folder / artefact.path)
+        if is_product(op) or op.get_type_name() == "Convolution"
+    }
+    assert not any(found[name] for name in nodes)
+    assert any(found.values())
 
 
 def operators(path):

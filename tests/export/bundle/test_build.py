@@ -1,6 +1,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,12 +85,17 @@ class TestInt8:
     """The refusal; what the quantiser makes of a real model is in precision/test_int8.py."""
 
     def run(self, folded, monkeypatch, problems):
-        def quantize(onnx, path, images, device, calibration):
-            path.write_bytes(onnx.read_bytes())
+        class Layers:
+            """No layer is left to keep in fp32."""
+
+            nodes = ()
+            calibrated = SimpleNamespace(
+                write=lambda path, keep: path.write_bytes(folded.onnx.read_bytes())
+            )
 
         judgement = Judgement(0.8, 0.9, 0.01, 30, 20, 8, 100, "accuracy", "ONNX Runtime, CPU")
         judgement = Judgement(**{**judgement.to_dict(), "problems": problems})
-        monkeypatch.setattr(engines, "quantize_int8", quantize)
+        monkeypatch.setattr(engines, "Int8Layers", lambda *args: Layers())
         monkeypatch.setattr(engines, "judge", lambda *args, **kwargs: judgement)
         return build_artefacts(EngineOptions(int8=True), folded)[-1]
 

@@ -9,6 +9,7 @@ from fastadapt.export.artefact import VERIFIED
 from fastadapt.export.bundle import build
 from fastadapt.export.precision import int8
 from fastadapt.export.precision.entropy import BINS, AbsoluteHistogram
+from fastadapt.export.precision.fallback import Int8Layers
 from fastadapt.export.precision.int8 import QuantizationImages, quantize_int8
 from fastadapt.export.precision.qdq import write_qdq
 from fastadapt.export.runtimes import load_runtime
@@ -99,7 +100,8 @@ def test_both_pass_the_gate(calibrated, monkeypatch):
     monkeypatch.setattr(int8, "speeds_in_turns", lambda runtimes, example: (10.0, 20.0))
     for calibration in ("max", "entropy"):
         options = EngineOptions(int8=True, calibration=calibration)
-        found = build._build_int8(options, calibrated)
+        layers = Int8Layers(calibrated.onnx, calibrated.images, calibration=calibration)
+        found = build._build_int8(options, calibrated, layers)
         assert (found.path, found.status) == ("model.int8.onnx", VERIFIED)
         assert found.details["calibration"] == calibration
         assert found.details["judgement"]["accuracy"] == 1.0
