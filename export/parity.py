@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 
 from .tasks import Task
 
@@ -134,7 +134,7 @@ def compare(
     for name, values in (("reference", a), ("candidate", b)):
         if not np.isfinite(values).all():
             bad = int((~np.isfinite(values)).any(axis=1).sum())
-            reason = f"the {name} gives NaN or infinity for {bad} of {len(a)} samples"
+            reason = f"the {name} gives NaN or infinity for {bad} of {counted(len(a), 'sample')}"
             return Parity(stage, batch, len(a), problems=(reason,))
 
     tiny = np.finfo(np.float64).tiny

@@ -26,7 +26,7 @@ from fastadapt.data.decode import decode, to_rgb
 from fastadapt.data.decode_pool import Reading, default_workers
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.decision import Decision
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted, form
 
 from .artefact import VERIFIED, Artefact
 from .bundle.consistency import check_consistency
@@ -264,7 +264,10 @@ class Predictor:
             )
         for name, values in others.items():
             if len(values) != count:
-                raise InputError(f"{name} has {len(values)} rows; there are {count} images")
+                raise InputError(
+                    f"{name} has {counted(len(values), 'row')}; there {form(count, 'is', 'are')} "
+                    f"{counted(count, 'image')}"
+                )
 
     def _run(self, pixels: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
         return self._run_all(pixels, others)[0]

@@ -311,7 +311,7 @@ class ModelSettings(Settings):
         Setting(
             "With --backbone: height and width of the images in pixels, if not timm's.",
             panel=MODEL,
-            ge=1,
+            ge=8,
             limit=65_536,
         ),
     ] = None

@@ -21,7 +21,7 @@ from fastadapt.backbones import (
 from fastadapt.checkpoint_reader import find_state_dict
 from fastadapt.checkpoint_reader import read_checkpoint as read_foreign
 from fastadapt.config import AdaptConfig
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.files import (
     CONTENT,
     check_finite,
@@ -358,7 +358,7 @@ def load_trained_state(model: AdaptedModel, state: dict[str, Tensor], source: st
             )
     missing = sorted(set(trained_state(model)) - set(state))
     if missing:
-        raise InputError(f"{source} lacks {len(missing)} tensors, {missing[0]!r} first")
+        raise InputError(f"{source} lacks {counted(len(missing), 'tensor')}, {missing[0]!r} first")
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].data = own[name].data.to(tensor.dtype)

@@ -29,7 +29,7 @@ from rich.table import Table
 from fastadapt.checkpoint import load_adapter
 from fastadapt.checkpoint_reader import read_state_dict
 from fastadapt.config import AdaptConfig
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 from fastadapt.info import versions
 from fastadapt.locks import LOCK, lock_folder
@@ -268,7 +268,7 @@ def summary(result: dict[str, Any], out: Path) -> Table:
     for name, speeds in result["images_per_second"].items():
         figures = ", ".join(f"{speed:.0f} at batch {batch}" for batch, speed in speeds.items())
         table.add_row("images per second", f"{name}: {figures}")
-    table.add_row("took", f"{result['seconds']:.0f} s on {result['cores']} cores")
+    table.add_row("took", f"{result['seconds']:.0f} s on {counted(result['cores'], 'core')}")
     table.add_section()
     table.add_row("picture", escape(str(out / "demo.png")))
     table.add_row("run", escape(str(out / "run")))

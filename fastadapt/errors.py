@@ -39,3 +39,13 @@ def first_few(items: Iterable[object], count: int = 3) -> str:
     """Join up to ``count`` items for the end of an error message."""
     items = list(items)
     return ", ".join(map(str, items[:count])) + (", …" if len(items) > count else "")
+
+
+def form(count: int, one: str, many: str) -> str:
+    """Return the form of a word that goes with a number: "lose" with 2, "loses" with 1."""
+    return one if count == 1 else many
+
+
+def counted(count: int, noun: str, nouns: str | None = None) -> str:
+    """Return a number and its noun: "1 image", "2 images", "2 classes" of ``nouns``."""
+    return f"{count} {form(count, noun, nouns or f'{noun}s')}"

@@ -14,7 +14,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted, form
 
 if TYPE_CHECKING:  # finding images needs no PyTorch
     from torch import Tensor
@@ -277,8 +277,9 @@ def check_finite(tensors: dict[str, Tensor], source: str) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise InputError(
-                f"{source}: {name} holds {bad} values that are NaN or infinite, out of "
-                f"{tensor.numel()}. The training that made it diverged; lower its learning rate."
+                f"{source}: {name} holds {counted(bad, 'value')} that "
+                f"{form(bad, 'is', 'are')} NaN or infinite, out of {tensor.numel()}. The training "
+                "that made it diverged; lower its learning rate."
             )
 
 

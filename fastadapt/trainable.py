@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.backbones import FeatureFn, FeatureSpec
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.unplanned import unplanned
 
 COMPILED = "_orig_mod."  # how torch.compile prefixes the names inside a module
@@ -115,7 +115,8 @@ def last_blocks(module: nn.Module, count: int) -> set[str]:
         )
     if count > len(blocks):
         raise InputError(
-            f"last is {count}; {name} has {len(blocks)} blocks: expected 1 to {len(blocks)}, or "
+            f"last is {count}; {name} has {counted(len(blocks), 'block')}: expected 1 to "
+            f"{len(blocks)}, or "
             "None for all"
         )
     chosen = tail.union(*blocks[-count:])

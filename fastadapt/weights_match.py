@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few
 from fastadapt.files import check_finite
 
 # Constants and counters that some versions of timm and torch save and others do not.
@@ -130,7 +130,7 @@ def describe(match: Match, model: nn.Module, state: dict[str, Tensor], name: str
     """Say in one line how a state dict differs from a model's, and of which model it is."""
     own, said = model.state_dict(), []
     if match.missing:
-        said.append(f"lacks {len(match.missing)} tensors ({first_few(match.missing)})")
+        said.append(f"lacks {counted(len(match.missing), 'tensor')} ({first_few(match.missing)})")
     foreign = [n for n in match.unexpected if n not in match.classifier]
     if foreign:
         said.append(f"holds {len(foreign)} that it does not have ({first_few(foreign)})")

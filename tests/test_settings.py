@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import typing
 from typing import Annotated
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from fastadapt.config import AdaptConfig, LoRAConfig
 from fastadapt.errors import InputError
+from fastadapt.export.predict.settings import EmbedSettings, PredictSettings, WorkSettings
 from fastadapt.export.settings import (
     Batches,
     BundleSettings,
@@ -27,6 +29,8 @@ from fastadapt.train.config import (
     SavingSettings,
     TrainConfig,
 )
+from fastadapt.train.fold_settings import FoldSettings
+from fastadapt.train.search_config import SearchConfig
 
 GROUPS = [
     AdaptConfig,
@@ -172,3 +176,43 @@ def test_declarations_import_nothing_heavy():
         "print([m for m in ('torch', 'timm', 'numpy', 'pydantic', 'rich') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_every_number_has_an_end():
+    """A number that is far beyond use is a slip or a damaged file: it is named, not tried."""
+    for group in [
+        *GROUPS,
+        FoldSettings,
+        SearchConfig,
+        PredictSettings,
+        EmbedSettings,
+        WorkSettings,
+    ]:
+        for field in declared(group):
+            kinds = {field.kind, *typing.get_args(field.kind)}
+            if {int, float} & kinds and str not in kinds:
+                setting = field.setting
+                ends = (setting.le, setting.lt, setting.limit)
+                container = typing.get_origin(field.kind) in (tuple, dict)
+                assert container or any(end is not None for end in ends), (group, field.name)
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "says"),
+    [
+        (TrainConfig, {"val_fraction": 1e-9}, "val_fraction is 1e-09; expected at least 0.001"),
+        (
+            TrainConfig,
+            {"val_fraction": 1.0},
+            "val_fraction is 1.0; expected at least 0.001, less than 1",
+        ),
+        (TrainConfig, {"lr": 1e30}, r"lr is 1e\+30; expected at most"),
+        (TrainConfig, {"patience": 10**30}, "patience is 10000.*; expected at most"),
+        (ImageSettings, {"image_size": 1}, "image_size is 1; expected at least 8"),
+        (ImageSettings, {"crop_pct": 1e-9}, "crop_pct is 1e-09; expected 0.01 to 1"),
+        (GDPLTrainConfig, {"warmup_epochs": 1e30}, "warmup_epochs is 1e"),
+    ],
+)
+def test_numbers_that_make_no_sense(group, values, says):
+    with pytest.raises(InputError, match=says):
+        group(**values)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastadapt import environment_variables
 from fastadapt.adapted_model import AdaptedModel, adapt
 from fastadapt.config import AdaptConfig
 from fastadapt.data.dataset import Sample
@@ -40,7 +41,7 @@ def run(quick: bool = False) -> Iterator[Tables]:
     """Measure the decoder, the GPU, and both."""
     harness.release()
     full = torch.cuda.is_available() and not quick
-    count = int(os.environ.get(COUNT, 50_000 if full else 64))
+    count = environment_variables.count(COUNT, 50_000 if full else 64)
     name, size = ("vit_base_patch16_224", 224) if full else ("test_vit", 160)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = GPU_BATCH_SIZE if full else 16

@@ -356,7 +356,7 @@ def summarize(layers: Sequence[dict[str, Any]], precision: str) -> dict[str, Any
 def _timing_cache(flavour: Flavour, config: EngineConfig, settings: Any) -> Path | None:
     if flavour.kind != "tensorrt":
         return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastadapt"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastadapt"
     device = gpu()
     name = f"timing-{flavour.version}-{_sm(device[1]) if device else 'none'}.cache"
     path = config.timing_cache or folder / name

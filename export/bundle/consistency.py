@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 
 from ..tasks import named_tasks
 from .manifest import LABELS, MANIFEST, MODEL, label_files
@@ -34,7 +34,8 @@ def check_consistency(bundle: str | Path, manifest: dict[str, Any]) -> None:
         width = shape[-1] if shape else None
         if labels and width not in (None, len(labels)):
             raise InputError(
-                f"{bundle / MANIFEST} names {len(labels)} classes; the model has {width} outputs"
+                f"{bundle / MANIFEST} names {counted(len(labels), 'class', 'classes')}; the model "
+                f"has {counted(width, 'output')}"
             )
     for artefact in manifest["artefacts"]:
         if artefact["kind"] == "onnx" and artefact["path"] is not None:
@@ -95,7 +96,8 @@ def _check_onnx(bundle: Path, manifest: dict[str, Any], artefact: dict[str, Any]
         width = sizes[-1].dim_value if len(sizes) > 1 else 0
         if named and width and width != len(named):
             raise InputError(
-                f"{bundle / MANIFEST} names {len(named)} classes; {file.name} has {width} outputs"
+                f"{bundle / MANIFEST} names {counted(len(named), 'class', 'classes')}; "
+                f"{file.name} has {counted(width, 'output')}"
             )
     if tasks and [value.name for value in model.graph.output] != [t["name"] for t in tasks]:
         raise InputError(_contradiction(bundle, "tasks", f"{file.name}'s outputs"))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastadapt.errors import InputError, first_line
+from fastadapt.errors import InputError, counted, first_line
 from fastadapt.files import write_tensors
 
 from ..graph_input import GraphInput, Inputs
@@ -128,7 +128,7 @@ def golden_inputs(
     for name in names:
         if len(tensors[name]) != count or not count:
             raise InputError(
-                f"{GOLDEN} has {len(tensors[name])} rows of {name!r} and {count} of "
+                f"{GOLDEN} has {counted(len(tensors[name]), 'row')} of {name!r} and {count} of "
                 f"{EXPECTED!r}: copy the bundle again"
             )
     if tensors[EXPECTED].dtype != torch.float32 or tensors[EXPECTED].ndim != 2:

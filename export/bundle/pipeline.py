@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted, form
 from fastadapt.files import seal, write_json, write_text
 from fastadapt.gdpl.model import GDPLModel
 from fastadapt.locks import lock_beside
@@ -206,10 +206,15 @@ def export_tasks(
     """
     folders = [Path(run) for run in runs]
     if len(folders) < 2:
-        raise InputError(f"there are {len(folders)} runs; several tasks need two or more")
+        raise InputError(
+            f"there {form(len(folders), 'is', 'are')} {counted(len(folders), 'run')}; several "
+            "tasks need two or more"
+        )
     names = [folder.absolute().name for folder in folders] if tasks is None else list(tasks)
     if len(names) != len(folders):
-        raise InputError(f"`tasks` names {len(names)} tasks; there are {len(folders)} runs")
+        raise InputError(
+            f"`tasks` names {counted(len(names), 'task')}; there are {counted(len(folders), 'run')}"
+        )
     check_names(names)
     named = dict(zip(names, folders, strict=True))
     export = _Export(Path(out), ExportSettings(**settings), console)

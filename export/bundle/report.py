@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from fastadapt.decision import Decision
+from fastadapt.errors import counted
 
 from ..speed import format_rate
 from ..tasks import named_tasks
@@ -119,11 +120,11 @@ def _quality(manifest: dict[str, Any]) -> str:
     found = manifest.get("quality")
     if not found:
         return '<p class="note">Not known: the model was exported without results of a test.</p>'
-    judged = f"{found['images']} {found['split']} images"
+    judged = f"{counted(found['images'], found['split'] + ' image')}"
     mean = found.get("mean", {})
     if "runs" in found:
         own = found.get("ensemble", {}).get("test")
-        judged = f"{found['runs']} runs, each on images that it did not see; "
+        judged = f"{counted(found['runs'], 'run')}, each on images that it did not see; "
         judged += (
             "their ensemble, which this bundle holds, was not judged on any others"
             if own is None
@@ -160,7 +161,9 @@ def _quality(manifest: dict[str, Any]) -> str:
     notes = [f"Judged by {judged}.", f"Decision: {decision}. Logits are divided by {said}."]
     if found.get("refit"):
         images = found["refit"]
-        notes.append(f"The model was trained again on {images} images, validation among them.")
+        notes.append(
+            f"The model was trained again on {counted(images, 'image')}, validation among them."
+        )
         if found["split"] == "val":
             notes.append("The scores are of the model before that, which had not seen them.")
     calibration = found.get("calibration", {})
@@ -242,7 +245,7 @@ def _details(artefact: dict[str, Any]) -> str:
     if "calibration" in details:
         rows.append(("calibration", details["calibration"]))
     if "fp8_layers" in details:
-        rows.append(("in FP8", f"{len(details['fp8_layers'])} layers"))
+        rows.append(("in FP8", f"{counted(len(details['fp8_layers']), 'layer')}"))
     for kind, counts in details.get("summary", {}).get("precision", {}).items():
         rows.append((f"layers: {kind}", ", ".join(f"{n} in {p}" for p, n in counts.items())))
     everything = escape(json.dumps(details, indent=1, ensure_ascii=False))

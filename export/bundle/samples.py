@@ -19,7 +19,7 @@ from fastadapt.data.pixels import ValueRange
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.table import list_table
 from fastadapt.data.walker import WalkReport, walk
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.train.run_folder import SPLITS
 
 from ..graph_input import GraphInput, resize_as_graph
@@ -258,5 +258,6 @@ def _reduced(image: Image.Image) -> Image.Image:
 def _check_count(samples: tuple[Sample, ...], fewest: int, where: str, remedy: str) -> None:
     if len(samples) < fewest:
         raise InputError(
-            f"{where} has {len(samples)} images; the parity check needs at least {fewest}: {remedy}"
+            f"{where} has {counted(len(samples), 'image')}; the parity check needs at least "
+            f"{fewest}: {remedy}"
         )

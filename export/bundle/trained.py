@@ -19,7 +19,7 @@ from fastadapt.checkpoint import CONFIG, WEIGHTS, load_adapter, temperature_of
 from fastadapt.checkpoint_reader import read_checkpoint
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.decision import LIKELIEST, Decision
-from fastadapt.errors import InputError, nearest
+from fastadapt.errors import InputError, counted, nearest
 from fastadapt.files import (
     read_json,
     read_tensors,
@@ -377,5 +377,8 @@ def _labels(names: Sequence[str] | None, count: int, where: str) -> list[str]:
     if names is None:
         return [str(index) for index in range(count)]
     if len(names) != count:
-        raise InputError(f"{where} names {len(names)} labels; the model has {count} classes")
+        raise InputError(
+            f"{where} names {counted(len(names), 'label')}; the model has "
+            f"{counted(count, 'class', 'classes')}"
+        )
     return [str(name) for name in names]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import AdaptedModel
-from fastadapt.errors import InputError, first_line
+from fastadapt.errors import InputError, counted, first_line, form
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 from fastadapt.train.shared_backbone import SharedBackbone
 
@@ -232,7 +232,10 @@ def reduce_precision(
             f"{parity.problems[0]}. Export with `precision='fp32'`."
         )
     keep = smallest_set(units, passes)
-    tell(f"{len(keep)} of {len(units)} layers stay in fp32: {', '.join(keep)}")
+    tell(
+        f"{len(keep)} of {counted(len(units), 'layer')} {form(len(keep), 'stays', 'stay')} in "
+        f"fp32: {', '.join(keep)}"
+    )
     module, parity = attempt(precision, keep)
     return Reduced(module, precision, tuple(keep), parity, tuple(tried))
 

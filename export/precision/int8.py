@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.errors import counted
+
 from ..runtimes import Runtime, load_runtime
 from ..settings import Calibration
 from ..speed import LEAST_SPEEDUP, format_rate, speeds_in_turns
@@ -110,7 +112,7 @@ class Judgement:
     def __str__(self) -> str:
         accuracy = (
             f"{self.task and f'{self.task}: '}{self.measured} {self.accuracy:.2%} "
-            f"(fp32 {self.accuracy_fp32:.2%}, {self.images} images)"
+            f"(fp32 {self.accuracy_fp32:.2%}, {counted(self.images, 'image')})"
         )
         if self.speed is None or self.speed_rival is None:
             return f"{accuracy}, {self.runtime}"

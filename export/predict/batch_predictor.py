@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,14 @@ from .decode_ahead import compute, open_decoder
 from .models import ImageModel
 from .request import Request
 from .settings import PredictSettings
+
+
+class Outputs(NamedTuple):
+    """What became of files: fp32 [files, outputs], and for each why not, and what is not read."""
+
+    values: np.ndarray
+    problems: list[str]
+    dropped: list[tuple[str, ...]]
 
 
 class BatchPredictor:
@@ -96,8 +104,14 @@ class BatchPredictor:
         Returns:
             fp32 [images, outputs], and for each image the reason or an empty text.
         """
+        found = self.all_outputs(paths)
+        return found.values, found.problems
+
+    def all_outputs(self, paths: Sequence[str]) -> Outputs:
+        """Return the same, and what of each file is not read, pages after the first for one."""
         outputs = np.full((len(paths), self.model.width), np.nan, np.float32)
         problems = [""] * len(paths)
+        dropped: list[tuple[str, ...]] = [()] * len(paths)
         starts = range(0, len(paths), self.batch)
         batches = [paths[start : start + self.batch] for start in starts]
         for start, decoded in zip(starts, self._decode(batches), strict=True):
@@ -105,7 +119,9 @@ class BatchPredictor:
             outputs[[start + place for place in computed.rows]] = computed.values
             for place, problem in computed.problems.items():
                 problems[start + place] = problem
-        return outputs, problems
+            for place, kinds in computed.dropped.items():
+                dropped[start + place] = kinds
+        return Outputs(outputs, problems, dropped)
 
     def close(self) -> None:
         """End the processes that decode."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.decision import UNDECIDED
-from fastadapt.errors import InputError, printable
+from fastadapt.errors import InputError, counted, form, printable
 from fastadapt.progress import progress_bars
 
 from .complete import check_complete
@@ -255,7 +255,8 @@ class Job:
             (
                 *self.images.lines(),
                 *(
-                    f"warning: {files} of {total} images lose {what} (first {printable(first)})"
+                    f"warning: {files} of {counted(total, 'image')} "
+                    f"{form(files, 'loses', 'lose')} {what} (first {printable(first)})"
                     for what, (files, first) in all_parts.dropped.items()
                 ),
                 *self._without_labels(confusion),

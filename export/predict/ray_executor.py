@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.errors import InputError, first_line
+from fastadapt.errors import InputError, counted, first_line
 
 from .batch_predictor import BatchPredictor
 from .models import ImageModel
@@ -30,6 +30,7 @@ from .sources import Item
 # No telemetry, and no lines of its own on the terminal but errors that end it.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 ORDER, PLACE, PATH, LABEL, PROBLEM, OUTPUTS = "part", "place", "path", "label", "problem", "outputs"
+DROPPED = "dropped"  # one kind a line
 
 
 class RayPool:
@@ -89,7 +90,7 @@ class RayPool:
         self._gpus = 1 if gpus else 0
         self._count = self._work.ray_workers or gpus or cpus
         if gpus and self._count > gpus:
-            raise InputError(f"`ray_workers` is {self._count}, and Ray has {gpus} GPUs")
+            raise InputError(f"`ray_workers` is {self._count}, and Ray has {counted(gpus, 'GPU')}")
         share = max(cpus // self._count, 1)
         self._workers = self._work.workers or share
 
@@ -140,7 +141,7 @@ class RayPool:
                 "`resume=True`"
             ) from error
         if counts:
-            raise InputError(f"Ray lost {len(counts)} parts: go on with `resume=True`")
+            raise InputError(f"Ray lost {counted(len(counts), 'part')}: go on with `resume=True`")
 
     def _rows(
         self, blocks: list[Any], counts: dict[int, int]
@@ -184,9 +185,11 @@ class RayWorker:
         self.predictor = BatchPredictor(request, batch=batch, workers=workers)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Add outputs and problems to a block of paths."""
-        outputs, problems = self.predictor.outputs(list(map(_decoded, block[PATH])))
-        return {**block, OUTPUTS: outputs, PROBLEM: np.array(problems, dtype=object)}
+        """Add outputs, problems and what is not read to a block of paths."""
+        found = self.predictor.all_outputs(list(map(_decoded, block[PATH])))
+        texts = {PROBLEM: found.problems, DROPPED: ["\n".join(kinds) for kinds in found.dropped]}
+        columns = {name: np.array(values, dtype=object) for name, values in texts.items()}
+        return {**block, OUTPUTS: found.values, **columns}
 
 
 def _block(number: int, items: list[Item]) -> Any:
@@ -221,4 +224,7 @@ def _write(maker: PartMaker, number: int, rows: dict[str, np.ndarray], width: in
     outputs = np.stack([np.asarray(row, np.float32) for row in rows[OUTPUTS]]).reshape(-1, width)
     part = Part()
     maker.add(part, items, readable, outputs[readable], problems)
+    for item, kinds in zip(items, rows[DROPPED], strict=True):
+        for what in str(kinds).splitlines():
+            part.drop(what, item.path)
     maker.finish(number, part, items)

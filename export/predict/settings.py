@@ -93,7 +93,7 @@ class EmbedSettings(Settings):
         Setting(
             "Height and width of the images of a named backbone in pixels, if not timm's.",
             panel=EMBEDDER,
-            ge=1,
+            ge=8,
             limit=8_192,
         ),
     ] = None

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from fastadapt.data.table import SEPARATORS
 from fastadapt.data.walker import LISTS, WalkReport, walk
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few
 from fastadapt.files import open_text, resolve_listed
 
 from .settings import FOLDERS
@@ -267,7 +267,8 @@ class _Table:
             if any(cell.strip() for cell in row[self.columns :]):
                 line = self.skipped + self.rows.line_num
                 raise InputError(
-                    f"{self.name}, line {line} has {len(row)} values for {self.columns} columns: "
+                    f"{self.name}, line {line} has {counted(len(row), 'value')} for "
+                    f"{counted(self.columns, 'column')}: "
                     "put values that hold a separator into quotation marks"
                 )
             path = row[self.path].strip() if self.path < len(row) else ""

@@ -20,8 +20,10 @@ from fastadapt.cli.predict import embed, predict
 from fastadapt.cli.search import search
 from fastadapt.cli.sign import sign
 from fastadapt.cli.train import TrainCommand, train
+from fastadapt.environment_variables import flag
 from fastadapt.errors import InputError
 
+DEBUG = "FASTADAPT_DEBUG"
 BACKEND, BACKENDS = "FASTADAPT_BACKEND", ("auto", "triton", "reference")
 
 app = typer.Typer(
@@ -65,7 +67,8 @@ def options(
 ) -> None:
     """Take the options that stand before a command's name."""
     if debug:
-        os.environ["FASTADAPT_DEBUG"] = "1"
+        os.environ[DEBUG] = "1"
+    flag(DEBUG)
     chosen = os.environ.get(BACKEND, "auto")
     if chosen not in BACKENDS and context.invoked_subcommand != "info":  # which tells of it
         raise InputError(
@@ -136,8 +139,15 @@ def _backend_error() -> tuple[type[Exception], ...]:
     return () if kernels is None else (kernels.BackendError,)
 
 
+def _debugs() -> bool:
+    """Say whether tracebacks are shown; a wrong value was refused before, and shows none."""
+    with contextlib.suppress(InputError):
+        return flag(DEBUG)
+    return False
+
+
 def _fail(message: str, code: int = 1) -> NoReturn:
-    if os.environ.get("FASTADAPT_DEBUG") and sys.exc_info()[0] is not None:
+    if _debugs() and sys.exc_info()[0] is not None:
         raise
     if not processes.speaks():
         processes.end_silently(code)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from fastadapt.cli.options import Given, command
+from fastadapt.errors import counted
 from fastadapt.export.predict.settings import EmbedSettings, PredictSettings, WorkSettings
 from fastadapt.interrupt import EXIT_CODE, came, working
 from fastadapt.locks import lock_beside
@@ -76,14 +77,14 @@ def _print(summary: Summary) -> None:
         return
     if summary.unreadable:
         print(
-            f"{summary.unreadable} of {summary.images} files cannot be read: "
+            f"{summary.unreadable} of {counted(summary.images, 'file')} cannot be read: "
             f"{summary.unreadable_file}",
             file=sys.stderr,
         )
     speed = ""
     if summary.computed and summary.seconds > 0:
         speed = f", {summary.computed / summary.seconds:.0f} images/s"
-    print(f"{summary.images - summary.unreadable} images{speed}: {summary.out}")
+    print(f"{counted(summary.images - summary.unreadable, 'image')}{speed}: {summary.out}")
     if summary.metrics is not None:
         scores = summary.metrics
         if scores.get("undecided"):

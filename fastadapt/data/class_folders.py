@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fastadapt.data.splits import split_of
 from fastadapt.data.walker import WalkReport, is_ours, list_entries, walk_folder
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few
 
 LAYOUTS = "class folders, train/ and val/ with class folders in them, or a CSV with path and label"
 CSV = "list the files in a CSV with path and label"
@@ -96,7 +96,7 @@ def _list_classes(
 ) -> list[LabeledFile]:
     """List the images of the class folders in ``root``, whose entries are given."""
     if not folders:
-        have = f", but {len(loose)} images that have no class" if loose else ""
+        have = f", but {counted(len(loose), 'image')} without a class" if loose else ""
         raise InputError(f"{root} holds no folders{have}; expected {LAYOUTS}")
     for path in loose:
         report.skip(path, "images outside class folders")

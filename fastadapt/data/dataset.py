@@ -17,7 +17,7 @@ from fastadapt.data.folds import chosen_folds
 from fastadapt.data.splits import SPLITS, draw_val, draw_val_groups
 from fastadapt.data.table import list_table
 from fastadapt.data.walker import WalkReport
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few, form
 from fastadapt.files import write_text
 
 
@@ -109,7 +109,8 @@ class Dataset:
         group, found = next(iter(torn.items()))
         where = " and ".join(split for split in SPLITS if split in found)
         return [
-            f"warning: {len(torn)} of {len(splits)} groups have images in several splits (first "
+            f"warning: {len(torn)} of {counted(len(splits), 'group')} "
+            f"{form(len(torn), 'has', 'have')} images in several splits (first "
             f"{group!r}: {where}): their scores say nothing of new groups"
         ]
 
@@ -234,7 +235,8 @@ def _read(data: str | os.PathLike[str], check_files: bool) -> tuple[Dataset, Seq
         twice = next(path for path, count in counts.items() if count > 1)
         splits = sorted({file.split or "no split" for file in files if file.path == twice})
         raise InputError(
-            f"{data} lists {len(files) - len(counts)} files more than once, {twice} first "
+            f"{data} lists {counted(len(files) - len(counts), 'file')} more than once, {twice} "
+            "first "
             f"({', '.join(splits)}): list each file once"
         )
     classes = tuple(sorted({file.label for file in files}))

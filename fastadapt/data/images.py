@@ -31,7 +31,7 @@ from fastadapt.data.decode_pool import (
 from fastadapt.data.memory import available_memory
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.resize import Geometry
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few
 from fastadapt.processes import ALONE, Processes
 
 HOST_SHARE = 0.5  # of the free memory that decoded images may take
@@ -288,7 +288,8 @@ def check_decoded(answers: Sequence[Answer]) -> None:
     reasons = [answer for answer in answers if isinstance(answer, str)]
     if reasons:
         raise InputError(
-            f"{len(reasons)} images cannot be read any more: {first_few(reasons, 2)}. Were they "
+            f"{counted(len(reasons), 'image')} cannot be read any more: {first_few(reasons, 2)}. "
+            "Were they "
             "moved, deleted or overwritten while this command ran?"
         )
 

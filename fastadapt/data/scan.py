@@ -28,7 +28,7 @@ from fastadapt.data.intensity import (
 from fastadapt.data.memory import available_memory
 from fastadapt.data.pixels import EIGHT_BITS, DeepImage, ValueRange
 from fastadapt.data.splits import SPLITS
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few, form
 from fastadapt.processes import ALONE, Place, Processes
 from fastadapt.progress import prefetch
 
@@ -193,7 +193,7 @@ def _scanned(
     lines: list[str] = []
     bad = [item for item in found if item.facts.problem]
     if bad:
-        total = f"{len(bad)} of {len(found)} images cannot be read"
+        total = f"{len(bad)} of {counted(len(found), 'image')} cannot be read"
         reasons = first_few((item.facts.problem for item in bad), 2)
         if not skip_unreadable:
             raise InputError(
@@ -232,7 +232,8 @@ def dropped_lines(dropped: dict[Path, tuple[str, ...]]) -> list[str]:
         for kind in kinds:
             by_kind.setdefault(kind, []).append(path)
     return [
-        f"warning: {len(paths)} of {len(dropped)} images lose {kind} (first {paths[0]})"
+        f"warning: {len(paths)} of {counted(len(dropped), 'image')} "
+        f"{form(len(paths), 'loses', 'lose')} {kind} (first {paths[0]})"
         for kind, paths in by_kind.items()
     ]
 
@@ -255,7 +256,8 @@ def _without_copies(dataset: Dataset, copies: list[list[Sample]]) -> tuple[Datas
     if contrary:
         one, other = contrary[0][0], next(s for s in contrary[0] if s.label != contrary[0][0].label)
         raise InputError(
-            f"{len(contrary)} images stand under two labels with the same bytes: {one.path} is "
+            f"{counted(len(contrary), 'image')} {form(len(contrary), 'stands', 'stand')} under "
+            f"two labels with the same bytes: {one.path} is "
             f"{dataset.classes[one.label]!r}, {other.path} is {dataset.classes[other.label]!r}. "
             "Keep each image under one label."
         )
@@ -275,7 +277,8 @@ def _without_copies(dataset: Dataset, copies: list[list[Sample]]) -> tuple[Datas
             )
             dataset = replace(dataset, samples=samples)
             lines.append(
-                f"{len(back)} images drawn for validation train instead, since training has the "
+                f"{counted(len(back), 'image')} drawn for validation "
+                f"{form(len(back), 'trains', 'train')} instead, since training has the "
                 f"same bytes (first {min(back)})"
             )
     for split in SPLITS[1:]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fastadapt.data.class_folders import LabeledFile
 from fastadapt.data.splits import split_of
 from fastadapt.data.walker import WalkReport
-from fastadapt.errors import InputError, first_few
+from fastadapt.errors import InputError, counted, first_few, form
 from fastadapt.files import read_text, resolve_listed
 
 COLUMNS = ("path", "label", "split", "group", "fold")
@@ -81,14 +81,16 @@ def list_table(
         files.append(LabeledFile(path, values["label"], split, *more))
     if missing:
         raise InputError(
-            f"{file} lists {len(missing)} files that do not exist, of {len(files)}: "
+            f"{file} lists {counted(len(missing), 'file')} that "
+            f"{form(len(missing), 'does', 'do')} not exist, of {len(files)}: "
             f"{first_few(missing)}. Paths are relative to the CSV's folder."
         )
     for column in ("split", "group"):
         without = sum(not getattr(listed, column) for listed in files)
         if 0 < without < len(files):
             raise InputError(
-                f"{file} gives a {column} for {len(files) - without} of its {len(files)} rows: "
+                f"{file} gives a {column} for {len(files) - without} of its "
+                f"{counted(len(files), 'row')}: "
                 "give one for every row, or for none"
             )
     if all(split_of(listed.label) for listed in files):
@@ -139,7 +141,8 @@ def read_table(file: Path) -> Table:
             continue
         if any(cells[len(names) :]):
             raise InputError(
-                f"{file}, line {number} has {len(cells)} values for {len(names)} columns: put "
+                f"{file}, line {number} has {counted(len(cells), 'value')} for "
+                f"{counted(len(names), 'column')}: put "
                 "values that hold a separator into quotation marks"
             )
         found = dict(zip(names, cells, strict=False))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastadapt.data.formats import is_image_file
-from fastadapt.errors import InputError, printable
+from fastadapt.errors import InputError, form, printable
 from fastadapt.files import read_lines, resolve_listed
 
 SYSTEM_FOLDERS = frozenset(
@@ -69,7 +70,7 @@ class WalkReport:
         lines = []
         if self.skipped:
             parts = [
-                f"{count} {reason} ({'first ' * (count > 1)}{first})"
+                f"{count} {form(count, _of_one(reason), reason)} ({'first ' * (count > 1)}{first})"
                 for reason, (count, first) in self.skipped.items()
             ]
             lines.append(f"left out: {'; '.join(parts)}")
@@ -186,6 +187,12 @@ def is_ours(folder: Path) -> bool:
         if isinstance(value, dict) and str(value.get("format", "")).startswith("fastadapt-"):
             return True
     return False
+
+
+def _of_one(reason: str) -> str:
+    """Return why files are left out, of a single one: "links that lead back" become a link."""
+    found = re.sub(r"\b(folder|link|image|file)s\b", r"\1", reason, count=1)
+    return found.replace("that lead ", "that leads ")
 
 
 def _kind(path: Path) -> str:

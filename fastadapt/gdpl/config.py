@@ -58,7 +58,10 @@ class GDPLConfig(Settings):
     alpha: Annotated[
         float,
         Setting(
-            "Scale the low-rank updates by alpha / rank.", panel=PROMPTS, option="low_rank_alpha"
+            "Scale the low-rank updates by alpha / rank.",
+            panel=PROMPTS,
+            option="low_rank_alpha",
+            limit=1e9,
         ),
     ] = 1.0
     rank_depth: Annotated[
@@ -181,7 +184,7 @@ class FrozenParts(Settings):
         Setting(
             "Height and width of the domain encoder's images, in pixels; its own if not given.",
             panel=DOMAIN,
-            ge=1,
+            ge=8,
             limit=65_536,
         ),
     ] = None
@@ -211,7 +214,7 @@ class GDPLTrainConfig(AugmentSettings):
     epochs: Annotated[
         int, Setting("Epochs of training.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
     ] = 15
-    lr: Annotated[float, Setting("Peak learning rate.", panel=TRAINING, gt=0, limit=1e38)] = 3.5e-3
+    lr: Annotated[float, Setting("Peak learning rate.", panel=TRAINING, gt=0, limit=1e6)] = 3.5e-3
     batch_size: Annotated[
         int, Setting("Images in a training step.", panel=TRAINING, ge=1, limit=MOST_IMAGES)
     ] = 4
@@ -220,11 +223,13 @@ class GDPLTrainConfig(AugmentSettings):
         Setting("Optimizer: SGD with momentum 0.9, or AdamW.", panel=TRAINING),
     ] = "sgd"
     weight_decay: Annotated[
-        float, Setting("Weight decay of all that trains.", panel=TRAINING, ge=0)
+        float, Setting("Weight decay of all that trains.", panel=TRAINING, ge=0, limit=1e6)
     ] = 5e-4
     clip_grad: Annotated[
         float | None,
-        Setting("Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0),
+        Setting(
+            "Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0, limit=1e9
+        ),
     ] = None
     schedule: Annotated[
         Literal["cosine", "gdpl"],
@@ -234,7 +239,9 @@ class GDPLTrainConfig(AugmentSettings):
             panel=TRAINING,
         ),
     ] = "cosine"
-    warmup_epochs: Annotated[float, Setting("Epochs of warm-up.", panel=TRAINING, ge=0)] = 1.0
+    warmup_epochs: Annotated[
+        float, Setting("Epochs of warm-up.", panel=TRAINING, ge=0, limit=1e7)
+    ] = 1.0
     drop_last: Annotated[
         bool, Setting("Leave a smaller last batch of an epoch out.", panel=TRAINING)
     ] = False
@@ -264,9 +271,8 @@ class GDPLTrainConfig(AugmentSettings):
             "Share of each class's training images to evaluate on, where DATA has neither a test "
             "nor a val split.",
             panel=IMAGES,
-            ge=0,
-            le=1,
-            expected="more than 0, less than 1",
+            ge=0.001,
+            lt=1,
         ),
     ] = 0.2
     test_fraction: Annotated[

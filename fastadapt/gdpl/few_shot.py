@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastadapt.data.dataset import Dataset, Sample
-from fastadapt.errors import InputError, nearest
+from fastadapt.errors import InputError, counted, nearest
 from fastadapt.files import read_json
 
 
@@ -63,7 +63,8 @@ def draw_splits(dataset: Dataset, val_fraction: float, test_fraction: float) -> 
         for split, places in parts.items():
             if not len(places):
                 raise InputError(
-                    f"class {name!r} has {len(members)} images, too few for training, validation "
+                    f"class {name!r} has {counted(len(members), 'image')}, too few for training, "
+                    "validation "
                     "and test: add images, give splits, or leave `test_fraction` out"
                 )
             for place in places:
@@ -79,7 +80,8 @@ def split_classes(count: int) -> tuple[range, range]:
     """
     if count < 4:
         raise InputError(
-            f"the data set has {count} classes; base-to-novel evaluation needs at least 4, two on "
+            f"the data set has {counted(count, 'class', 'classes')}; base-to-novel evaluation "
+            "needs at least 4, two on "
             "each side: train on all of them with `train_classes='all'`"
         )
     middle = math.ceil(count / 2)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.errors import counted
+
 # Where every validation image is right, (2) falls towards T = 0 without an end.
 LOWEST, HIGHEST = 0.05, 20.0
 FEWEST = 20  # images: fewer say too little of how sure a model may be
@@ -28,7 +30,7 @@ def calibrate(logits: Tensor, labels: np.ndarray) -> tuple[float, str]:
     if not logits.isfinite().all():
         return 1.0, "the model's outputs hold NaN or infinite values"
     if len(labels) < FEWEST:
-        return 1.0, f"validation has {len(labels)} images, and {FEWEST} are needed"
+        return 1.0, f"validation has {counted(len(labels), 'image')}, and {FEWEST} are needed"
     temperature = fit_temperature(logits, labels)
     if temperature < 1 and bool((logits.argmax(1).numpy() == labels).all()):
         return 1.0, "every validation image is right, so that nothing bounds the temperature"

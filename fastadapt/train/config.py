@@ -89,7 +89,7 @@ class TrainConfig(AugmentSettings):
         int, Setting("Epochs of stage 1.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
     ] = 16
     lr: Annotated[
-        float, Setting("Peak learning rate of stage 1.", panel=TRAINING, gt=0, limit=1e38)
+        float, Setting("Peak learning rate of stage 1.", panel=TRAINING, gt=0, limit=1e6)
     ] = 1e-3
     batch_size: Annotated[
         int,
@@ -104,7 +104,7 @@ class TrainConfig(AugmentSettings):
         int, Setting("Epochs of stage 2.", panel=TRAINING, ge=1, limit=MOST_EPOCHS)
     ] = 10
     lr2: Annotated[
-        float, Setting("Peak learning rate of stage 2.", panel=TRAINING, gt=0, limit=1e38)
+        float, Setting("Peak learning rate of stage 2.", panel=TRAINING, gt=0, limit=1e6)
     ] = 1e-5
     batch_size2: Annotated[
         int | None,
@@ -124,6 +124,7 @@ class TrainConfig(AugmentSettings):
             "Weight decay of the parameters that --decay says.",
             panel=TRAINING,
             ge=0,
+            limit=1e6,
         ),
     ] = 0.2
     decay: Annotated[
@@ -153,7 +154,7 @@ class TrainConfig(AugmentSettings):
     ] = "cosine"
     warmup_epochs: Annotated[
         float,
-        Setting("Epochs of linear warm-up in each stage.", panel=TRAINING, ge=0),
+        Setting("Epochs of linear warm-up in each stage.", panel=TRAINING, ge=0, limit=1e7),
     ] = 1.0
     drop_last: Annotated[
         bool,
@@ -161,7 +162,9 @@ class TrainConfig(AugmentSettings):
     ] = False
     clip_grad: Annotated[
         float | None,
-        Setting("Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0),
+        Setting(
+            "Largest norm of the gradient; no limit if not given.", panel=TRAINING, gt=0, limit=1e9
+        ),
     ] = None
     label_smoothing: Annotated[
         float,
@@ -235,6 +238,7 @@ class TrainConfig(AugmentSettings):
             "End a stage after this many epochs without improvement; never if not given.",
             panel=TRAINING,
             ge=1,
+            limit=1e7,
         ),
     ] = None
     refit: Annotated[
@@ -270,9 +274,8 @@ class TrainConfig(AugmentSettings):
         Setting(
             "Share of each class's training images to validate on, where DATA has no val split.",
             panel=IMAGES,
-            ge=0,
-            le=1,
-            expected="more than 0, less than 1",
+            ge=0.001,
+            lt=1,
         ),
     ] = 0.2
     calibrate: Annotated[
@@ -452,7 +455,7 @@ class ImageSettings(Settings):
         Setting(
             "Height and width of the images, in pixels; the backbone's if not given.",
             panel=IMAGES,
-            ge=1,
+            ge=8,
             limit=65_536,
         ),
     ] = None
@@ -461,7 +464,7 @@ class ImageSettings(Settings):
         Setting(
             "Share of the resized image that the crop keeps; the backbone's if not given.",
             panel=IMAGES,
-            gt=0,
+            ge=0.01,
             le=1,
         ),
     ] = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.locks import lock_folder
 from fastadapt.processes import ALONE, Place, Processes, place_from_environment
 from fastadapt.train.config import TrainConfig
@@ -46,7 +46,8 @@ def device_of_process(name: str, place: Place) -> str:
         return name
     if place.local_size > count:
         raise InputError(
-            f"{place.local_size} processes were started on a machine with {count} GPUs: start "
+            f"{place.local_size} processes were started on a machine with "
+            f"{counted(count, 'GPU')}: start "
             f"them with torchrun --nproc-per-node {count}"
         )
     return f"cuda:{place.local_rank}"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.cuda_graph import GraphedStep
 from fastadapt.data.images import DEVICE_SHARE, ImageSource
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.files import sha256_tensors
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 from fastadapt.fusion.cpu_activations import fuse_activations
@@ -268,7 +268,8 @@ class _Computation:
         free = processes.on_first(lambda: _check_space(self.path.parent, needed))
         count = self.shape[0] * self.shape[1]
         self.progress.console.print(
-            f"computing features ({self.name}): {count} images, {size_text(needed)} on disk "
+            f"computing features ({self.name}): {counted(count, 'image')}, {size_text(needed)} on "
+            "disk "
             f"of {size_text(free)} free"
         )
         task = self.progress.add_task(

@@ -19,7 +19,7 @@ from fastadapt.data.folds import (
     rotate,
 )
 from fastadapt.data.scan import Scanned
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted, form
 from fastadapt.files import is_temporary
 from fastadapt.locks import LOCK
 from fastadapt.train.fold_results import FOLDS, TABLE, PlannedRun, read_folds
@@ -51,7 +51,8 @@ def parts_of(
         torn = [name for name, inside in groups.items() if len(inside) > 1]
         if torn:
             say(
-                f"warning: {len(torn)} of {len(groups)} groups have images in several folds "
+                f"warning: {len(torn)} of {counted(len(groups), 'group')} "
+                f"{form(len(torn), 'has', 'have')} images in several folds "
                 f"(first {torn[0]!r}): scores say nothing of new groups"
             )
         mixed = [places for places in copies if len({numbers[p] for p in places}) > 1]
@@ -86,7 +87,8 @@ def _folds_of_column(dataset: Dataset, count: int) -> list[int]:
     names = [sample.fold for sample in dataset.samples]
     if not all(names):
         raise InputError(
-            f"the column 'fold' has no value in {names.count('')} of {len(names)} rows: give one "
+            f"the column 'fold' has no value in {names.count('')} of "
+            f"{counted(len(names), 'row')}: give one "
             "for every row, or remove the column"
         )
     numbers = given_folds(names, count)

@@ -18,7 +18,7 @@ from rich.table import Table
 from fastadapt.data.dataset import Dataset
 from fastadapt.data.pixels import ValueRange
 from fastadapt.decision import Decision
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.files import read_json, write_json, write_text
 from fastadapt.train.intervals import bootstrap_intervals
 from fastadapt.train.metrics import SCORES, scores
@@ -276,7 +276,7 @@ def folds_table(result: FoldsResult) -> Table:
     summary = result.summary
     count, split = len(summary["runs"]), summary["held_out"]
     table = Table(show_header=True, box=None, pad_edge=False)
-    table.add_column(f"{split}, {count} runs, in %", style="bold")
+    table.add_column(f"{split}, {counted(count, 'run')}, in %", style="bold")
     names = [name for name in SHOWN if name in summary["mean"]["model"]]
     for name in names:
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastadapt.data.dataset import Dataset, Sample
 from fastadapt.decision import LIKELIEST, UNDECIDED, Decision
+from fastadapt.errors import counted
 from fastadapt.files import write_text
 from fastadapt.train.calibration import calibrate
 from fastadapt.train.intervals import bootstrap_intervals
@@ -181,7 +182,9 @@ def summary_table(result: TrainResult) -> Table:
             table.add_row(split, score_line(result.results[split]))
     if "refit" in result.results:
         images = result.results["refit"]["images"]
-        table.add_row("saved", f"trained again on {images} images; val is of the model before that")
+        table.add_row(
+            "saved", f"trained again on {counted(images, 'image')}; val is of the model before that"
+        )
     probe = result.results.get("linear_probe", {})
     for split in ("test", "val"):
         if split in probe:
@@ -230,4 +233,4 @@ def score_line(found: dict[str, Any]) -> str:
     parts.append(f"macro-F1 {found['macro_f1']:.4f}")
     if found.get("auroc") is not None:
         parts.append(f"AUROC {found['auroc']:.4f}")
-    return f"{', '.join(parts)} ({found['images']} images)"
+    return f"{', '.join(parts)} ({counted(found['images'], 'image')})"

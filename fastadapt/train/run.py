@@ -23,7 +23,7 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.scan import Scan, Scanned
 from fastadapt.data.splits import SPLITS as SPLIT_ORDER
 from fastadapt.decision import check_decision
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.files import write_json
 from fastadapt.gpu_start import begin_libraries
 from fastadapt.host_memory import keep_freed_memory
@@ -410,7 +410,7 @@ def _state_of(
     say, model, out = where.progress.console.print, prepared.model, where.out
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = ", ".join(f"{len(dataset.split(split))} {split}" for split in SPLIT_ORDER)
-    say(f"{len(dataset.classes)} classes, images: {counts}")
+    say(f"{counted(len(dataset.classes), 'class', 'classes')}, images: {counts}")
     say(f"{model.source['name']} on {where.device}: {trainable:,} parameters train in stage 1")
     state = State()
     if where.resume and (out / STATE).is_file():

@@ -28,7 +28,7 @@ from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.folds import assign_folds
 from fastadapt.data.scan import Scan
 from fastadapt.device_list import check_one_way, expand_devices
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, counted
 from fastadapt.files import is_temporary, read_json, write_json
 from fastadapt.locks import LOCK, lock_folder
 from fastadapt.output_place import check_output
@@ -212,7 +212,10 @@ def search(
         say(trials_table(trials, probe, metric))
         chosen, confirmed = _confirmed(task, whole, devices[0])
         number = counts(trials)
-        say(", ".join(f"{count} trials {what}" for what, count in number.items()), markup=False)
+        say(
+            ", ".join(f"{counted(count, 'trial')} {what}" for what, count in number.items()),
+            markup=False,
+        )
         shares = importances(trials)
         write_trials(out / TRIALS, trials)
         draw_search(out / PICTURE, trials, shares, probe, metric)

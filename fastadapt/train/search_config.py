@@ -38,7 +38,12 @@ class SearchConfig(Settings):
     ] = 5
     timeout: Annotated[
         float | None,
-        Setting("Seconds after which no new trial begins; no limit if not given.", SEARCH, gt=0),
+        Setting(
+            "Seconds after which no new trial begins; no limit if not given.",
+            SEARCH,
+            gt=0,
+            limit=1e9,
+        ),
     ] = None
     backbones: Annotated[
         str | None,
@@ -76,6 +81,7 @@ class SearchConfig(Settings):
             "GPU if not given. The final run sees all.",
             SEARCH,
             ge=1,
+            limit=1e7,
         ),
     ] = None
     prune: Annotated[

@@ -128,7 +128,7 @@ def test_folders_without_images_beside_splits_are_left_out(tmp_path):
     (tmp_path / "docs" / "readme.md").write_text("")
     dataset = read_dataset(tmp_path)
     assert dataset.classes == CLASSES
-    assert "1 folders without images" in dataset.left_out[0]
+    assert "1 folder without images" in dataset.left_out[0]
 
 
 def test_one_level_too_high_is_refused_with_the_folder_to_give(tmp_path):
@@ -159,7 +159,7 @@ def test_folders_without_images_below_class_folders_are_no_matter(tmp_path):
     (tmp_path / CLASSES[0] / "masks" / "0.npy").write_bytes(b"")
     dataset = read_dataset(tmp_path)
     assert len(dataset.samples) == 6
-    assert "1 .npy files" in dataset.left_out[0]
+    assert "1 .npy file" in dataset.left_out[0]
 
 
 def test_hidden_and_system_folders_are_left_out_at_every_level(tmp_path):
@@ -185,7 +185,7 @@ def test_what_is_no_image_is_said_by_kind(tmp_path):
     (line,) = dataset.left_out
     for part in ("2 .dcm files", "1 .pdf", "1 .h5", "1 .mpg", "1 .emf", "1 .eps"):
         assert part in line
-    assert "1 images outside class folders" in line
+    assert "1 image outside class folders" in line
     for path in (root / CLASSES[1]).iterdir():
         path.rename(path.with_suffix(".dcm"))
     with pytest.raises(InputError, match=r"lying holds no images.*2 \.dcm files"):
@@ -236,8 +236,8 @@ def test_links_to_folders_are_followed(tmp_path):
     (root / CLASSES[2] / "circle").symlink_to(root)
     dataset = read_dataset(root)
     assert dataset.classes == CLASSES and len(dataset.samples) == 6
-    assert "1 links that lead nowhere" in dataset.left_out[0]
-    assert "1 links that lead back" in dataset.left_out[0]
+    assert "1 link that leads nowhere" in dataset.left_out[0]
+    assert "1 link that leads back" in dataset.left_out[0]
 
 
 def test_classes_that_look_alike_are_warned_of(tmp_path):

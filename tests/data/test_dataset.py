@@ -86,7 +86,7 @@ def test_groups_in_two_splits_are_warned_of(tmp_path, grouped):
         for index, (path, label, group, _) in enumerate(grouped)
     ]
     file = write_csv(tmp_path / "data.csv", rows, ("path", "label", "group", "split"))
-    warning = "warning: 1 of 4 groups have images in several splits (first 'patient 03': train and"
+    warning = "warning: 1 of 4 groups has images in several splits (first 'patient 03': train and"
     assert any(line.startswith(warning) for line in read_dataset(file).summary())
 
 

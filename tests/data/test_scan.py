@@ -46,7 +46,7 @@ def test_unreadable_images_are_found(tmp_path):
 def test_the_same_bytes_under_two_labels_are_refused(tmp_path):
     root = make_folders(tmp_path / "data", 3)
     shutil.copy(root / CLASSES[0] / "00.png", root / CLASSES[1] / "zzz.png")
-    with pytest.raises(InputError, match=r"1 images stand under two labels.*'crossed'.*'lying'"):
+    with pytest.raises(InputError, match=r"1 image stands under two labels.*'crossed'.*'lying'"):
         scan(read_dataset(root), 1)
 
 

@@ -175,7 +175,7 @@ class TestDomainInput:
         torch.testing.assert_close(torch.from_numpy(found.logits), want, rtol=1e-4, atol=1e-4)
         with pytest.raises(fa.InputError, match="takes domain_features; given: nothing"):
             predict(golden["images"])
-        with pytest.raises(fa.InputError, match=r"domain_features has 1 rows"):
+        with pytest.raises(fa.InputError, match=r"domain_features has 1 row;"):
             predict(golden["images"], domain_features=features[:1])
         assert verify_bundle(bundle, speed=False).passed
 

@@ -381,7 +381,7 @@ def test_bad_weights(tmp_path, data, refused):
     refused(data, "truncated", "--weights", tmp_path / "cut.safetensors")
     state["norm.bias"][0] = math.nan
     save_file(state, tmp_path / "nan.safetensors")
-    refused(data, "norm.bias holds 1 values", "--weights", tmp_path / "nan.safetensors")
+    refused(data, "norm.bias holds 1 value that is", "--weights", tmp_path / "nan.safetensors")
     torch.save({"code": os.system}, tmp_path / "code.pth")
     refused(data, "could run code", "--weights", tmp_path / "code.pth")
     refused(data, "does not exist", "--weights", tmp_path / "gone.pth")

@@ -76,10 +76,10 @@ class TestCommand:
         [
             ("no config", "run is no run; expected the folder of a training, with config.json"),
             ("truncated", "adapter.safetensors is no complete safetensors file"),
-            ("nan", "head.weight holds 1 values that are NaN"),
+            ("nan", "head.weight holds 1 value that is NaN"),
             ("other backbone", "was trained on other weights of test_vit_shallow"),
             ("unknown backbone", "timm has no model 'test_vitt'. Nearest: test_vit"),
-            ("labels", "names 1 labels; the model has 2 classes"),
+            ("labels", "names 1 label; the model has 2 classes"),
             ("few images", "has 0 images; the parity check needs at least 5"),
         ],
     )

@@ -362,7 +362,7 @@ class TestRefused:
         ("more", "says"),
         [
             (("grade",), "two tasks are called 'grade': name the tasks with --task NAME"),
-            (("artifact", "--task", "a"), "--task names 1 tasks; there are 2 runs"),
+            (("artifact", "--task", "a"), "--task names 1 task; there are 2 runs"),
             (("artifact", "--task", "a b", "--task", "c"), "a task cannot be called 'a b'"),
             (("artifact", "--with-features"), "--with-features is for one model"),
             (("artifact", "--classes", "x.txt"), "--classes is for one GDPL run"),

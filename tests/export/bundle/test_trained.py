@@ -111,7 +111,7 @@ class TestLoad:
         [
             ({"checkpoint": "tuned.pth", "peft": "peft"}, "leave out `peft`"),
             ({"checkpoint": "gone.pth"}, r"gone\.pth does not exist"),
-            ({"checkpoint": "tuned.pth", "class_names": ["a"]}, "`class_names` names 1 labels"),
+            ({"checkpoint": "tuned.pth", "class_names": ["a"]}, "`class_names` names 1 label;"),
             ({"checkpoint": "tuned.pth", "image_size": 64}, r"pos_embed has shape"),
             ({"checkpoint": "pickle.pth"}, "cannot be read as weights alone"),
             ({"peft": "nothing", "weights": "base.pth"}, r"adapter_config\.json does not exist"),

@@ -192,7 +192,7 @@ def test_own_files_are_not_worth_a_word(made, tmp_path, monkeypatch, capsys):
     (images / "o.csv.parts").mkdir()  # of a command that was killed at once
     write_json(images / "o.csv.parts" / "manifest.json", {"format": "fastadapt-parts"})
     assert command(monkeypatch, *args, "--overwrite") == 3
-    assert "left out: 1 hidden (.hidden.png); 1 .csv files (other.csv)\n" in capsys.readouterr().err
+    assert "left out: 1 hidden (.hidden.png); 1 .csv file (other.csv)\n" in capsys.readouterr().err
 
 
 def test_a_table_of_images_is_not_replaced_by_its_results(made, tmp_path, monkeypatch, capsys):
@@ -224,7 +224,7 @@ def test_pages_that_are_not_read_are_told(made, tuned_bundles, tmp_path, monkeyp
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"warning: 2 of 3 images lose pages after the first (first {folder}/a.tif)",
-        f"warning: 1 of 3 images lose frames after the first (first {folder}/b.gif)",
+        f"warning: 1 of 3 images loses frames after the first (first {folder}/b.gif)",
     ]
 
 

@@ -7,6 +7,7 @@ import sys
 
 import psutil
 import pytest
+from PIL import Image
 
 import fastadapt as fa
 from fastadapt.export.predict import job, part_maker, ray_executor
@@ -32,7 +33,10 @@ def test_a_killed_worker_changes_nothing(made, tmp_path, monkeypatch):
     monkeypatch.setattr(part_maker, "PART", 6)
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
-    paths = [*sorted(map(str, (made / "images").rglob("*.png"))), str(bad)] * 20
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    odd = [str(bad), str(tmp_path / "pages.tif")]
+    paths = [*sorted(map(str, (made / "images").rglob("*.png")))[1:], *odd] * 20
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
 
     def settings(name, **more):
@@ -65,6 +69,8 @@ def test_a_killed_worker_changes_nothing(made, tmp_path, monkeypatch):
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     want = job.predict_images(*settings("local.csv"))
     assert found.out.read_bytes() == want.out.read_bytes()
+    assert found.notes == want.notes
+    assert any("20 of 500 images lose pages" in note for note in found.notes), found.notes
     assert found.unreadable_file.read_bytes() == want.unreadable_file.read_bytes()
 
 
