@@ -5,7 +5,7 @@ import pytest
 from fastadapt.environment_variables import count, flag
 from fastadapt.errors import InputError
 
-NAME = "FASTADAPT_TEST"
+NAME = "SOME_FLAG"
 
 
 def test_flags(monkeypatch):
