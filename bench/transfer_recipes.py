@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastadapt.config import AdaptConfig
 from fastadapt.train.config import TrainConfig
 
-SEEDS = 5
+SEEDS, MEMBERS = 5, 5
 TEST_SHARE, VAL_SHARE = 0.25, 0.15
 PROBE, DEFAULT, FULL = "linear probe", "default", "full fine-tuning"
 PROBE_PYRAMID = "linear probe, pyramid"
@@ -22,24 +22,32 @@ CROP = {"crop_pct": 1.0}
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train stage 1 on cached features."""
+    """One way to train stage 1 on cached features.
+
+    Attributes:
+        training, adapter: the settings.
+        members: runs of other seeds, whose mean logits are judged beside each run's own.
+    """
 
     training: TrainConfig = field(default_factory=TrainConfig)
     adapter: AdaptConfig = field(default_factory=AdaptConfig)
+    members: int = 1
 
 
-def _recipe(adapter: dict[str, Any] | None = None, **training: Any) -> Recipe:
+def _recipe(adapter: dict[str, Any] | None = None, members: int = 1, **training: Any) -> Recipe:
     """Return the recipe that the others vary, with other values of some settings."""
     # Written out: what was measured stays what it was when defaults change.
     base = {"epochs": 8, "lr": 5e-4, "weight_decay": 0.2, "label_smoothing": 0.1, "ema": 0.0}
     small = {"rank": 64, "mlp_ratio": 0.25}
-    return Recipe(TrainConfig(**(base | training)), AdaptConfig(**(small | (adapter or {}))))
+    adapt_config = AdaptConfig(**(small | (adapter or {})))
+    return Recipe(TrainConfig(**(base | training)), adapt_config, members)
 
 
 RECIPES = {
-    DEFAULT: _recipe(lr=1e-3, epochs=16, ema=0.99),
+    # Its first run is what `train` gives; before the refit it is the default without one.
+    DEFAULT: _recipe(lr=1e-3, epochs=16, ema=0.99, refit=True, members=MEMBERS),
     "default, no average": _recipe(lr=1e-3, epochs=16),
-    "pyramid": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16, ema=0.99),
+    "pyramid": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16, ema=0.99, refit=True),
     "pyramid, no average": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16),
     "lr 5e-4, 8 epochs": _recipe(),
     "paper's size": _recipe({"rank": 256, "mlp_ratio": 4.0}),
@@ -77,6 +85,17 @@ RECIPES = {
         {"rank": 256, "mlp_ratio": 4.0}, lr=1e-3, epochs=16, augment="dihedral", views=8
     ),
     "head alone": _recipe({"adapter": "none"}, epochs=30, lr=5e-3, weight_decay=0.05),
+    "head alone, default": _recipe(
+        {"adapter": "none"}, MEMBERS, epochs=30, lr=5e-3, weight_decay=0.05, ema=0.99, refit=True
+    ),
+    "head alone, pyramid": _recipe(
+        {"adapter": "none", "features": "pyramid"},
+        epochs=30,
+        lr=5e-3,
+        weight_decay=0.05,
+        ema=0.99,
+        refit=True,
+    ),
     "head alone, 8 dihedral views": _recipe(
         {"adapter": "none"}, epochs=30, lr=5e-3, weight_decay=0.05, augment="dihedral", views=8
     ),

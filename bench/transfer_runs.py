@@ -45,6 +45,8 @@ from .transfer_recipes import (
     full_config,
 )
 
+MEMBER_SEED = 1000  # between the seeds of one split's runs
+
 
 class Store:
     """Results of runs in a JSON file, by set, backbone, method and seed."""
@@ -111,21 +113,60 @@ def measured(
 
 
 def run_recipe(
-    trial: Trial, parts: dict[str, np.ndarray], seed: int, select: str
+    trial: Trial, parts: dict[str, np.ndarray], seed: int, members: int = 1
 ) -> dict[str, Any]:
-    """Train one split and keep the epoch that validation chooses, as ``fastadapt train`` does."""
-    labels, classes = trial.features.labels, trial.features.classes
+    """Train one split as ``fastadapt train`` does, and again with other seeds.
+
+    Args:
+        trial: of the recipe.
+        parts: places of training, validation and test images.
+        seed: of the first run.
+        members: how many runs there are.
+
+    Returns:
+        Of the first run ``epoch``, ``val`` and ``test``; after a refit ``test`` is of the model
+        that is saved, and ``held_out_test`` of the one that validation judged. Of several runs
+        ``ensemble``: the test scores of the mean logits of the first two, three and so on.
+    """
+    features = trial.features
+    labels, logits, found = features.labels[parts["test"]], [], {}
+    for member in range(members):
+        own = seed + MEMBER_SEED * member
+        if member == 0 or not trial.config.refit:
+            best, kept = _chosen_epoch(trial, parts, own)
+        if trial.config.refit:
+            both = np.sort(np.concatenate([parts["train"], parts["val"]]))
+            kept = trial.run(both, parts["test"], own)
+        logits.append(kept)
+        if member == 0:
+            found = {**best, "test": measured(kept, labels, features.classes)}
+            if trial.config.refit:
+                found["held_out_test"] = best["test"]
+    if members > 1:
+        found["ensemble"] = {
+            str(count): measured(torch.stack(logits[:count]).mean(0), labels, features.classes)
+            for count in range(2, members + 1)
+        }
+    return found
+
+
+def _chosen_epoch(
+    trial: Trial, parts: dict[str, np.ndarray], seed: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return the scores of the epoch that validation chooses, and its logits of test images."""
+    labels, classes, select = trial.features.labels, trial.features.classes, trial.config.select
     sign, best = (-1 if select == "loss" else 1), None
     for epoch in trial.epochs(parts["train"], seed):
-        found = {
-            split: measured(trial.predict(parts[split]), labels[parts[split]], classes)
-            for split in ("val", "test")
+        logits = {split: trial.predict(parts[split]) for split in ("val", "test")}
+        found: dict[str, Any] = {
+            split: measured(values, labels[parts[split]], classes)
+            for split, values in logits.items()
         }
         rank = (sign * found["val"][select], -found["val"]["loss"])
         if best is None or rank > best[0]:
-            best = (rank, {**found, "epoch": epoch})
+            best = (rank, {**found, "epoch": epoch}, logits["test"])
     assert best is not None
-    return best[1]
+    return best[1:]
 
 
 def views_are_allowed(item: ImageSet, augment: str) -> bool:
@@ -167,7 +208,7 @@ def frozen_runs(
             if trial is None:
                 found = _probe(data, parts)
             else:
-                found = run_recipe(trial, parts, seed, recipe.training.select)
+                found = run_recipe(trial, parts, seed, recipe.members)
             store.add(key, {**found, "seconds": round(time.perf_counter() - started, 2)})
             print(f"{key}: {_shown(found)}", flush=True)
 

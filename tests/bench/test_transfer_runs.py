@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,15 @@ import torch
 from fastadapt.bench.image_sets import ImageSet
 from fastadapt.bench.suites.transfer import choices, table
 from fastadapt.bench.transfer_recipes import DEFAULT, PROBE, RECIPES, STAGE_TWO, best_config
-from fastadapt.bench.transfer_runs import Store, accuracies, run_recipe, splits, write_csv
+from fastadapt.bench.transfer_runs import (
+    MEMBER_SEED,
+    Store,
+    accuracies,
+    measured,
+    run_recipe,
+    splits,
+    write_csv,
+)
 from fastadapt.config import AdaptConfig
 from fastadapt.data.dataset import read_dataset
 from fastadapt.train.config import TrainConfig
@@ -56,7 +65,7 @@ def test_the_kept_epoch_is_validations():
     values = rng.normal(0, 1, (1, 40, 2, 8)).astype(np.float32)
     trial = Trial(
         Features(values, labels, ("a", "b"), torch.device("cpu")),
-        TrainConfig(epochs=3, lr=1e-2, batch_size=8),
+        TrainConfig(epochs=3, lr=1e-2, batch_size=8, select="loss"),
         AdaptConfig(rank=4, num_centers=2, mlp_ratio=0.5),
     )
     parts = {"train": np.arange(24), "val": np.arange(24, 32), "test": np.arange(32, 40)}
@@ -64,9 +73,16 @@ def test_the_kept_epoch_is_validations():
     for _ in trial.epochs(parts["train"], 5):
         logits = trial.predict(parts["val"])
         seen.append(torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[24:32])))
-    found = run_recipe(trial, parts, 5, "loss")
+    found = run_recipe(trial, parts, 5)
     assert found["epoch"] == int(torch.stack(seen).argmin()) + 1
     assert found["val"]["loss"] == pytest.approx(float(min(seen)))
+    # A refit trains on both splits and chooses nothing; members have other seeds.
+    trial.config = replace(trial.config, refit=True)
+    again = run_recipe(trial, parts, 5, 2)
+    assert again["held_out_test"] == found["test"] and again["val"] == found["val"]
+    one, other = (trial.run(np.arange(32), parts["test"], seed) for seed in (5, 5 + MEMBER_SEED))
+    assert again["test"] == measured(one, labels[32:], ("a", "b"))
+    assert again["ensemble"] == {"2": measured((one + other) / 2, labels[32:], ("a", "b"))}
 
 
 def test_recipes_are_settings_that_train_takes():
