@@ -23,12 +23,13 @@ from fastadapt.train.search_config import SearchConfig
     AdaptConfig,
     TrainConfig,
     ImageSettings,
+    refit=True,
     **DEFAULT_ADAPTER,
 )
 def search(given: Given) -> None:
     """Search for the best recipe by folds, train with it; options that are given are held."""
     run, source = given.build(RunSettings), given.build(BackboneSource)
-    how, config = given.build(SearchConfig), given.build(TrainConfig)
+    how, config = given.build(SearchConfig), given.build(TrainConfig, TrainConfig.default())
     images, size = given.build(ImageSettings), given.values["image_size"]
     check_one_process("searches")
     backbones = how.named_backbones(source.backbone, source.weights)

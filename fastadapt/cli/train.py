@@ -68,9 +68,13 @@ class Recipe(NamedTuple):
 
 def default_training(given: Given) -> TrainConfig:
     """Return the default recipe of what trains: the adapter, the head alone, or everything."""
-    if given.values["full"]:
+    values = given.values
+    if values["full"]:
         return TrainConfig.default("full")
-    return TrainConfig.default("head" if given.values["adapter"] == "none" else "adapter")
+    # On cached features a refit is a matter of seconds, else of all the time once more.
+    quick = values["stages"] == 1 and values["cache"] and not values["lora_rank"]
+    what: Literal["adapter", "head"] = "head" if values["adapter"] == "none" else "adapter"
+    return TrainConfig.default(what, refit=quick)
 
 
 def recipe_of(given: Given) -> Recipe:
@@ -102,6 +106,7 @@ def recipe_of(given: Given) -> Recipe:
     Method,
     lora_rank=0,
     data=None,
+    refit=True,
     **DEFAULT_ADAPTER,
 )
 def train(given: Given) -> None:

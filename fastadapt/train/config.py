@@ -245,7 +245,8 @@ class TrainConfig(AugmentSettings):
         bool,
         Setting(
             "When validation has judged, train again on training and validation images together "
-            "for as many epochs, and keep that model.",
+            "for as many epochs, and keep that model; the default where that is quick: one stage "
+            "on cached features.",
             panel=TRAINING,
         ),
     ] = False
@@ -350,13 +351,13 @@ class TrainConfig(AugmentSettings):
         """Return the default recipe of the command.
 
         Args:
-            what: trains: ``"adapter"``, adapter and head, whose settings are the class's defaults;
-                ``"head"``, the head alone; ``"full"``, everything.
+            what: trains: ``"adapter"``, adapter and head, whose settings are the class's defaults
+                and a refit; ``"head"``, the head alone, likewise; ``"full"``, everything.
             **changes: other values of some settings.
         """
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"refit": True}
         if what == "head":
-            values = {"epochs": 30, "lr": 5e-3, "weight_decay": 0.05}
+            values |= {"epochs": 30, "lr": 5e-3, "weight_decay": 0.05}
         elif what == "full":
             values = {"full": True, "epochs": 15, "lr": 3e-4, "weight_decay": 0.05, "ema": 0.0}
         return cls(**(values | changes))
