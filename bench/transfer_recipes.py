@@ -48,6 +48,9 @@ RECIPES = {
     DEFAULT: _recipe(lr=1e-3, epochs=16, ema=0.99, refit=True, members=MEMBERS),
     "default, no average": _recipe(lr=1e-3, epochs=16),
     "pyramid": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16, ema=0.99, refit=True),
+    "pyramid with deviations": _recipe(
+        {"features": "pyramid-deviations"}, lr=1e-3, epochs=16, ema=0.99, refit=True
+    ),
     "pyramid, no average": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16),
     "lr 5e-4, 8 epochs": _recipe(),
     "paper's size": _recipe({"rank": 256, "mlp_ratio": 4.0}),
@@ -87,6 +90,14 @@ RECIPES = {
     "head alone": _recipe({"adapter": "none"}, epochs=30, lr=5e-3, weight_decay=0.05),
     "head alone, default": _recipe(
         {"adapter": "none"}, MEMBERS, epochs=30, lr=5e-3, weight_decay=0.05, ema=0.99, refit=True
+    ),
+    "head alone, pyramid with deviations": _recipe(
+        {"adapter": "none", "features": "pyramid-deviations"},
+        epochs=30,
+        lr=5e-3,
+        weight_decay=0.05,
+        ema=0.99,
+        refit=True,
     ),
     "head alone, pyramid": _recipe(
         {"adapter": "none", "features": "pyramid"},

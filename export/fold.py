@@ -39,7 +39,7 @@ from fastadapt.gdpl.model import GDPLModel
 from fastadapt.gdpl.prompts import DomainPromptLearner
 from fastadapt.layers import ClusterAttention, LoRALinear, QuaternionLinear
 from fastadapt.layers.calibrated_linear import CalibratedLinear
-from fastadapt.pyramid import pyramid_features
+from fastadapt.pyramid import PYRAMIDS
 
 from .folded_layers import FoldedClusterAttention, GroupedLinear, probe_input
 
@@ -332,7 +332,7 @@ def _drop_unused(folded: nn.Module) -> list[str]:
         if not isinstance(module, AdaptedModel) or not hasattr(module.backbone, "get_classifier"):
             continue
         # Any other feature function may call the classifier.
-        if module.feature_fn not in (backbones.forward_features, pyramid_features):
+        if module.feature_fn not in (backbones.forward_features, *PYRAMIDS.values()):
             continue
         backbone: Any = module.backbone
         before = _with_weights(backbone)

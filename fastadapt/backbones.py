@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastadapt.checkpoint_reader import read_state_dict
 from fastadapt.config import Layout
 from fastadapt.errors import InputError, first_line, nearest
-from fastadapt.pyramid import pyramid_features, pyramid_levels
+from fastadapt.pyramid import PYRAMIDS, pyramid_features, pyramid_levels
 from fastadapt.weights_match import load_weights, pooling_options
 
 FeatureFn = Callable[[nn.Module, Tensor], Tensor]
@@ -204,21 +204,21 @@ def _forward(backbone: nn.Module, x: Tensor) -> Tensor:
 def feature_function(backbone: nn.Module, features: str | FeatureFn | None) -> FeatureFn:
     """Return the function that computes this backbone's features of images.
 
-    ``features`` may be a function of (backbone, images), the name of a method, ``"pyramid"``
-    (:func:`fastadapt.pyramid.pyramid_features`), ``"auto"``, the pyramid of backbones that have
-    one, or ``"last"`` or ``None``: then it is ``forward_features`` (timm, and any module that has
-    it), the tokens of an open_clip tower, or the module's own forward.
+    ``features`` may be a function of (backbone, images), the name of a method, ``"pyramid"`` or
+    ``"pyramid-deviations"`` (:mod:`fastadapt.pyramid`), ``"auto"``, the pyramid of backbones that
+    have one, or ``"last"`` or ``None``: then it is ``forward_features`` (timm, and any module that
+    has it), the tokens of an open_clip tower, or the module's own forward.
     """
     if callable(features):
         return features
     if features == "last":
         features = None
-    if features in ("pyramid", "auto"):
+    if features in PYRAMIDS or features == "auto":
         if pyramid_levels(backbone):
-            return pyramid_features
-        if features == "pyramid":
+            return PYRAMIDS.get(features, pyramid_features)
+        if features != "auto":
             raise InputError(
-                f"features is 'pyramid', but {type(backbone).__name__} has no maps of several "
+                f"features is {features!r}, but {type(backbone).__name__} has no maps of several "
                 "resolutions that timm knows: leave `features` out"
             )
         features = None
@@ -301,7 +301,7 @@ def probe(
     """
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    if layout is None and feature_fn is pyramid_features:
+    if layout is None and feature_fn in PYRAMIDS.values():
         layout = "channels_first"  # whatever the backbone's own is
     backbone = tower.module
     input_size = input_size or default_input_size(tower)

@@ -172,13 +172,15 @@ class AdaptConfig(Settings):
         str | Callable[..., Any] | None,
         Setting(
             "What of the backbone is adapted: its last map or tokens (last); the maps of all its "
-            "resolutions side by side (pyramid); those, of backbones that have some (auto); the "
-            "result of a method of this name or, in Python, of a function of (backbone, images).",
+            "resolutions side by side (pyramid), also with the deviations within their cells "
+            "(pyramid-deviations); the pyramid, of backbones that have one (auto); the result of "
+            "a method of this name or, in Python, of a function of (backbone, images).",
             panel=MODEL,
-            metavar="last|pyramid|auto|METHOD",
+            metavar="last|pyramid|pyramid-deviations|auto|METHOD",
             kind=str,
             shown_default="last",
-            expected="'last', 'pyramid', 'auto', a method's name or a function",
+            expected="'last', 'pyramid', 'pyramid-deviations', 'auto', a method's name or a "
+            "function",
         ),
     ] = None
     layout: Annotated[

@@ -8,6 +8,11 @@ stride 4 on:
     (2) f   = LayerNorm over the channels of each p_i, without weights, side by side
                                                                          [B, ΣC_i, H_L, W_L]
 
+A mean does not tell a flat cell from one with an edge or a grain in it; deviations do:
+
+    (3) d_i = √max(means of m_i² − p_i², ε), i < L                       [B, C_i, H_L, W_L]
+    (4) f'  = f, and LayerNorm over the channels of each d_i, side by side
+
 The layers after the last block (EfficientNet's last convolution, say) are not used.
 """
 
@@ -20,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FIRST_STRIDE = 4  # a map of half the image's size is edges alone
+LEAST_VARIANCE = 1e-6  # below it a root has no useful gradient
 
 
 def pyramid_levels(backbone: nn.Module) -> list[int]:
@@ -42,11 +48,41 @@ def pyramid_features(backbone: Any, x: Tensor) -> Tensor:
         backbone: of timm, with :func:`pyramid_levels`.
         x: images [B, 3, H, W].
     """
+    return torch.cat([_normalised(mean) for _, mean, _ in _levels(backbone, x)], 1)
+
+
+def pyramid_deviations(backbone: Any, x: Tensor) -> Tensor:
+    """Return what :func:`pyramid_features` does, and the deviations within the cells after it.
+
+    Args:
+        backbone: of timm, with :func:`pyramid_levels`.
+        x: images [B, 3, H, W].
+
+    Returns:
+        [B, 2 ΣC_i − C_L, H_L, W_L].
+    """
+    means, deviations = [], []
+    for level, mean, sizes in _levels(backbone, x):
+        means.append(_normalised(mean))
+        if sizes:
+            # Squares exceed half precision, and their difference needs more digits than it has.
+            level, mean = level.float(), to_grid(level.float(), sizes)
+            variance = to_grid(level * level, sizes) - mean * mean
+            deviation = _normalised(variance.clamp(min=LEAST_VARIANCE).sqrt())
+            deviations.append(deviation.to(means[-1].dtype))
+    return torch.cat(means + deviations, 1)
+
+
+PYRAMIDS = {"pyramid": pyramid_features, "pyramid-deviations": pyramid_deviations}  # by name
+
+
+def _levels(backbone: Any, x: Tensor) -> list[tuple[Tensor, Tensor, list[torch.Size]]]:
+    """Return each level's map, its means over the cells, and the sizes of the coarser maps."""
     found = backbone.forward_intermediates(
         x, indices=pyramid_levels(backbone), output_fmt="NCHW", intermediates_only=True
     )
     sizes = [level.shape[-2:] for level in found]
-    return torch.cat([_normalised(to_grid(m, sizes[i + 1 :])) for i, m in enumerate(found)], 1)
+    return [(m, to_grid(m, sizes[i + 1 :]), sizes[i + 1 :]) for i, m in enumerate(found)]
 
 
 def to_grid(x: Tensor, sizes: list[torch.Size]) -> Tensor:

@@ -8,7 +8,13 @@ import fastadapt as fa
 from fastadapt.checkpoint import load_adapter, save_adapter
 from fastadapt.errors import InputError
 from fastadapt.export.backends.onnx import export_onnx
-from fastadapt.pyramid import pyramid_features, pyramid_levels, to_grid
+from fastadapt.pyramid import (
+    PYRAMIDS,
+    pyramid_deviations,
+    pyramid_features,
+    pyramid_levels,
+    to_grid,
+)
 from fastadapt.train.shared_backbone import SharedBackbone
 
 
@@ -34,6 +40,19 @@ def test_the_maps_of_all_strides_lie_side_by_side(resnet):
         wanted = F.layer_norm(grid.movedim(1, -1), grid.shape[1:2]).movedim(-1, 1)
         torch.testing.assert_close(found[:, start : start + level.shape[1]], wanted)
         start += level.shape[1]
+
+
+def test_deviations_within_the_cells_follow_the_means(resnet):
+    images = torch.rand(2, 3, 64, 64)
+    found = pyramid_deviations(resnet, images)
+    means = pyramid_features(resnet, images)
+    torch.testing.assert_close(found[:, : means.shape[1]], means)
+    level = resnet.forward_intermediates(images, intermediates_only=True)[1]  # [2, C, 16, 16]
+    cells = level.unflatten(3, (2, 8)).unflatten(2, (2, 8)).double()
+    wanted = cells.var((3, 5), unbiased=False).clamp(min=1e-6).sqrt().movedim(1, -1)
+    wanted = F.layer_norm(wanted, wanted.shape[-1:]).movedim(-1, 1)
+    part = found[:, means.shape[1] :][:, : level.shape[1]]
+    torch.testing.assert_close(part, wanted.float(), atol=1e-3, rtol=1e-3)
 
 
 def test_cells_are_means():
@@ -70,12 +89,13 @@ def test_channels_last_backbones_give_channels_first():
     assert model(torch.rand(2, 3, 56, 56)).shape == (2, 2)
 
 
-def test_train_save_load_fold_and_export(resnet, tmp_path):
+@pytest.mark.parametrize("features", PYRAMIDS)
+def test_train_save_load_fold_and_export(resnet, tmp_path, features):
     import numpy as np
     import onnxruntime
 
     images = torch.rand(3, 3, 64, 64)
-    model = fa.adapt(resnet, config(), 2)
+    model = fa.adapt(resnet, config(features), 2)
     model.train()
     nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 0])).backward()
     assert all(p.grad is None for p in model.backbone.parameters())
@@ -83,14 +103,15 @@ def test_train_save_load_fold_and_export(resnet, tmp_path):
     model.unfreeze()
     model(images).sum().backward()
     trained = [n for n, p in model.backbone.named_parameters() if p.requires_grad]
-    assert trained and all(model.backbone.get_parameter(n).grad is not None for n in trained)
+    gradients = [model.backbone.get_parameter(name).grad for name in trained]
+    assert trained and all(g is not None and g.isfinite().all() for g in gradients)
     model.freeze()
     save_adapter(model.eval(), tmp_path / "adapter")
     with torch.no_grad():
         wanted = model(images)
         again = timm.create_model("test_resnet", num_classes=0).eval()
         loaded = load_adapter(tmp_path / "adapter", again)
-        assert loaded.feature_fn is pyramid_features and loaded.config.features == "pyramid"
+        assert loaded.feature_fn is PYRAMIDS[features] and loaded.config.features == features
         folded = fa.fold(model)
         torch.testing.assert_close(folded(images), wanted, atol=1e-5, rtol=1e-5)
     export_onnx(folded, tmp_path / "model.onnx", input_size=(3, 64, 64))

@@ -23,7 +23,12 @@ def test_the_default_recipe_is_smaller_than_the_papers():
     paper = AdaptConfig()  # in Python the adapter alone is the paper's
     assert (paper.rank, paper.mlp_ratio) == (256, 4.0)
     adapter, head = TrainConfig.default(), TrainConfig.default("head")
-    assert adapter == replace(TrainConfig(), refit=True) and head.refit and head.lr > adapter.lr and head.epochs > adapter.epochs
+    assert (
+        adapter == replace(TrainConfig(), refit=True)
+        and head.refit
+        and head.lr > adapter.lr
+        and head.epochs > adapter.epochs
+    )
     assert TrainConfig.default("full", epochs=3).full
 
 
