@@ -8,7 +8,7 @@ from typing import Any, Literal
 from fastadapt.config import AdaptConfig
 from fastadapt.train.config import TrainConfig
 
-SEEDS, MEMBERS = 5, 5
+SEEDS, MEMBERS = 5, 3
 TEST_SHARE, VAL_SHARE = 0.25, 0.15
 PROBE, DEFAULT, FULL = "linear probe", "default", "full fine-tuning"
 PROBE_PYRAMID, BEST_RECIPE = "linear probe, pyramid", "best recipe"
@@ -26,7 +26,7 @@ class Recipe:
 
     Attributes:
         training, adapter: the settings.
-        members: runs of other seeds, whose mean logits are judged beside each run's own.
+        members: runs of different seeds, whose mean logits are judged beside the first run.
     """
 
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -44,7 +44,6 @@ def _recipe(adapter: dict[str, Any] | None = None, members: int = 1, **training:
 
 
 RECIPES = {
-    # Its first run is what `train` gives; before the refit it is the default without one.
     DEFAULT: _recipe(lr=1e-3, epochs=16, ema=0.99, refit=True, members=MEMBERS),
     "default, no average": _recipe(lr=1e-3, epochs=16),
     "pyramid": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16, ema=0.99, refit=True),

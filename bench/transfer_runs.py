@@ -47,6 +47,7 @@ from .transfer_recipes import (
     full_config,
 )
 
+SHOWN = ("accuracy", "macro_f1", "loss")
 MEMBER_SEED = 1000  # between the seeds of one split's runs
 
 
@@ -126,9 +127,9 @@ def run_recipe(
         members: how many runs there are.
 
     Returns:
-        Of the first run ``epoch``, ``val`` and ``test``; after a refit ``test`` is of the model
-        that is saved, and ``held_out_test`` of the one that validation judged. Of several runs
-        ``ensemble``: the test scores of the mean logits of the first two, three and so on.
+        Of the first run ``epoch``, ``val`` and ``test``, after a refit of the model that is saved.
+        ``beside`` has what else is judged, by name: ``no refit``, the model before it, and
+        ``N seeds``, the mean logits of all runs.
     """
     features = trial.features
     labels, logits, found = features.labels[parts["test"]], [], {}
@@ -141,14 +142,12 @@ def run_recipe(
             kept = trial.run(both, parts["test"], own)
         logits.append(kept)
         if member == 0:
-            found = {**best, "test": measured(kept, labels, features.classes)}
+            found = {**best, "test": measured(kept, labels, features.classes), "beside": {}}
             if trial.config.refit:
-                found["held_out_test"] = best["test"]
+                found["beside"]["no refit"] = best
     if members > 1:
-        found["ensemble"] = {
-            str(count): measured(torch.stack(logits[:count]).mean(0), labels, features.classes)
-            for count in range(2, members + 1)
-        }
+        mean = measured(torch.stack(logits).mean(0), labels, features.classes)
+        found["beside"][f"{members} seeds"] = {"test": mean}
     return found
 
 
@@ -211,6 +210,8 @@ def frozen_runs(
                 found = _probe(data, parts)
             else:
                 found = run_recipe(trial, parts, seed, recipe.members)
+            for more, scores in (found.pop("beside", None) or {}).items():
+                store.add(store.key(item.name, backbone, f"{name}, {more}", seed), scores)
             store.add(key, {**found, "seconds": round(time.perf_counter() - started, 2)})
             print(f"{key}: {_shown(found)}", flush=True)
 
@@ -288,8 +289,7 @@ def trained_run(
             weights=weights,
             device=device,
         ).results
-    keys = ("accuracy", "macro_f1", "loss")
-    found: dict[str, Any] = {s: {k: results[s][k] for k in keys} for s in ("val", "test")}
+    found: dict[str, Any] = {s: {k: results[s][k] for k in SHOWN} for s in ("val", "test")}
     found["epoch"] = results["best"]["epoch"]
     found["stage"] = results["best"]["stage"]
     return {**found, "seconds": round(time.perf_counter() - started, 2)}
@@ -333,8 +333,7 @@ def best_runs(
 ) -> None:
     """Train everything by the best recipe, with several seeds for each split.
 
-    A run of the store has ``test`` of the first seed's model, ``tests`` of all of them, and
-    ``ensemble`` of their mean logits.
+    The store gets a run for each seed, and one for their mean logits.
     """
     for kind in kinds:
         recipe = best_recipe(kind)
@@ -358,15 +357,17 @@ def best_runs(
                     device=device,
                 )
                 results = [read_json(run / RESULTS) for run in trained.runs]
-            keys = ("accuracy", "macro_f1", "loss")
-            found: dict[str, Any] = {
-                split: {k: results[0][split][k] for k in keys} for split in ("val", "test")
-            }
-            found["tests"] = [result["test"]["accuracy"] for result in results]
-            together = trained.summary["ensemble"]["test"]
-            found["ensemble"] = {str(recipe.members): {k: together[k] for k in keys[:2]}}
-            store.add(key, {**found, "seconds": round(time.perf_counter() - started, 2)})
-            print(f"{key}: {_shown(found)}", flush=True)
+            seconds = round((time.perf_counter() - started) / recipe.members, 2)
+            mean = {k: trained.summary["ensemble"]["test"][k] for k in SHOWN[:2]}
+            method = f"{BEST_RECIPE}, {kind}, {recipe.members} seeds"
+            store.add(store.key(item.name, backbone, method, seed), {"test": mean})
+            # The first one last: where it is in the store, so are the others.
+            for member, result in reversed(list(enumerate(results))):
+                found = {s: {k: result[s][k] for k in SHOWN} for s in ("val", "test")}
+                method = f"{BEST_RECIPE}, {kind}" + (f", seed {member}" if member else "")
+                found_key = store.key(item.name, backbone, method, seed)
+                store.add(found_key, {**found, "seconds": seconds})
+                print(f"{found_key}: {_shown(found)}", flush=True)
 
 
 def _shown(found: dict[str, Any]) -> str:

@@ -79,10 +79,13 @@ def test_the_kept_epoch_is_validations():
     # A refit trains on both splits and chooses nothing; members have other seeds.
     trial.config = replace(trial.config, refit=True)
     again = run_recipe(trial, parts, 5, 2)
-    assert again["held_out_test"] == found["test"] and again["val"] == found["val"]
+    beside = again["beside"]
+    assert beside["no refit"]["test"] == found["test"]
+    assert again["val"] == found["val"]
     one, other = (trial.run(np.arange(32), parts["test"], seed) for seed in (5, 5 + MEMBER_SEED))
     assert again["test"] == measured(one, labels[32:], ("a", "b"))
-    assert again["ensemble"] == {"2": measured((one + other) / 2, labels[32:], ("a", "b"))}
+    both = measured((one + other) / 2, labels[32:], ("a", "b"))
+    assert beside["2 seeds"] == {"test": both}
 
 
 def test_recipes_are_settings_that_train_takes():
