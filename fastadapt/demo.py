@@ -108,7 +108,7 @@ def _run(
         out / "data.csv",
         out / "run",
         BACKBONE,
-        TrainConfig.default(epochs=epochs),
+        TrainConfig(epochs=epochs),
         AdaptConfig(**DEFAULT_ADAPTER, input_size=(3, IMAGE_SIZE, IMAGE_SIZE)),
         preprocess={"crop_pct": 1.0},
         weights=out / "backbone.safetensors",
