@@ -115,7 +115,7 @@ def test_training_starts_from_a_run(tmp_path, data):  # noqa: F811
         torch.testing.assert_close(other[name], state[name], atol=1e-6, rtol=1e-5)
     with pytest.raises(InputError, match="leave `adapt_config` out"):
         start(two, "no", adapt_config=ADAPT)
-    with pytest.raises(InputError, match="trained on test_vit, not on test_resnet"):
+    with pytest.raises(InputError, match="trained on test_vit_shallow, not on test_resnet"):
         train(two, tmp_path / "no", "test_resnet", config, workers=1, init=first)
     with pytest.raises(InputError, match="give a `backbone`, or a run"):
         start(two, "no", init=None)
