@@ -76,7 +76,12 @@ def convert(
     """
     check_installed(int8=False)
     example = tuple(x[:1].contiguous() for x in example)
-    with quiet("jax", "absl"), plain_attention(model), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        quiet("jax", "absl"),
+        plain_attention(model),
+        silent_stderr(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         try:
             converter = importlib.import_module("litert_torch")
             program = torch.export.export(model.eval(), example)

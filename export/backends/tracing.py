@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapt.environment_variables import flag
+
 
 @contextlib.contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
@@ -52,7 +54,13 @@ def quiet(*names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Hide what libraries' C++ code writes to standard error, when they start for one."""
+    """Hide what libraries' C++ code writes to standard error, when they start for one.
+
+    Errors still raise. With FASTADAPT_DEBUG=1 nothing is hidden.
+    """
+    if flag("FASTADAPT_DEBUG"):
+        yield
+        return
     sys.stderr.flush()
     with Path(os.devnull).open("wb") as nothing:
         kept = os.dup(2)

@@ -23,6 +23,7 @@ from tests.helpers.imagesets import make_folders
 def check_file(folded, kind, suffix, capfd):
     """Build a file through the gate, and run it with arrays and tensors."""
     options = EngineOptions(**{kind: True}, batch=Batches(1, 2, 4))
+    capfd.readouterr()
     _, artefact = build_artefacts(options, folded)
     assert (artefact.kind, artefact.path) == (kind, f"model.fp32.{suffix}")
     assert artefact.status == VERIFIED, artefact.reason
@@ -31,7 +32,8 @@ def check_file(folded, kind, suffix, capfd):
     assert artefact.details["targets"] == ["cpu"]
     assert {file.name for file in folded.folder.iterdir()} == {"model.onnx", artefact.path}
 
-    capfd.readouterr()
+    said = capfd.readouterr().err
+    assert not said, said
     runtime = load_runtime(folded.folder / artefact.path, threads=1)
     images = folded.reference.inputs["images"]
     first = runtime(images[:3])
