@@ -17,13 +17,14 @@ from fastadapt.train.cross_validation import train_folds
 from fastadapt.train.fold_settings import FoldSettings
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers.imagesets import make_folders
+from tests.helpers.shallow_vit import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=1.0, input_size=(3, 48, 48))
 QUICK = TrainConfig(epochs=3, lr=3e-3, batch_size=8, patience=2)
 TWO_STAGES = replace(QUICK, stages=2, epochs=1, epochs2=1, lr2=1e-3, views=2, augment="dihedral")
 
 
-def run(data, out, config, backbone="test_vit", **options):
+def run(data, out, config, backbone=SHALLOW_VIT, **options):
     options = {"workers": 1, "save_every": 0, **options}
     return train(data, out, backbone, config, ADAPT, pretrained=False, **options).results
 
@@ -111,7 +112,7 @@ def test_runs_of_several_seeds_refit_on_what_they_share(tmp_path):
         result = train_folds(
             tmp_path / "data",
             tmp_path / f"runs-{refit}",
-            "test_vit",
+            SHALLOW_VIT,
             replace(QUICK, epochs=1, refit=refit, probe=False),
             ADAPT,
             FoldSettings(seeds=(0, 1)),
