@@ -76,16 +76,16 @@ class Setting:
     def range(self) -> str:
         """Say the range in words: "at least 1", "0 or more, less than 1"."""
         if self.ge is not None and self.le is not None:
-            return f"{self.ge:g} to {self.le:g}"
+            return f"{_number(self.ge)} to {_number(self.le)}"
         words = []
         if self.ge is not None:
-            words.append("0 or more" if self.ge == 0 else f"at least {self.ge:g}")
+            words.append("0 or more" if self.ge == 0 else f"at least {_number(self.ge)}")
         if self.gt is not None:
-            words.append(f"more than {self.gt:g}")
+            words.append(f"more than {_number(self.gt)}")
         if self.le is not None:
-            words.append(f"at most {self.le:g}")
+            words.append(f"at most {_number(self.le)}")
         if self.lt is not None:
-            words.append(f"less than {self.lt:g}")
+            words.append(f"less than {_number(self.lt)}")
         return ", ".join(words)
 
 
@@ -291,8 +291,15 @@ def _input_error(cls: type, error: Any, values: dict[str, Any]) -> InputError:
             expected = f"{'a finite number, ' if endless else ''}{field.setting.range}"
         elif kind in _TOO_MUCH:
             beyond_use = field.setting.le is None and field.setting.lt is None
-            expected = f"at most {field.setting.limit:,g}" if beyond_use else field.setting.range
+            expected = (
+                f"at most {_number(field.setting.limit)}" if beyond_use else field.setting.range
+            )
     return InputError(f"{name} is {_shown(number)}; expected {expected}")
+
+
+def _number(value: float) -> str:
+    """Return a bound as a message shows it: 1,000,000, not 1e+06."""
+    return f"{value:,.12g}"
 
 
 def _shown(value: Any) -> str:

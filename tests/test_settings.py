@@ -210,6 +210,7 @@ def test_every_number_has_an_end():
         (TrainConfig, {"patience": 10**30}, "patience is 10000.*; expected at most"),
         (ImageSettings, {"image_size": 1}, "image_size is 1; expected at least 8"),
         (ImageSettings, {"crop_pct": 1e-9}, "crop_pct is 1e-09; expected 0.01 to 1"),
+        (SearchConfig, {"trials": 0}, "trials is 0; expected 1 to 1,000,000"),
         (GDPLTrainConfig, {"warmup_epochs": 1e30}, "warmup_epochs is 1e"),
     ],
 )

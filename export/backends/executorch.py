@@ -192,7 +192,9 @@ def _imported(module: str) -> Any:
             if library not in LIBRARIES:
                 raise
             raise InputError(
-                f"{library} is not installed: pip install 'fastadapt[executorch]'"
+                f"the package {library} is not installed: pip install 'fastadapt[executorch]'"
             ) from error
         except (ImportError, OSError) as error:  # its libraries are built for one PyTorch
-            raise InputError(f"executorch cannot be loaded: {first_line(error)}") from error
+            raise InputError(
+                f"the package executorch cannot be loaded: {first_line(error)}"
+            ) from error

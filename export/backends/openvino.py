@@ -140,7 +140,7 @@ def _without_telemetry(name: str) -> Any:
             return importlib.import_module(name)
         except ImportError as error:
             raise InputError(
-                f"{name} is not installed: pip install 'fastadapt[openvino]'"
+                f"the package {name} is not installed: pip install 'fastadapt[openvino]'"
             ) from error
 
 

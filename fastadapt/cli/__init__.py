@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -85,6 +86,7 @@ def main() -> None:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
     try:
+        _refuse_empty(sys.argv)
         sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
         _fail("interrupted", code=interrupt.EXIT_CODE)
@@ -101,6 +103,19 @@ def main() -> None:
         if full is not None:
             _fail(f"the {full}'s memory is full: close other programs, or use smaller batches")
         _fail(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Refuse an empty argument, which as a path would be the working folder."""
+    for before, word in itertools.pairwise(words):
+        option, equals, value = word.partition("=")
+        if not word or (equals and not value and option.startswith("--")):
+            where = f"after {before!r}" if not word and before != words[0] else f"{word!r}"
+            _fail(
+                f"the argument {where} is empty: is a variable of the shell not set? Leave it out, "
+                "or give a value",
+                code=2,
+            )
 
 
 def _refuse_usage(error: Any) -> NoReturn:

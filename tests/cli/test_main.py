@@ -87,6 +87,20 @@ def test_wrong_usage_is_exit_code_two_and_one_line(command, args):
     assert err.startswith("fastadapt: ") and err.rstrip().endswith("--help has all options")
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("predict", "bundle", "", "--out", "o.csv"), "the argument after 'bundle' is empty"),
+        (("train", "data", "--seeds", "", "--out", "o"), "the argument after '--seeds' is empty"),
+        (("export", "run", "--out="), "the argument '--out=' is empty"),
+        (("",), "the argument '' is empty"),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_folder(command, args, says):
+    code, out, err = command(*args)
+    assert code == 2 and not out and err.count("\n") == 1 and says in err
+
+
 def test_a_value_that_is_no_choice_is_one_line(command):
     code, _, err = command("train", "data", "--select", "r2", "--out", "out")
     assert (code, err.count("\n")) == (2, 1) and "Value error" not in err

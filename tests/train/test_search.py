@@ -91,3 +91,10 @@ def test_bad_input_is_refused_before_anything_is_computed(tmp_path):
         lora = fa.AdaptConfig(lora=fa.LoRAConfig())
         search(tmp_path / "data", tmp_path / "out", "test_vit", how, CONFIG, lora)
     assert not (tmp_path / "out").exists()
+
+
+def test_folds_of_too_few_images_leave_the_folder_free(tmp_path):
+    make_folders(tmp_path / "data", 4)
+    for count in (50, 40):  # the second is not told that a search is there
+        with pytest.raises(InputError, match=f"too few for {count} folds"):
+            run(tmp_path / "data", tmp_path / "out", SearchConfig(folds=count))
