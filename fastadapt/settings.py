@@ -291,9 +291,9 @@ def _input_error(cls: type, error: Any, values: dict[str, Any]) -> InputError:
             expected = f"{'a finite number, ' if endless else ''}{field.setting.range}"
         elif kind in _TOO_MUCH:
             beyond_use = field.setting.le is None and field.setting.lt is None
-            expected = (
-                f"at most {_number(field.setting.limit)}" if beyond_use else field.setting.range
-            )
+            expected = field.setting.range
+            if beyond_use and field.setting.limit is not None:
+                expected = f"at most {_number(field.setting.limit)}"
     return InputError(f"{name} is {_shown(number)}; expected {expected}")
 
 

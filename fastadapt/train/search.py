@@ -153,8 +153,8 @@ def search(
         ) as scan:
             found = scanned(scan, progress, skip_unreadable=skip_unreadable)
             dataset = found.dataset
-            labels = [s.label for name in ("train", "val") for s in dataset.split(name)]
-            assign_folds(dataset.classes, labels, how.folds)  # what has too few is refused here
+            given = [s.label for name in ("train", "val") for s in dataset.split(name)]
+            assign_folds(dataset.classes, given, how.folds)  # what has too few is refused here
             torch.manual_seed(config.seed)  # of random weights, as the run draws them
             known = [
                 frozen_backbone(
