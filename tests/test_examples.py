@@ -10,6 +10,7 @@ import torch
 
 import fastadapt as fa
 from tests.helpers.gdpl_models import make_colours, save_source
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -30,7 +31,7 @@ def run_example(monkeypatch, tmp_path, capsys):
 
 def test_train_loop(run_example, tmp_path):
     said = run_example(
-        "train_loop.py", "--backbone", "test_vit", "--random-weights", "--epochs", "2"
+        "train_loop.py", "--backbone", SHALLOW_VIT, "--random-weights", "--epochs", "2"
     )
     assert "epoch 2: loss" in said
     assert float(said.rpartition("at most ")[2]) < 1e-4
@@ -51,7 +52,7 @@ def test_gdpl_run(run_example, tmp_path):
 
 def test_export_and_predict(run_example, tmp_path):
     said = run_example(
-        "export_and_predict.py", "--backbone", "test_vit", "--random-weights", "--epochs", "2"
+        "export_and_predict.py", "--backbone", SHALLOW_VIT, "--random-weights", "--epochs", "2"
     )
     assert "validation accuracy" in said
     assert (tmp_path / "bundle" / "model.onnx").is_file()
@@ -63,10 +64,10 @@ def test_http_server(tmp_path):
     from fastapi.testclient import TestClient
 
     # A model without a run is exported in a second.
-    torch.save(timm.create_model("test_vit", num_classes=2).state_dict(), tmp_path / "w.pth")
+    torch.save(timm.create_model(SHALLOW_VIT, num_classes=2).state_dict(), tmp_path / "w.pth")
     bundle, names = tmp_path / "bundle", ["crack", "good"]
     weights = {"checkpoint": tmp_path / "w.pth", "class_names": names, "speed": False}
-    fa.export.export_timm("test_vit", bundle, **weights)
+    fa.export.export_timm(SHALLOW_VIT, bundle, **weights)
     app = runpy.run_path(str(EXAMPLES / "http_server.py"))["make_app"](str(bundle))
     client = TestClient(app)
     assert client.get("/health").json()["file"] == "model.onnx"

@@ -25,7 +25,7 @@ from fastadapt.export.runtimes import load_runtime
 from fastadapt.lora import LoRAConfig, lora_layers
 from tests.helpers.imagesets import CLASSES, make_folders
 from tests.helpers.onnx_registry import keep_onnx_registry
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 keep_onnx_registry()
 

@@ -18,7 +18,7 @@ from fastadapt.files import read_json, read_tensors, write_tensors
 from fastadapt.symmetries import symmetric_views
 from tests.helpers.bundles import reseal
 from tests.helpers.command import command
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.helpers.gdpl_models import tiny_clip
 from tests.helpers.imagesets import make_folders
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_CONVNEXT, SHALLOW_VIT
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -21,7 +21,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETUP = re.compile(r"<!-- test: ((?:(?!-->).)*) -->\n\Z", re.DOTALL)
 GENERATED = re.compile(r"<!-- bench: .*?<!-- /bench -->", re.DOTALL)
 # Small models that stand in for those that snippets name.
-STAND_INS = {"vit_": SHALLOW_VIT, "convnext_": "test_convnext"}
+STAND_INS = {"vit_": SHALLOW_VIT, "convnext_": SHALLOW_CONVNEXT}
 
 
 @dataclass(frozen=True)

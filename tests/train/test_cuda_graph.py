@@ -12,7 +12,7 @@ from fastadapt.train import loop as trainer
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers.cuda_graphs import StandIn, count_replays, near, rows_of
 from tests.helpers.imagesets import make_folders
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48), proj_drop=0.2)
 # 18 training images: two batches of eight and an odd one.

@@ -19,7 +19,7 @@ from fastadapt.train.loop import Trainer
 from fastadapt.train.run import train
 from tests.helpers.imagesets import make_folders
 from tests.helpers.processes import run_processes
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 pytestmark = pytest.mark.forks
 

@@ -17,7 +17,7 @@ from fastadapt.train.cross_validation import train_folds
 from fastadapt.train.fold_settings import FoldSettings
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers.imagesets import make_folders
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=1.0, input_size=(3, 48, 48))
 QUICK = TrainConfig(epochs=3, lr=3e-3, batch_size=8, patience=2)

@@ -22,7 +22,7 @@ from fastadapt.train import loop as trainer
 from fastadapt.train.run import TrainConfig, train
 from tests.helpers import warm_process
 from tests.helpers.imagesets import CLASSES, make_folders, truncate
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=8, num_centers=4, mlp_ratio=1.0, input_size=(3, 48, 48))
 QUICK = TrainConfig(epochs=3, lr=3e-3, batch_size=8, val_fraction=0.25)

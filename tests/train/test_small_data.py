@@ -12,7 +12,7 @@ import fastadapt as fa
 from fastadapt.errors import InputError
 from fastadapt.train import TrainConfig
 from tests.helpers.imagesets import make_folders
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 from tests.train.test_run import interrupt_after, run, same_run
 
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=1.0, input_size=(3, 32, 32))

@@ -4,7 +4,7 @@ import pytest
 
 from fastadapt.bench.suites import cpu_runtimes, deployment
 from fastadapt.bench.suites.cpu_runtimes import RIVAL, Provider, Results
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from fastadapt.bench import harness
 from fastadapt.bench.suites import deployment
 from fastadapt.export.precision.fp8 import Float8Linear
 from fastadapt.export.runtimes import load_runtime
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 SUBJECTS = (
     deployment.Subject("ViT", SHALLOW_VIT, 1e9, {8: (7_100, 8_000)}, {8: (14_000,)}),

@@ -15,7 +15,7 @@ from fastadapt.files import read_json, write_json
 from fastadapt.train import FoldSettings, TrainConfig, load_folds, train_folds
 from tests.helpers.bundles import reseal
 from tests.helpers.imagesets import CLASSES, make_folders
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=0.5, input_size=(3, 32, 32))
 

@@ -20,7 +20,7 @@ from fastadapt.export.bundle.measured import machine
 from fastadapt.export.bundle.report import render_report
 from fastadapt.export.bundle.samples import Sample, choose
 from fastadapt.files import content_sha256, read_json
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 

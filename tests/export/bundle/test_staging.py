@@ -106,7 +106,7 @@ class TestTarget:
     def test_a_kill_in_the_middle_leaves_no_half_bundle(self, run, tmp_path, how, quick):
         code = (
             "import sys, time; from fastadapt.export.bundle import material\n"
-            "import tests.helpers.shallow_vit\n"
+            "import tests.helpers.shallow_models\n"
             "def slow(folded, path, **kwargs): path.touch(); time.sleep(600)\n"
             "material.export_onnx = slow\n"
             "from fastadapt import cli; cli.main()"

@@ -30,7 +30,7 @@ from fastadapt.lora import LoRAConfig
 from tests.export.conftest import SIZE, write_images
 from tests.helpers.bundles import reseal
 from tests.helpers.command import command
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 TASKS = {"grade": ["low", "mid", "high"], "artifact": ["no", "yes"]}
 ADAPTERS = {

@@ -14,7 +14,7 @@ from fastadapt.export.bundle.trained import load_timm
 from fastadapt.files import read_json, read_tensors, sha256_file, write_tensors
 from tests.helpers.command import command
 from tests.helpers.imagesets import make_folders
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 NAME, SIZE = SHALLOW_VIT, 32
 

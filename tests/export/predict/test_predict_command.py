@@ -16,7 +16,7 @@ from fastadapt.export import load
 from fastadapt.files import read_json, write_json
 from tests.helpers.command import command
 from tests.helpers.imagesets import CLASSES
-from tests.helpers.shallow_vit import SHALLOW_VIT
+from tests.helpers.shallow_models import SHALLOW_VIT
 
 
 def read(file):
