@@ -16,6 +16,7 @@ from tests.export.fused.test_convert import (
     error,
     images,
     in_fp64,
+    in_half,
     make_convnext,
     make_vit,
 )
@@ -83,9 +84,11 @@ def test_gpu_models_in_fp8_agree(make):
     fused = to_float8(exact, hidden_ranges(exact, [x]))
     on_cpu = error(fused.to("cpu")(x.cpu()), truth.cpu())
     assert on_cpu < 0.05
+    # Of few layers in e4m3 the error is that of bf16, which differs from device to device.
+    limit = 1.5 * max(on_cpu, error(in_half(model, x, BF16), truth))
     for way in (Choices(), Choices("library", gelu="tanh")):
         fused.choices = way
         found = fused(x)
-        assert error(found, truth) <= 1.5 * on_cpu
+        assert error(found, truth) <= limit
         graphed = fa.GraphedCall(fused)
         assert torch.equal(graphed(x), found) and graphed.captured
