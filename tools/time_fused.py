@@ -131,6 +131,7 @@ def compile_ahead(backbone: str, batch: str) -> None:
 def run_models(out: Path, compiled: bool) -> None:
     """Time whole models in every way, beside torch.compile before and after."""
     import fastadapt as fa
+    from fastadapt.bench import deployed_calls
     from fastadapt.bench.suites import deployment
     from fastadapt.export.fused.choices import Choices
     from fastadapt.export.fused.convert import fuse
@@ -139,7 +140,7 @@ def run_models(out: Path, compiled: bool) -> None:
         "ViT-B/16": [Choices(a, gelu=form) for a in ("kernel", "library") for form in GELUS],
         "ConvNeXt-B": [Choices(narrow=n, gelu=form) for n in (False, True) for form in GELUS],
     }
-    images, results = deployment.make_images(deployment.SAMPLES), {}
+    images, results = deployed_calls.make_images(deployment.SAMPLES), {}
     for subject in deployment.SUBJECTS:
         model = deployment.make_model(subject)
         whole = deployment.with_graph_input(model)
@@ -154,7 +155,7 @@ def run_models(out: Path, compiled: bool) -> None:
                 providers = deployment.providers(subject, Path(tempfile.gettempdir()))
                 torch.compiler.reset()
                 rival = providers["bf16, torch.compile, CUDA graph"].make()
-                row["compiled"] = deployment.images_per_second(rival, batch, 0.4)
+                row["compiled"] = deployed_calls.images_per_second(rival, batch, 0.4)
             for way in ways[subject.title]:
                 name = _name(way)
                 fused.choices = way
@@ -164,7 +165,7 @@ def run_models(out: Path, compiled: bool) -> None:
                     if not all(parity.passed for parity, _ in found):
                         print(f"WRONG {subject.title} {batch} {name}: {found}", flush=True)
                         continue
-                    row[name] = deployment.images_per_second(call, batch, 0.4)
+                    row[name] = deployed_calls.images_per_second(call, batch, 0.4)
                 except Exception as error:
                     print(f"FAILED {subject.title} {batch} {name}: {str(error)[:200]}", flush=True)
                     if "illegal" in str(error):
@@ -172,7 +173,7 @@ def run_models(out: Path, compiled: bool) -> None:
                 del call
                 harness.release()
             if rival is not None:
-                row["compiled again"] = deployment.images_per_second(rival, batch, 0.4)
+                row["compiled again"] = deployed_calls.images_per_second(rival, batch, 0.4)
             del rival
             harness.release()
             rows[batch] = row
@@ -189,7 +190,7 @@ def run_models(out: Path, compiled: bool) -> None:
         for way in (None, *ways[subject.title]):
             fused.choices = way
             name = "default choices" if way is None else _name(way)
-            rows["latency"][name] = deployment.latency(fa.GraphedCall(fused))
+            rows["latency"][name] = deployed_calls.latency(fa.GraphedCall(fused))
             print(f"  {subject.title}: one image, {name}: {rows['latency'][name]}", flush=True)
         results[subject.title] = rows
         write_json(out / "models.json", results)

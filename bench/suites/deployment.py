@@ -17,7 +17,6 @@ import functools
 import math
 import os
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,18 +46,19 @@ from fastadapt.export.settings import Batches
 
 from .. import harness, upstream
 from .. import network_step as steps
+from ..deployed_calls import SIZE, Call, images_per_second, latency, make_images
 from ..protocol import Benchmark, Row, Tables
 from ..reporting.tables import one_line
 
 TITLE = "Deployment: a backbone with a CLAdapter, 224 × 224"
 NOTES = "Inputs and outputs stay on the GPU; uint8 images, normalisation in the graph."
-SIZE, CLASSES = 224, 10
+CLASSES = 10
 BATCHES, ODD = (1, 8, 64, 256), 5
 SPEED = "images per second by batch size, and latency of single images"
 AGREEMENT = "agreement with the unfolded fp32 model"
 BEST = "best of a bundle in 16 bit, of the floor"
 TARGET, FP8_TARGET = "target in 16 bit, on an H100", "target in FP8, on an H100"
-SAMPLES, LATENCY_CALLS, PREPARE_SECONDS = 16, 300, 400
+SAMPLES, PREPARE_SECONDS = 16, 400
 ONNX, ONNX_FUSED = "model.fp16.onnx", "model.fp16.fused.onnx"
 AOTI, FP8 = "model.bf16.pt2", "model.fp8.pt2"
 FUSED, FUSED_FP8 = "model.bf16.safetensors", "model.fp8.safetensors"
@@ -67,8 +67,6 @@ FUSED, FUSED_FP8 = "model.bf16.safetensors", "model.fp8.safetensors"
 # outputs differ by more than twice the error that is allowed must keep their class.
 BOUNDS = {**THRESHOLDS, "fp8": Thresholds(error=0.4, cosine=0.99)}
 CHOICE = "FASTADAPT_DEPLOYMENT"
-
-Call = Callable[[Tensor], Any]  # to a tensor, or to an array of a runtime
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,6 @@ def make_model(subject: Subject) -> fa.AdaptedModel:
     return fa.adapt(
         backbone, fa.AdaptConfig(input_size=(3, SIZE, SIZE)), num_classes=CLASSES
     ).eval()
-
-
-def make_images(count: int, seed: int = 1) -> Tensor:
-    """Make uint8 images [count, SIZE, SIZE, 3], smooth, of different colours and contrasts."""
-    generator = torch.Generator().manual_seed(seed)
-    small = torch.rand(count, 3, 7, 7, generator=generator)
-    small = small * torch.rand(count, 1, 1, 1, generator=generator)
-    images = nn.functional.interpolate(small, (SIZE, SIZE), mode="bilinear")
-    return (images * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def graph_input() -> GraphInput:
@@ -462,33 +451,6 @@ def check(
         parity = compare(want, got, batch=batch, thresholds=BOUNDS[precision])
         found.append((parity, float((want.argmax(axis=1) == got.argmax(axis=1)).mean())))
     return found
-
-
-def images_per_second(call: Call, batch: int, seconds: float = 0.6) -> float:
-    """Measure calls one after the other, waited for at the end; the median of several rounds."""
-    x = make_images(batch).to(harness.device())
-    calls = 1
-    while _seconds(call, x, calls) < seconds / 6:
-        calls *= 2
-    return batch * calls / statistics.median(_seconds(call, x, calls) for _ in range(5))
-
-
-def _seconds(call: Call, x: Tensor, calls: int) -> float:
-    harness.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call(x)
-    harness.synchronize()
-    return time.perf_counter() - start
-
-
-def latency(call: Call) -> dict[str, str]:
-    """Measure p50 and p99 of single calls at batch 1, from the call to the result on the GPU."""
-    x = make_images(1).to(harness.device())
-    for _ in range(20):
-        call(x)
-    times = [_seconds(call, x, 1) * 1e3 for _ in range(LATENCY_CALLS)]
-    return {f"p{n}, ms": f"{np.percentile(times, n):.3f}" for n in (50, 99)}
 
 
 def _parity_row(name: str, parity: Parity, same: float) -> Row:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import fastadapt as fa
-from fastadapt.bench import harness
+from fastadapt.bench import deployed_calls, harness
 from fastadapt.bench.suites import deployment
 from fastadapt.export.precision.fp8 import Float8Linear
 from fastadapt.export.runtimes import load_runtime
@@ -20,9 +20,10 @@ def small(monkeypatch, tmp_path):
     """The benchmark with small models, on any device, compiling nothing."""
     monkeypatch.setattr(deployment, "SUBJECTS", SUBJECTS)
     monkeypatch.delenv(deployment.CHOICE, raising=False)
-    monkeypatch.setattr(deployment, "SIZE", 160)
+    for module in (deployment, deployed_calls):
+        monkeypatch.setattr(module, "SIZE", 160)
     monkeypatch.setattr(deployment, "BATCHES", (1, 8))
-    monkeypatch.setattr(deployment, "LATENCY_CALLS", 5)
+    monkeypatch.setattr(deployed_calls, "LATENCY_CALLS", 5)
     monkeypatch.setattr(harness, "floor", lambda flops, moved: 1.0)
     times = deployment.images_per_second
     monkeypatch.setattr(deployment, "images_per_second", lambda c, b: times(c, b, seconds=0.01))
