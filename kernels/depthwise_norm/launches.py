@@ -8,21 +8,28 @@ import torch
 from torch import Tensor
 
 from ..common.arithmetic import ceil_div
+from ..common.e4m3 import E4M3
 from ..common.launcher import Device, Launch, block, device_of
 from .block_sizes import StripTile, tile_for
 from .triton_kernels import depthwise_norm_kernel
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, tile: StripTile | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    tile: StripTile | None = None,
+    factor: float | None = None,
 ) -> Tensor:
     """Convolve and normalize contiguous x [B, H, W, C], with the rule's tile or another."""
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=x.dtype if factor is None else E4M3)
     device = device_of(x.device.index)
     batch, height, width, channels = x.shape
     tile = tile or tile_for((batch, height, width, channels), device)
     dtypes = (x.dtype, weight.dtype, bias.dtype)
-    prepare(tuple(x.shape), bias.dim() == 3, eps, tile, dtypes, device)(x, weight, bias, out)
+    launch = prepare(tuple(x.shape), bias.dim() == 3, eps, tile, dtypes, device, factor)
+    launch(x, weight, bias, out)
     return out
 
 
@@ -34,6 +41,7 @@ def prepare(
     tile: StripTile,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     device: Device,
+    factor: float | None = None,
 ) -> Launch:
     """Prepare the launch for a size and a tile; the kernel begins to compile."""
     batch, height, width, channels = shape
@@ -51,7 +59,8 @@ def prepare(
             tile.rows,
             bias_map,
             eps,
+            factor or 1.0,
         ),
         warps=tile.warps,
-        dtypes=(*dtypes, dtypes[0]),
+        dtypes=(*dtypes, dtypes[0] if factor is None else E4M3),
     )

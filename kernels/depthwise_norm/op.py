@@ -16,12 +16,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.dispatch import choose_backend, on_device, without_autocast
+from ..common.e4m3 import why_not_e4m3
 from .checks import check_shapes, why_not_triton
 from .reference import depthwise_norm_reference
 
 
 def depthwise_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    factor: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolve each channel with its 7 × 7 filter and normalize; for inference, no gradient.
 
@@ -30,20 +37,23 @@ def depthwise_norm(
         weight: [49, C], the taps in the order of rows, of any of these dtypes.
         bias: [C], or [H, W, C] for every pixel, of any of these dtypes.
         eps: added to the variance.
+        factor: round the result times this to e4m3; ``None``: the result is in x's dtype.
         backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
             (an error that names the reason where it can't) or ``"reference"``.
 
     Returns:
-        [B, H, W, C] in x's dtype, contiguous.
+        [B, H, W, C] in x's dtype or e4m3, contiguous.
 
     Raises:
         ValueError: a shape does not fit; the message names it.
         BackendError: ``backend="triton"`` and the kernel does not cover the call.
     """
     check_shapes(x, weight, bias)
-    if choose_backend(backend, why_not_triton(x, weight, bias)) == "reference":
-        return depthwise_norm_reference(x, weight, bias, eps)
+    reason = why_not_triton(x, weight, bias) or (factor and why_not_e4m3(x))
+    if choose_backend(backend, reason or None) == "reference":
+        return depthwise_norm_reference(x, weight, bias, eps, factor)
     from . import launches  # Triton is imported with the first call
 
     with on_device(x), without_autocast(x):
-        return launches.convolve(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+        tensors = (x.contiguous(), weight.contiguous(), bias.contiguous())
+        return launches.convolve(*tensors, eps, factor=factor)

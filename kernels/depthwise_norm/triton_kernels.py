@@ -28,6 +28,7 @@ def depthwise_norm_kernel(
     ROWS: tl.constexpr,
     BIAS_MAP: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Compute equations (1) and (2) at BN strips in each of ROWS rows."""
@@ -103,14 +104,14 @@ def depthwise_norm_kernel(
             four = (acc0 * acc0, acc1 * acc1, acc2 * acc2, acc3 * acc3)
             q0, q1, q2, q3 = tl.reduce(four, 1, _add4)
         p_out = out_ptr + o_pixel[:, None] * C + o_c[None, :]
-        _store(p_out, acc0, q0, o_col < width, m_c, C, EPS)
-        _store(p_out + C, acc1, q1, o_col + 1 < width, m_c, C, EPS)
-        _store(p_out + 2 * C, acc2, q2, o_col + 2 < width, m_c, C, EPS)
-        _store(p_out + 3 * C, acc3, q3, o_col + 3 < width, m_c, C, EPS)
+        _store(p_out, acc0, q0, o_col < width, m_c, C, EPS, FACTOR)
+        _store(p_out + C, acc1, q1, o_col + 1 < width, m_c, C, EPS, FACTOR)
+        _store(p_out + 2 * C, acc2, q2, o_col + 2 < width, m_c, C, EPS, FACTOR)
+        _store(p_out + 3 * C, acc3, q3, o_col + 3 < width, m_c, C, EPS, FACTOR)
         if STRIP > 4:
-            _store(p_out + 4 * C, acc4, q4, o_col + 4 < width, m_c, C, EPS)
-            _store(p_out + 5 * C, acc5, q5, o_col + 5 < width, m_c, C, EPS)
-            _store(p_out + 6 * C, acc6, q6, o_col + 6 < width, m_c, C, EPS)
+            _store(p_out + 4 * C, acc4, q4, o_col + 4 < width, m_c, C, EPS, FACTOR)
+            _store(p_out + 5 * C, acc5, q5, o_col + 5 < width, m_c, C, EPS, FACTOR)
+            _store(p_out + 6 * C, acc6, q6, o_col + 6 < width, m_c, C, EPS, FACTOR)
 
 
 @triton.jit
@@ -156,9 +157,18 @@ def _centered(acc, sums, m_c, C: tl.constexpr):
 
 
 @triton.jit
-def _store(p_out, acc, squares, m_pixel, m_c, C: tl.constexpr, EPS: tl.constexpr):
-    """Scale to a variance of one and store."""
-    y = acc * tl.rsqrt(squares * (1 / C) + EPS)[:, None]
+def _store(
+    p_out,
+    acc,
+    squares,
+    m_pixel,
+    m_c,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Scale to a variance of one, multiply and store."""
+    y = acc * (tl.rsqrt(squares * (1 / C) + EPS) * FACTOR)[:, None]
     tl.store(p_out, y.to(p_out.dtype.element_ty), mask=m_pixel[:, None] & m_c[None, :])
 
 

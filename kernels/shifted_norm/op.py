@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.dispatch import choose_backend, on_device
+from ..common.e4m3 import why_not_e4m3
 from ..layer_norm.checks import why_not_triton
 from .reference import shifted_norm_reference
 
@@ -24,6 +25,7 @@ def shifted_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    factor: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Normalize the rows of x + shift, for inference: there is no gradient.
@@ -33,19 +35,21 @@ def shifted_norm(
         shift: [C] or ``None``.
         eps: added to the variance.
         weight, bias: [C] of the norm; both or none.
+        factor: round the result times this to e4m3; ``None``: the result is in x's dtype.
         backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
             (an error that names the reason where it can't) or ``"reference"``.
 
     Returns:
-        [..., C] in x's dtype.
+        [..., C] in x's dtype or e4m3.
 
     Raises:
         BackendError: ``backend="triton"`` and the kernel does not cover the call.
     """
     vectors = [t for t in (shift, weight, bias) if t is not None]
-    if choose_backend(backend, why_not_triton(x, *vectors)) == "reference":
-        return shifted_norm_reference(x, shift, eps, weight, bias)
+    reason = why_not_triton(x, *vectors) or (factor and why_not_e4m3(x))
+    if choose_backend(backend, reason or None) == "reference":
+        return shifted_norm_reference(x, shift, eps, weight, bias, factor)
     from . import launches  # Triton is imported with the first call
 
     with on_device(x):
-        return launches.shifted_norm(x, shift, eps, weight, bias)
+        return launches.shifted_norm(x, shift, eps, weight, bias, factor)

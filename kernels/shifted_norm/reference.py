@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.dispatch import accumulate_dtype
+from ..common.e4m3 import to_e4m3
 
 
 def shifted_norm_reference(
@@ -14,9 +15,11 @@ def shifted_norm_reference(
     eps: float,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    factor: float | None = None,
 ) -> Tensor:
     """Normalize shifted rows; arguments as :func:`~.op.shifted_norm`."""
     wide = accumulate_dtype(x.dtype)
     y = x.to(wide) if shift is None else x.to(wide) + shift.to(wide)
     weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    return F.layer_norm(y, y.shape[-1:], weight, bias, eps).to(x.dtype)
+    y = F.layer_norm(y, y.shape[-1:], weight, bias, eps)
+    return y.to(x.dtype) if factor is None else to_e4m3(y, factor)

@@ -22,6 +22,7 @@ def shifted_norm_kernel(
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
     PDL: tl.constexpr,
@@ -43,5 +44,7 @@ def shifted_norm_kernel(
         weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
         y = y * weight[None, :] + bias[None, :]
+    if FACTOR != 1:
+        y *= FACTOR
     p_out = out_ptr + o_r.to(tl.int64)[:, None] * WIDTH + o_c[None, :]
     tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=mask)

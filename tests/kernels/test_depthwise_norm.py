@@ -5,6 +5,7 @@ import torch
 
 from fastadapt.bench.harness import relative_error
 from fastadapt.kernels import BackendError
+from fastadapt.kernels.common.e4m3 import CAPABILITY, E4M3, norm_factor
 from fastadapt.kernels.depthwise_norm.op import depthwise_norm
 from fastadapt.kernels.depthwise_norm.reference import depthwise_norm_reference
 from tests.helpers.kernel_checks import gpu, interpreted
@@ -49,6 +50,20 @@ def test_interpreted_strips_of_four():
     args = make((1, 3, 9, 16, True), torch.float32)
     truth = depthwise_norm_reference(*(t.double() for t in args))
     assert relative_error(launches.convolve(*args, 1e-6, StripTile(4, 2, 2, 4)), truth) < 1e-6
+
+
+@gpu
+@pytest.mark.parametrize("case", LARGE)
+def test_gpu_results_in_e4m3(case):
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("the GPU knows no e4m3")
+    args, factor = make(case, torch.bfloat16, "cuda"), norm_factor(case[3])
+    found = depthwise_norm(*args, factor=factor, backend="triton")
+    assert found.dtype == E4M3
+    exact = depthwise_norm(*args, backend="triton").float()
+    expected = depthwise_norm_reference(*args).float()
+    assert relative_error(found.float() / factor, exact) < 0.04  # e4m3 has three bits
+    assert relative_error(found.float() / factor, expected) < 0.04
 
 
 @gpu

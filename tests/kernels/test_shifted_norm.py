@@ -5,6 +5,7 @@ import torch
 
 from fastadapt.bench.harness import relative_error
 from fastadapt.kernels import BackendError
+from fastadapt.kernels.common.e4m3 import CAPABILITY, E4M3, norm_factor
 from fastadapt.kernels.shifted_norm.op import shifted_norm
 from fastadapt.kernels.shifted_norm.reference import shifted_norm_reference
 from tests.helpers.kernel_checks import gpu, interpreted
@@ -35,6 +36,21 @@ def test_interpreted_norms(dtype, poisoned_empty):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_error_is_at_most_twice_pytorchs(shape, dtype):
     assert_as_exact(shape, dtype, "cuda")
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(3, 7, 40), (64, 197, 768)])
+def test_gpu_norms_in_e4m3_are_rounded_once(shape):
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("the GPU knows no e4m3")
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16) + 3
+    shift, factor = torch.randn(shape[-1], device="cuda"), norm_factor(shape[-1])
+    found = shifted_norm(x, shift, 1e-5, factor=factor, backend="triton")
+    expected = shifted_norm_reference(x, shift, 1e-5, factor=factor)
+    assert found.dtype == expected.dtype == E4M3
+    # Where fp32 is near the middle between two numbers, either is right.
+    assert (found.view(torch.uint8) != expected.view(torch.uint8)).float().mean() < 1e-3
+    assert relative_error(found.float(), expected.float()) < 2e-3
 
 
 def test_doubles_are_pytorchs():
