@@ -123,8 +123,8 @@ class EngineSettings(Settings):
     fp8: Annotated[
         bool,
         Setting(
-            "Make an engine in FP8 with --trt, a .pt2 with --aoti --precision bf16; kept only if "
-            "accurate, and faster where it runs.",
+            "Use FP8: for --fused, an engine with --trt, a .pt2 with --aoti --precision bf16; kept "
+            "only if accurate, and faster where it runs.",
             panel=ENGINES,
         ),
     ] = False

@@ -76,7 +76,12 @@ JOBS = (
 )
 # Tables of the deployment benchmark: the model, the best of ours, and what it is compared with.
 MODEL, BATCH = "ViT-B/16", "256"
-OURS = ("AOTInductor fp8, CUDA graph", "AOTInductor bf16, CUDA graph")
+OURS = (
+    "fastadapt fp8, CUDA graph",
+    "fastadapt bf16, CUDA graph",
+    "AOTInductor fp8, CUDA graph",
+    "AOTInductor bf16, CUDA graph",
+)
 BASELINE = "bf16, torch.compile, CUDA graph"
 
 

@@ -8,11 +8,13 @@ formulations stand for them, and the runtime's name says so.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastadapt import __version__
 from fastadapt.errors import InputError
@@ -21,11 +23,47 @@ from fastadapt.kernels.common.dispatch import why_not_device
 
 from ..fused import model as fused_model
 from ..fused.convert import fuse
+from ..fused.float8 import convertible, hidden_ranges, layers_in_float8, to_float8
 from ..graph_input import Deployed
 from ..settings import DEFAULT_BATCHES, Batches
 
 SUFFIX = "safetensors"
 FORMAT = 1  # of the JSON file
+
+
+@dataclass(frozen=True)
+class Float8:
+    """What a file in FP8 needs beside the model.
+
+    Attributes:
+        ranges: from :func:`calibrate_float8`.
+        keep: numbers of the steps that stay in bf16.
+    """
+
+    ranges: dict[int, float]
+    keep: Collection[int] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        """The numbers of the steps that can be in FP8."""
+        return list(self.ranges)
+
+
+def calibrate_float8(deployed: Deployed, batches: Iterable[Tensor], device: str) -> Float8:
+    """Measure the ranges of the layers that can be in FP8.
+
+    Args:
+        deployed: as for :func:`build_fused`.
+        batches: uint8 images [B, H, W, 3].
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        InputError: the model has no fused form, with the reason.
+    """
+    model = fuse(deployed, torch.bfloat16).to(device)
+    if not convertible(model):
+        return Float8({})
+    return Float8(hidden_ranges(model, (batch.to(device) for batch in batches)))
 
 
 def build_fused(
@@ -34,6 +72,7 @@ def build_fused(
     batch: Batches = DEFAULT_BATCHES,
     *,
     precision: str = "bf16",
+    float8: Float8 | None = None,
 ) -> dict[str, Any]:
     """Write ``path``, the tensors, and ``path`` + ``.json``, the operations.
 
@@ -42,7 +81,8 @@ def build_fused(
             uint8 images.
         path: ends in ``.safetensors``.
         batch: the batch sizes that the file is compared for; it takes others, too.
-        precision: of the products, ``"bf16"`` or ``"fp16"``.
+        precision: of the products, ``"bf16"`` or ``"fp16"``; ``"fp8"``: of some, others in bf16.
+        float8: what ``"fp8"`` needs.
 
     Returns:
         The manifest's details: all of the ``.json`` but the operations.
@@ -54,6 +94,10 @@ def build_fused(
     if not isinstance(deployed, Deployed):
         raise InputError("`fused` takes a folded model with its graph's input before it")
     model = fuse(deployed, fused_model.PRECISIONS[precision])
+    notes: dict[str, Any] = {}
+    if float8 is not None:
+        model = to_float8(model, float8.ranges, float8.keep)
+        notes["fp8_layers"] = layers_in_float8(model, float8.ranges)
     details = {
         "library": "fastadapt",
         "version": __version__,
@@ -62,6 +106,7 @@ def build_fused(
         "batch": batch.to_dict(),
         "targets": ["cuda", "cpu"],
         "inputs": [{"dtype": "uint8", "shape": ["batch", *model.size, 3]}],
+        **notes,
     }
     steps = model.save(path)
     write_json(

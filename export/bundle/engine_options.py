@@ -37,12 +37,13 @@ class EngineOptions(EngineSettings):
             raise InputError("`calibration` is of INT8: add `int8=True`")
         if self.trt:
             tensorrt.choose_flavour(self.tensorrt)
-        if self.fp8 and not self.trt and not self.fp8_pt2:
+        if self.fp8 and not (self.trt or self.fused or self.fp8_pt2):
             raise InputError(
-                "`fp8` is made for TensorRT (`trt=True`), or from the .pt2's model in bf16, and "
-                "judged beside it: add `aoti=True` `precision='bf16'`"
+                "`fp8` is made for fastadapt's own operations (`fused=True`), for TensorRT "
+                "(`trt=True`), or from the .pt2's model in bf16, and judged beside it: add "
+                "`aoti=True` `precision='bf16'`"
             )
-        if self.fp8_pt2:
+        if self.fp8_pt2 or (self.fp8 and self.fused):
             fp8.check_gpu()
         if self.fp8 and self.trt:
             qdq.check_fp8()

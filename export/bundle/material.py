@@ -20,7 +20,7 @@ from ..graph_input import NAME, GraphInput, Inputs
 from ..precision.int8 import QuantizationImages, TaskTargets
 from ..tasks import Task
 from .golden import GoldenSamples
-from .samples import Pixels, Sample, Samples, choose
+from .samples import Pixels, Sample, Samples
 from .trained import Trained
 
 
@@ -134,14 +134,13 @@ class Material:
         labels, validation = self.trained.labels, self.samples.validation
         classes = [labels.index(s.label) for s in validation if s.label in labels]
         preprocess, graph_input = self.trained.preprocess, self.given.graph_input
-        calibration = self.samples.calibration  # the first of them are used, so all kinds are there
 
         def read(paths: Sequence[Path]) -> np.ndarray:
             pixels = torch.stack([preprocess.read(path) for path in paths])
             return graph_input.array(pixels.numpy())
 
         return QuantizationImages(
-            [sample.path for sample in choose(calibration, len(calibration))],
+            [sample.path for sample in self.samples.calibration],
             [sample.path for sample in validation],
             np.array(classes) if len(classes) == len(validation) else None,
             read,

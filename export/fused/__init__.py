@@ -6,5 +6,6 @@ model.py      ``FusedModel``, the list; its file, safetensors and JSON
 convert.py    a folded model to such a list, or the reason why it has none
 vit.py        the steps of timm's vision transformers
 convnext.py   the steps of timm's ConvNeXt
+float8.py     the same with linear layers in FP8
 layers.py     weights as the steps hold them: norms, scales and normalisation folded in
 """

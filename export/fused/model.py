@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from fastadapt.files import atomic_path
 from .choices import Choices, default_choices
 from .steps import KINDS, Flow, Patches, Step
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# In "fp8" some weights are in e4m3, and all else is in bf16.
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 MOST_STEPS = 1000
 
 
@@ -51,8 +57,14 @@ class FusedModel:
         self._constants: dict[tuple[int, str, bool], Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(
+        self, images: Tensor, observe: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """Map uint8 images [B, H, W, 3] to outputs [B, outputs] in fp32.
+
+        Args:
+            images: on the model's device.
+            observe: called with the index of each step with an MLP, and GELU's result there.
 
         Raises:
             InputError: the images have another dtype or size.
@@ -65,7 +77,7 @@ class FusedModel:
         choices = self.choices or default_choices(
             len(images) * self._tokens(), self.dtype, images.device
         )
-        flow = Flow(images, choices, constants=self._constants)
+        flow = Flow(images, choices, constants=self._constants, observe=observe)
         for index, step in enumerate(self.steps):
             flow = step(replace(flow, index=index))
         return flow.x.float()
@@ -93,10 +105,11 @@ class FusedModel:
         tensors, rest = {}, []
         for index, step in enumerate(self.steps):
             numbers = {"kind": names[type(step)]}
+            defaults = {f.name: f.default for f in dataclasses.fields(step)}
             for key, value in vars(step).items():
                 if isinstance(value, Tensor):
                     tensors[f"{index}.{key}"] = value.cpu().contiguous()
-                elif value is not None:
+                elif value not in (None, defaults.get(key)):
                     numbers[key] = value
             rest.append(numbers)
         with atomic_path(Path(path)) as temporary:
@@ -150,7 +163,9 @@ def _step(index: int, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> St
     for field in dataclasses.fields(kind):
         hint, name = hints[field.name], f"{index}.{field.name}"
         if hint in (int, float):
-            values[field.name] = _number(numbers[field.name], hint, name)
+            optional = field.default is not dataclasses.MISSING
+            if field.name in numbers or not optional:
+                values[field.name] = _number(numbers[field.name], hint, name)
         elif name in tensors:
             values[field.name] = tensors[name]
         elif not isinstance(hint, types.UnionType):

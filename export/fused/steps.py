@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from fastadapt.kernels import cluster_attention, layer_norm, layer_norm_mean, layer_norm_twice
 from fastadapt.kernels import residual_mlp as residual_mlp_op
+from fastadapt.kernels.common.e4m3 import E4M3, norm_factor
 from fastadapt.kernels.depthwise_norm.op import depthwise_norm
+from fastadapt.kernels.linear_epilogue.op import linear_epilogue
 from fastadapt.kernels.narrow_mlp.checks import WIDEST
 from fastadapt.kernels.narrow_mlp.op import narrow_mlp
 from fastadapt.kernels.patch_embedding.checks import Norm
@@ -37,6 +40,7 @@ class Flow:
         shift: [C] fp32, a constant that x lacks; ``None``: nothing.
         index: of the step.
         constants: what does not depend on x, kept from the first call on.
+        observe: called with a step's index and its MLP's result after GELU.
     """
 
     x: Tensor
@@ -44,6 +48,7 @@ class Flow:
     shift: Tensor | None = None
     index: int = 0
     constants: dict[tuple[int, str, bool], Tensor] = field(default_factory=dict)
+    observe: Callable[[int, Tensor], None] | None = None
 
     def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return a tensor that does not depend on x; it is made once for these choices."""
@@ -67,21 +72,35 @@ class Flow:
             return self.x
         return self.x + self.constant("whole", lambda: shift.to(self.x.dtype))
 
-    def add_linear(self, name: str, a: Tensor, weight: Tensor, bias: Tensor) -> Flow:
-        """Return the flow with a linear layer's result added to x in place.
+    def linear(self, name: str, rows: Tensor, weight: Tensor, bias: Tensor, alpha: float) -> Tensor:
+        """Return ``alpha · rows · weightᵀ + bias`` in x's dtype."""
+        rounded = self.constant(name, lambda: bias.to(self.x.dtype))
+        return linear_epilogue(rows, weight, rounded, alpha=alpha)
+
+    def add_linear(
+        self, name: str, a: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1.0
+    ) -> Flow:
+        """Return the flow with ``alpha · a · weightᵀ`` added to x in place.
 
         The bias is what x lacks from then on.
         """
-        self.rows().addmm_(a, weight.t())
+        linear_epilogue(a, weight, alpha=alpha, residual=self.rows())
         old = self.shift
         return replace(self, shift=bias if old is None else self.constant(name, lambda: old + bias))
 
-    def linear_gelu(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return ``gelu(rows · weightᵀ + bias)``; in the tanh form cuBLAS computes all of it."""
-        if self.choices.gelu == "none":
-            return linear_gelu(rows, weight, bias)
-        rounded = self.constant("fc1", lambda: bias.to(rows.dtype))
-        return torch._addmm_activation(rounded, rows, weight.t(), use_gelu=True)
+    def mlp(self, rows: Tensor, mlp: TransformerBlock | ConvNextBlock) -> Flow:
+        """Return the flow with an MLP's result added to x in place."""
+        bias = mlp.fc1_bias
+        if mlp.fc1_weight.dtype != E4M3 and self.choices.gelu == "none":
+            u = linear_gelu(rows, mlp.fc1_weight, bias)
+        else:
+            rounded = self.constant("fc1", lambda: bias.to(self.x.dtype))
+            factor = mlp.hidden_factor if mlp.fc2_weight.dtype == E4M3 else None
+            how: dict[str, Any] = {"alpha": mlp.fc1_alpha, "gelu": True, "factor": factor}
+            u = linear_epilogue(rows, mlp.fc1_weight, rounded, **how)
+        if self.observe is not None:
+            self.observe(self.index, u)
+        return self.add_linear("fc2", u, mlp.fc2_weight, mlp.fc2_bias, mlp.fc2_alpha)
 
 
 @dataclass(frozen=True)
@@ -117,15 +136,25 @@ class Patches:
         return flow.next(x)
 
 
+def factor_before(weight: Tensor) -> float | None:
+    """Return what normalised rows are rounded to e4m3 times; ``None`` before other weights."""
+    return norm_factor(weight.shape[1]) if weight.dtype == E4M3 else None
+
+
 @dataclass(frozen=True)
 class TransformerBlock:
     """A block of a vision transformer, whose norms' weights are in the layers after them.
+
+    Where its weights are in e4m3, so are the rows that they multiply; attention and the layer after
+    it stay in bf16.
 
     Attributes:
         heads: of attention.
         scale: of the products of queries and keys.
         eps1, eps2: of the norms.
         qkv_weight, …: of the linear layers, weights [N, C] and biases [N].
+        qkv_alpha, fc1_alpha, fc2_alpha: what products in e4m3 are multiplied by.
+        hidden_factor: what GELU's result is rounded to e4m3 times.
     """
 
     heads: int
@@ -140,17 +169,20 @@ class TransformerBlock:
     fc1_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
+    qkv_alpha: float = 1.0
+    fc1_alpha: float = 1.0
+    fc2_alpha: float = 1.0
+    hidden_factor: float = 1.0
 
     def __call__(self, flow: Flow) -> Flow:
         """Map tokens [B, N, C] to tokens [B, N, C]."""
-        x = flow.x
-        n = shifted_norm(x, flow.shift, self.eps1)
-        bias = flow.constant("qkv", lambda: self.qkv_bias.to(n.dtype))
-        a = self._attend(F.linear(n, self.qkv_weight, bias), flow)
+        n = shifted_norm(flow.x, flow.shift, self.eps1, factor=factor_before(self.qkv_weight))
+        rows = n.view(-1, n.shape[-1])
+        qkv = flow.linear("qkv", rows, self.qkv_weight, self.qkv_bias, self.qkv_alpha)
+        a = self._attend(qkv.view(*n.shape[:-1], -1), flow)
         flow = flow.add_linear("proj", a, self.proj_weight, self.proj_bias)
-        n = shifted_norm(flow.x, flow.shift, self.eps2)
-        u = flow.linear_gelu(n.view(-1, n.shape[-1]), self.fc1_weight, self.fc1_bias)
-        return flow.add_linear("fc2", u, self.fc2_weight, self.fc2_bias)
+        n = shifted_norm(flow.x, flow.shift, self.eps2, factor=factor_before(self.fc1_weight))
+        return flow.mlp(n.view(-1, n.shape[-1]), self)
 
     def _attend(self, qkv: Tensor, flow: Flow) -> Tensor:
         backend = "reference" if flow.choices.attention == "library" else "auto"
@@ -167,6 +199,8 @@ class ConvNextBlock:
         conv_weight: [49, C].
         conv_bias: [C].
         fc1_weight, …: of the linear layers.
+        fc1_alpha, fc2_alpha: what products in e4m3 are multiplied by.
+        hidden_factor: what GELU's result is rounded to e4m3 times.
     """
 
     eps: float
@@ -176,6 +210,9 @@ class ConvNextBlock:
     fc1_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
+    fc1_alpha: float = 1.0
+    fc2_alpha: float = 1.0
+    hidden_factor: float = 1.0
 
     def __call__(self, flow: Flow) -> Flow:
         """Map [B, H, W, C] to [B, H, W, C]."""
@@ -183,14 +220,14 @@ class ConvNextBlock:
         if shift is not None:
             size = (flow.x.shape[1], flow.x.shape[2])
             bias = flow.constant("conv", lambda: bias_map(self.conv_weight, bias, shift, size))
-        n = depthwise_norm(flow.x, self.conv_weight, bias, self.eps)
+        factor = factor_before(self.fc1_weight)
+        n = depthwise_norm(flow.x, self.conv_weight, bias, self.eps, factor=factor)
         rows = n.view(-1, n.shape[-1])
-        if flow.choices.narrow and n.shape[-1] <= WIDEST:
+        if flow.choices.narrow and n.shape[-1] <= WIDEST and factor is None:
             mlp = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
             x = narrow_mlp(rows, *mlp, flow.rows(), approximate=flow.choices.gelu)
             return replace(flow, x=x.view(n.shape))
-        u = flow.linear_gelu(rows, self.fc1_weight, self.fc1_bias)
-        return flow.add_linear("fc2", u, self.fc2_weight, self.fc2_bias)
+        return flow.mlp(rows, self)
 
 
 def bias_map(weight: Tensor, bias: Tensor, shift: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ..folded_layers import FoldedClusterAttention
 from ..parity import THRESHOLDS, Parity, compare_tasks, worst
 from ..tasks import Task
 
+T = TypeVar("T")
 # Share of the error that engines are allowed, since another engine rounds elsewhere. One minus the
 # cosine goes with the square of the error.
 MARGIN = 0.7
@@ -236,7 +237,7 @@ def reduce_precision(
     return Reduced(module, precision, tuple(keep), parity, tuple(tried))
 
 
-def smallest_set(items: Sequence[str], passes: Callable[[list[str]], bool]) -> list[str]:
+def smallest_set(items: Sequence[T], passes: Callable[[list[T]], bool]) -> list[T]:
     """Find the items that cannot be left out: try halves first, then quarters, then single ones.
 
     ``passes(items)`` holds at the start and for the result; without any one item of the result

@@ -113,7 +113,7 @@ def test_compilers_share_a_pool(small):
     everything = {subject: deployment.providers(subject, None) for subject in SUBJECTS}
     parts = deployment._parts(everything, (1, 8))
     assert [part for _, part in parts[:6]] == ["fp8", "fp8", "aoti", "aoti", "onnx", "onnx"]
-    assert len(parts) == len(set(parts)) == 12
+    assert len(parts) == len(set(parts)) == 14
 
 
 @pytest.mark.parametrize(

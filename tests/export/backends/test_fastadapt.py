@@ -1,5 +1,7 @@
 """Fastadapt's own runtime from the folded model to a verified bundle and its predictions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -9,13 +11,17 @@ from fastadapt.errors import InputError
 from fastadapt.export import export_run
 from fastadapt.export.artefact import REFUSED, VERIFIED
 from fastadapt.export.backends import fastadapt as backend
+from fastadapt.export.bundle import build, engine_options
 from fastadapt.export.bundle.build import build_artefacts
 from fastadapt.export.bundle.engine_options import EngineOptions
 from fastadapt.export.bundle.verify import verify_bundle
+from fastadapt.export.precision import int8
+from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import Batches
+from fastadapt.files import read_json
 from tests.export.fused.test_convert import deployed
 
-NAME = "model.bf16.safetensors"
+NAME, FP8 = "model.bf16.safetensors", "model.fp8.safetensors"
 
 
 def test_a_bundle_holds_it_verified_and_predicts_with_it(made, run, quick, tmp_path):
@@ -54,3 +60,48 @@ def test_other_models_are_refused_in_one_line(tmp_path):
         backend.build_fused(model, tmp_path / NAME)
     with pytest.raises(InputError, match="with its graph's input before it"):
         backend.build_fused(model.model, tmp_path / NAME)
+
+
+class TestFloat8:
+    """A file in FP8 beside the one in bf16, as a GPU would make it."""
+
+    @pytest.fixture
+    def rates(self, monkeypatch):
+        """Claim a GPU with FP8, on which the file is twice as fast."""
+        found = [10.0, 20.0]
+        monkeypatch.setattr(engine_options.fp8, "check_gpu", lambda: None)
+        monkeypatch.setattr(int8, "speeds_in_turns", lambda runtimes, example: tuple(found))
+        return found
+
+    def test_is_verified_and_runs(self, calibrated, rates):
+        options = EngineOptions(fused=True, fp8=True, fp8_budget=0.5, batch=Batches(1, 2, 4))
+        options.check()
+        *_, bf16, found = build_artefacts(options, calibrated)
+        assert (bf16.path, bf16.status) == (NAME, VERIFIED)
+        assert (found.path, found.status, found.precision) == (FP8, VERIFIED, "fp8")
+        assert found.files == (FP8, f"{FP8}.json") and found.details["bf16_steps"] == []
+        assert len(found.details["fp8_layers"]) == 6
+        assert found.details["judgement"]["rival"] == "bf16"
+        inputs = calibrated.reference.inputs["images"]
+        exact, rounded = (load_runtime(calibrated.folder / f)(inputs) for f in (NAME, FP8))
+        assert 0 < np.abs(exact - rounded).max() < 0.2 * np.ptp(exact)
+
+    def test_not_faster_is_refused(self, calibrated, rates):
+        rates[1] = 10.0
+        *_, found = build_artefacts(EngineOptions(fused=True, fp8=True, fp8_budget=0.5), calibrated)
+        assert (found.path, found.status) == (None, REFUSED) and "not faster" in found.reason
+        assert not (calibrated.folder / FP8).exists()
+
+    def test_steps_that_cost_accuracy_stay_in_bf16(self, calibrated, rates, monkeypatch):
+        real = build.judge_accuracy
+
+        def judged(fp32, path, images, **how):
+            names = read_json(path.with_name(f"{path.name}.json"))["fp8_layers"]
+            judgement = real(fp32, path, images, **how)
+            problems = ("falls",) if any(name.startswith("2.") for name in names) else ()
+            return replace(judgement, problems=problems)
+
+        monkeypatch.setattr(build, "judge_accuracy", judged)
+        *_, found = build_artefacts(EngineOptions(fused=True, fp8=True, fp8_budget=0.5), calibrated)
+        assert found.status == VERIFIED and found.details["bf16_steps"] == [2]
+        assert {name[0] for name in found.details["fp8_layers"]} == {"1"}

@@ -20,7 +20,7 @@ class TestOptions:
             ({"calibration": "mean"}, "calibration is 'mean'; expected max or entropy"),
             ({"calibration": "entropy"}, "`calibration` is of INT8: add `int8=True`"),
             ({"trt": True, "targets": ("sm_1",)}, "targets is 'sm_1'"),
-            ({"fp8": True, "aoti": True}, "`fp8` is made for TensorRT"),
+            ({"fp8": True, "aoti": True}, "`fp8` is made for fastadapt's own operations"),
         ],
     )
     def test_what_cannot_be_is_refused_before_any_work(self, options, message):
