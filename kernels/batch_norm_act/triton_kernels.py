@@ -10,8 +10,9 @@ side in a row here, L = R·C, so that rows are whole blocks of BC values. M·R =
 
 (1) and (3) are sums of programs, which a kernel adds. The guess is the mean of SAMPLE pixels over
 all images: squares of what is left cancel little, where one pixel, a dark corner say, may lie
-several deviations from the mean. What a channel needs is in
-``channels``: μ, r · w, b, r, [4, C] fp32; of the backward, in ``sums``: db / n and r · dw / n.
+several deviations from the mean. Heights are not specialized: all layers of a network share their
+compiled kernels. What a channel needs is in ``channels``: μ, r · w, b, r, [4, C] fp32; of the
+backward, in ``sums``: db / n and r · dw / n.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _guess(x_ptr, pixels, channels, o_c, m_c):
     return tl.sum(b_x.to(tl.float32), 0) / tl.minimum(pixels, SAMPLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def statistics_kernel(
     x_ptr, parts_ptr, rows, columns, channels, BR: tl.constexpr, BC: tl.constexpr
 ):
@@ -55,7 +56,7 @@ def statistics_kernel(
     tl.store(p_part + columns, tl.sum(squares, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "repeats"])
 def finish_statistics_kernel(
     x_ptr,
     parts_ptr,
@@ -111,7 +112,7 @@ def _add_parts(parts_ptr, parts, repeats, channels, o_c, m_c, BP: tl.constexpr, 
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_kernel(
     x_ptr,
     channels_ptr,
@@ -157,7 +158,7 @@ def _before_activation(b_g, z, ACT: tl.constexpr):
     return b_g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gradient_sums_kernel(
     g_ptr,
     x_ptr,
@@ -193,7 +194,7 @@ def gradient_sums_kernel(
     tl.store(p_part + columns, tl.sum(products, 0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "repeats"])
 def finish_gradient_sums_kernel(
     parts_ptr,
     channels_ptr,
@@ -218,7 +219,7 @@ def finish_gradient_sums_kernel(
     tl.store(sums_ptr + channels + o_c, products * r * r / n, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def input_gradient_kernel(
     g_ptr,
     x_ptr,

@@ -22,7 +22,7 @@ import triton.language as tl
 STRIP = 4  # output pixels of a strip; the kernels name their values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def forward_kernel(
     x_ptr,
     w_ptr,
@@ -87,7 +87,7 @@ def _add_tap(acc, b_x, p_w, step, m_c, j: tl.constexpr, K: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def input_gradient_kernel(
     g_ptr,
     w_ptr,
@@ -142,7 +142,7 @@ def input_gradient_kernel(
     tl.store(p_dx, acc.to(dx_ptr.dtype.element_ty), mask=m_p[:, None] & m_c[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
 def weight_gradient_kernel(
     g_ptr,
     x_ptr,
