@@ -12,6 +12,7 @@ regular expression that is searched for in "alone", "memory" and "devices".
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import os
 import re
@@ -30,6 +31,7 @@ import torch
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.export.predict.decode_ahead import open_decoder
+from fastadapt.export.predict.decoders import DecodeOn, decoder_on
 from fastadapt.export.predict.job import Job, Pool
 from fastadapt.export.predict.models import ImageModel
 from fastadapt.export.predict.part_maker import Todo
@@ -170,21 +172,43 @@ def alone(work: _Work) -> Iterator[tuple[str, Row]]:
     models = {name: r.open("auto") for name, r in (("predict", predict), ("embed", embed))}
     settings = work.settings(size.images)
     paths = [item.path for item in ImageList(settings.images)]
+    on_gpu = torch.cuda.is_available()
+    jobs: list[tuple[str, str, DecodeOn]] = [
+        ("predict", "predict", "cpu"),
+        ("embed", "embed", "cpu"),
+    ]
+    jobs += [("predict, decoding on the GPU", "predict", "gpu")] * on_gpu
+    results: dict[str, list[str]] = {}
     rounds: dict[str, list[Timing]] = {}
     for _ in range(size.rounds):
         rounds.setdefault("decoder", []).append(decode_alone(models["predict"], paths, work))
         rounds.setdefault("runtime", []).append(run_alone(models["predict"], paths, size.batch))
-        for name, request in (("predict", predict), ("embed", embed)):
-            model = models[name]
+        if on_gpu:
+            timing = decode_alone(models["predict"], paths, work, "gpu")
+            rounds.setdefault("decoder on the GPU", []).append(timing)
+        for name, command, place in jobs:
+            model, request = models[command], predict if command == "predict" else embed
             images = ImageList(settings.images, classes=model.classes)
-            job = Job(model, images, request.columns(model), settings, request.identity)
+            decoder = decoder_on(place, "auto")
+            job = Job(model, images, request.columns(model), settings, request.identity, decoder)
             began = Clock()
             summary = job.run()
             assert summary.images == size.images and not summary.unreadable
             rounds.setdefault(name, []).append(began.timing(summary.images))
+            results[name] = predictions_of(summary.out) if command == "predict" else []
     table = f"one device, {models['predict'].name}: {size.images} images, {size.rounds} rounds"
-    for row in rows_of(rounds, on_gpu=torch.cuda.is_available()):
+    for row in rows_of(rounds, on_gpu=on_gpu):
         yield table, row
+    if on_gpu:
+        pairs = list(zip(results["predict"], results["predict, decoding on the GPU"], strict=True))
+        same = sum(one == other for one, other in pairs)
+        yield "decoding on the GPU", {"images": f"{len(pairs)}", "same class": f"{same}"}
+
+
+def predictions_of(path: Path) -> list[str]:
+    """Return the classes of a CSV that predict wrote."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        return [row["prediction"] for row in csv.DictReader(lines)]
 
 
 class Timing(NamedTuple):
@@ -218,7 +242,7 @@ def rows_of(rounds: dict[str, list[Timing]], on_gpu: bool) -> list[Row]:
     what = "the slower of both" if on_gpu else "1 / (1/decoder + 1/runtime)"
     rows = []
     for name, timings in rounds.items():
-        used = name in ("predict", "embed")
+        used = name.startswith(("predict", "embed"))
         ratio = statistics.median(t.speed / most for t, most in zip(timings, limits, strict=True))
         cpu = statistics.median(t.cpu for t in timings)
         parts = statistics.median(
@@ -237,12 +261,15 @@ def rows_of(rounds: dict[str, list[Timing]], on_gpu: bool) -> list[Row]:
     return rows
 
 
-def decode_alone(model: ImageModel, paths: list[str], work: _Work) -> Timing:
+def decode_alone(
+    model: ImageModel, paths: list[str], work: _Work, place: DecodeOn = "cpu"
+) -> Timing:
     """Decode all images as predict does, and throw the pixels away."""
     batch = work.size.batch
     starts = range(0, len(paths), batch)
     began = Clock()
-    with open_decoder(model.reading, model.value_range, batch, default_workers()) as decode:
+    open_on = decoder_on(place, "auto")
+    with open_on(model.reading, model.value_range, batch, default_workers()) as decode:
         for decoded in decode(paths[start : start + batch] for start in starts):
             for _ in decoded.groups:
                 pass

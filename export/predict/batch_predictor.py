@@ -10,7 +10,8 @@ import numpy as np
 
 from fastadapt.decision import UNDECIDED, Decision
 
-from .decode_ahead import compute, open_decoder
+from .decode_ahead import compute
+from .decoders import DecodeOn, decoder_on
 from .models import ImageModel
 from .request import Request
 from .settings import PredictSettings
@@ -32,6 +33,7 @@ class BatchPredictor:
         workers: processes of this worker that decode.
         embeddings: give the features before the head, too.
         task: the one of several that is meant; all if ``None``.
+        decode: ``"gpu"`` to decode JPEG files on the GPU.
 
     Raises:
         InputError: the model cannot be loaded, or lacks what is asked for.
@@ -47,6 +49,7 @@ class BatchPredictor:
         workers: int = 1,
         embeddings: bool = False,
         task: str | None = None,
+        decode: DecodeOn = "cpu",
     ):
         if not isinstance(model, Request):
             asked = PredictSettings(model=model, task=task, embeddings=embeddings)
@@ -55,6 +58,7 @@ class BatchPredictor:
         self.batch = batch
         self._open = ExitStack()
         found = self.model
+        open_decoder = decoder_on(decode, device)
         self._decode = self._open.enter_context(
             open_decoder(found.reading, found.value_range, batch, workers)
         )

@@ -18,6 +18,7 @@ from fastadapt.errors import InputError, first_line
 from fastadapt.progress import prefetch
 
 AHEAD = 4  # batches that are in work, waiting or being computed
+READ_AHEAD = 2  # batches before them whose files are read, where a GPU decodes
 HELD_BYTES = 128 * 2**20  # of decoded images of their own sizes that wait for a batch
 
 # Images of one size: their places in the batch, and uint8 [images, H, W, 3].
@@ -57,15 +58,15 @@ def open_decoder(
     """
     if reading is None:
         return nullcontext(lambda batches: _own_sizes(batches, value_range, workers))
-    return _PoolDecoder(reading, batch, workers)
+    return PoolDecoder(reading, batch, workers)
 
 
 def images_ahead(batch: int, workers: int) -> int:
     """Return how many images a decoder may ask for before it gives the first batch."""
-    return max((AHEAD + 1) * batch, 2 * workers + 1 + batch)
+    return max((AHEAD + 1 + READ_AHEAD) * batch, 2 * workers + 1 + batch)
 
 
-class _PoolDecoder:
+class PoolDecoder:
     """Decode in processes, into a ring of shared memory."""
 
     def __init__(self, reading: Reading, batch: int, workers: int):

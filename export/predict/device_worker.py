@@ -16,7 +16,7 @@ from threading import Thread
 
 from fastadapt.errors import InputError
 
-from .decode_ahead import open_decoder
+from .decoders import DecodeOn, decoder_on
 from .part_maker import PartMaker
 from .request import Request, described
 from .sources import Item
@@ -35,6 +35,7 @@ class Assignment:
         batch: images that are computed at once.
         size: images of a part.
         workers: processes that decode.
+        decode: what decodes.
     """
 
     request: Request
@@ -43,6 +44,7 @@ class Assignment:
     batch: int
     size: int
     workers: int
+    decode: DecodeOn = "cpu"
 
 
 def main(connection_fd: int) -> None:
@@ -77,6 +79,7 @@ def _serve(connection: Connection) -> None:
         while (part := _next(received)) is not None:
             yield part
 
+    open_decoder = decoder_on(given.decode, given.device)
     with open_decoder(model.reading, model.value_range, given.batch, given.workers) as decode:
         while True:
             first = _next(received)

@@ -73,7 +73,9 @@ class DevicePool:
         try:
             for device, share in zip(devices, shares, strict=True):
                 environment, seen = _environment(device)
-                given = Assignment(request, seen, work.out, work.batch, self._size, max(share, 1))
+                given = Assignment(
+                    request, seen, work.out, work.batch, self._size, max(share, 1), work.decode
+                )
                 self._running.append(_start(device, environment, given))
             models = [self._loaded(process) for process in self._running]
         except BaseException:

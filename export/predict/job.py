@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -26,7 +26,8 @@ from fastadapt.errors import InputError, printable
 from fastadapt.progress import progress_bars
 
 from .complete import check_complete
-from .decode_ahead import Decoder, open_decoder
+from .decode_ahead import open_decoder
+from .decoders import OpenDecoder, decoder_on
 from .formats import check_ending
 from .part_maker import PartMaker, Todo, part_size
 from .parts import Part, Parts
@@ -96,7 +97,7 @@ def _run(
     images.report.own = Parts(work.out).own
     from .request import Request
 
-    request = Request(settings, work.trust)
+    request = Request(settings, work.trust, work.decode)
     if work.resume and Parts(work.out).complete:
         note = check_complete(request, Parts(work.out), images)
         Parts(work.out).remove()  # killed while it did that
@@ -139,7 +140,8 @@ def _job(
 ) -> Job:
     images.classes = model.classes
     images.check_labels()
-    return Job(model, images, request.columns(model), work, request.identity, pool=pool)
+    decoder = open_decoder if pool is not None else decoder_on(work.decode, work.device)
+    return Job(model, images, request.columns(model), work, request.identity, decoder, pool)
 
 
 def _nothing_to_do(out: Path, note: str) -> Summary:
@@ -158,10 +160,6 @@ class _Counts:
 
     kept: int = 0
     computed: int = 0
-
-
-# As open_decoder.
-OpenDecoder = Callable[..., AbstractContextManager[Decoder]]
 
 
 class Pool(Protocol):

@@ -20,6 +20,7 @@ import numpy as np
 from fastadapt.errors import InputError, first_line
 
 from .batch_predictor import BatchPredictor
+from .decoders import DecodeOn
 from .models import ImageModel
 from .part_maker import PartMaker, Todo, part_size
 from .parts import Part
@@ -146,14 +147,14 @@ class RayPool:
         self, blocks: list[Any], counts: dict[int, int]
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Run the workers; yield each part once all of its rows are there."""
-        data = self._ray.data
+        data, work = self._ray.data, self._work
         context = data.DataContext.get_current()
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         context.enable_progress_bars = False
         mapped = data.from_arrow_refs(blocks).map_batches(
             RayWorker,
-            fn_constructor_args=(self._request, self._work.batch, self._workers),
-            batch_size=part_size(self._work.batch),  # Ray demands a number for workers with GPUs
+            fn_constructor_args=(self._request, work.batch, self._workers, work.decode),
+            batch_size=part_size(work.batch),  # Ray demands a number for workers with GPUs
             batch_format="numpy",
             num_cpus=1,
             num_gpus=self._gpus,
@@ -178,10 +179,11 @@ class RayWorker:
         request: the model.
         batch: images that are computed at once.
         workers: processes that decode.
+        decode: as for :class:`BatchPredictor`.
     """
 
-    def __init__(self, request: Request, batch: int, workers: int):
-        self.predictor = BatchPredictor(request, batch=batch, workers=workers)
+    def __init__(self, request: Request, batch: int, workers: int, decode: DecodeOn = "cpu"):
+        self.predictor = BatchPredictor(request, batch=batch, workers=workers, decode=decode)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Add outputs and problems to a block of paths."""

@@ -10,6 +10,7 @@ import numpy as np
 from fastadapt.errors import InputError
 
 from .columns import Columns, FeatureColumns, PredictionColumns
+from .decoders import DecodeOn
 from .models import ImageModel, identify, open_classifier, open_embedder
 from .settings import EmbedSettings, PredictSettings
 
@@ -21,10 +22,12 @@ class Request:
     Attributes:
         settings: of the command.
         trust: run native code of a bundle that was not made on this machine.
+        decode: what decodes: a GPU's pixels differ by a value or two.
     """
 
     settings: PredictSettings | EmbedSettings
     trust: bool = False
+    decode: DecodeOn = "cpu"
 
     def open(self, device: str) -> ImageModel:
         """Load the model.
@@ -66,10 +69,11 @@ class Request:
     def identity(self) -> dict[str, Any]:
         """Return the settings that the rows depend on."""
         asked = self.settings
-        if isinstance(asked, EmbedSettings):
-            return {"command": "embed"}
-        names = ("labels", "logits", "top_k", "embeddings")
-        return {"command": "predict", **{name: getattr(asked, name) for name in names}}
+        found: dict[str, Any] = {"command": "embed"}
+        if isinstance(asked, PredictSettings):
+            names = ("labels", "logits", "top_k", "embeddings")
+            found = {"command": "predict", **{name: getattr(asked, name) for name in names}}
+        return {**found, "decode": "gpu"} if self.decode == "gpu" else found
 
     def model_identity(self) -> dict[str, Any]:
         """Return what tells the model from others, whatever it runs in.

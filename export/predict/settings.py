@@ -142,6 +142,15 @@ class WorkSettings(Settings):
             shown_default="one device",
         ),
     ] = None
+    decode: Annotated[
+        Literal["cpu", "gpu"],
+        Setting(
+            "Decode JPEG files in processes, or on the GPU that computes, which is faster where "
+            "processes cannot keep up; other files are decoded in processes either way.",
+            panel=WORK,
+            expected="cpu or gpu",
+        ),
+    ] = "cpu"
     executor: Annotated[
         Literal["local", "ray"],
         Setting(

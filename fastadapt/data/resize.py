@@ -34,17 +34,21 @@ class Geometry:
     crop_mode: str = "squash"
     fill: tuple[int, ...] = (124, 116, 104)  # of ImageNet
 
+    @property
+    def target(self) -> tuple[int, int]:
+        """The (height, width) of the crop, divided by its share of the image."""
+        return math.floor(self.height / self.crop_pct), math.floor(self.width / self.crop_pct)
+
     def apply(self, image: Image.Image) -> Image.Image:
         """Return the RGB image resized and cropped to ``height`` × ``width``."""
-        target = (math.floor(self.height / self.crop_pct), math.floor(self.width / self.crop_pct))
-        size = _resized(image.size, target, self.crop_mode)
+        size = resized_size(image.size, self.target, self.crop_mode)
         if size != image.size:
             image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         fill = self.fill if self.crop_mode == "border" else (0, 0, 0)
         return _center_crop(image, self.width, self.height, fill)
 
 
-def _resized(size: tuple[int, int], target: tuple[int, int], mode: str) -> tuple[int, int]:
+def resized_size(size: tuple[int, int], target: tuple[int, int], mode: str) -> tuple[int, int]:
     """Return the (width, height) that an image of ``size`` is resized to before the crop.
 
     Args:

@@ -1,0 +1,50 @@
+"""Choose what decodes: processes, or the GPU that computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Literal, TypeAlias
+
+from fastadapt.data.decode_pool import Reading
+from fastadapt.data.pixels import ValueRange
+from fastadapt.errors import InputError
+from fastadapt.train.run import parse_device
+
+from .decode_ahead import Decoder, open_decoder
+
+DecodeOn: TypeAlias = Literal["cpu", "gpu"]
+
+# As open_decoder.
+OpenDecoder = Callable[
+    [Reading | None, ValueRange | None, int, int], AbstractContextManager[Decoder]
+]
+
+
+def decoder_on(place: DecodeOn, device: str) -> OpenDecoder:
+    """Return what opens a decoder.
+
+    Args:
+        place: ``"cpu"`` for processes, ``"gpu"`` for JPEG files on the GPU.
+        device: that computes, as for :func:`fastadapt.train.run.parse_device`.
+
+    Raises:
+        InputError: there is no GPU.
+    """
+    if place == "cpu":
+        return open_decoder
+    target = parse_device(device)
+    if target.type != "cuda":
+        raise InputError("`decode` is 'gpu', and this computes on a CPU: leave it out")
+    from .gpu_decode import GpuDecoder
+
+    def open_on_gpu(
+        reading: Reading | None, value_range: ValueRange | None, batch: int, workers: int
+    ) -> AbstractContextManager[Decoder]:
+        if reading is None:
+            raise InputError(
+                "this model resizes images itself, whose sizes differ: leave out `decode`"
+            )
+        return GpuDecoder(reading, batch, workers, target)
+
+    return open_on_gpu
