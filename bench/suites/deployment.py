@@ -36,6 +36,7 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.export.backends.aotinductor import build_aoti
 from fastadapt.export.backends.fastadapt import build_fused, calibrate_float8
+from fastadapt.export.backends.fused_attention import fuse_attention
 from fastadapt.export.backends.onnx import export_onnx
 from fastadapt.export.graph_input import Deployed, GraphInput
 from fastadapt.export.parity import THRESHOLDS, Parity, Thresholds, compare
@@ -58,7 +59,8 @@ AGREEMENT = "agreement with the unfolded fp32 model"
 BEST = "best of a bundle in 16 bit, of the floor"
 TARGET, FP8_TARGET = "target in 16 bit, on an H100", "target in FP8, on an H100"
 SAMPLES, LATENCY_CALLS, PREPARE_SECONDS = 16, 300, 400
-ONNX, AOTI, FP8 = "model.fp16.onnx", "model.bf16.pt2", "model.fp8.pt2"
+ONNX, ONNX_FUSED = "model.fp16.onnx", "model.fp16.fused.onnx"
+AOTI, FP8 = "model.bf16.pt2", "model.fp8.pt2"
 FUSED, FUSED_FP8 = "model.bf16.safetensors", "model.fp8.safetensors"
 # A bundle's FP8 is judged by its accuracy, of which random weights have none. Computed on a CPU,
 # ViT-B/16 in FP8 is off by 0.25 of the spread at worst, with cosine 0.996. Images whose two highest
@@ -80,6 +82,7 @@ class Subject:
         targets: batch size to images per second on an H100, first target and ambition, for the
             best runtime of a bundle in 16 bit.
         fp8_targets: batch size to images per second in FP8.
+        attention: whether ONNX Runtime has attention to fuse.
     """
 
     title: str
@@ -87,6 +90,7 @@ class Subject:
     flops: float
     targets: dict[int, tuple[int, int]] = field(default_factory=dict, hash=False)
     fp8_targets: dict[int, tuple[int]] = field(default_factory=dict, hash=False)
+    attention: bool = True
 
 
 SUBJECTS = (
@@ -97,7 +101,7 @@ SUBJECTS = (
         {8: (7_100, 8_000), 64: (10_000, 11_500), 256: (10_500, 12_000)},
         {256: (14_000,)},
     ),
-    Subject("ConvNeXt-B", "convnext_base", 31.6e9),
+    Subject("ConvNeXt-B", "convnext_base", 31.6e9, attention=False),
 )
 
 
@@ -153,6 +157,7 @@ def prepare(subject: Subject, part: str, folder: str) -> float:
         half = _as_shipped(folded, torch.float16)
         path = Path(folder) / ONNX
         export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=graph_input())
+        fuse_attention(path, path.with_name(ONNX_FUSED))
     elif part == "fused":
         build_fused(with_graph_input(folded), Path(folder) / FUSED)
     elif part == "fused fp8":
@@ -231,7 +236,7 @@ def providers(subject: Subject, folder: Path) -> dict[str, Provider]:
     def runtime(file: str, cuda_graph: bool = False) -> Callable[[], Call]:
         return lambda: load_runtime(folder / file, device="cuda", cuda_graph=cuda_graph)
 
-    return {
+    found = {
         "upstream, AMP bf16, eager": Provider("bf16", None, lambda: _upstream(model())),
         "bf16, eager": Provider("bf16", None, lambda: torch.no_grad()(_bf16(folded()))),
         "bf16, torch.compile, CUDA graph": Provider(
@@ -248,6 +253,13 @@ def providers(subject: Subject, folder: Path) -> dict[str, Provider]:
         "ONNX Runtime fp16, I/O binding": Provider("fp16", "onnx", runtime(ONNX)),
         "ONNX Runtime fp16, CUDA graph": Provider("fp16", "onnx", runtime(ONNX, cuda_graph=True)),
     }
+    if subject.attention:
+        fused = {
+            "ONNX Runtime fp16, fused attention, I/O binding": runtime(ONNX_FUSED),
+            "ONNX Runtime fp16, fused attention, CUDA graph": runtime(ONNX_FUSED, cuda_graph=True),
+        }
+        found |= {name: Provider("fp16", "onnx", make) for name, make in fused.items()}
+    return found
 
 
 # What a bundle holds, for any batch size; the others are what it is compared with.

@@ -11,7 +11,7 @@ from tests.helpers.shallow_vit import SHALLOW_VIT
 
 SUBJECTS = (
     deployment.Subject("ViT", SHALLOW_VIT, 1e9, {8: (7_100, 8_000)}, {8: (14_000,)}),
-    deployment.Subject("ConvNeXt", "test_convnext", 1e9),
+    deployment.Subject("ConvNeXt", "test_convnext", 1e9, attention=False),
 )
 
 
