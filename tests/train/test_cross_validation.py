@@ -176,7 +176,7 @@ def test_more_folds_than_images_and_given_splits_are_refused(tmp_path):
     make_folders(tmp_path / "splits" / "train", 2, CLASSES[:2])
     with pytest.raises(InputError, match=r"gives splits \(train\), and so does `folds`"):
         run(tmp_path / "splits", tmp_path / "out", FoldSettings(folds=5))
-    with pytest.raises(InputError, match="folds is 2; expected 3 to 1000"):
+    with pytest.raises(InputError, match="folds is 2; expected 3 to 1,000"):
         FoldSettings(folds=2)
 
 
