@@ -8,11 +8,17 @@ note says so.
 Runtimes take turns: each round measures all of them, one after the other, and the ratio to ONNX
 Runtime is that of one round. Medians count, so that a machine which is busy for a while does no
 harm. Runtimes that are not installed are left out, and said.
+
+The environment variable ``FASTADAPT_CPU_RUNTIMES`` chooses a part: a regular expression that is
+searched in "ViT-tiny, OpenVINO INT8". ONNX Runtime in fp32 always runs beside it. Parts of one
+commit that are run one after the other make a whole table.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -31,7 +38,7 @@ from fastadapt.export.backends.aotinductor import build_aoti
 from fastadapt.export.backends.onnx import export_onnx
 from fastadapt.export.bundle.measured import machine
 from fastadapt.export.precision.int8 import QuantizationImages, quantize_int8
-from fastadapt.export.precision.quantizer import delicate_nodes
+from fastadapt.export.precision.quantizer import delicate_nodes, graph_layers
 from fastadapt.export.runtimes import Runtime, load_runtime
 from fastadapt.export.settings import Batches
 from fastadapt.export.speed import format_rate, throughput
@@ -54,6 +61,7 @@ SUBJECTS = (
 BATCHES, ROUNDS, SECONDS, CALIBRATION = (1, 8, 32), 7, 1.0, 32
 TARGET = 1.3  # of the best over ONNX Runtime in fp32, on two cores
 RIVAL = "ONNX Runtime fp32"
+CHOICE = "FASTADAPT_CPU_RUNTIMES"
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,11 @@ def _openvino(files: Files, path: Path) -> Any:
     return openvino.convert(files.onnx, path, files.batch)
 
 
-def _openvino_int8(files: Files, path: Path) -> Any:
+def _openvino_int8(files: Files, path: Path, fp32_layers: int = 0) -> Any:
     images = files.calibration()
     batches = images.batches(images.calibration)
-    kept = delicate_nodes(files.onnx)
+    layers = list(graph_layers(onnx.load(files.onnx).graph).values())[:fp32_layers]
+    kept = [*delicate_nodes(files.onnx), *(node for nodes in layers for node in nodes)]
     return openvino.quantize(files.onnx, path, batches, files.batch, fp32_nodes=kept)
 
 
@@ -108,7 +117,9 @@ def _executorch_int8(files: Files, path: Path) -> Any:
 def _litert_int8(files: Files, path: Path) -> Any:
     images = files.calibration()
     batches = images.batches(images.calibration)
-    fp32 = path.with_name("model.fp32.tflite")  # written before
+    fp32 = path.with_name("model.fp32.tflite")
+    if not fp32.exists():  # else it was timed before
+        litert.convert(files.model, files.example, fp32, files.batch)
     return litert.quantize(fp32, path, batches, files.batch)
 
 
@@ -138,6 +149,13 @@ PROVIDERS = {
     ),
     "OpenVINO fp32": Provider("model.fp32.xml", _openvino, ("openvino",)),
     "OpenVINO INT8": Provider("model.int8.xml", _openvino_int8, ("openvino", "nncf"), "fp8"),
+    # As the gate keeps them of a trained EfficientNet-Lite0.
+    "OpenVINO INT8, two layers in fp32": Provider(
+        "model.int8.kept.xml",
+        functools.partial(_openvino_int8, fp32_layers=2),
+        ("openvino", "nncf"),
+        "fp8",
+    ),
     "ExecuTorch fp32": Provider(
         "model.fp32.pte",
         lambda files, path: executorch.convert(files.model, files.example, path, files.batch),
@@ -195,13 +213,19 @@ def run(quick: bool = False) -> Iterator[Tables]:
     rounds, batches = (2, (1, 8)) if quick else (ROUNDS, BATCHES)
     found: list[Results] = []
     notes = [NOTES, f"{machine(on_gpu=False)}; {rounds} rounds."]
+    todo = {s: chosen for s in SUBJECTS if (chosen := deployment.choose(CHOICE, s, PROVIDERS))}
+    if not todo:
+        raise InputError(f"{CHOICE} chooses nothing; {SUBJECTS[0].title}, {RIVAL} for one")
+    if os.environ.get(CHOICE):
+        notes.append(f"chosen: {CHOICE}={os.environ[CHOICE]!r}")
     with tempfile.TemporaryDirectory() as folder:
-        for subject in SUBJECTS:
+        for subject, chosen in todo.items():
             results = Results(subject)
             found.append(results)
             own = Path(folder) / subject.backbone
             own.mkdir()
-            runtimes = _prepare(results, own, Batches(1, batches[-2], batches[-1]))
+            chosen = {RIVAL: PROVIDERS[RIVAL], **chosen}
+            runtimes = _prepare(results, chosen, own, Batches(1, batches[-2], batches[-1]))
             for number in range(rounds):
                 for name, runtime in runtimes.items():
                     for batch in batches:
@@ -211,7 +235,9 @@ def run(quick: bool = False) -> Iterator[Tables]:
                 yield _tables(found, notes, batches, f"{subject.title}, round {number + 1}")
 
 
-def _prepare(results: Results, folder: Path, batch: Batches) -> dict[str, Runtime]:
+def _prepare(
+    results: Results, providers: dict[str, Provider], folder: Path, batch: Batches
+) -> dict[str, Runtime]:
     """Build, load and compare each file; return the runtimes of those that agree."""
     model = make_model(results.subject)
     images = make_images(deployment.SAMPLES)
@@ -223,7 +249,7 @@ def _prepare(results: Results, folder: Path, batch: Batches) -> dict[str, Runtim
     export_onnx(folded, path, input_size=size, graph_input=deployment.graph_input())
     files = Files(folder, path, with_graph_input(folded), batch)
     runtimes: dict[str, Runtime] = {}
-    for name, provider in PROVIDERS.items():
+    for name, provider in providers.items():
         missing = [p for p in provider.packages if importlib.util.find_spec(p) is None]
         if missing:
             results.notes.append(f"{name}: left out, {missing[0]} is not installed")
@@ -263,6 +289,7 @@ def _tables(
         tables[f"{title}: images per second by batch size"] = results.rows(batches)
     return Tables(
         tables,
+        about=tuple(results.subject.title for results in found),
         wrong=[f"{r.subject.title}, {row['runtime']}" for r in found for row in r.wrong],
         notes=[*notes, *dict.fromkeys(line for r in found for line in r.notes)],
         progress=progress,

@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ FUSED, FUSED_FP8 = "model.bf16.safetensors", "model.fp8.safetensors"
 # outputs differ by more than twice the error that is allowed must keep their class.
 BOUNDS = {**THRESHOLDS, "fp8": Thresholds(error=0.4, cosine=0.99)}
 CHOICE = "FASTADAPT_DEPLOYMENT"
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,11 @@ def run(quick: bool = False) -> Iterator[Tables]:
         todo = {
             subject: chosen
             for subject in SUBJECTS
-            if (chosen := _chosen(subject, providers(subject, Path(folder) / subject.backbone)))
+            if (
+                chosen := choose(
+                    CHOICE, subject, providers(subject, Path(folder) / subject.backbone)
+                )
+            )
         }
         if not todo:
             raise InputError(f"{CHOICE} chooses nothing; {SUBJECTS[0].title}, AOTInductor for one")
@@ -335,13 +340,13 @@ def run(quick: bool = False) -> Iterator[Tables]:
                 yield _to_tables(found, notes, left, said)
 
 
-def _chosen(subject: Subject, every: dict[str, Provider]) -> dict[str, Provider]:
-    """Return those that the environment variable names."""
-    pattern = os.environ.get(CHOICE, "")
+def choose(variable: str, subject: Subject, every: dict[str, P]) -> dict[str, P]:
+    """Return those providers of a subject that an environment variable names."""
+    pattern = os.environ.get(variable, "")
     try:
         wanted = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
-        raise InputError(f"{CHOICE} is {pattern!r}, no regular expression: {error}") from error
+        raise InputError(f"{variable} is {pattern!r}, no regular expression: {error}") from error
     return {name: p for name, p in every.items() if wanted.search(f"{subject.title}, {name}")}
 
 

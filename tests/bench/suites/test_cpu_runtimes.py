@@ -2,6 +2,7 @@
 
 import pytest
 
+import fastadapt as fa
 from fastadapt.bench.suites import cpu_runtimes, deployment
 from fastadapt.bench.suites.cpu_runtimes import RIVAL, Provider, Results
 from tests.helpers.shallow_models import SHALLOW_VIT
@@ -33,6 +34,24 @@ def test_runtimes_take_turns(small, monkeypatch):
     assert any(note.startswith("ViT, Coarse: not timed, ") for note in last.notes)
     assert "Absent: left out, no_such_package is not installed" in last.notes
     assert first.progress == "ViT, round 1"
+
+
+def test_a_choice_runs_beside_onnx_runtime(small, monkeypatch):
+    prepared = []
+
+    def prepare(results, providers, folder, batch):
+        prepared.extend(providers)
+        return {}
+
+    monkeypatch.setattr(cpu_runtimes, "_prepare", prepare)
+    monkeypatch.setenv(cpu_runtimes.CHOICE, "vit.*litert")
+    last = list(cpu_runtimes.run(quick=True))[-1]
+    assert prepared == [RIVAL, "LiteRT fp32", "LiteRT INT8"]
+    assert last.about == ("ViT",)
+    assert "chosen: FASTADAPT_CPU_RUNTIMES='vit.*litert'" in last.notes
+    monkeypatch.setenv(cpu_runtimes.CHOICE, "warp")
+    with pytest.raises(fa.InputError, match="FASTADAPT_CPU_RUNTIMES chooses nothing"):
+        next(cpu_runtimes.run())
 
 
 def write_wrong(files, path):
