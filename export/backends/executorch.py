@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path
 
 from ..graph_input import BATCH
+from ..precision.bias_correction import same_weight
 from ..settings import Batches
 from .tracing import dynamic_shapes, plain_attention, plainer, quiet
 
@@ -80,12 +81,14 @@ def quantize(
     path: str | Path,
     images: Iterable[np.ndarray],
     batch: Batches,
+    fp32_weights: Sequence[np.ndarray] = (),
 ) -> dict[str, Any]:
     """Write a model as a program in INT8; what few numbers decide stays in fp32.
 
     Args:
         model, example, path, batch: as for :func:`convert`; images are the only input.
         images: batches that give the ranges of the activations, as the file takes them.
+        fp32_weights: of layers that stay in fp32, too.
 
     Returns:
         The manifest's details of the file.
@@ -100,7 +103,12 @@ def quantize(
         pt2e = _imported("torchao.quantization.pt2e.quantize_pt2e")
         quantizer = recipes.XNNPACKQuantizer()
         quantizer.set_global(recipes.get_symmetric_quantization_config(is_per_channel=True))
-        quantizer.set_filter_function(_is_quantized)
+        kept = {
+            name
+            for name, weight in module.named_parameters()
+            if any(same_weight(weight.detach().numpy(), other) for other in fp32_weights)
+        }
+        quantizer.set_filter_function(lambda node: _is_quantized(node, kept))
         prepared = pt2e.prepare_pt2e(module, quantizer)
         for given in images:
             for part in np.array_split(given, -(-len(given) // rows)) if rows else [given]:
@@ -111,13 +119,15 @@ def quantize(
     return _write(model, example, path, batch, change=to_int8)
 
 
-def _is_quantized(node: Any) -> bool:
+def _is_quantized(node: Any, kept: set[str]) -> bool:
     """Tell whether the quantiser may take a node, so that it takes what ONNX Runtime's does.
 
-    Those are products of tokens with weights, convolutions, and sums between convolutions. It asks
-    of their weights and activations, too.
+    Those are products of tokens with weights, convolutions, and sums between convolutions; not
+    those with one of the weights ``kept``. It asks of their weights and activations, too.
     """
     aten = torch.ops.aten
+    if kept & {getattr(given, "target", None) for given in node.all_input_nodes}:
+        return False
     if node.target in (aten.mul.Tensor, aten.cat.default, aten.adaptive_avg_pool2d.default):
         return False
     least = {aten.linear.default: 3, aten.add.Tensor: 4}.get(node.target, 0)

@@ -14,7 +14,7 @@ import importlib
 import importlib.metadata
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path
 
+from ..precision.bias_correction import same_weight
 from ..runtime import usable_cores
 from ..settings import Batches
 from .tracing import plain_attention, plainer, quiet, silent_stderr
@@ -103,7 +104,11 @@ def convert(
 
 
 def quantize(
-    fp32: str | Path, path: str | Path, images: Iterable[np.ndarray], batch: Batches
+    fp32: str | Path,
+    path: str | Path,
+    images: Iterable[np.ndarray],
+    batch: Batches,
+    fp32_weights: Sequence[np.ndarray] = (),
 ) -> dict[str, Any]:
     """Write an INT8 version of an fp32 .tflite file; what few numbers decide stays in fp32.
 
@@ -112,6 +117,7 @@ def quantize(
         path: of the result.
         images: batches that give the ranges of the activations, as the file takes them.
         batch: as for :func:`convert`.
+        fp32_weights: of layers that stay in fp32, too, as PyTorch lays them out.
 
     Returns:
         The manifest's details of the file.
@@ -124,7 +130,7 @@ def quantize(
         try:
             tool = importlib.import_module
             recipe = tool("ai_edge_quantizer.recipe_manager").RecipeManager()
-            for operator, output in _quantized_operators(fp32):
+            for operator, output in _quantized_operators(fp32, fp32_weights):
                 recipe.add_static_config(f"^{re.escape(output)}$", operator, 8, 8)
             calibrator = tool("ai_edge_quantizer.calibrator").Calibrator(
                 str(fp32),
@@ -151,10 +157,13 @@ def quantize(
     return _details(batch)
 
 
-def _quantized_operators(path: str | Path) -> Iterator[tuple[str, str]]:
+def _quantized_operators(
+    path: str | Path, fp32_weights: Sequence[np.ndarray]
+) -> Iterator[tuple[str, str]]:
     """Return kind and output of each operator that computes in INT8, as in ONNX Runtime's INT8.
 
-    Those are products of tokens with weights, convolutions, and sums between convolutions.
+    Those are products of tokens with weights, convolutions, and sums between convolutions; not
+    those with one of ``fp32_weights``.
     """
     utilities = importlib.import_module("ai_edge_quantizer.utils.tfl_flatbuffer_utils")
     model = utilities.read_model(str(path))
@@ -168,8 +177,25 @@ def _quantized_operators(path: str | Path) -> Iterator[tuple[str, str]]:
                 or (kind == PRODUCT and np.prod(shape[:-1]) > 1)
                 or (kind == SUM and len(shape) == 4)
             )
+            if kind in (*CONVOLUTIONS, PRODUCT):
+                weight = graph.tensors[node.inputs[1]]
+                data = model.buffers[weight.buffer].data
+                values = np.frombuffer(b"" if data is None else bytes(data), np.float32)
+                laid_out = _as_pytorch(kind, values, list(weight.shape))
+                wanted = wanted and not any(same_weight(laid_out, x) for x in fp32_weights)
             if wanted:
                 yield kind, utilities.get_op_scope(node, graph.tensors)
+
+
+def _as_pytorch(kind: str, values: np.ndarray, shape: list[int]) -> np.ndarray:
+    """Return an operator's weight as [outputs, inputs, ...]; as it is if it is no constant."""
+    if values.size != np.prod(shape):
+        return values
+    if kind == PRODUCT:
+        return values.reshape(shape)
+    # [outputs, height, width, inputs], and of depthwise convolutions [1, height, width, outputs].
+    axes = (3, 0, 1, 2) if kind == "DEPTHWISE_CONV_2D" else (0, 3, 1, 2)
+    return values.reshape(shape).transpose(axes)
 
 
 def _details(batch: Batches) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..backends.opsets import older_runtimes_of
 from ..features import WithFeatures
 from ..graph_input import Deployed
 from ..precision import fp8, half
+from ..precision.bias_correction import corrected_module
 from ..precision.fallback import Int8Layers, Kept, keep_layers
 from ..precision.int8 import CALIBRATION_IMAGES, Judgement, judge, judge_accuracy
 from ..precision.qdq import write_qdq
@@ -88,7 +90,7 @@ def build_artefacts(
         _tell(console, found[-1])
         if options.int8 and found[-1].status == VERIFIED:  # else the bundle is rejected
             with console.status(f"quantise to INT8 for {kind} …"):
-                found.append(_build_edge_int8(kind, options, folded))
+                found.append(_build_edge_int8(kind, options, folded, layers))
             _tell(console, found[-1])
     if options.aoti:
         with console.status("compile with AOTInductor …"):
@@ -416,20 +418,33 @@ def _build_openvino_int8(
     return _accept_kept("openvino", path, found, folded)
 
 
-def _build_edge_int8(kind: str, options: EngineOptions, folded: FoldedModel) -> Artefact:
+def _build_edge_int8(
+    kind: str, options: EngineOptions, folded: FoldedModel, layers: Int8Layers
+) -> Artefact:
     """Quantise for an edge runtime; keep it if it is accurate, and faster than its fp32."""
     _check_images_alone("`int8`", folded)
     suffix, images = EDGE[kind].SUFFIX, folded.images()
     path = folded.path("int8", suffix)
-    calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
-    if kind == "litert":
-        details = litert.quantize(folded.path("fp32", suffix), path, calibration, options.batch)
-    else:
-        example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
-        module = folded.deployed(folded.module)
-        details = executorch.quantize(module, example, path, calibration, options.batch)
-    artefact = describe_artefact(kind, path, "int8", details)
-    return _accept(artefact, _judge_beside_fp32(path, folded, options), folded)
+    example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
+    plain = half.without_batch_norms(folded.module, *folded.example)
+
+    def write(keep: Sequence[str]) -> dict[str, Any]:
+        module = folded.deployed(corrected_module(plain, layers.shifts(keep)))
+        calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
+        weights = [layers.weights[name] for name in keep]
+        if kind == "executorch":
+            return executorch.quantize(
+                module, example, path, calibration, options.batch, fp32_weights=weights
+            )
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+            corrected = Path(temporary) / path.name
+            litert.convert(module, example, corrected, options.batch)
+            return litert.quantize(
+                corrected, path, calibration, options.batch, fp32_weights=weights
+            )
+
+    found = keep_layers(write, lambda: _judge_beside_fp32(path, folded, options), layers)
+    return _accept_kept(kind, path, found, folded)
 
 
 def _judge_beside_fp32(path: Path, folded: FoldedModel, options: EngineOptions) -> Judgement:

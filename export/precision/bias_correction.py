@@ -10,16 +10,20 @@ scale of a channel and x_i the input's channels:
 
 (M. Nagel et al., "Data-free quantization through weight equalization and bias correction", ICCV
 2019, section 4.2; the means are those of calibration images.) NNCF does it by itself; the
-quantisers of ONNX Runtime, ExecuTorch and LiteRT do not.
+quantisers of ONNX Runtime, ExecuTorch and LiteRT do not. For the latter two a PyTorch module is
+corrected, whose convolutions are found by their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
 
 if TYPE_CHECKING:
     import onnx
@@ -140,3 +144,32 @@ def correct_biases(model: onnx.ModelProto, shifts: Mapping[str, np.ndarray]) -> 
     kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
+
+
+def corrected_module(
+    model: nn.Module, shifts: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> nn.Module:
+    """Copy a module with shifts subtracted from the biases of its convolutions.
+
+    Args:
+        model: in fp32, without batch norms after the convolutions.
+        shifts: pairs of a convolution's weight and its shift [O]; those of other weights than the
+            module's are left out.
+    """
+    model, wanted = copy.deepcopy(model), list(shifts)
+    for layer in model.modules():
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        weight = layer.weight.detach().numpy()
+        shift = next((shift for other, shift in wanted if same_weight(weight, other)), None)
+        if shift is not None:
+            bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+            layer.bias = nn.Parameter(bias - torch.from_numpy(shift).float(), requires_grad=False)
+    return model
+
+
+def same_weight(one: np.ndarray, other: np.ndarray) -> bool:
+    """Tell whether two weights are the same but for the rounding of what merged batch norms."""
+    if one.shape != other.shape:
+        return False
+    return np.allclose(one, other, rtol=1e-3, atol=1e-5 * float(np.abs(other).max(initial=0)))

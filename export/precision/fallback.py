@@ -63,6 +63,30 @@ class Int8Layers:
         return {name: nodes for name, nodes in found.items() if not delicate & set(nodes)}
 
     @functools.cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Weights by layer as PyTorch lays them out: [outputs, inputs, ...]."""
+        import onnx
+
+        graph = self.calibrated.model.graph
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
+        given = {node.name: node.input[1] for node in graph.node if len(node.input) > 1}
+        found = {}
+        for name, nodes in self.nodes.items():
+            weight = onnx.numpy_helper.to_array(tensors[given[nodes[0]]])
+            found[name] = weight.T if weight.ndim == 2 else weight  # of a product
+        return found
+
+    def shifts(self, keep: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return weight and shift of every convolution that does not stay in fp32."""
+        graph, shifts = self.calibrated.model.graph, self.calibrated.shifts
+        outputs = {node.name: node.output[0] for node in graph.node}
+        return [
+            (self.weights[name], shifts[outputs[nodes[0]]])
+            for name, nodes in self.nodes.items()
+            if name not in keep and outputs[nodes[0]] in shifts
+        ]
+
+    @functools.cached_property
     def ranked(self) -> list[str]:
         """Layers by what each alone loses in INT8, the most first."""
         images = self._images()

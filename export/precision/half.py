@@ -205,9 +205,7 @@ def reduce_precision(
     Raises:
         InputError: not even fp32 passes: the limits or the images are at fault, not the precision.
     """
-    one_backbone = isinstance(folded, SharedBackbone) and folded.shared
-    if isinstance(folded, AdaptedModel) or one_backbone:
-        folded = fuse_batch_norms(folded, *trial.example)  # their statistics do not fit fp16
+    folded = without_batch_norms(folded, *trial.example)  # their statistics do not fit fp16
     units = precision_units(folded, *trial.example)
     tried: list[str] = []
 
@@ -238,6 +236,14 @@ def reduce_precision(
     )
     module, parity = attempt(precision, keep)
     return Reduced(module, precision, tuple(keep), parity, tuple(tried))
+
+
+def without_batch_norms(folded: nn.Module, *example: Tensor) -> nn.Module:
+    """Merge a folded model's batch norms into its convolutions, where its kind is known."""
+    one_backbone = isinstance(folded, SharedBackbone) and folded.shared
+    if isinstance(folded, AdaptedModel) or one_backbone:
+        return fuse_batch_norms(folded, *example)
+    return folded
 
 
 def smallest_set(items: Sequence[T], passes: Callable[[list[T]], bool]) -> list[T]:

@@ -34,6 +34,11 @@ def test_int8_of_a_fixed_batch_and_of_convolutions(tmp_path):
     expected = model(images[:4]).detach()
     error = (outputs - expected).abs().max()
     assert 0 < error < 0.05 * expected.std()
+    kept = [layer.weight.detach().numpy() for layer in (model[0], model[3])]
+    example, batch = (images[:1],), Batches(4, 4, 4)
+    backend.quantize(model, example, tmp_path / "m.pte", given, batch, fp32_weights=kept)
+    outputs = load_runtime(tmp_path / "m.pte", device="cpu")(images[:4])
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bundle_runs_it(made, tmp_path, monkeypatch):

@@ -23,7 +23,13 @@ def test_int8(calibrated, monkeypatch):
     file = backend.load_litert().Interpreter(str(calibrated.folder / "model.int8.tflite"))
     dtypes = {tuple(t["shape"]): t["dtype"] for t in file.get_tensor_details()}
     assert dtypes[4, 48] == np.float32 and dtypes[144, 48] == np.int8  # head; q, k and v
-    path = calibrated.folder / "model.tflite"
+    kept = [x.numpy() for n, x in calibrated.module.state_dict().items() if "qkv.weight" in n]
+    fp32, path = (calibrated.folder / f"{name}.tflite" for name in ("model.fp32", "model"))
+    images = [calibrated.reference.inputs["images"]]
+    backend.quantize(fp32, path, images, Batches(), fp32_weights=kept)
+    file = backend.load_litert().Interpreter(str(path))
+    dtypes = {tuple(t["shape"]): t["dtype"] for t in file.get_tensor_details()}
+    assert dtypes[144, 48] == np.float32 and dtypes[192, 48] == np.int8  # the MLP's
     path.write_bytes(b"no file")
     with pytest.raises(fa.InputError, match=r"quantiser cannot quantise model\.tflite: ") as caught:
         backend.quantize(path, path, [], Batches())

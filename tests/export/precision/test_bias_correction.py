@@ -3,12 +3,15 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from fastadapt.export.precision.bias_correction import (
     InputMeans,
     convolutions,
     correct_biases,
+    corrected_module,
     output_shifts,
     rounding_error,
 )
@@ -107,6 +110,22 @@ def test_quantised_outputs_are_nearer(given, monkeypatch):
     assert sorted(file.name for file in folder.iterdir()) == ["model.onnx", "q.onnx"]
     monkeypatch.setattr("fastadapt.export.precision.quantizer.output_shifts", lambda *_: {})
     assert corrected < 0.5 * shift()
+
+
+def test_a_module_is_corrected_by_its_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=4))
+    weights = [layer.weight.detach().numpy() for layer in (model[0], model[2])]
+    merged = weights[1] * (1 + 1e-6)  # as batch norms that others merge
+    found = corrected_module(model, [(weights[0], np.arange(4.0)), (merged, np.ones(8))])
+    assert found[0].bias.tolist() == [0, -1, -2, -3]
+    torch.testing.assert_close(found[2].bias, model[2].bias - 1)
+    assert model[0].bias is None
+    others = corrected_module(
+        model, [(1.01 * weights[0], np.ones(4)), (weights[1][1:], np.ones(7))]
+    )
+    assert others[0].bias is None
+    torch.testing.assert_close(others[2].bias, model[2].bias)
 
 
 def test_layers_that_stay_in_fp32(given):
