@@ -43,6 +43,7 @@ from fastadapt.export.runtimes import Runtime, load_runtime
 from fastadapt.export.settings import Batches
 from fastadapt.export.speed import format_rate, throughput
 
+from ..choice import choose
 from ..protocol import Benchmark, Row, Tables
 from ..reporting.tables import one_line
 from . import deployment
@@ -213,7 +214,7 @@ def run(quick: bool = False) -> Iterator[Tables]:
     rounds, batches = (2, (1, 8)) if quick else (ROUNDS, BATCHES)
     found: list[Results] = []
     notes = [NOTES, f"{machine(on_gpu=False)}; {rounds} rounds."]
-    todo = {s: chosen for s in SUBJECTS if (chosen := deployment.choose(CHOICE, s, PROVIDERS))}
+    todo = {s: chosen for s in SUBJECTS if (chosen := choose(CHOICE, s.title, PROVIDERS))}
     if not todo:
         raise InputError(f"{CHOICE} chooses nothing; {SUBJECTS[0].title}, {RIVAL} for one")
     if os.environ.get(CHOICE):

@@ -16,7 +16,6 @@ import copy
 import functools
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +45,7 @@ from fastadapt.export.settings import Batches
 
 from .. import harness, upstream
 from .. import network_step as steps
+from ..choice import choose
 from ..deployed_calls import SIZE, Call, images_per_second, latency, make_images
 from ..protocol import Benchmark, Row, Tables
 from ..reporting.tables import one_line
@@ -67,7 +67,6 @@ FUSED, FUSED_FP8 = "model.bf16.safetensors", "model.fp8.safetensors"
 # outputs differ by more than twice the error that is allowed must keep their class.
 BOUNDS = {**THRESHOLDS, "fp8": Thresholds(error=0.4, cosine=0.99)}
 CHOICE = "FASTADAPT_DEPLOYMENT"
-P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -315,15 +314,8 @@ def run(quick: bool = False) -> Iterator[Tables]:
     batches = (1, 64) if quick else BATCHES
     images = make_images(SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
-        todo = {
-            subject: chosen
-            for subject in SUBJECTS
-            if (
-                chosen := choose(
-                    CHOICE, subject, providers(subject, Path(folder) / subject.backbone)
-                )
-            )
-        }
+        every = {s: providers(s, Path(folder) / s.backbone) for s in SUBJECTS}
+        todo = {s: some for s, all_ in every.items() if (some := choose(CHOICE, s.title, all_))}
         if not todo:
             raise InputError(f"{CHOICE} chooses nothing; {SUBJECTS[0].title}, AOTInductor for one")
         notes = [NOTES, *_prepare_all(_parts(todo, batches), folder)]
@@ -338,16 +330,6 @@ def run(quick: bool = False) -> Iterator[Tables]:
             for name, provider in chosen.items():
                 said = f"{left.pop(0)}: {_measure(name, provider, images, expected, results)}"
                 yield _to_tables(found, notes, left, said)
-
-
-def choose(variable: str, subject: Subject, every: dict[str, P]) -> dict[str, P]:
-    """Return those providers of a subject that an environment variable names."""
-    pattern = os.environ.get(variable, "")
-    try:
-        wanted = re.compile(pattern, re.IGNORECASE)
-    except re.error as error:
-        raise InputError(f"{variable} is {pattern!r}, no regular expression: {error}") from error
-    return {name: p for name, p in every.items() if wanted.search(f"{subject.title}, {name}")}
 
 
 def _parts(

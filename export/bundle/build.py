@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,30 +17,37 @@ from torch import nn
 from fastadapt.errors import InputError
 
 from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
-from ..backends import aotinductor, executorch, fastadapt, litert, openvino, tensorrt
+from ..backends import aotinductor, fastadapt, openvino, tensorrt
 from ..backends.fused_attention import fuse_attention
-from ..backends.opsets import older_runtimes_of
 from ..features import WithFeatures
 from ..graph_input import Deployed
 from ..precision import fp8, half
-from ..precision.bias_correction import corrected_module
-from ..precision.fallback import Int8Layers, Kept, keep_layers
-from ..precision.int8 import CALIBRATION_IMAGES, Judgement, judge, judge_accuracy
+from ..precision.fallback import Int8Layers
+from ..precision.int8 import CALIBRATION_IMAGES, judge, judge_accuracy
 from ..precision.qdq import write_qdq
-from ..precision.quantizer import delicate_nodes
 from ..runtimes import load_runtime
 from ..settings import Batches
 from ..speed import LEAST_SPEEDUP, format_rate, speeds_in_turns
 from ..tasks import side_by_side
 from .engine_options import EngineOptions
 from .folded_model import FoldedModel, Variant, describe_artefact
+from .int8_files import (
+    EDGE,
+    accept,
+    build_edge_int8,
+    build_int8,
+    build_openvino_int8,
+    check_images_alone,
+    describe_onnx,
+    device,
+    refuse,
+)
 from .verify_artefact import Reference, measure, verify_artefact
 
 # The first opset whose convolutions take bf16; from 23 on, attention becomes one operator.
 BF16_OPSET = 22
 EightBit = Literal["int8", "fp8"]
 EIGHT_BIT: tuple[EightBit, ...] = ("int8", "fp8")
-EDGE = {"executorch": executorch, "litert": litert}
 
 
 def build_artefacts(
@@ -54,7 +60,7 @@ def build_artefacts(
     """
     console = console or Console(quiet=True)
     found = [_check_fp32_onnx(options, folded)]
-    layers = Int8Layers(folded.onnx, folded.images, _device(), options.calibration)
+    layers = Int8Layers(folded.onnx, folded.images, device(), options.calibration)
     variant = Variant(folded.module, "fp32", folded.onnx, {})
     if options.precision != "fp32":
         reduced = _reduce(options, folded, console)
@@ -82,7 +88,7 @@ def build_artefacts(
         _tell(console, found[-1])
         if options.int8 and found[-1].status == VERIFIED:  # else the bundle is rejected
             with console.status("quantise to INT8 for OpenVINO …"):
-                found.append(_build_openvino_int8(options, folded, layers))
+                found.append(build_openvino_int8(options, folded, layers))
             _tell(console, found[-1])
     for kind in [name for name in EDGE if getattr(options, name)]:
         with console.status(f"convert for {kind} …"):
@@ -90,7 +96,7 @@ def build_artefacts(
         _tell(console, found[-1])
         if options.int8 and found[-1].status == VERIFIED:  # else the bundle is rejected
             with console.status(f"quantise to INT8 for {kind} …"):
-                found.append(_build_edge_int8(kind, options, folded, layers))
+                found.append(build_edge_int8(kind, options, folded, layers))
             _tell(console, found[-1])
     if options.aoti:
         with console.status("compile with AOTInductor …"):
@@ -112,7 +118,7 @@ def build_artefacts(
             _tell(console, found[-1])
     if options.int8 and not options.trt:
         with console.status("quantise to INT8 …"):
-            found.append(_build_int8(options, folded, layers))
+            found.append(build_int8(options, folded, layers))
         _tell(console, found[-1])
     return found
 
@@ -156,12 +162,6 @@ def rebuild_artefact(
     return verify_artefact(folder, fresh, reference)
 
 
-def _describe_onnx(path: Path, precision: str, details: dict[str, Any]) -> Artefact:
-    """Describe an ONNX file beside the fp32 one, with the runtimes that take it."""
-    details = {**details, "taken_by": older_runtimes_of(path)}
-    return describe_artefact("onnx", path, precision, details)
-
-
 def _checked(artefact: Artefact, folded: FoldedModel) -> Artefact:
     return verify_artefact(folded.folder, artefact, folded.reference, speed=folded.speed)
 
@@ -182,7 +182,7 @@ def _check_fp32_onnx(options: EngineOptions, folded: FoldedModel) -> Artefact:
 def _half_onnx(options: EngineOptions, folded: FoldedModel, reduced: half.Reduced) -> Artefact:
     details = {"batch": options.batch.to_dict(), **reduced.to_dict()}
     path = folded.path(reduced.precision, "onnx")
-    found = _checked(_describe_onnx(path, reduced.precision, details), folded)
+    found = _checked(describe_onnx(path, reduced.precision, details), folded)
     return replace(found, parity=(reduced.parity, *found.parity))
 
 
@@ -198,8 +198,8 @@ def _build_fused(options: EngineOptions, folded: FoldedModel, variant: Variant) 
     details = {"batch": options.batch.to_dict(), **variant.notes, "fused_attention": count}
     if not count:
         artefact = describe_artefact("onnx", path, precision, details)
-        return _refuse(artefact, folded, ["there is no attention that ONNX Runtime fuses"])
-    found = _checked(_describe_onnx(path, precision, details), folded)
+        return refuse(artefact, folded, ["there is no attention that ONNX Runtime fuses"])
+    found = _checked(describe_onnx(path, precision, details), folded)
     problems = [found.reason] if found.status == FAILED else []
     if found.status == VERIFIED:
         batch = options.batch.opt
@@ -211,7 +211,7 @@ def _build_fused(options: EngineOptions, folded: FoldedModel, variant: Variant) 
                 f"{format_rate(speed)} images/s at batch {batch} where {variant.onnx.name} has "
                 f"{format_rate(rival)} ({runtimes[0].name}): not faster"
             ]
-    return _refuse(found, folded, problems) if problems else found
+    return refuse(found, folded, problems) if problems else found
 
 
 def _reduce(options: EngineOptions, folded: FoldedModel, console: Console) -> half.Reduced:
@@ -220,8 +220,8 @@ def _reduce(options: EngineOptions, folded: FoldedModel, console: Console) -> ha
 
     @torch.no_grad()
     def outputs(module: nn.Module):
-        model = folded.deployed(module).to(_device())
-        parts = [model(*(x.to(_device()) for x in part)) for part in zip(*batches, strict=True)]
+        model = folded.deployed(module).to(device())
+        parts = [model(*(x.to(device()) for x in part)) for part in zip(*batches, strict=True)]
         return torch.cat([side_by_side(part).float().cpu() for part in parts]).numpy()
 
     reduced = half.reduce_precision(
@@ -238,9 +238,9 @@ def _compile(options: EngineOptions, folded: FoldedModel, variant: Variant) -> A
     """Compile a variant with AOTInductor; its module is moved to the GPU if there is one."""
     path = folded.path(variant.precision, "pt2")
     module = variant.module if folded.reference.features is None else WithFeatures(variant.module)
-    model = folded.deployed(module).to(_device())
+    model = folded.deployed(module).to(device())
     inputs = folded.reference.inputs
-    example = tuple(torch.from_numpy(x[:1]).to(_device()) for x in inputs.values())
+    example = tuple(torch.from_numpy(x[:1]).to(device()) for x in inputs.values())
     details = aotinductor.build_aoti(
         model, example, path, options.batch, precision=variant.precision
     )
@@ -273,7 +273,7 @@ def _build_eight_bit_engine(
     options: EngineOptions, folded: FoldedModel, precision: EightBit, console: Console
 ) -> list[Artefact]:
     """Write a Q/DQ graph and its engine, if the graph is accurate; speed decides where it runs."""
-    _check_images_alone(f"`{precision}`", folded)
+    check_images_alone(f"`{precision}`", folded)
     path, images, batch = folded.path(precision, "onnx"), folded.images(), options.batch
     calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
     with console.status(f"quantise to {precision.upper()} for TensorRT …"):
@@ -283,9 +283,9 @@ def _build_eight_bit_engine(
     notes: dict[str, Any] = {"batch": batch.to_dict(), "judgement": judgement.to_dict()}
     if precision == "int8":
         notes["calibration"] = options.calibration
-    graph = _describe_onnx(path, precision, notes)
+    graph = describe_onnx(path, precision, notes)
     if judgement.problems:
-        return [_refuse(graph, folded, judgement.problems)]
+        return [refuse(graph, folded, judgement.problems)]
     graph = replace(graph, reason=f"for TensorRT; in ONNX Runtime {judgement}")
     engine = _build_engine(options, folded, Variant(folded.module, precision, path, notes), console)
     problems: tuple[str, ...] = (engine.reason,) if engine.status == FAILED else ()
@@ -303,20 +303,20 @@ def _build_eight_bit_engine(
         engine = replace(engine, details={**engine.details, "judgement": timed.to_dict()})
         problems = timed.problems
     if problems:
-        _refuse(graph, folded, problems)
-        return [_refuse(engine, folded, problems)]
+        refuse(graph, folded, problems)
+        return [refuse(engine, folded, problems)]
     return [graph, engine]
 
 
 def _build_fp8(options: EngineOptions, folded: FoldedModel, bf16: Variant) -> Artefact:
     """Compile in FP8; keep it if it is accurate, and faster than the bundle's .pt2 in bf16."""
-    _check_images_alone("`fp8`", folded)
+    check_images_alone("`fp8`", folded)
     assert isinstance(bf16.module, half.MixedPrecision)
     images = folded.images()
     batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
-    given = (torch.from_numpy(batch).to(_device()) for batch in batches)
+    given = (torch.from_numpy(batch).to(device()) for batch in batches)
     quantized, ranges = fp8.quantize_fp8(
-        bf16.module, given, lambda module: folded.deployed(module).to(_device())
+        bf16.module, given, lambda module: folded.deployed(module).to(device())
     )
     if not ranges:
         reason = "no linear layer of tokens has sizes that are multiples of 16"
@@ -333,7 +333,7 @@ def _build_fp8(options: EngineOptions, folded: FoldedModel, bf16: Variant) -> Ar
         rival=("bf16", folded.path(bf16.precision, "pt2")),
         cuda_graph=True,  # whose speed is the GPU's, not the host's
     )
-    return _accept(artefact, judgement, folded)
+    return accept(artefact, judgement, folded)
 
 
 def _build_own(options: EngineOptions, folded: FoldedModel) -> Artefact:
@@ -343,7 +343,7 @@ def _build_own(options: EngineOptions, folded: FoldedModel) -> Artefact:
     model = folded.deployed(folded.module)
     details = fastadapt.build_fused(model, path, options.batch, precision=precision)
     found = _checked(describe_artefact("fastadapt", path, precision, details), folded)
-    return _refuse(found, folded, [found.reason]) if found.status == FAILED else found
+    return refuse(found, folded, [found.reason]) if found.status == FAILED else found
 
 
 def _build_own_fp8(options: EngineOptions, folded: FoldedModel) -> Artefact:
@@ -351,12 +351,12 @@ def _build_own_fp8(options: EngineOptions, folded: FoldedModel) -> Artefact:
 
     The file is kept if it is accurate, and faster than the same operations in bf16.
     """
-    _check_images_alone("`fp8`", folded)
+    check_images_alone("`fp8`", folded)
     path, images = folded.path("fp8", fastadapt.SUFFIX), folded.images()
     model = folded.deployed(folded.module)
     batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
     assert isinstance(model, Deployed)
-    plan = fastadapt.calibrate_float8(model, map(torch.from_numpy, batches), _device())
+    plan = fastadapt.calibrate_float8(model, map(torch.from_numpy, batches), device())
     details: dict[str, Any] = {"batch": options.batch.to_dict()}
     if not plan.ranges:
         reason = "no block has sizes that are multiples of 16"
@@ -378,126 +378,7 @@ def _build_own_fp8(options: EngineOptions, folded: FoldedModel) -> Artefact:
     bf16 = folded.path("bf16", fastadapt.SUFFIX)
     rival = ("bf16", bf16) if bf16.is_file() else None
     judgement = judge(folded.onnx, path, images, rival=rival, **limits)
-    return _accept(describe_artefact("fastadapt", path, "fp8", details), judgement, folded)
-
-
-def _build_int8(options: EngineOptions, folded: FoldedModel, layers: Int8Layers) -> Artefact:
-    """Quantise to INT8; keep it if it is accurate, and faster than fp32."""
-    _check_images_alone("`int8`", folded)
-    path, images = folded.path("int8", "onnx"), folded.images()
-    found = keep_layers(
-        lambda keep: layers.calibrated.write(path, keep),
-        lambda: judge(
-            folded.onnx, path, images, budget=options.int8_budget, batch=options.batch.opt
-        ),
-        layers,
-    )
-    notes = {"batch": options.batch.to_dict(), "calibration": options.calibration}
-    artefact = _describe_onnx(path, "int8", {**notes, **found.to_dict()})
-    return _accept(artefact, found.judgement, folded)
-
-
-def _build_openvino_int8(
-    options: EngineOptions, folded: FoldedModel, layers: Int8Layers
-) -> Artefact:
-    """Quantise with NNCF; keep it if it is accurate, and faster than OpenVINO in fp32."""
-    _check_images_alone("`int8`", folded)
-    path, images = folded.path("int8", openvino.SUFFIX), folded.images()
-    delicate = delicate_nodes(folded.onnx)
-
-    def write(keep: Sequence[str]) -> dict[str, Any]:
-        return openvino.quantize(
-            folded.onnx,
-            path,
-            images.batches(images.calibration[:CALIBRATION_IMAGES]),
-            options.batch,
-            fp32_nodes=[*delicate, *(node for name in keep for node in layers.nodes[name])],
-        )
-
-    found = keep_layers(write, lambda: _judge_beside_fp32(path, folded, options), layers)
-    return _accept_kept("openvino", path, found, folded)
-
-
-def _build_edge_int8(
-    kind: str, options: EngineOptions, folded: FoldedModel, layers: Int8Layers
-) -> Artefact:
-    """Quantise for an edge runtime; keep it if it is accurate, and faster than its fp32."""
-    _check_images_alone("`int8`", folded)
-    suffix, images = EDGE[kind].SUFFIX, folded.images()
-    path = folded.path("int8", suffix)
-    example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
-    plain = half.without_batch_norms(folded.module, *folded.example)
-
-    def write(keep: Sequence[str]) -> dict[str, Any]:
-        module = folded.deployed(corrected_module(plain, layers.shifts(keep)))
-        calibration = images.batches(images.calibration[:CALIBRATION_IMAGES])
-        weights = [layers.weights[name] for name in keep]
-        if kind == "executorch":
-            return executorch.quantize(
-                module, example, path, calibration, options.batch, fp32_weights=weights
-            )
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-            corrected = Path(temporary) / path.name
-            litert.convert(module, example, corrected, options.batch)
-            return litert.quantize(
-                corrected, path, calibration, options.batch, fp32_weights=weights
-            )
-
-    found = keep_layers(write, lambda: _judge_beside_fp32(path, folded, options), layers)
-    return _accept_kept(kind, path, found, folded)
-
-
-def _judge_beside_fp32(path: Path, folded: FoldedModel, options: EngineOptions) -> Judgement:
-    """Judge an INT8 file beside the same runtime's file in fp32."""
-    return judge(
-        folded.onnx,
-        path,
-        folded.images(),
-        budget=options.int8_budget,
-        batch=options.batch.opt,
-        rival=("fp32", folded.path("fp32", path.suffix[1:])),
-    )
-
-
-def _accept_kept(kind: str, path: Path, found: Kept, folded: FoldedModel) -> Artefact:
-    """Check an INT8 file with the layers that it keeps in fp32, or refuse it."""
-    details = {**found.written, **found.to_dict()}
-    return _accept(describe_artefact(kind, path, "int8", details), found.judgement, folded)
-
-
-def _check_images_alone(flag: str, folded: FoldedModel) -> None:
-    if not folded.reference.classes:
-        raise InputError(f"{flag} is judged by its accuracy, and this model has no classes")
-    if len(folded.reference.inputs) > 1:
-        raise InputError(f"{flag} takes models whose only input is images")
-
-
-def _accept(artefact: Artefact, judgement: Judgement, folded: FoldedModel) -> Artefact:
-    """Check an 8-bit file, or refuse it by its judgement; a refused one's files are deleted."""
-    details = {**artefact.details, "judgement": judgement.to_dict()}
-    artefact = replace(artefact, details=details)
-    if not judgement.problems:
-        reference = replace(folded.reference, exact=None)
-        found = verify_artefact(folded.folder, artefact, reference, speed=folded.speed)
-        if found.status == VERIFIED:
-            return found
-        problems: tuple[str, ...] = (found.reason,)
-        artefact = replace(artefact, parity=found.parity)
-    else:
-        problems = judgement.problems
-    return _refuse(artefact, folded, problems)
-
-
-def _refuse(artefact: Artefact, folded: FoldedModel, problems: Sequence[str]) -> Artefact:
-    """Delete a file that is not good enough, and keep what is known of it."""
-    for file in artefact.files:
-        (folded.folder / file).unlink()
-    reason = "; ".join(problems)
-    return replace(artefact, path=None, status=REFUSED, reason=reason, files=())
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return accept(describe_artefact("fastadapt", path, "fp8", details), judgement, folded)
 
 
 def _tell(console: Console, artefact: Artefact) -> None:

@@ -51,7 +51,7 @@ def check_int8(folded, kind, suffix, monkeypatch):
     """Refuse a file in INT8 that is not faster, and build one that counts as faster."""
     monkeypatch.setattr(build, "_tell", lambda console, artefact: None)
     # ONNX Runtime's own INT8 has its tests elsewhere.
-    monkeypatch.setattr(build, "_build_int8", lambda *args: None)
+    monkeypatch.setattr(build, "build_int8", lambda *args: None)
     options = EngineOptions(**{kind: True}, int8=True, batch=Batches(1, 2, 4))
     kept = {"model.onnx", f"model.fp32.{suffix}"}
     for speed, status, files in (

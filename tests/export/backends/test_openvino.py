@@ -14,6 +14,7 @@ from fastadapt.export import EngineOptions, verify_bundle
 from fastadapt.export.artefact import REFUSED, VERIFIED
 from fastadapt.export.backends import openvino as backend
 from fastadapt.export.bundle import build as engines
+from fastadapt.export.bundle import int8_files
 from fastadapt.export.bundle.build import build_artefacts
 from fastadapt.export.precision.int8 import Judgement
 from fastadapt.export.precision.quantizer import graph_layers
@@ -59,9 +60,9 @@ def judged(monkeypatch, problems, accuracies=()):
 
     left = iter(accuracies)
     judgement = Judgement(0.8, 0.8, 0.01, 30, 20, 8, 100, "accuracy", "OpenVINO, CPU")
-    monkeypatch.setattr(engines, "judge", judge)
+    monkeypatch.setattr(int8_files, "judge", judge)
     # ONNX Runtime's own INT8 has its tests elsewhere.
-    monkeypatch.setattr(engines, "_build_int8", lambda *args: None)
+    monkeypatch.setattr(engines, "build_int8", lambda *args: None)
     monkeypatch.setattr(engines, "_tell", lambda console, artefact: None)
 
 

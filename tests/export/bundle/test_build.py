@@ -11,6 +11,7 @@ from fastadapt import cli
 from fastadapt.export import EngineOptions, export_run, verify_bundle
 from fastadapt.export.artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
 from fastadapt.export.bundle import build as engines
+from fastadapt.export.bundle import int8_files
 from fastadapt.export.bundle.build import build_artefacts, rebuild_artefact
 from fastadapt.export.bundle.verify_artefact import artefact_problems
 from fastadapt.export.parity import GateError
@@ -96,7 +97,7 @@ class TestInt8:
         judgement = Judgement(0.8, 0.9, 0.01, 30, 20, 8, 100, "accuracy", "ONNX Runtime, CPU")
         judgement = Judgement(**{**judgement.to_dict(), "problems": problems})
         monkeypatch.setattr(engines, "Int8Layers", lambda *args: Layers())
-        monkeypatch.setattr(engines, "judge", lambda *args, **kwargs: judgement)
+        monkeypatch.setattr(int8_files, "judge", lambda *args, **kwargs: judgement)
         return build_artefacts(EngineOptions(int8=True), folded)[-1]
 
     def test_refused_with_the_numbers(self, folded, monkeypatch):

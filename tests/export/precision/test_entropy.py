@@ -6,7 +6,7 @@ import pytest
 
 from fastadapt.export import EngineOptions
 from fastadapt.export.artefact import VERIFIED
-from fastadapt.export.bundle import build
+from fastadapt.export.bundle import int8_files
 from fastadapt.export.precision import int8
 from fastadapt.export.precision.entropy import BINS, AbsoluteHistogram
 from fastadapt.export.precision.fallback import Int8Layers
@@ -101,7 +101,7 @@ def test_both_pass_the_gate(calibrated, monkeypatch):
     for calibration in ("max", "entropy"):
         options = EngineOptions(int8=True, calibration=calibration)
         layers = Int8Layers(calibrated.onnx, calibrated.images, calibration=calibration)
-        found = build._build_int8(options, calibrated, layers)
+        found = int8_files.build_int8(options, calibrated, layers)
         assert (found.path, found.status) == ("model.int8.onnx", VERIFIED)
         assert found.details["calibration"] == calibration
         assert found.details["judgement"]["accuracy"] == 1.0

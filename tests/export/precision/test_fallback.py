@@ -8,7 +8,7 @@ import onnx
 
 from fastadapt.export import EngineOptions
 from fastadapt.export.artefact import VERIFIED
-from fastadapt.export.bundle import build
+from fastadapt.export.bundle import int8_files
 from fastadapt.export.bundle.build import build_artefacts
 from fastadapt.export.precision.fallback import Int8Layers, keep_layers
 from fastadapt.export.precision.int8 import Judgement, QuantizationImages
@@ -73,7 +73,7 @@ def test_layers_are_ranked_by_what_each_loses(tmp_path):
 
 def test_a_file_with_layers_in_fp32(calibrated, monkeypatch):
     results = iter([BAD, GOOD])
-    monkeypatch.setattr(build, "judge", lambda *args, **settings: next(results))
+    monkeypatch.setattr(int8_files, "judge", lambda *args, **settings: next(results))
     artefact = build_artefacts(EngineOptions(int8=True), calibrated)[-1]
     assert artefact.status == VERIFIED, artefact.reason
     assert artefact.details["tried"] == [f"0 layers in fp32: {BAD.problems[0]}"]

@@ -10,6 +10,7 @@ from fastadapt.export.artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED
 from fastadapt.export.backends.opsets import older_runtimes_of
 from fastadapt.export.bundle import build
 from fastadapt.export.bundle.build import build_artefacts
+from fastadapt.export.precision.int8 import Judgement
 from fastadapt.export.precision.qdq import check_fp8, write_qdq
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import Batches
@@ -154,7 +155,7 @@ class TestEngines:
 
         def judge(fp32, quantized, images, *, rival, **settings):
             assert rival[1].name == "model.fp32.engine"
-            return build.Judgement(
+            return Judgement(
                 1.0, 1.0, 0.01, 10, 20, 2, 8, "accuracy", "TensorRT", problems=("not faster",)
             )
 
