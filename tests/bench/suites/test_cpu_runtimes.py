@@ -3,6 +3,7 @@
 import pytest
 
 import fastadapt as fa
+from fastadapt.bench import deployed_calls
 from fastadapt.bench.suites import cpu_runtimes, deployment
 from fastadapt.bench.suites.cpu_runtimes import RIVAL, Provider, Results
 from tests.helpers.shallow_models import SHALLOW_VIT
@@ -12,6 +13,7 @@ from tests.helpers.shallow_models import SHALLOW_VIT
 def small(monkeypatch):
     monkeypatch.setattr(cpu_runtimes, "SUBJECTS", (deployment.Subject("ViT", SHALLOW_VIT, 1e9),))
     monkeypatch.setattr(deployment, "SIZE", 160)
+    monkeypatch.setattr(deployed_calls, "SIZE", 160)
     monkeypatch.setattr(cpu_runtimes, "SECONDS", 0.01)
 
 
