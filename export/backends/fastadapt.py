@@ -8,7 +8,8 @@ formulations stand for them, and the runtime's name says so.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import functools
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fastadapt.kernels.common.dispatch import why_not_device
 
 from ..fused import model as fused_model
 from ..fused.convert import fuse
-from ..fused.float8 import convertible, hidden_ranges, layers_in_float8, to_float8
+from ..fused.float8 import convertible, hidden_ranges, layers_in_float8, ranked_steps, to_float8
 from ..graph_input import Deployed
 from ..settings import DEFAULT_BATCHES, Batches
 
@@ -43,11 +44,6 @@ class Float8:
     ranges: dict[int, float]
     keep: Collection[int] = ()
 
-    @property
-    def steps(self) -> list[int]:
-        """The numbers of the steps that can be in FP8."""
-        return list(self.ranges)
-
 
 def calibrate_float8(deployed: Deployed, batches: Iterable[Tensor], device: str) -> Float8:
     """Measure the ranges of the layers that can be in FP8.
@@ -64,6 +60,28 @@ def calibrate_float8(deployed: Deployed, batches: Iterable[Tensor], device: str)
     if not convertible(model):
         return Float8({})
     return Float8(hidden_ranges(model, (batch.to(device) for batch in batches)))
+
+
+class Float8Steps:
+    """The steps that can be in FP8, by number, for :func:`~..precision.fallback.keep_layers`.
+
+    Args:
+        deployed: as for :func:`build_fused`.
+        plan: from :func:`calibrate_float8`.
+        images: uint8 [B, H, W, 3] that rank the steps, if it comes to that.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, deployed: Deployed, plan: Float8, images: Callable[[], Tensor], device: str):
+        self._deployed, self._plan, self._images, self._device = deployed, plan, images, device
+        self.nodes = {str(index): index for index in plan.ranges}
+
+    @functools.cached_property
+    def ranked(self) -> list[str]:
+        """Steps by what each alone loses in FP8, the most first."""
+        model = fuse(self._deployed, torch.bfloat16).to(self._device)
+        images = self._images().to(self._device)
+        return [str(index) for index in ranked_steps(model, self._plan.ranges, images)]
 
 
 def build_fused(

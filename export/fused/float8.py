@@ -63,6 +63,24 @@ def hidden_ranges(model: FusedModel, batches: Iterable[Tensor]) -> dict[int, flo
     return {index: float(value) for index, value in largest.items()}
 
 
+def ranked_steps(model: FusedModel, ranges: dict[int, float], images: Tensor) -> list[int]:
+    """Return the numbers of steps by what each of them alone loses in FP8, the most first.
+
+    Args:
+        model: in bf16.
+        ranges: from :func:`hidden_ranges`.
+        images: uint8 [B, H, W, 3] on the model's device, which judge nothing else.
+    """
+    expected = model(images)
+
+    def error(index: int) -> float:
+        found = to_float8(model, {index: ranges[index]})(images)
+        return float((found - expected).square().mean())
+
+    errors = {index: error(index) for index in ranges}
+    return sorted(errors, key=lambda index: errors[index], reverse=True)
+
+
 def layers_in_float8(model: FusedModel, ranges: dict[int, float]) -> dict[str, float]:
     """Return the names of a model's layers in e4m3, with the largest magnitude of their input.
 

@@ -9,7 +9,13 @@ import fastadapt as fa
 from fastadapt.export.backends.fastadapt import build_fused, calibrate_float8, load_fused
 from fastadapt.export.fused.choices import Choices
 from fastadapt.export.fused.convert import fuse
-from fastadapt.export.fused.float8 import convertible, hidden_ranges, layers_in_float8, to_float8
+from fastadapt.export.fused.float8 import (
+    convertible,
+    hidden_ranges,
+    layers_in_float8,
+    ranked_steps,
+    to_float8,
+)
 from fastadapt.kernels.common.e4m3 import E4M3
 from tests.export.fused.test_convert import (
     deployed,
@@ -92,3 +98,11 @@ def test_gpu_models_in_fp8_agree(make):
         assert error(found, truth) <= limit
         graphed = fa.GraphedCall(fused)
         assert torch.equal(graphed(x), found) and graphed.captured
+
+
+def test_steps_are_ranked_by_what_they_lose():
+    model, x = fuse(deployed(make_vit(depth=3)), BF16), images(5)
+    ranges = hidden_ranges(model, [x])
+    ranges[2] /= 50  # which cuts off most of what it has
+    assert ranked_steps(model, ranges, x)[0] == 2
+    assert sorted(ranked_steps(model, ranges, x)) == [1, 2, 3]
