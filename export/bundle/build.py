@@ -22,7 +22,7 @@ from ..backends.fused_attention import fuse_attention
 from ..features import WithFeatures
 from ..graph_input import Deployed
 from ..precision import fp8, half
-from ..precision.fallback import Int8Layers
+from ..precision.fallback import RANKING_IMAGES, Int8Layers, keep_layers
 from ..precision.int8 import CALIBRATION_IMAGES, judge, judge_accuracy
 from ..precision.qdq import write_qdq
 from ..runtimes import load_runtime
@@ -363,18 +363,21 @@ def _build_own_fp8(options: EngineOptions, folded: FoldedModel) -> Artefact:
         return Artefact("fastadapt", None, "fp8", REFUSED, reason, details=details)
     limits: dict[str, Any] = {"budget": options.fp8_budget, "batch": options.batch.opt}
 
-    def write(keep: Sequence[int]) -> dict[str, Any]:
-        kept = replace(plan, keep=keep)
+    def write(keep: Sequence[str]) -> dict[str, Any]:
+        kept = replace(plan, keep=[int(step) for step in keep])
         return fastadapt.build_fused(model, path, options.batch, precision="fp8", float8=kept)
 
-    def passes(keep: Sequence[int]) -> bool:
-        write(keep)
-        return not judge_accuracy(folded.onnx, path, images, device="auto", **limits).problems
+    def ranking() -> torch.Tensor:
+        return torch.from_numpy(images.read(images.calibration[-RANKING_IMAGES:]))
 
-    keep: list[int] = []
-    if not passes(keep):
-        keep = half.smallest_set(plan.steps, passes)
-    details = {**write(keep), "bf16_steps": keep}
+    kept = keep_layers(
+        write,
+        lambda: judge_accuracy(folded.onnx, path, images, device="auto", **limits),
+        fastadapt.Float8Steps(model, plan, ranking, device()),
+        "blocks in bf16",
+    )
+    steps = [int(step) for step in kept.fp32_layers]
+    details = {**kept.written, "bf16_steps": steps, "tried": list(kept.tried)}
     bf16 = folded.path("bf16", fastadapt.SUFFIX)
     rival = ("bf16", bf16) if bf16.is_file() else None
     judgement = judge(folded.onnx, path, images, rival=rival, **limits)

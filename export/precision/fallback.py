@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -136,8 +136,23 @@ class Kept:
         return {"fp32_layers": list(self.fp32_layers), "tried": list(self.tried)}
 
 
+class Layers(Protocol):
+    """Layers that can be in 8 bit: something for each by its name, and the names by their loss."""
+
+    @property
+    def nodes(self) -> Mapping[str, Any]:
+        """Return what there is of each layer, in the order they run in."""
+
+    @property
+    def ranked(self) -> Sequence[str]:
+        """Return the names by what each alone loses in 8 bit, the most first."""
+
+
 def keep_layers(
-    write: Callable[[Sequence[str]], Any], judge: Callable[[], Judgement], layers: Int8Layers
+    write: Callable[[Sequence[str]], Any],
+    judge: Callable[[], Judgement],
+    layers: Layers,
+    kept_as: str = "layers in fp32",
 ) -> Kept:
     """Write an 8-bit file with more layers in fp32 until its accuracy is within the budget.
 
@@ -145,6 +160,7 @@ def keep_layers(
         write: writes the file, with the layers that it is given in fp32.
         judge: judges the file that was written last.
         layers: of the model.
+        kept_as: what those that are kept are called.
 
     Returns:
         The last file, which is not accurate enough if half of the layers are not enough.
@@ -158,4 +174,4 @@ def keep_layers(
         count = max(FIRST, 2 * count)
         if judgement.accurate or count > MOST * len(layers.nodes):
             return Kept(written, judgement, kept, tuple(tried))
-        tried.append(f"{len(kept)} layers in fp32: {judgement.problems[0]}")
+        tried.append(f"{len(kept)} {kept_as}: {judgement.problems[0]}")

@@ -15,7 +15,7 @@ from fastadapt.export.bundle import build, engine_options
 from fastadapt.export.bundle.build import build_artefacts
 from fastadapt.export.bundle.engine_options import EngineOptions
 from fastadapt.export.bundle.verify import verify_bundle
-from fastadapt.export.precision import int8
+from fastadapt.export.precision import fallback, int8
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import Batches
 from fastadapt.files import read_json
@@ -98,10 +98,14 @@ class TestFloat8:
         def judged(fp32, path, images, **how):
             names = read_json(path.with_name(f"{path.name}.json"))["fp8_layers"]
             judgement = real(fp32, path, images, **how)
-            problems = ("falls",) if any(name.startswith("2.") for name in names) else ()
-            return replace(judgement, problems=problems)
+            if any(name.startswith("2.") for name in names):
+                judgement = replace(judgement, accuracy=0.1, problems=("falls",))
+            return judgement
 
         monkeypatch.setattr(build, "judge_accuracy", judged)
+        monkeypatch.setattr(fallback, "FIRST", 1)  # of two steps in all
+        monkeypatch.setattr(backend.Float8Steps, "ranked", ["2", "1"])
         *_, found = build_artefacts(EngineOptions(fused=True, fp8=True, fp8_budget=0.5), calibrated)
         assert found.status == VERIFIED and found.details["bf16_steps"] == [2]
+        assert found.details["tried"] == ["0 blocks in bf16: falls"]
         assert {name[0] for name in found.details["fp8_layers"]} == {"1"}
