@@ -43,13 +43,15 @@ def _recipe(adapter: dict[str, Any] | None = None, members: int = 1, **training:
     return Recipe(TrainConfig(**(base | training)), adapt_config, members)
 
 
+# Of the defaults of `fastadapt train`: what is kept, and how a head and an adapter train.
+KEPT: dict[str, Any] = {"ema": 0.99, "refit": True}
+HEAD: dict[str, Any] = {"epochs": 30, "lr": 5e-3, "weight_decay": 0.05}
+TRAINED: dict[str, Any] = {"epochs": 16, "lr": 1e-3, **KEPT}
 RECIPES = {
-    DEFAULT: _recipe(lr=1e-3, epochs=16, ema=0.99, refit=True, members=MEMBERS),
+    DEFAULT: _recipe(members=MEMBERS, **TRAINED),
     "default, no average": _recipe(lr=1e-3, epochs=16),
-    "pyramid": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16, ema=0.99, refit=True),
-    "pyramid with deviations": _recipe(
-        {"features": "pyramid-deviations"}, lr=1e-3, epochs=16, ema=0.99, refit=True
-    ),
+    "pyramid": _recipe({"features": "pyramid"}, **TRAINED),
+    "pyramid with deviations": _recipe({"features": "pyramid-deviations"}, **TRAINED),
     "pyramid, no average": _recipe({"features": "pyramid"}, lr=1e-3, epochs=16),
     "lr 5e-4, 8 epochs": _recipe(),
     "paper's size": _recipe({"rank": 256, "mlp_ratio": 4.0}),
@@ -86,28 +88,14 @@ RECIPES = {
     "default, 8 dihedral views, paper's size": _recipe(
         {"rank": 256, "mlp_ratio": 4.0}, lr=1e-3, epochs=16, augment="dihedral", views=8
     ),
-    "head alone": _recipe({"adapter": "none"}, epochs=30, lr=5e-3, weight_decay=0.05),
-    "head alone, default": _recipe(
-        {"adapter": "none"}, MEMBERS, epochs=30, lr=5e-3, weight_decay=0.05, ema=0.99, refit=True
-    ),
+    "head alone": _recipe({"adapter": "none"}, **HEAD),
+    "head alone, default": _recipe({"adapter": "none"}, MEMBERS, **HEAD, **KEPT),
     "head alone, pyramid with deviations": _recipe(
-        {"adapter": "none", "features": "pyramid-deviations"},
-        epochs=30,
-        lr=5e-3,
-        weight_decay=0.05,
-        ema=0.99,
-        refit=True,
+        {"adapter": "none", "features": "pyramid-deviations"}, **HEAD, **KEPT
     ),
-    "head alone, pyramid": _recipe(
-        {"adapter": "none", "features": "pyramid"},
-        epochs=30,
-        lr=5e-3,
-        weight_decay=0.05,
-        ema=0.99,
-        refit=True,
-    ),
+    "head alone, pyramid": _recipe({"adapter": "none", "features": "pyramid"}, **HEAD, **KEPT),
     "head alone, 8 dihedral views": _recipe(
-        {"adapter": "none"}, epochs=30, lr=5e-3, weight_decay=0.05, augment="dihedral", views=8
+        {"adapter": "none"}, augment="dihedral", views=8, **HEAD
     ),
 }
 FULL_RATES = (3e-4, 1e-3)
