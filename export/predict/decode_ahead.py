@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from fastadapt.data.decode_pool import DecodePool, Reading, Region
 from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError, first_line
 from fastadapt.progress import prefetch
+
+T = TypeVar("T")
 
 AHEAD = 4  # batches that are in work, waiting or being computed
 READ_AHEAD = 2  # batches before them whose files are read, where a GPU decodes
@@ -105,6 +108,16 @@ class PoolDecoder:
             yield DecodedBatch([(rows, pixels)] if rows else [], problems, dropped)
 
 
+def read_or_say(read: Callable[[str], T], path: str) -> T | str:
+    """Read an image, or return why it cannot be read."""
+    try:
+        return read(path)
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # an image that Pillow decodes and cannot convert, say
+        return f"{path} cannot be read as an image: {first_line(error)}"
+
+
 def _own_sizes(
     batches: Iterable[Sequence[str]], value_range: ValueRange | None, workers: int
 ) -> Iterator[DecodedBatch]:
@@ -116,16 +129,11 @@ def _own_sizes(
             counts.append(len(batch))
             yield from batch
 
-    def read(path: str) -> tuple[np.ndarray, tuple[str, ...]] | str:
-        try:
-            image, dropped = load_and_tell(path, value_range)
-            return np.asarray(image), dropped
-        except InputError as error:
-            return str(error)
-        except Exception as error:  # an image that Pillow decodes and cannot convert, say
-            return f"{path} cannot be read as an image: {first_line(error)}"
+    def read(path: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        image, dropped = load_and_tell(path, value_range)
+        return np.asarray(image), dropped
 
-    images = prefetch(read, paths(), workers, 2 * workers)
+    images = prefetch(partial(read_or_say, read), paths(), workers, 2 * workers)
     for first in images:
         decoded = DecodedBatch(())
         batch = itertools.islice(itertools.chain([first], images), counts.popleft())

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from torch.nn.functional import pad
 from fastadapt.data.decode import load_image
 from fastadapt.data.decode_pool import Reading
 from fastadapt.data.resize import Geometry, resized_size
-from fastadapt.errors import InputError, first_line
+from fastadapt.errors import InputError
 
-from .decode_ahead import READ_AHEAD, DecodedBatch, Group, PoolDecoder
+from .decode_ahead import READ_AHEAD, DecodedBatch, Group, PoolDecoder, read_or_say
 
 EIGHT_BITS = (0.0, 255.0)
 FILTERS = ("bilinear", "bicubic")  # of Pillow's, those that PyTorch has
@@ -123,7 +124,9 @@ class GpuDecoder:
         except RuntimeError:  # of torchvision, for the whole batch
             pass
         pixels: dict[int, np.ndarray] = {}
-        answers = self._threads.map(self._on_cpu, [paths[place] for place in files])
+        answers = self._threads.map(
+            partial(read_or_say, self._on_cpu), [paths[place] for place in files]
+        )
         for place, answer in zip(files, answers, strict=True):
             if isinstance(answer, str):
                 problems[place] = answer
@@ -147,14 +150,9 @@ class GpuDecoder:
             )
         return result.permute(0, 2, 3, 1).contiguous()
 
-    def _on_cpu(self, path: str) -> np.ndarray | str:
-        try:
-            image = load_image(path, self.reading.value_range)
-            return np.asarray(self.reading.geometry.apply(image))
-        except InputError as error:
-            return str(error)
-        except Exception as error:  # an image that Pillow decodes and cannot convert, say
-            return f"{path} cannot be read as an image: {first_line(error)}"
+    def _on_cpu(self, path: str) -> np.ndarray:
+        image = load_image(path, self.reading.value_range)
+        return np.asarray(self.reading.geometry.apply(image))
 
 
 def read_plain_jpeg(path: str) -> Tensor | None:
