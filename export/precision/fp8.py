@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import InputError
+from fastadapt.kernels.common.e4m3 import CAPABILITY, E4M3, LARGEST
 
 from .half import WHOLE, MixedPrecision
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
-CAPABILITY = (8, 9)
 MULTIPLE = 16  # both sizes of a weight are multiples of it, for the products' kernels
 _TINY = 1e-12
 
