@@ -34,13 +34,15 @@ FORMAT = 1  # of the JSON file
 
 @dataclass(frozen=True)
 class Float8:
-    """What a file in FP8 needs beside the model.
+    """What a file in FP8 is made of.
 
     Attributes:
-        ranges: from :func:`calibrate_float8`.
+        model: in bf16, where it was calibrated.
+        ranges: from :func:`~..fused.float8.hidden_ranges`.
         keep: numbers of the steps that stay in bf16.
     """
 
+    model: fused_model.FusedModel
     ranges: dict[int, float]
     keep: Collection[int] = ()
 
@@ -58,30 +60,27 @@ def calibrate_float8(deployed: Deployed, batches: Iterable[Tensor], device: str)
     """
     model = fuse(deployed, torch.bfloat16).to(device)
     if not convertible(model):
-        return Float8({})
-    return Float8(hidden_ranges(model, (batch.to(device) for batch in batches)))
+        return Float8(model, {})
+    return Float8(model, hidden_ranges(model, (batch.to(device) for batch in batches)))
 
 
 class Float8Steps:
     """The steps that can be in FP8, by number, for :func:`~..precision.fallback.keep_layers`.
 
     Args:
-        deployed: as for :func:`build_fused`.
-        plan: from :func:`calibrate_float8`.
+        float8: from :func:`calibrate_float8`.
         images: uint8 [B, H, W, 3] that rank the steps, if it comes to that.
-        device: ``"cpu"`` or ``"cuda"``.
     """
 
-    def __init__(self, deployed: Deployed, plan: Float8, images: Callable[[], Tensor], device: str):
-        self._deployed, self._plan, self._images, self._device = deployed, plan, images, device
-        self.nodes = {str(index): index for index in plan.ranges}
+    def __init__(self, float8: Float8, images: Callable[[], Tensor]):
+        self._float8, self._images = float8, images
+        self.nodes = {str(index): index for index in float8.ranges}
 
     @functools.cached_property
     def ranked(self) -> list[str]:
         """Steps by what each alone loses in FP8, the most first."""
-        model = fuse(self._deployed, torch.bfloat16).to(self._device)
-        images = self._images().to(self._device)
-        return [str(index) for index in ranked_steps(model, self._plan.ranges, images)]
+        model, ranges = self._float8.model, self._float8.ranges
+        return [str(index) for index in ranked_steps(model, ranges, self._images())]
 
 
 def build_fused(
@@ -100,7 +99,7 @@ def build_fused(
         path: ends in ``.safetensors``.
         batch: the batch sizes that the file is compared for; it takes others, too.
         precision: of the products, ``"bf16"`` or ``"fp16"``; ``"fp8"``: of some, others in bf16.
-        float8: what ``"fp8"`` needs.
+        float8: of the same model, for ``"fp8"``.
 
     Returns:
         The manifest's details: all of the ``.json`` but the operations.
@@ -111,10 +110,11 @@ def build_fused(
     path = Path(path)
     if not isinstance(deployed, Deployed):
         raise InputError("`fused` takes a folded model with its graph's input before it")
-    model = fuse(deployed, fused_model.PRECISIONS[precision])
     notes: dict[str, Any] = {}
-    if float8 is not None:
-        model = to_float8(model, float8.ranges, float8.keep)
+    if float8 is None:
+        model = fuse(deployed, fused_model.PRECISIONS[precision])
+    else:
+        model = to_float8(float8.model, float8.ranges, float8.keep)
         notes["fp8_layers"] = layers_in_float8(model, float8.ranges)
     details = {
         "library": "fastadapt",

@@ -23,7 +23,7 @@ from ..features import WithFeatures
 from ..graph_input import Deployed
 from ..precision import fp8, half
 from ..precision.fallback import RANKING_IMAGES, Int8Layers, keep_layers
-from ..precision.int8 import CALIBRATION_IMAGES, judge, judge_accuracy
+from ..precision.int8 import CALIBRATION_IMAGES, Judgement, judge, judge_accuracy
 from ..precision.qdq import write_qdq
 from ..runtimes import load_runtime
 from ..settings import Batches
@@ -347,7 +347,7 @@ def _build_own(options: EngineOptions, folded: FoldedModel) -> Artefact:
 
 
 def _build_own_fp8(options: EngineOptions, folded: FoldedModel) -> Artefact:
-    """Write them in FP8; steps that cost too much accuracy stay in bf16, the fewest that will do.
+    """Write them in FP8, with blocks in bf16 where it costs too much accuracy.
 
     The file is kept if it is accurate, and faster than the same operations in bf16.
     """
@@ -356,32 +356,30 @@ def _build_own_fp8(options: EngineOptions, folded: FoldedModel) -> Artefact:
     model = folded.deployed(folded.module)
     batches = images.batches(images.calibration[:CALIBRATION_IMAGES])
     assert isinstance(model, Deployed)
-    plan = fastadapt.calibrate_float8(model, map(torch.from_numpy, batches), device())
-    details: dict[str, Any] = {"batch": options.batch.to_dict()}
-    if not plan.ranges:
+    float8 = fastadapt.calibrate_float8(model, map(torch.from_numpy, batches), device())
+    if not float8.ranges:
         reason = "no block has sizes that are multiples of 16"
+        details = {"batch": options.batch.to_dict()}
         return Artefact("fastadapt", None, "fp8", REFUSED, reason, details=details)
-    limits: dict[str, Any] = {"budget": options.fp8_budget, "batch": options.batch.opt}
+    bf16 = folded.path("bf16", fastadapt.SUFFIX)
+    rival = ("bf16", bf16) if bf16.is_file() else None
 
     def write(keep: Sequence[str]) -> dict[str, Any]:
-        kept = replace(plan, keep=[int(step) for step in keep])
+        kept = replace(float8, keep=[int(step) for step in keep])
         return fastadapt.build_fused(model, path, options.batch, precision="fp8", float8=kept)
+
+    def judged() -> Judgement:
+        budget, batch = options.fp8_budget, options.batch.opt
+        return judge(folded.onnx, path, images, budget=budget, batch=batch, rival=rival)
 
     def ranking() -> torch.Tensor:
         return torch.from_numpy(images.read(images.calibration[-RANKING_IMAGES:]))
 
-    kept = keep_layers(
-        write,
-        lambda: judge_accuracy(folded.onnx, path, images, device="auto", **limits),
-        fastadapt.Float8Steps(model, plan, ranking, device()),
-        "blocks in bf16",
-    )
-    steps = [int(step) for step in kept.fp32_layers]
-    details = {**kept.written, "bf16_steps": steps, "tried": list(kept.tried)}
-    bf16 = folded.path("bf16", fastadapt.SUFFIX)
-    rival = ("bf16", bf16) if bf16.is_file() else None
-    judgement = judge(folded.onnx, path, images, rival=rival, **limits)
-    return accept(describe_artefact("fastadapt", path, "fp8", details), judgement, folded)
+    steps = fastadapt.Float8Steps(float8, ranking)
+    kept = keep_layers(write, judged, steps, "blocks in bf16")
+    own = {"bf16_steps": [int(step) for step in kept.fp32_layers], "tried": list(kept.tried)}
+    artefact = describe_artefact("fastadapt", path, "fp8", {**kept.written, **own})
+    return accept(artefact, kept.judgement, folded)
 
 
 def _tell(console: Console, artefact: Artefact) -> None:

@@ -69,8 +69,9 @@ def ranked_steps(model: FusedModel, ranges: dict[int, float], images: Tensor) ->
     Args:
         model: in bf16.
         ranges: from :func:`hidden_ranges`.
-        images: uint8 [B, H, W, 3] on the model's device, which judge nothing else.
+        images: uint8 [B, H, W, 3], which judge nothing else.
     """
+    images = images.to(model.device)
     expected = model(images)
 
     def error(index: int) -> float:

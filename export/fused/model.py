@@ -82,10 +82,19 @@ class FusedModel:
             flow = step(replace(flow, index=index))
         return flow.x.float()
 
-    def _tokens(self) -> int:
+    @property
+    def _patches(self) -> Patches:
         first = self.steps[0]
         assert isinstance(first, Patches)
-        return self.size[0] * self.size[1] // first.patch**2
+        return first
+
+    def _tokens(self) -> int:
+        return self.size[0] * self.size[1] // self._patches.patch**2
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._patches.weight.device
 
     def to(self, device: torch.device | str) -> FusedModel:
         """Return the model with its tensors on a device."""

@@ -204,13 +204,12 @@ def judge_accuracy(
     *,
     budget: float,
     batch: int,
-    device: str = "cpu",
 ) -> Judgement:
-    """Measure the accuracy of a quantised file alone, as it runs on a device.
+    """Measure the accuracy of a quantised graph alone, in ONNX Runtime on the CPU.
 
-    For graphs whose engine runs elsewhere, where they are judged by their speed, and for trials.
+    For graphs whose engine runs elsewhere: there they are judged by their speed.
     """
-    reference, runtime = (load_runtime(file, device=device) for file in (fp32, quantized))
+    reference, runtime = (load_runtime(file, device="cpu") for file in (fp32, quantized))
     return _judge_accuracy(reference, runtime, images, budget, batch)
 
 

@@ -93,7 +93,7 @@ class TestFloat8:
         assert not (calibrated.folder / FP8).exists()
 
     def test_steps_that_cost_accuracy_stay_in_bf16(self, calibrated, rates, monkeypatch):
-        real = build.judge_accuracy
+        real = build.judge
 
         def judged(fp32, path, images, **how):
             names = read_json(path.with_name(f"{path.name}.json"))["fp8_layers"]
@@ -102,7 +102,7 @@ class TestFloat8:
                 judgement = replace(judgement, accuracy=0.1, problems=("falls",))
             return judgement
 
-        monkeypatch.setattr(build, "judge_accuracy", judged)
+        monkeypatch.setattr(build, "judge", judged)
         monkeypatch.setattr(fallback, "FIRST", 1)  # of two steps in all
         monkeypatch.setattr(backend.Float8Steps, "ranked", ["2", "1"])
         *_, found = build_artefacts(EngineOptions(fused=True, fp8=True, fp8_budget=0.5), calibrated)
