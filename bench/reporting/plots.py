@@ -176,7 +176,7 @@ def phases(results: Results) -> Figure | None:
     jobs: dict[str, list[Timeline]] = {}
     for result in results.benchmarks.values():
         for line in result.timelines:
-            jobs.setdefault(line.job, []).append(line)
+            jobs.setdefault(_titled(line.job, result, results), []).append(line)
     if not jobs:
         return None
     heights = [1 + 0.5 * len(lines) for lines in jobs.values()]
@@ -306,11 +306,12 @@ def _points(results: Results) -> Iterator[_Point]:
                         time = max(center(part.times[provider]), math.ulp(1.0))
                         intensity = part.flops / part.bytes
                         achieved = part.flops / time / 1e6
-                        yield _Point(name, part_name, provider, intensity, achieved)
+                        title = _titled(name, result, results)
+                        yield _Point(title, part_name, provider, intensity, achieved)
 
 
 def _titled(name: str, result: Result, results: Results) -> str:
-    """Return a benchmark's name, with its commit where that is not the newest."""
+    """Return a benchmark's name, or a job's, with its commit where that is not the newest."""
     commit = result.environment.commit if result.environment else None
     return name if commit == results.environments[0].commit else f"{name} ({commit})"
 

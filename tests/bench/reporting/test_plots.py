@@ -1,6 +1,6 @@
 """Pictures of results."""
 
-from fastadapt.bench.protocol import Results
+from fastadapt.bench.protocol import Results, Timeline
 from fastadapt.bench.reporting import plots
 from tests.helpers.bench_results import results_of
 
@@ -11,6 +11,11 @@ def test_titles_name_the_commit_of_older_benchmarks():
     results.benchmarks["cladapter"] = old.benchmarks["cluster_attention"]
     titles = {axes.get_title() for axes in plots.speedups(results).axes}
     assert {"cluster_attention", "cladapter (0000000)"} <= titles
+    legend = plots.roofline(results).axes[0].get_legend().get_texts()
+    assert {"cluster_attention", "cladapter (0000000)"} <= {text.get_text() for text in legend}
+    line = Timeline("two stages", "ours", "warm", {"start": 1.0}, 2.0)
+    results.benchmarks["cladapter"].timelines.append(line)
+    assert [axes.get_title() for axes in plots.phases(results).axes] == ["two stages (0000000)"]
 
 
 def test_pictures(tmp_path):
