@@ -8,7 +8,8 @@ from typing import Any
 from .parity import Parity
 
 NATIVE = ("aotinductor", "tensorrt", "tensorrt_rtx")  # hold machine code; a .json lies beside
-PROGRAMS = ("executorch", "litert")  # hold instructions of a runtime
+PROGRAMS = ("executorch", "litert", "coreml")  # hold instructions of a runtime
+FOLDERS = ("coreml",)  # whose path is a folder: Core ML's packages
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 VERIFIED, UNVERIFIED, REFUSED, FAILED = "verified", "unverified", "refused", "failed"
 
@@ -20,7 +21,8 @@ class Artefact:
     Attributes:
         kind: ``"onnx"`` (for ONNX Runtime), ``"openvino"``, ``"fastadapt"``, one of ``NATIVE`` or
             of ``PROGRAMS``.
-        path: name of the file in the bundle; ``None`` if it was refused.
+        path: name of the file, or of one of ``FOLDERS``, in the bundle; ``None`` if it was
+            refused.
         precision: one of ``PRECISIONS``, as the file was built.
         status: ``"verified"`` (it ran here and agreed), ``"unverified"`` (it cannot run here;
             ``verify`` on the target machine settles it), ``"refused"`` (not worth shipping, with
@@ -29,7 +31,8 @@ class Artefact:
         reason: why it is not verified.
         parity: every comparison with the trained model; recorded for refused files, too.
         speed: images per second where it ran, by runtime and batch size.
-        files: names of every file that belongs to it, the metadata beside it included.
+        files: names of every file that belongs to it, the metadata beside it included; of a
+            folder ``NAME/FILE`` for each in it.
         details: what depends on the kind: batch sizes, targets, versions, layers kept in fp32.
     """
 

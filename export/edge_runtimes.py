@@ -1,18 +1,21 @@
-"""The runtimes of phones and boards, on this machine's CPU: ExecuTorch and LiteRT."""
+"""The runtimes of phones and boards: ExecuTorch, LiteRT and Core ML."""
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from fastadapt.errors import InputError, first_line
 
+from .backends.coreml import load_coremltools
 from .backends.executorch import METHOD, load_executorch
 from .backends.litert import load_litert
 from .backends.tracing import silent_stderr
-from .runtime import Runtime, RuntimeUnavailable, usable_cores
+from .runtime import CORE_ML, Runtime, RuntimeUnavailable, usable_cores
 
 
 class ExecuTorchRuntime(Runtime):
@@ -72,6 +75,51 @@ class LiteRtRuntime(Runtime):
             found = self._runner(**dict(zip(self._inputs, image, strict=True)))
             rows.append([found[name] for name in self._outputs])
         return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
+
+
+class CoreMlRuntime(Runtime):
+    """Core ML on a Mac, by coremltools, one image at a time."""
+
+    device = "cpu"  # where tensors are handed over
+
+    def __init__(self, path: Path, *, device: str = "auto"):
+        if device == "cuda":
+            raise RuntimeUnavailable(f"{path.name} is for Core ML, which knows no CUDA")
+        if platform.system() != "Darwin":
+            raise RuntimeUnavailable(f"{path.name} is for Core ML, which runs on macOS only")
+        try:
+            library = load_coremltools()
+        except InputError as error:
+            raise RuntimeUnavailable(f"{path.name} cannot run here: {error}") from error
+        units = library.ComputeUnit
+        try:
+            self._model = library.models.MLModel(
+                str(path), compute_units=units.CPU_ONLY if device == "cpu" else units.ALL
+            )
+            description = self._model.get_spec().description
+        except Exception as error:  # the system's own
+            raise InputError(f"Core ML cannot load {path.name}: {first_line(error)}") from error
+        self.name = f"{CORE_ML}, CPU" if device == "cpu" else CORE_ML
+        self.providers = (self.name,)
+        self._inputs = [value.name for value in description.input]
+        self._outputs = [value.name for value in description.output]
+
+    def run_arrays(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Run arrays image by image."""
+        rows = []
+        for index, image in enumerate(inputs[0]):
+            others = (x[index : index + 1] for x in inputs[1:])
+            given = dict(zip(self._inputs, (_picture(image), *others), strict=True))
+            found = self._model.predict(given)
+            rows.append([np.asarray(found[name], np.float32) for name in self._outputs])
+        return tuple(np.concatenate(parts) for parts in zip(*rows, strict=True))
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    """Make an image of uint8 [H, W, 3], or of fp32 [3, H, W] in [0, 1]."""
+    if image.dtype != np.uint8:
+        image = np.moveaxis(np.rint(255 * image), 0, -1).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def _number(name: str) -> int:

@@ -305,7 +305,7 @@ def load(
             (``fastadapt verify --measure``), else where the bundle was made.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``: a GPU if there is one.
         check: compare every file with its hash first, and the parts with each other.
-        trust: run native code (.pt2, engines) and programs (.pte, .tflite) of a bundle that was
+        trust: run native code (.pt2, engines) and programs (.pte, .tflite, .mlpackage) of a bundle
             not made on this machine.
 
     Returns:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastadapt.errors import InputError, first_line
 
+CORE_ML = "Core ML"  # the runtime's name where it chooses processor, GPU or Neural Engine
+
 
 class RuntimeUnavailable(InputError):
     """Report that this machine cannot run a file, and why; another machine may."""

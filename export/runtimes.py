@@ -22,7 +22,8 @@ from fastadapt.cuda_graph import GraphedCall
 from fastadapt.errors import InputError, first_line
 from fastadapt.files import read_json
 
-from .edge_runtimes import ExecuTorchRuntime, LiteRtRuntime
+from .artefact import FOLDERS
+from .edge_runtimes import CoreMlRuntime, ExecuTorchRuntime, LiteRtRuntime
 from .runtime import Runtime, RuntimeUnavailable, usable_cores
 
 SUFFIXES = {
@@ -32,6 +33,7 @@ SUFFIXES = {
     ".xml": "openvino",
     ".pte": "executorch",
     ".tflite": "litert",
+    ".mlpackage": "coreml",
     ".safetensors": "fastadapt",
 }
 DEVICES = ("auto", "cpu", "cuda")
@@ -49,10 +51,11 @@ def load_runtime(
 
     Args:
         path: ``.onnx``, ``.xml`` with the ``.bin`` beside it, ``.pte``, ``.tflite``, ``.pt2``,
-            ``.safetensors`` or ``.engine`` with the ``.json`` beside it.
-        kind: ``"onnx"``, ``"openvino"``, ``"executorch"``, ``"litert"``, ``"aotinductor"``,
-            ``"fastadapt"``, ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix and the file beside
-            it if ``None``.
+            ``.safetensors`` or ``.engine`` with the ``.json`` beside it, or a folder
+            ``.mlpackage``.
+        kind: ``"onnx"``, ``"openvino"``, ``"executorch"``, ``"litert"``, ``"coreml"``,
+            ``"aotinductor"``, ``"fastadapt"``, ``"tensorrt"`` or ``"tensorrt_rtx"``; by the suffix
+            and the file beside it if ``None``.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU if there is one.
         cuda_graph: on a GPU, capture a graph per batch size and replay it: for small batches,
             where launching kernels takes most of the time. Each batch size costs a capture.
@@ -67,9 +70,9 @@ def load_runtime(
     path = Path(path)
     if device not in DEVICES:
         raise InputError(f"device is {device!r}; expected one of {', '.join(DEVICES)}")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
     kind = kind or SUFFIXES.get(path.suffix)
+    if not (path.is_dir() if kind in FOLDERS else path.is_file()):
+        raise InputError(f"{path} does not exist")
     if kind is None:
         raise InputError(f"{path} is no model; expected {', '.join(SUFFIXES)}")
     if kind == "onnx":
@@ -79,6 +82,8 @@ def load_runtime(
         if device == "cuda":
             raise RuntimeUnavailable(f"{path.name} is for {library}, which runs it on the CPU")
         return runtime(path, threads=threads)
+    if kind == "coreml":
+        return CoreMlRuntime(path, device=device)
     details = read_json(path.with_name(f"{path.name}.json"))
     if kind == "aotinductor":
         return AotiRuntime(path, details, device=device, cuda_graph=cuda_graph)

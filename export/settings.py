@@ -103,6 +103,13 @@ class EngineSettings(Settings):
         bool,
         Setting("Convert for LiteRT (.tflite), for phones and boards.", panel=ENGINES),
     ] = False
+    coreml: Annotated[
+        bool,
+        Setting(
+            "Convert for Core ML (.mlpackage), for Apple's devices; in fp16 with --precision fp16.",
+            panel=ENGINES,
+        ),
+    ] = False
     fused_attention: Annotated[
         bool,
         Setting(
@@ -406,8 +413,8 @@ class VerifySettings(Settings):
     trust: Annotated[
         bool,
         Setting(
-            "Run native code and programs (.pt2, TensorRT engines, .pte, .tflite) of a bundle that "
-            "was not made on this machine: trust its maker.",
+            "Run native code and programs (.pt2, TensorRT engines, .pte, .tflite, .mlpackage) of a "
+            "bundle that was not made on this machine: trust its maker.",
             panel=BUNDLE,
         ),
     ] = False

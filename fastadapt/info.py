@@ -28,6 +28,7 @@ PACKAGES = (
     "executorch",
     "litert-torch",
     "ai-edge-litert",
+    "coremltools",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "safetensors",

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -179,6 +179,26 @@ def _attributes(node: Any) -> dict[str, Any]:
 def _describe(value: Any) -> dict[str, Any]:
     shape = [size if isinstance(size, int) else str(size.value or "?") for size in value.shape]
     return {"name": value.name, "dtype": str(value.dtype.numpy()), "shape": shape}
+
+
+class Interface(NamedTuple):
+    """What a user sees of a graph: names of inputs and outputs, and the metadata."""
+
+    inputs: list[str]
+    outputs: list[str]
+    metadata: dict[str, str]
+
+
+def read_interface(path: str | Path) -> Interface:
+    """Read the names and the metadata of an ONNX file."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return Interface(
+        [value.name for value in model.graph.input],
+        [value.name for value in model.graph.output],
+        {entry.key: entry.value for entry in model.metadata_props},
+    )
 
 
 def _strings(metadata: dict[str, Any]) -> dict[str, str]:

@@ -17,8 +17,9 @@ from torch import nn
 from fastadapt.errors import InputError
 
 from ..artefact import FAILED, REFUSED, UNVERIFIED, VERIFIED, Artefact
-from ..backends import aotinductor, fastadapt, openvino, tensorrt
+from ..backends import aotinductor, coreml, fastadapt, openvino, tensorrt
 from ..backends.fused_attention import fuse_attention
+from ..backends.onnx import read_interface
 from ..features import WithFeatures
 from ..graph_input import Deployed
 from ..precision import fp8, half
@@ -98,6 +99,11 @@ def build_artefacts(
             with console.status(f"quantise to INT8 for {kind} …"):
                 found.append(build_edge_int8(kind, options, folded, layers))
             _tell(console, found[-1])
+    if options.coreml:
+        with console.status("convert for Core ML …"):
+            converted = _convert_for_core_ml(options, folded, variant)
+        found.append(_checked(converted, folded))
+        _tell(console, found[-1])
     if options.aoti:
         with console.status("compile with AOTInductor …"):
             own = replace(variant, module=copy.deepcopy(variant.module))  # goes to the GPU
@@ -254,6 +260,31 @@ def _convert_for_edge(kind: str, options: EngineOptions, folded: FoldedModel) ->
     example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
     details = EDGE[kind].convert(folded.deployed(module), example, path, options.batch)
     return describe_artefact(kind, path, "fp32", details)
+
+
+def _convert_for_core_ml(options: EngineOptions, folded: FoldedModel, variant: Variant) -> Artefact:
+    """Convert the fp32 model, with what stands before it, for Apple's devices.
+
+    It becomes fp16 where that was asked for and no layer needs fp32: Core ML has no bf16, and
+    coremltools casts by operators, not by layers.
+    """
+    half_fits = variant.precision == "fp16" and not variant.notes.get("fp32_layers")
+    precision: Literal["fp32", "fp16"] = "fp16" if half_fits else "fp32"
+    path = folded.path(precision, coreml.SUFFIX)
+    module = folded.module if folded.reference.features is None else WithFeatures(folded.module)
+    example = tuple(torch.from_numpy(x[:1]) for x in folded.reference.inputs.values())
+    graph = read_interface(folded.onnx)
+    details = coreml.convert(
+        folded.deployed(module),
+        example,
+        path,
+        options.batch,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        metadata=graph.metadata,
+        precision=precision,
+    )
+    return describe_artefact("coreml", path, precision, details)
 
 
 def _build_engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastadapt.errors import InputError
 
-from ..backends import aotinductor, executorch, litert, openvino, tensorrt
+from ..backends import aotinductor, coreml, executorch, litert, openvino, tensorrt
 from ..precision import fp8, qdq
 from ..settings import EngineSettings
 
@@ -53,5 +53,13 @@ class EngineOptions(EngineSettings):
             executorch.check_installed(self.int8)
         if self.litert:
             litert.check_installed(self.int8)
+        if self.coreml:
+            others = self.trt or self.openvino or self.executorch or self.litert
+            if self.int8 and not others:
+                raise InputError(
+                    "`int8` is not made for Core ML, which runs on Macs alone and cannot be judged "
+                    "here: leave out `int8`, or add the runtime that it is for"
+                )
+            coreml.load_coremltools()
         if self.aoti:
             aotinductor.check_compiler()

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..artefact import UNVERIFIED, Artefact
+from ..artefact import FOLDERS, UNVERIFIED, Artefact
+from ..backends.coreml import package_files
 from ..parity import Parity
 from ..precision.int8 import QuantizationImages
 from ..settings import OPSET
@@ -69,7 +70,10 @@ class Variant:
 
 
 def describe_artefact(kind: str, path: Path, precision: str, details: dict[str, Any]) -> Artefact:
-    """Describe a file that was written, unverified, with the files beside it."""
+    """Describe a file that was written, unverified, with the files beside it or in it."""
+    if kind in FOLDERS:
+        inside = package_files(path)
+        return Artefact(kind, path.name, precision, UNVERIFIED, files=inside, details=details)
     beside = path.with_name(f"{path.name}.json")
     data = path.with_name(f"{path.name}.data")
     weights = [path.with_suffix(".bin")] if kind == "openvino" else []

@@ -10,13 +10,14 @@ from fastadapt.errors import InputError
 from fastadapt.files import CONTENT, content_sha256, read_json, sha256_file
 from fastadapt.info import devices, gpus, versions
 
-from ..artefact import NATIVE
+from ..artefact import FOLDERS, NATIVE
 from ..tasks import named_tasks
 from .measured import MEASURED
 from .schema import check_manifest
 
 FORMAT = "fastadapt-bundle"
-SCHEMA, SEALED = 4, 3  # the newest, and the first with a hash of itself: see schema.py
+# The newest, the first with tasks that have names, and the first with a hash of itself.
+SCHEMA, TASKS, SEALED = 5, 4, 3  # see schema.py
 MANIFEST, MODEL, GOLDEN, LABELS = "manifest.json", "model.onnx", "golden.safetensors", "labels.txt"
 REPORT = "report.html"
 SIGNATURE = "signature.json"  # of a maker, over all other files
@@ -29,6 +30,7 @@ RUNS_ON = (
     "tensorrt-rtx-cu13",
     "executorch",
     "ai-edge-litert",
+    "coremltools",
     "torch",
     "timm",
     "pillow",
@@ -126,7 +128,9 @@ def check_files(bundle: str | Path, manifest: dict[str, Any], *, hashes: bool = 
     needed = dict.fromkeys((MODEL, GOLDEN))
     for artefact in manifest["artefacts"]:
         if artefact["path"] is not None:
-            needed |= dict.fromkeys((artefact["path"], *artefact.get("files", ())))
+            needed |= dict.fromkeys(artefact.get("files", ()))
+            if artefact["kind"] not in FOLDERS:
+                needed[artefact["path"]] = None
             if artefact["kind"] == "openvino":  # its weights
                 needed[str(PurePosixPath(artefact["path"]).with_suffix(".bin"))] = None
             elif artefact["kind"] in (

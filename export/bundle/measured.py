@@ -9,6 +9,7 @@ measured, by its SHA-256.
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastadapt.info import processor
 from fastadapt.locks import lock_beside
 
 from ..artefact import VERIFIED, Artefact
-from ..runtime import usable_cores
+from ..runtime import CORE_ML, usable_cores
 from .schema import check_rows
 
 MEASURED, FORMAT = "measured.json", "fastadapt-measurements"
@@ -50,7 +51,7 @@ def measured_rows(
             "machine": machine(not on_cpu(runtime)),
             "runtime": runtime,
             "file": artefact.path,
-            "sha256": files[artefact.path]["sha256"],
+            "sha256": _hashes(files)[artefact.path],
             "precision": artefact.precision,
             "batch": int(batch),
             "images_per_second": round(speed, 2),
@@ -65,7 +66,7 @@ def measured_rows(
 
 def on_cpu(runtime: str) -> bool:
     """Say whether a runtime of this name computes on the CPU."""
-    return runtime.endswith("CPU")
+    return runtime.endswith("CPU") or runtime == CORE_ML  # an Apple processor's name says it all
 
 
 def read_rows(bundle: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -74,7 +75,7 @@ def read_rows(bundle: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         InputError: ``measured.json`` is damaged, or no file of this kind.
     """
-    hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    hashes = _hashes(manifest["files"])
     rows = [*manifest.get("measured", ()), *_rows_beside(bundle)]
     return [row for row in rows if hashes.get(row["file"]) == row["sha256"]]
 
@@ -106,6 +107,19 @@ def is_measured(file: Path) -> bool:
         return file.name == MEASURED and read_json(file).get("format") == FORMAT
     except InputError:
         return False
+
+
+def _hashes(files: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the SHA-256 of each file, and of each folder that of its files' names and hashes."""
+    hashes = {name: entry["sha256"] for name, entry in files.items()}
+    inside: dict[str, list[str]] = {}
+    for name in sorted(files):
+        folder, slash, _ = name.partition("/")
+        if slash:
+            inside.setdefault(folder, []).append(f"{name}\0{hashes[name]}\n")
+    for folder, lines in inside.items():
+        hashes[folder] = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashes
 
 
 def _rows_beside(bundle: Path) -> list[dict[str, Any]]:

@@ -84,11 +84,17 @@ class ExportSettings(BundleSettings):
         wanted = self.engines
         others = wanted.trt or wanted.openvino or wanted.aoti or wanted.fused or wanted.int8
         others = others or wanted.executorch or wanted.litert or wanted.fused_attention
+        others = others or wanted.coreml
         if self.resize and (others or wanted.precision != "fp32"):
             raise InputError(
                 "`resize` is for the fp32 ONNX file alone (TensorRT has no antialiased filter): "
-                "leave out `trt`, `openvino`, `executorch`, `litert`, `fused_attention`, `aoti`, "
-                "`fused`, `int8`, `fp8` and `precision`, or resize before the graph"
+                "leave out `trt`, `openvino`, `executorch`, `litert`, `coreml`, `fused_attention`, "
+                "`aoti`, `fused`, `int8`, `fp8` and `precision`, or resize before the graph"
+            )
+        if wanted.coreml and not self.normalize:
+            raise InputError(
+                "`coreml` takes the image's own bytes and normalises them: leave out "
+                "`normalize=False`"
             )
         if self.with_features and (wanted.trt or wanted.fused or wanted.int8 or wanted.fp8):
             raise InputError(

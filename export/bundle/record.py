@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artefact import Artefact
+from ..artefact import FOLDERS, Artefact
 from ..parity import Parity, Thresholds
 from .engine_options import EngineOptions
 from .golden import GoldenSamples
@@ -18,6 +18,7 @@ from .manifest import (
     MODEL,
     SCHEMA,
     SEALED,
+    TASKS,
     environment,
     labels_name,
     list_files,
@@ -73,7 +74,7 @@ def describe(
     trained, files = material.trained, list_files(folder)
     return {
         "format": FORMAT,
-        "schema": SCHEMA if trained.parts else SEALED,
+        "schema": _schema(trained, checked.artefacts),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "accepted": not checked.problems,
         "problems": list(checked.problems),
@@ -104,6 +105,13 @@ def describe(
         "measured": measured_rows(checked.artefacts, files),
         "files": files,
     }
+
+
+def _schema(trained: Trained, artefacts: tuple[Artefact, ...]) -> int:
+    """Return the oldest schema that can say what the bundle holds: more versions read it."""
+    if any(artefact.kind in FOLDERS and artefact.path is not None for artefact in artefacts):
+        return SCHEMA
+    return TASKS if trained.parts else SEALED
 
 
 def _of_model(trained: Trained) -> dict[str, Any]:

@@ -8,6 +8,8 @@ Schemas:
    samples as decoded images; ``limits`` that the user chose; licences.
 4. Several tasks, with names: class names, decision, temperature and quality stand with each of
    ``tasks``, and ``labels`` is empty. Bundles of one model stay of schema 3.
+5. A file that runs may be a folder (Core ML's), whose ``files`` name their place in it. Bundles
+   without one stay of schema 3 or 4.
 
 Keys that are not declared here are kept and not read, so that a later version can add some.
 """
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastadapt.errors import InputError
 
+from ..artefact import FOLDERS
 from ..settings import MOST_IMAGES
 from ..tasks import MOST
 from ..tasks import NAME as TASK_NAME
@@ -156,6 +159,7 @@ class ArtefactEntry(Part):
         "fastadapt",
         "executorch",
         "litert",
+        "coreml",
     ]
     path: FileName | None
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -163,7 +167,7 @@ class ArtefactEntry(Part):
     reason: Text = ""
     parity: Annotated[list[ParityEntry], Field(max_length=1000)] = []
     speed: dict[Text, dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Finite]] = {}
-    files: Annotated[list[FileName], Field(max_length=100)] = []
+    files: Annotated[list[FilePath], Field(max_length=100)] = []
     details: Details = Details()
 
     @model_validator(mode="after")
@@ -171,6 +175,18 @@ class ArtefactEntry(Part):
         """Refuse wider limits for the graph that all others are compared with."""
         if self.path == "model.onnx" and (self.kind, self.precision) != ("onnx", "fp32"):
             raise ValueError("model.onnx is an ONNX file in fp32")
+        return self
+
+    @model_validator(mode="after")
+    def check_files(self) -> ArtefactEntry:
+        """Demand names of a folder's files, and of all others plain names."""
+        folder = self.kind in FOLDERS and self.path is not None
+        if folder and not self.files:
+            raise ValueError(f"{self.path!r} is a folder, and no file in it is named")
+        for name in self.files:
+            if name.startswith(f"{self.path}/") != folder or ("/" in name) != folder:
+                kind = f"in {self.path!r}" if folder else "without folders"
+                raise ValueError(f"{name!r} does not match the pattern of a name {kind}")
         return self
 
 
@@ -274,12 +290,20 @@ class Manifest(Part):
         return self
 
     @model_validator(mode="after")
+    def check_folders(self) -> Manifest:
+        """Refuse files that are folders before schema 5, which brought them."""
+        folders = [a.path for a in self.artefacts if a.kind in FOLDERS and a.path is not None]
+        if folders and self.schema_ < 5:
+            raise ValueError(f"{folders[0]!r} is a folder, which schema 5 brought")
+        return self
+
+    @model_validator(mode="after")
     def check_tasks(self) -> Manifest:
         """Demand of several tasks that each output is one, by its name, and has classes."""
         names = [task.name for task in self.tasks if task.name is not None]
-        if self.schema_ < 4:
-            if names:
-                raise ValueError("'tasks' have names, which schema 4 brought")
+        if self.schema_ < 4 and names:
+            raise ValueError("'tasks' have names, which schema 4 brought")
+        if self.schema_ != 4 and not names:
             return self
         if len(names) < 2 or len(names) != len(self.tasks):
             raise ValueError("'tasks' holds fewer than two tasks with names, or one without")

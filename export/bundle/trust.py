@@ -7,7 +7,8 @@ maker is trusted.
 
 A ``.pte`` of ExecuTorch and a ``.tflite`` of LiteRT hold no machine code, but their runtimes are
 no fence: LiteRT's makers call running a foreign model the same as running foreign code, and
-ExecuTorch's loader has had overflows. They are treated as native code is. ONNX files hold no code.
+ExecuTorch's loader has had overflows. Nor does Apple promise what a foreign ``.mlpackage`` of Core
+ML cannot do. They are treated as native code is. ONNX files hold no code.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def verify_bundle(
             into the bundle.
         measure: keep this machine's speeds in the bundle, beside the manifest; ``load`` chooses
             the fastest file by them.
-        trust: run native code (.pt2, engines) and programs (.pte, .tflite) of a bundle that was
+        trust: run native code (.pt2, engines) and programs (.pte, .tflite, .mlpackage) of a bundle
             not made on this machine.
         key: file of the maker's public key; a bundle that was signed with it is trusted, any
             other refused.

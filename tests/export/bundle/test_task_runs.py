@@ -200,6 +200,7 @@ FORMATS = {
     "trt": ("tensorrt_rtx", ["model.fp32.engine", "model.int8.onnx", "model.int8.engine"]),
     "executorch": ("executorch", ["model.fp32.pte", "model.int8.pte"]),
     "litert": ("litert_torch", ["model.fp32.tflite", "model.int8.tflite"]),
+    "coreml": ("coremltools", ["model.fp32.mlpackage"]),
 }
 
 
@@ -246,7 +247,9 @@ def check_formats(bundle, entries, wanted, names):
         if path.endswith(".engine"):
             outputs = read_json(bundle / f"{path}.json")["outputs"]
             assert [output["name"] for output in outputs] == names
-        if path in FORMATS["trt"][1]:  # there is no GPU for it
+        if entry["kind"] == "coreml":
+            assert list(entry["details"]["outputs"]) == names
+        if path in (*FORMATS["trt"][1], *FORMATS["coreml"][1]):  # there is no GPU or Mac for it
             assert entry["status"] == UNVERIFIED
             continue
         assert entry["status"] == VERIFIED

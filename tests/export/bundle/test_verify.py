@@ -114,7 +114,7 @@ class TestVerify:
     @pytest.mark.parametrize(
         "changes,says",
         [
-            ({"schema": 5}, "newer fastadapt .schema 5.*update"),
+            ({"schema": 6}, "newer fastadapt .schema 6.*update"),
             ({"schema": "x"}, "newer fastadapt"),
             ({"format": "other"}, "no manifest of a fastadapt bundle"),
             ({"accepted": False, "problems": ["folding differs"]}, "rejected.*folding differs"),
