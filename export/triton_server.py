@@ -51,12 +51,12 @@ def check_repository(repository: str | Path, bundle: str | Path) -> Path:
         InputError: the repository is a file or cannot be written, or holds a model of that name
             that was not written here.
     """
-    check_output(repository, "folder", "a model repository")
+    check_output(repository, "folder", "a model repository", "repository")
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(bundle).absolute().name)
     target = Path(repository) / name
     if target.is_symlink():
         raise InputError(f"{target} is a link: choose another `repository`")
-    check_output(target, "replaced folder", "a model")
+    check_output(target, "replaced folder", "a model", "repository")
     if target.exists() and _marker(target) is None:
         what = "is no Triton model" if not (target / CONFIG).is_file() else "was not written here"
         raise InputError(f"{target} exists and {what}: choose another `repository`")

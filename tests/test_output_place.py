@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -50,6 +51,30 @@ def test_a_link_is_followed_and_kept(tmp_path, kind):
     (tmp_path / "out").symlink_to("disk")
     assert check_output(tmp_path / "out", kind) == target
     assert (tmp_path / "out").is_symlink()
+
+
+def test_bundles_and_runs_stay_what_they_are(tmp_path):
+    bundle, run = tmp_path / "bundle", tmp_path / "run"
+    for folder, name, what in ((bundle, "manifest", "bundle"), (run, "config", "adapter")):
+        (folder / "sub").mkdir(parents=True)
+        (folder / f"{name}.json").write_text(json.dumps({"format": f"fastadapt-{what}"}))
+    (tmp_path / "link").symlink_to(bundle / "sub")
+    for path, kinds in {
+        bundle / "p.csv": KINDS,
+        bundle / "sub" / "deep" / "out": KINDS,
+        tmp_path / "link" / "out": KINDS,
+        bundle: KINDS[:1],
+    }.items():
+        for kind in kinds:
+            with pytest.raises(InputError, match=r"in a bundle, .*bundle, .* as `json`"):
+                check_output(path, kind, option="json")
+    assert check_output(bundle, "replaced folder") == bundle
+    with pytest.raises(InputError, match=r"predictions.csv is the name of a file of the run"):
+        check_output(run / "predictions.csv", "file")
+    assert check_output(run / "mine.csv", "file") == run / "mine.csv"
+    assert check_output(tmp_path / "predictions.csv", "file") == tmp_path / "predictions.csv"
+    for kind in KINDS[:2]:
+        assert check_output(run / "bundle", kind) == run / "bundle"
 
 
 def test_mount_points_are_written_into_but_not_replaced(tmp_path, monkeypatch):

@@ -9,13 +9,14 @@ from typing import Any
 from fastadapt.errors import InputError
 from fastadapt.files import CONTENT, content_sha256, read_json, sha256_file
 from fastadapt.info import devices, gpus, versions
+from fastadapt.written_folders import BUNDLE
 
 from ..artefact import FOLDERS, NATIVE
 from ..tasks import named_tasks
 from .measured import MEASURED
 from .schema import check_manifest
 
-FORMAT = "fastadapt-bundle"
+FORMAT = BUNDLE
 # The newest, the first with tasks that have names, and the first with a hash of itself.
 SCHEMA, TASKS, SEALED = 5, 4, 3  # see schema.py
 MANIFEST, MODEL, GOLDEN, LABELS = "manifest.json", "model.onnx", "golden.safetensors", "labels.txt"

@@ -71,7 +71,7 @@ def bench(given: Given) -> None:
         return
     if settings.json is not None:
         kind = "file" if settings.json.suffix == ".json" else "folder"
-        check_output(settings.json, kind, "results")  # type: ignore[arg-type]
+        check_output(settings.json, kind, "results", "json")  # type: ignore[arg-type]
     from fastadapt.bench import run
 
     with working():

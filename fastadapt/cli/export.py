@@ -17,6 +17,7 @@ from fastadapt.export.settings import (
     VerifySettings,
 )
 from fastadapt.interrupt import working
+from fastadapt.written_folders import is_bundle
 
 OF_A_NAMED_MODEL = ("checkpoint", "peft", "image_size", "checkpoint_key", "features")
 OF_A_RUN = ("domain_input", "domain_features", "domain_weights")
@@ -98,6 +99,10 @@ def _target(given: Given, model: ModelSettings, target: TargetSettings) -> Path:
             if given.values[name] not in (None, False):
                 raise InputError(f"{given.flag(name)} is for one GDPL run, not for several runs")
         return target.out
+    if target.out is None and is_bundle(model.runs[0]):
+        from fastadapt.train.run_folder import check_finished
+
+        check_finished(model.runs[0])  # rather than that no bundle goes into this one
     return target.out or model.runs[0] / "bundle"
 
 

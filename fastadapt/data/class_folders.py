@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastadapt.data.splits import split_of
-from fastadapt.data.walker import WalkReport, is_ours, list_entries, walk_folder
+from fastadapt.data.walker import WalkReport, list_entries, walk_folder
 from fastadapt.errors import InputError, counted, first_few
+from fastadapt.written_folders import is_ours
 
 LAYOUTS = "class folders, train/ and val/ with class folders in them, or a CSV with path and label"
 CSV = "list the files in a CSV with path and label"

@@ -9,7 +9,6 @@ followed.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from fastadapt.data.formats import is_image_file
 from fastadapt.errors import InputError, form, printable
 from fastadapt.files import read_lines, resolve_listed
+from fastadapt.written_folders import is_ours
 
 SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "system volume information", "lost+found")
@@ -173,20 +173,6 @@ def list_entries(
             what = "links that lead nowhere" if entry.is_symlink() else "pipes, sockets or devices"
             report.skip(path, what)
     return files, folders
-
-
-def is_ours(folder: Path) -> bool:
-    """Say whether this package wrote the folder: a run, finished or not, or a bundle."""
-    if (folder / "state.safetensors").is_file() and (folder / "metrics.jsonl").is_file():
-        return True
-    for name in ("config.json", "manifest.json", "run.json", "folds.json"):
-        try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and str(value.get("format", "")).startswith("fastadapt-"):
-            return True
-    return False
 
 
 def _of_one(reason: str) -> str:

@@ -12,7 +12,6 @@ from fastadapt.data.dataset import read_unsplit
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.scan import scan
-from fastadapt.data.walker import is_ours
 from fastadapt.errors import InputError
 from fastadapt.progress import progress_bars
 from fastadapt.train import FoldSettings, TrainConfig, folds_table, train_folds
@@ -21,6 +20,7 @@ from fastadapt.train.fold_settings import parse_seeds
 from fastadapt.train.shared_sources import SharedSources
 from fastadapt.train.sources import FeatureSource
 from fastadapt.train.start import start_from
+from fastadapt.written_folders import is_ours
 from tests.helpers.imagesets import CLASSES, make_folders, write_csv
 
 ADAPT = fa.AdaptConfig(rank=4, num_centers=2, mlp_ratio=0.5, input_size=(3, 32, 32))
