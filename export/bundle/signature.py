@@ -13,7 +13,9 @@ and ``--ignore-paths BUNDLE/measured.json`` once ``verify --measure`` wrote that
 
 from __future__ import annotations
 
+import ast
 import getpass
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -52,10 +54,10 @@ def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
     password = _password(key)
     try:
         signer.use_elliptic_key_signer(private_key=key, password=password)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError):
         raise InputError(
-            f"{key} is no private key that signs ({first_line(error)}): make one with openssl "
-            "ecparam -name prime256v1 -genkey -noout -out FILE"
+            f"{key} is no private key of {CURVES}, but {_what_is(key, 'private', password)}: make "
+            "one with openssl ecparam -name prime256v1 -genkey -noout -out FILE"
         ) from None
     with lock_beside(bundle.resolve()):
         manifest = read_manifest(bundle)
@@ -88,10 +90,10 @@ def check_signature(bundle: str | Path, key: str | Path) -> None:
     verifier = library.verifying.Config()
     try:
         verifier.use_elliptic_key_verifier(public_key=key)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError):
         raise InputError(
-            f"{key} is no public key of {CURVES} ({first_line(error)}): openssl ec -in KEY -pubout "
-            "-out FILE writes the one of a private key"
+            f"{key} is no public key of {CURVES}, but {_what_is(key, 'public')}: openssl ec -in "
+            "KEY -pubout -out FILE writes the one of a private key"
         ) from None
     if not (bundle / SIGNATURE).is_file():
         raise InputError(f"{bundle} is not signed: it has no {SIGNATURE}")
@@ -99,16 +101,48 @@ def check_signature(bundle: str | Path, key: str | Path) -> None:
     try:
         verifier.verify(bundle, bundle / SIGNATURE)
     except Exception as error:  # the library's parsers raise what they like
-        said = first_line(error)
-        if type(error).__name__ == "InvalidSignature" or "Key mismatch" in said:
-            said = "it was made with another key, or changed"
-        raise InputError(f"{bundle / SIGNATURE} does not hold for {key}: {said}") from None
+        raise InputError(
+            f"{bundle / SIGNATURE} does not hold for {key}: {_why_not(error)}"
+        ) from None
 
 
 def _check_key(key: str | Path) -> None:
     if not Path(key).is_file():
         what = "is a folder" if Path(key).is_dir() else "does not exist"
         raise InputError(f"{key} {what}; expected the file of a key")
+
+
+def _what_is(key: str | Path, wanted: str, password: bytes | None = None) -> str:
+    """Say what a file is that is not the wanted kind of key, by its first line of PEM."""
+    try:
+        text = Path(key).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return "a file that cannot be read"
+    found = re.search(r"-----BEGIN (?:[A-Z0-9]+ )*?(PRIVATE KEY|PUBLIC KEY|CERTIFICATE)-----", text)
+    if found is None:
+        return "no key in PEM at all"
+    kind = found[1].lower()
+    if not kind.startswith(wanted):
+        return f"a {kind}"
+    if password is not None:
+        return "one that this password does not open, or one of another kind"
+    return f"a {kind} of another kind, or a damaged one"
+
+
+def _why_not(error: Exception) -> str:
+    """Say why a signature does not hold, by what the library raised."""
+    said = first_line(error)
+    if type(error).__name__ == "InvalidSignature" or "Key mismatch" in said:
+        return "it was made with another key, or changed"
+    start = "Signature mismatch: "
+    try:
+        reasons = ast.literal_eval(said.removeprefix(start)) if said.startswith(start) else []
+    except (ValueError, SyntaxError):
+        return "files were changed, added or removed since"
+    if not reasons:
+        return "it is damaged, or none of this kind"
+    # After a file's name come both hashes, as Python writes them.
+    return "; ".join(str(reason).partition(": Expected 'Digest(")[0] for reason in reasons)
 
 
 def _hashing(library: Any, bundle: Path) -> Any:

@@ -42,8 +42,8 @@ class Method(Settings):
     """What earlier versions chose between adapters and GDPL with."""
 
     method: Annotated[
-        Literal["adapter"],
-        Setting("Train an adapter, the only method of this command.", panel=MODEL, hidden=True),
+        Literal["adapter", "gdpl"],
+        Setting("Train an adapter; gdpl is a command of its own.", panel=MODEL, hidden=True),
     ] = "adapter"
 
 

@@ -15,6 +15,8 @@ def test_the_old_way_to_gdpl_names_the_new_one(command, tmp_path):
         code, _, err = command(*args)
         assert code == 1 and err.count("\n") == 1
         assert "fastadapt gdpl DATA --clip NAME --domain-encoder NAME --out RUN" in err
+    code, _, err = command("train", tmp_path, "--out", tmp_path / "run", "--method", "GDPL")
+    assert code == 2 and "is not one of 'adapter', 'gdpl'" in err
 
 
 def test_the_default_recipe_is_smaller_than_the_papers():

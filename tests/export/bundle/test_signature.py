@@ -10,6 +10,12 @@ import fastadapt as fa
 from tests.helpers.bundles import reseal
 from tests.helpers.command import command, contents
 
+# A public key that does not sign: of 512 bits, and of RSA.
+RSA = """-----BEGIN PUBLIC KEY-----
+MFwwDQYJKoZIhvcNAQEBBQADSwAwSAJBAK4YqGMvGOSMq8ABP1dqVhwAC+unLYwG
+VUzbdTlTbER8cFGuC5/cE0OsFOPou31RlGDXyuksj3Lk2rckjWwhWH0CAwEAAQ==
+-----END PUBLIC KEY-----
+"""
 pytestmark = pytest.mark.usefixtures("no_speed")
 
 
@@ -56,16 +62,21 @@ def test_the_maker_is_known_by_the_key(signed, keys, tmp_path, monkeypatch, caps
     from fastadapt.export.bundle.signature import check_signature
 
     keys("other")
+    (tmp_path / "notes.txt").write_text("my key is under the mat")
+    (tmp_path / "rsa.pub").write_text(RSA)
     for name, says in {
         "other.pub": "made with another key",
-        "maker": "no public key of prime256v1",
+        "maker": "no public key of prime256v1, secp384r1 or secp521r1, but a private key: ",
+        "rsa.pub": "but a public key of another kind, or a damaged one: ",
+        "notes.txt": "but no key in PEM at all: ",
         "gone.pub": "does not exist",
     }.items():
         assert command(monkeypatch, "verify", signed, "--key", tmp_path / name) == 1
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
+        assert "http" not in error and "object" not in error  # of a library
     for change, says in {
-        "labels.txt": "Hash mismatch|labels.txt",
+        "labels.txt": "Hash mismatch for 'labels.txt'$",
         "evil.pt2": "Extra files found",
         ".gitignore": "Extra files found",
     }.items():
@@ -110,8 +121,8 @@ def test_what_cannot_be_signed(signed, keys, tmp_path):
 
     for key, says in {
         keys("hidden", password=b"secret"): "has a password",
-        keys("odd", curve=ec.SECP256K1): "no private key that signs",
-        tmp_path / "maker.pub": "no private key that signs",
+        keys("odd", curve=ec.SECP256K1): "no private key of prime256v1, .* of another kind",
+        tmp_path / "maker.pub": "no private key of prime256v1, .* but a public key: ",
         tmp_path / "gone": "does not exist",
         tmp_path: "is a folder",
     }.items():
