@@ -129,6 +129,7 @@ def convert(
         try:
             program = torch.export.export(FromImage(model, takes_bytes).eval(), given)
             program = torch.export.export(plainer(program), given).run_decompositions({})
+            _drop_aliases(program.graph_module)
             package = tools.convert(
                 program,
                 convert_to="mlprogram",
@@ -192,6 +193,17 @@ def package_files(path: Path) -> tuple[str, ...]:
     """Return the names of the files in a package, with the folder's."""
     files = (file for file in path.rglob("*") if file.is_file())
     return tuple(sorted(f"{path.name}/{file.relative_to(path).as_posix()}" for file in files))
+
+
+def _drop_aliases(module: Any) -> None:
+    """Take out what passes a tensor on as it is (in Swin, for one), which coremltools lacks."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten.alias.default and "output" not in {
+            user.op for user in node.users
+        }:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _inputs(tools: Any, names: Sequence[str], given: Sequence[Tensor]) -> list[Any]:

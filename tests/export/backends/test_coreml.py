@@ -193,3 +193,18 @@ def test_what_is_refused_before_any_work(tmp_path, monkeypatch):
     settings = {"engines": EngineOptions(coreml=True), "input": "float", "normalize": False}
     with pytest.raises(fa.InputError, match="`coreml` takes the image's own bytes"):
         fa.export.export_run(tmp_path, tmp_path / "b", **settings)
+
+
+def test_aliases_are_taken_out():
+    """coremltools lacks them; the exported Swin has some."""
+
+    class Aliased(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.aten.alias(torch.ops.aten.alias(x) + 1)
+
+    program = torch.export.export(Aliased(), (torch.zeros(2),)).run_decompositions({})
+    count = [node.target for node in program.graph.nodes].count(torch.ops.aten.alias.default)
+    coreml._drop_aliases(program.graph_module)
+    left = [node.target for node in program.graph.nodes].count(torch.ops.aten.alias.default)
+    assert (count, left) == (2, 1)  # an output keeps its name
+    assert torch.equal(program.module()(torch.zeros(2)), torch.ones(2))
