@@ -225,8 +225,8 @@ def feature_function(backbone: nn.Module, features: str | FeatureFn | None) -> F
     if isinstance(features, str):
         if not callable(getattr(backbone, features, None)):
             raise InputError(
-                f"features={features!r}, but {type(backbone).__name__} has no such method. "
-                "Give a method's name or a function of (backbone, images)."
+                f"features is {features!r}, but {type(backbone).__name__} has no such method: give "
+                "the name of one, or in Python a function of (backbone, images)"
             )
         return lambda module, x: getattr(module, features)(x)
     if hasattr(backbone, "forward_features"):

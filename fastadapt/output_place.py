@@ -85,9 +85,10 @@ def _check_written_folders(path: Path, kind: Kind, option: str) -> None:
     whole = path.resolve()
     for folder in (whole, *whole.parents) if kind == "folder" else whole.parents:
         if is_bundle(folder):
+            where = "is a bundle" if folder == whole else f"is in the bundle {folder}"
             raise InputError(
-                f"{path} is in a bundle, {folder}, which is whole only with the files that it was "
-                f"exported with: choose a place outside of it as `{option}`"
+                f"{path} {where}, which is whole only with the files that it was exported with: "
+                f"choose a place outside of it as `{option}`"
             )
     if kind == "file" and whole.name in RUN_FILES and is_ours(whole.parent):
         raise InputError(

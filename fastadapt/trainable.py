@@ -90,7 +90,7 @@ def _leaves(features: Tensor) -> set[int]:
     return reached
 
 
-def last_blocks(module: nn.Module, count: int) -> set[str]:
+def last_blocks(module: nn.Module, count: int, name: str = "last") -> set[str]:
     """Return the names of the parameters in the last blocks, and of all that follows them.
 
     timm's models say themselves what a block is (``group_matcher``). In other modules it is a
@@ -99,28 +99,28 @@ def last_blocks(module: nn.Module, count: int) -> set[str]:
     Args:
         module: the backbone.
         count: how many blocks.
+        name: of the parameter that says so, for messages.
 
     Raises:
         InputError: the backbone has fewer blocks, or none that are recognised.
     """
     if count < 1:
-        raise InputError(f"last is {count}; expected at least 1 block, or None for the backbone")
+        raise InputError(f"{name} is {count}; expected at least 1 block, or None for the backbone")
     inner = uncompiled(module)
     blocks, tail = _timm_blocks(inner) or _listed_blocks(inner)
-    name = type(inner).__name__
+    kind = type(inner).__name__
     if not blocks:
         raise InputError(
-            f"the blocks of {name} are not known: leave out last, or unfreeze parameters yourself "
-            "with requires_grad_(True)"
+            f"the blocks of {kind} are not known: leave out `{name}`, or unfreeze parameters "
+            "yourself with requires_grad_(True)"
         )
     if count > len(blocks):
         raise InputError(
-            f"last is {count}; {name} has {counted(len(blocks), 'block')}: expected 1 to "
-            f"{len(blocks)}, or "
-            "None for all"
+            f"{name} is {count}; {kind} has {counted(len(blocks), 'block')}: expected 1 to "
+            f"{len(blocks)}; leave it out for all of them"
         )
     chosen = tail.union(*blocks[-count:])
-    return {name for name, _ in module.named_parameters() if name.replace(COMPILED, "") in chosen}
+    return {path for path, _ in module.named_parameters() if path.replace(COMPILED, "") in chosen}
 
 
 Blocks = tuple[list[set[str]], set[str]]  # parameters of each block, and of what follows the last

@@ -66,7 +66,9 @@ def test_bundles_and_runs_stay_what_they_are(tmp_path):
         bundle: KINDS[:1],
     }.items():
         for kind in kinds:
-            with pytest.raises(InputError, match=r"in a bundle, .*bundle, .* as `json`"):
+            with pytest.raises(
+                InputError, match=r"(is a bundle|in the bundle .*bundle), .* `json`"
+            ):
                 check_output(path, kind, option="json")
     assert check_output(bundle, "replaced folder") == bundle
     with pytest.raises(InputError, match=r"predictions.csv is the name of a file of the run"):

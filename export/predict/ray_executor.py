@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -32,6 +33,7 @@ from .sources import Item
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 ORDER, PLACE, PATH, LABEL, PROBLEM, OUTPUTS = "part", "place", "path", "label", "problem", "outputs"
 DROPPED = "dropped"  # one kind a line
+CONNECT = 10.0  # seconds
 
 
 class RayPool:
@@ -57,6 +59,7 @@ class RayPool:
             raise InputError("`executor='ray'` needs Ray Data: pip install 'ray[data]'") from None
         self._ray: Any = ray
         self._request, self._work = request, work
+        check_address(work.ray_address)
         try:
             ray.init(
                 address=work.ray_address or "local",
@@ -206,6 +209,27 @@ def _block(number: int, items: list[Item]) -> Any:
             LABEL: pyarrow.array([item.label for item in items], pyarrow.string()),
         }
     )
+
+
+def check_address(address: str | None) -> None:
+    """Refuse a cluster that does not answer, for which Ray would wait many minutes.
+
+    Args:
+        address: ``HOST:PORT``, alone or after ``ray://``; what names no host is Ray's to judge.
+
+    Raises:
+        InputError: nothing answers there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise InputError(
+            f"ray_address is {address!r}, where nothing answers ({first_line(error)}): is the "
+            "cluster started, and is that its head?"
+        ) from None
 
 
 def _decoded(path: bytes) -> str:

@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -50,7 +50,9 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option as a user writes it."""
+        """The option as a user writes it; an argument as the help names it."""
+        if self.field.setting.argument:
+            return self.field.setting.metavar or self.name.upper()
         return f"--{self.name.replace('_', '-')}"
 
     @property
@@ -190,7 +192,7 @@ def command(
             try:
                 function(given)
             except InputError as error:
-                error.args = (with_flags(str(error), options),)
+                error.args = (with_flags(str(error), options, values),)
                 raise
             except KeyboardInterrupt:
                 print("fastadapt: interrupted", file=sys.stderr)
@@ -207,15 +209,24 @@ def command(
     return decorate
 
 
-def with_flags(message: str, options: tuple[Option, ...]) -> str:
-    """Return a message of the Python API with the options that stand for its parameters."""
+def with_flags(
+    message: str, options: tuple[Option, ...], values: dict[str, Any] | None = None
+) -> str:
+    """Return a message of the Python API with the options that stand for its parameters.
+
+    Args:
+        message: of an error.
+        options: the command's.
+        values: theirs as given, by name; a folder that is called "data" is no option.
+    """
     flags = {option.field.name: option for option in options}
+    values = values or {}
 
     def flag(match: re.Match[str]) -> str:
         option, value = flags.get(match[1]), match[2]
         if option is None:
             return match[0]
-        if value is None or value == "True":
+        if value is None or value == "True" or (option.field.setting.argument and value == "..."):
             return option.flag
         if value == "False":
             return option.flag.replace("--", "--no-", 1)
@@ -224,6 +235,14 @@ def with_flags(message: str, options: tuple[Option, ...]) -> str:
 
     message = _PARAMETER.sub(flag, message)
     name, said, rest = message.partition(" is ")
-    if said and name in flags:
-        return f"{flags[name].flag} is {rest}"
-    return message
+    if not said or name not in flags:
+        return message
+    own = values.get(flags[name].name)
+    if name in _words_of(values.values()) and not rest.startswith((str(own), repr(own))):
+        return message
+    return f"{flags[name].flag} is {rest}"
+
+
+def _words_of(values: Iterable[Any]) -> set[str]:
+    """Return values, and those in lists, as they were typed."""
+    return {str(v) for value in values for v in (value if isinstance(value, list) else [value])}

@@ -20,7 +20,9 @@ MOST_SEEDS = 1000
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """Return the seeds of "1,2,3", or of a count: "3" is 0,1,2."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if len(words) > 1 and not words[-1]:
+        del words[-1]  # "3," is the one seed, not the count
     if not all(word.isdecimal() and len(word) < 19 for word in words):
         raise InputError(f"seeds is {text!r}; expected a count, or numbers such as 1,2,3")
     numbers = tuple(map(int, words))

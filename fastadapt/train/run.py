@@ -380,7 +380,7 @@ def prepare(
     if config.layer_decay < 1:
         make_optimizer(model, config)  # refused now rather than in stage 2
     if config.unfreeze_last is not None:
-        last_blocks(model.backbone, config.unfreeze_last)
+        last_blocks(model.backbone, config.unfreeze_last, "unfreeze_last")
     if not cached and config.views > 1:
         raise InputError(
             f"views is {config.views}, but nothing is cached (`cache=False`, LoRA or `full`), so "

@@ -98,7 +98,7 @@ def test_interruption_is_one_line():
     [
         ("give `again=True`, or `keep=False`", "give --again, or --no-keep"),
         ("set `share=0.5` or `kind='b'`", "set --part 0.5 or --kind b"),
-        ("pass `folder=...` and leave `width` out", "pass --folder FOLDER and leave --width out"),
+        ("pass `folder=...` and leave `width` out", "pass FOLDER and leave --width out"),
         ("give `files=...`", "give --file VALUE"),
         ("share is 3; expected less", "--part is 3; expected less"),
         ("nothing is `elsewhere=3`", "nothing is `elsewhere=3`"),
@@ -106,6 +106,18 @@ def test_interruption_is_one_line():
 )
 def test_messages_of_python_name_options(message, says):
     assert with_flags(message, options_of((Example,), {})) == says
+
+
+def test_a_value_that_has_an_options_name_is_no_option():
+    options = options_of((Example,), {})
+    values = {"folder": "width", "width": 3, "part": 0.5}
+    for message, says in {
+        "width is no folder": "width is no folder",
+        "width is 3; expected less": "--width is 3; expected less",
+        "share is 0.5; expected less": "--part is 0.5; expected less",
+        "folder is width, which is none": "FOLDER is width, which is none",
+    }.items():
+        assert with_flags(message, options, values) == says
 
 
 def _commands():

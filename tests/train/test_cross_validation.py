@@ -215,7 +215,9 @@ def test_folds_of_a_column_are_taken_and_what_they_tear_is_said(tmp_path, capsys
 def test_seeds_are_a_count_or_a_list():
     assert parse_seeds("3") == (0, 1, 2) and parse_seeds("3,") == (3,)
     assert parse_seeds("1, 2,9") == (1, 2, 9) and parse_seeds("") == ()
-    for text, message in (("a", "expected a count"), ("0", "seeds is 0"), ("-1,2", "expected a")):
+    refused = {"a": "expected a count", "0": "seeds is 0", "-1,2": "expected a"}
+    refused |= dict.fromkeys((",", ",,", "1,,2", ",1"), "expected a count, or numbers")
+    for text, message in refused.items():
         with pytest.raises(InputError, match=message):
             parse_seeds(text)
     with pytest.raises(InputError, match="seeds is 1,1; expected different numbers"):

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import socket
 import sys
 
 import psutil
@@ -89,3 +90,15 @@ def test_without_ray(made, tmp_path, monkeypatch):
     work = WorkSettings(images=(str(made / "images"),), out=tmp_path / "o.csv", executor="ray")
     with pytest.raises(fa.InputError, match=r"needs Ray Data: pip install"):
         job.predict_images(PredictSettings(model=str(made / "bundle")), work)
+
+
+def test_a_cluster_that_does_not_answer_is_named():
+    for address in (None, "auto", "local", "ray://name-only"):
+        ray_executor.check_address(address)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"127.0.0.1:{server.getsockname()[1]}"
+        ray_executor.check_address(here)
+        ray_executor.check_address(f"ray://{here}")
+    for address in (here, f"ray://{here}", "127.0.0.1:99999999", "a..b:1"):
+        with pytest.raises(fa.InputError, match=r"ray_address is .* where nothing answers"):
+            ray_executor.check_address(address)
