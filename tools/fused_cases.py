@@ -126,7 +126,7 @@ def depthwise_cases() -> list[Case]:
             for tile in block_sizes.variants(shape):
                 if tile.rows == 14 and batch == 8:
                     continue
-                dtypes = (BF16, BF16, torch.float32)
+                dtypes = (BF16, BF16, torch.float32, BF16)
                 launches.prepare(shape, False, 1e-6, tile, dtypes, device_of(0))
                 variants[_name(tile._asdict())] = (tile._asdict(), functools.partial(ours, tile))
             cases.append(
@@ -258,7 +258,7 @@ def narrow_cases() -> list[Case]:
 
         variants = {}
         for tile in block_sizes.VARIANTS:
-            dtypes = (BF16, torch.float32, torch.float32)
+            dtypes = (BF16, torch.float32, torch.float32, BF16)
             launches.prepare((rows, width, hidden), "tanh", tile, dtypes, device_of(0))
             call = functools.partial(launches.mlp, tile=tile, approximate="tanh")
             variants[_name(tile._asdict())] = (tile._asdict(), call)

@@ -133,8 +133,8 @@ def run_models(out: Path, compiled: bool) -> None:
     import fastadapt as fa
     from fastadapt.bench import deployed_calls
     from fastadapt.bench.suites import deployment
-    from fastadapt.export.fused.choices import Choices
     from fastadapt.export.fused.convert import fuse
+    from fastadapt.fusion.kernel_choices import Choices
 
     ways = {
         "ViT-B/16": [Choices(a, gelu=form) for a in ("kernel", "library") for form in GELUS],

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.backbones import forward_features
 from fastadapt.errors import InputError
+from fastadapt.fusion import layer_weights as layers
 from fastadapt.layers import CLAdapter
 
 from ..folded_layers import FoldedClusterAttention
 from ..graph_input import Deployed
-from . import convnext, layers, vit
+from . import convnext, vit
 from .model import FusedModel
 from .steps import AdapterBlock, Head, Step
 

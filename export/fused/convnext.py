@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapt.fusion import layer_weights as layers
 from fastadapt.fusion.frozen_blocks import why_not_fused
 from fastadapt.kernels.patch_embedding.checks import WIDEST_NORM
 
-from . import layers
 from .steps import ConvNextBlock, Downsample, Patches, Step, Tokens
 
 

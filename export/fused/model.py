@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastadapt.errors import InputError, first_line
 from fastadapt.files import atomic_path
+from fastadapt.fusion.kernel_choices import Choices, default_choices
 
-from .choices import Choices, default_choices
 from .steps import KINDS, Flow, Patches, Step
 
 # In "fp8" some weights are in e4m3, and all else is in bf16.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.fusion.kernel_choices import Choices
 from fastadapt.kernels import cluster_attention, layer_norm, layer_norm_mean, layer_norm_twice
 from fastadapt.kernels import residual_mlp as residual_mlp_op
 from fastadapt.kernels.common.e4m3 import E4M3, norm_factor
@@ -26,8 +27,6 @@ from fastadapt.kernels.patch_embedding.op import patch_embedding
 from fastadapt.kernels.qkv_attention.op import qkv_attention
 from fastadapt.kernels.residual_mlp.op import linear_gelu
 from fastadapt.kernels.shifted_norm.op import shifted_norm
-
-from .choices import Choices
 
 
 @dataclass

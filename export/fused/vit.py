@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapt.fusion import layer_weights as layers
 from fastadapt.fusion.frozen_blocks import why_not_fused
 
-from . import layers
 from .steps import Patches, Step, Tokens, TransformerBlock
 
 

@@ -2,16 +2,8 @@
 
 Under autocast PyTorch executes a block operator by operator: LayerNorm writes fp32, which the
 following product rounds; GELU, layer scale and residual additions are kernels of their own; and
-weights that need no gradient are rounded in every call. Without gradients a block is computed as
-
-    (1) h = x + b,  n = LayerNorm(h)      [B, N, C]     one kernel; b: the previous block's branch
-    (2) a = attention(n)                  [B, N, C]     its layer scale inside attn.proj
-    (3) h = h + a,  n = LayerNorm(h)      [B, N, C]     one kernel
-    (4) u = gelu(n · W1ᵀ + b1)            [B, N, 4·C]   GELU as the product's epilogue (Hopper)
-    (5) b = u · (g ⊙ W2)ᵀ + g ⊙ b2        [B, N, C]     layer scale g [C] inside the weights
-
-with weights that are rounded once and kept. The residual stream h keeps the dtype that it has
-without fusion, mostly fp32.
+weights that need no gradient are rounded in every call. Here blocks are computed as
+:mod:`fastadapt.fusion.block_calls` says, with weights that are rounded once and kept.
 
 Covered are timm's vision transformers (with layer scale, too: DINOv2) and ConvNeXt. Any other
 block, one that was changed inside, or one with hooks runs unchanged.
@@ -20,138 +12,21 @@ block, one that was changed inside, or one with hooks runs unchanged.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt.cuda_graph import before_replays
+from fastadapt.fusion.block_calls import ConvNeXtBlock, TransformerBlocks
 from fastadapt.kernels.common.dispatch import compute_dtype, why_not_device
-from fastadapt.kernels.layer_norm.op import add_layer_norm, layer_norm
-from fastadapt.kernels.residual_mlp.op import linear_gelu
 from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
 
 HALF = (torch.bfloat16, torch.float16)
 
 Call = Callable[[Tensor], Tensor]
-
-
-class Norm(NamedTuple):
-    """A LayerNorm's parameters, in their own dtype."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-class Linear(NamedTuple):
-    """A linear layer's parameters in half precision, multiplied by the layer scale after it."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-class TransformerBlock(NamedTuple):
-    """The parts of one transformer block, in the order of the computation."""
-
-    norm1: Norm
-    attention: nn.Module
-    norm2: Norm
-    fc1: Linear
-    fc2: Linear
-
-
-class TransformerBlocks:
-    """Run all blocks of one of timm's vision transformers in sequence, without gradients.
-
-    Args:
-        blocks: an nn.Sequential of timm's ``Block``.
-        dtype: of the products, bf16 or fp16; weights of another dtype are copied.
-    """
-
-    def __init__(self, blocks: nn.Sequential, dtype: torch.dtype):
-        self.dtype = dtype
-        self.scale = getattr(blocks[0].ls1, "gamma", None)
-        self.blocks = [
-            TransformerBlock(
-                _norm(block.norm1),
-                _attention(block, dtype),
-                _norm(block.norm2),
-                _linear(block.mlp.fc1, dtype),
-                _linear(block.mlp.fc2, dtype, getattr(block.ls2, "gamma", None)),
-            )
-            for block in blocks
-        ]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map tokens [B, N, C] to tokens [B, N, C]."""
-        x, branch = _residual_stream(x, self.scale), None
-        for block in self.blocks:
-            if branch is None:
-                normal = layer_norm(x, *block.norm1, dtype=self.dtype)
-            else:
-                x, normal = add_layer_norm(x, branch, *block.norm1, self.dtype)
-            x, normal = add_layer_norm(x, block.attention(normal), *block.norm2, self.dtype)
-            branch = F.linear(linear_gelu(normal, *block.fc1), *block.fc2)
-        return x if branch is None else x + branch
-
-
-class ConvNeXtBlock:
-    """Run one of timm's ConvNeXt blocks without gradients.
-
-    Args:
-        block: timm's ``ConvNeXtBlock``.
-        dtype: of the products, bf16 or fp16; weights of another dtype are copied.
-    """
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype):
-        self.dtype = dtype
-        self.scale = block.gamma
-        self.conv = block.conv_dw
-        self.norm = _norm(block.norm)
-        self.fc1 = _linear(block.mlp.fc1, dtype)
-        self.fc2 = _linear(block.mlp.fc2, dtype, block.gamma)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        normal = layer_norm(self.conv(x).permute(0, 2, 3, 1), *self.norm, dtype=self.dtype)
-        branch = F.linear(linear_gelu(normal, *self.fc1), *self.fc2).permute(0, 3, 1, 2)
-        return _residual_stream(x, self.scale) + branch
-
-
-def _residual_stream(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Cast x to the dtype that it has once a layer scale's result is added."""
-    return x if scale is None else x.to(torch.promote_types(x.dtype, scale.dtype))
-
-
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
-
-
-def _linear(linear: nn.Linear, dtype: torch.dtype, scale: Tensor | None = None) -> Linear:
-    weight, bias = linear.weight.detach(), linear.bias.detach()
-    if scale is not None:
-        scale = scale.detach().float()
-        weight, bias = scale[:, None] * weight.float(), scale * bias.float()
-    return Linear(weight.to(dtype), bias.to(dtype))
-
-
-def _attention(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return the block's attention with the layer scale inside its output projection.
-
-    That is the attention itself if there is no layer scale and its weights have the dtype.
-    """
-    attn, scale = block.attn, getattr(block.ls1, "gamma", None)
-    if scale is None and attn.qkv.weight.dtype == dtype:
-        return attn
-    attn = copy.deepcopy(attn).requires_grad_(False)
-    attn.proj.weight.data, attn.proj.bias.data = _linear(attn.proj, torch.float32, scale)
-    return attn.to(dtype)
 
 
 def why_not_fused(module: nn.Module) -> str | None:

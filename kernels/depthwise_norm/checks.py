@@ -28,14 +28,14 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         )
 
 
-def why_not_triton(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+def why_not_triton(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> str | None:
     """Say why the kernel cannot take this call; ``None`` if it can."""
     reason = why_not_device(x)
     if reason is not None:
         return reason
-    for t in (x, weight, bias):
-        if t.dtype not in DTYPES:
-            return f"dtype {t.dtype}; the kernel takes float32, bfloat16 and float16"
+    for kind in (x.dtype, weight.dtype, bias.dtype, dtype):
+        if kind not in DTYPES:
+            return f"dtype {kind}; the kernel takes float32, bfloat16 and float16"
     if x.numel() == 0 or x.shape[-1] > MAX_CHANNELS:
         return f"x {tuple(x.shape)}; the kernel takes 1 to {MAX_CHANNELS} channels"
     if x[0].numel() >= 2**31:

@@ -20,14 +20,16 @@ def convolve(
     bias: Tensor,
     eps: float,
     tile: StripTile | None = None,
+    *,
+    dtype: torch.dtype | None = None,
     factor: float | None = None,
 ) -> Tensor:
     """Convolve and normalize contiguous x [B, H, W, C], with the rule's tile or another."""
-    out = torch.empty_like(x, dtype=x.dtype if factor is None else E4M3)
+    out = torch.empty_like(x, dtype=(dtype or x.dtype) if factor is None else E4M3)
     device = device_of(x.device.index)
     batch, height, width, channels = x.shape
     tile = tile or tile_for((batch, height, width, channels), device)
-    dtypes = (x.dtype, weight.dtype, bias.dtype)
+    dtypes = (x.dtype, weight.dtype, bias.dtype, out.dtype)
     launch = prepare(tuple(x.shape), bias.dim() == 3, eps, tile, dtypes, device, factor)
     launch(x, weight, bias, out)
     return out
@@ -39,7 +41,7 @@ def prepare(
     bias_map: bool,
     eps: float,
     tile: StripTile,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     device: Device,
     factor: float | None = None,
 ) -> Launch:
@@ -62,5 +64,5 @@ def prepare(
             factor or 1.0,
         ),
         warps=tile.warps,
-        dtypes=(*dtypes, dtypes[0] if factor is None else E4M3),
+        dtypes=dtypes,
     )

@@ -13,6 +13,7 @@ of x be added after the convolution, whose borders see less of it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..common.dispatch import choose_backend, on_device, without_autocast
@@ -27,6 +28,7 @@ def depthwise_norm(
     bias: Tensor,
     eps: float = 1e-6,
     *,
+    dtype: torch.dtype | None = None,
     factor: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -37,23 +39,25 @@ def depthwise_norm(
         weight: [49, C], the taps in the order of rows, of any of these dtypes.
         bias: [C], or [H, W, C] for every pixel, of any of these dtypes.
         eps: added to the variance.
-        factor: round the result times this to e4m3; ``None``: the result is in x's dtype.
+        dtype: of the result; ``None``: x's.
+        factor: round the result times this to e4m3.
         backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
             (an error that names the reason where it can't) or ``"reference"``.
 
     Returns:
-        [B, H, W, C] in x's dtype or e4m3, contiguous.
+        [B, H, W, C], contiguous.
 
     Raises:
         ValueError: a shape does not fit; the message names it.
         BackendError: ``backend="triton"`` and the kernel does not cover the call.
     """
     check_shapes(x, weight, bias)
-    reason = why_not_triton(x, weight, bias) or (factor and why_not_e4m3(x))
+    dtype = dtype or x.dtype
+    reason = why_not_triton(x, weight, bias, dtype) or (factor and why_not_e4m3(x))
     if choose_backend(backend, reason or None) == "reference":
-        return depthwise_norm_reference(x, weight, bias, eps, factor)
+        return depthwise_norm_reference(x, weight, bias, eps, dtype=dtype, factor=factor)
     from . import launches  # Triton is imported with the first call
 
     with on_device(x), without_autocast(x):
         tensors = (x.contiguous(), weight.contiguous(), bias.contiguous())
-        return launches.convolve(*tensors, eps, factor=factor)
+        return launches.convolve(*tensors, eps, dtype=dtype, factor=factor)

@@ -21,6 +21,12 @@ class Epilogue(NamedTuple):
     gelu: bool = False
     factor: float | None = None
     residual: Tensor | None = None
+    in_place: bool = True
+
+
+def half_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a result in half precision, for x in ``dtype``."""
+    return torch.bfloat16 if dtype == E4M3 else dtype
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -37,6 +43,10 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
     if residual is not None and tuple(residual.shape) != (len(x), len(weight)):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}; expected {(len(x), len(weight))}"
+        )
+    if residual is not None and residual.dtype not in (half_of(x.dtype), torch.float32):
+        raise ValueError(
+            f"residual is {residual.dtype}; expected {half_of(x.dtype)} or torch.float32"
         )
 
 

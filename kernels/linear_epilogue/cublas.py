@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ..common.e4m3 import E4M3
-from .checks import Epilogue
+from .checks import Epilogue, half_of
 
 COMPUTE_32F, R_32F = 68, 0
-TYPES = {torch.float16: 2, torch.bfloat16: 14, E4M3: 28}  # cudaDataType
+# cudaDataType
+TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, E4M3: 28}
 TRANSPOSED = 1  # CUBLAS_OP_T
 TRANS_A, EPILOGUE, BIAS_POINTER, D_SCALE_POINTER, FAST_ACCUM, BIAS_TYPE = 3, 7, 8, 20, 25, 26
 DEFAULT, BIAS, GELU = 1, 4, 32  # epilogues; the two latter are bits
@@ -53,7 +54,7 @@ class Problem(NamedTuple):
     Attributes:
         rows, outputs, inputs: M, N and K.
         dtype: of both operands.
-        out: dtype of the result.
+        out: dtype of the result, and of what is added to.
         bias, gelu, adds: what the epilogue does.
         device: number of the GPU.
     """
@@ -69,13 +70,18 @@ class Problem(NamedTuple):
     device: int
 
     @property
-    def half(self) -> torch.dtype:
-        """Return the dtype of the bias, and of what is added to."""
-        return torch.bfloat16 if self.dtype == E4M3 else self.dtype
+    def wide(self) -> torch.dtype:
+        """Return the dtype of the bias, and of what is added to: the result's, bf16 for e4m3."""
+        return half_of(self.out)
 
 
 class Operands(NamedTuple):
-    """One call's tensors and number; ``factor`` is a number on the GPU."""
+    """One call's tensors and number.
+
+    Attributes:
+        factor: a number on the GPU.
+        out: the memory of the result; ``None``: new memory.
+    """
 
     x: Tensor
     weight: Tensor
@@ -83,13 +89,25 @@ class Operands(NamedTuple):
     bias: Tensor | None
     factor: Tensor | None
     residual: Tensor | None
+    out: Tensor | None
+
+
+class NoKernelError(RuntimeError):
+    """There is no cuBLASLt, or it has no kernel for a product."""
 
 
 @functools.cache
 def library() -> Any:
-    """Return cuBLASLt, as PyTorch has loaded it."""
+    """Return cuBLASLt, as PyTorch has loaded it.
+
+    Raises:
+        NoKernelError: it has loaded none.
+    """
     major = (torch.version.cuda or "12").split(".")[0]
-    found = ctypes.CDLL(f"libcublasLt.so.{major}")
+    try:
+        found = ctypes.CDLL(f"libcublasLt.so.{major}")
+    except OSError as error:
+        raise NoKernelError(f"cuBLASLt: {error}") from error
     pointer = ctypes.c_void_p
     found.cublasLtMatmul.argtypes = [*(pointer,) * 14, ctypes.c_size_t, pointer]
     found.cublasLtGetStatusName.restype = ctypes.c_char_p
@@ -114,7 +132,7 @@ class Product:
     """One product, prepared: descriptors and the algorithms that cuBLASLt proposes, best first.
 
     Raises:
-        RuntimeError: cuBLASLt has no kernel for it.
+        NoKernelError: cuBLASLt has no kernel for it.
     """
 
     def __init__(self, problem: Problem):
@@ -124,7 +142,7 @@ class Product:
         self.a = self._layout(problem.dtype, problem.inputs, problem.outputs)
         self.b = self._layout(problem.dtype, problem.inputs, problem.rows)
         # The type of what is added is also asked for where nothing is.
-        self.c = self._layout(problem.half, problem.outputs, problem.rows)
+        self.c = self._layout(problem.wide, problem.outputs, problem.rows)
         self.d = self._layout(problem.out, problem.outputs, problem.rows)
         self.proposals = self._propose()
         self.chosen: _Proposal | None = None
@@ -139,7 +157,7 @@ class Product:
         if problem.dtype == E4M3:
             self._set(description, FAST_ACCUM, ctypes.c_int8(1))
         if problem.bias:
-            self._set(description, BIAS_TYPE, ctypes.c_int32(TYPES[problem.half]))
+            self._set(description, BIAS_TYPE, ctypes.c_int32(TYPES[problem.wide]))
         return description
 
     @staticmethod
@@ -175,19 +193,18 @@ class Product:
             ctypes.byref(count),
         )
         library().cublasLtMatmulPreferenceDestroy(preference)
-        _check(status, f"no kernel for {self.problem}")
         usable = [found[i] for i in range(count.value) if found[i].state == 0]
-        if not usable:
-            raise RuntimeError(f"cuBLASLt: no kernel for {self.problem}")
+        if status or not usable:
+            raise NoKernelError(f"cuBLASLt: no kernel for {self.problem}")
         return usable
 
     def __call__(self, operands: Operands) -> Tensor:
         """Multiply, by the fastest of the proposals, which is found out in the first call."""
-        out = operands.residual
+        out = operands.out
         if out is None:
             out = self._empty(operands.x)
         with self.lock:  # of the addresses in the description, and of the choice
-            if self.chosen is None and not torch.cuda.is_current_stream_capturing():
+            if self.chosen is None and _may_time():
                 self.chosen = self._fastest(operands)
             self._launch(self.chosen or self.proposals[0], operands, out)
         return out
@@ -199,8 +216,6 @@ class Product:
     def _fastest(self, operands: Operands) -> _Proposal:
         """Time the proposals, on results that nobody reads."""
         scratch = self._empty(operands.x)
-        if operands.residual is not None:
-            scratch.zero_()
         times = []
         for proposal in self.proposals:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -214,8 +229,8 @@ class Product:
         return self.proposals[times.index(min(times))]
 
     def _launch(self, proposal: _Proposal, operands: Operands, out: Tensor) -> None:
-        """Multiply into ``out``, which is added to if there is a residual."""
-        x, weight, alpha, bias, factor, residual = operands
+        """Multiply into ``out``."""
+        x, weight, alpha, bias, factor, residual, _ = operands
         # PyTorch's allocator knows streams and graphs: one workspace for all would be raced for.
         space = torch.empty(proposal.workspace, dtype=torch.uint8, device=x.device)
         scale, share = ctypes.c_float(alpha), ctypes.c_float(residual is not None)
@@ -231,7 +246,7 @@ class Product:
             x.data_ptr(),
             self.b,
             ctypes.addressof(share),
-            None if residual is None else out.data_ptr(),
+            None if residual is None else residual.data_ptr(),
             self.c,
             out.data_ptr(),
             self.d,
@@ -241,6 +256,12 @@ class Product:
             torch.cuda.current_stream(x.device).cuda_stream,
         )
         _check(status, f"{self.problem}")
+
+
+def _may_time() -> bool:
+    """Tell whether proposals may be timed: a capture allows no waiting, and times differ by run."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return not deterministic and not torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -256,12 +277,18 @@ def _number(value: float, device: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
-    """Compute the layer; arguments as :func:`~.op.linear_epilogue`, tensors on the current GPU."""
-    alpha, gelu, factor, residual = epilogue
+    """Compute the layer; arguments as :func:`~.op.linear_epilogue`, tensors on the current GPU.
+
+    Raises:
+        NoKernelError: cuBLASLt has no kernel for it.
+    """
+    alpha, gelu, factor, residual, in_place = epilogue
     device = x.device.index
-    half = torch.bfloat16 if x.dtype == E4M3 else x.dtype
-    out = half if factor is None else E4M3
+    out = half_of(x.dtype) if factor is None else E4M3
+    if residual is not None:
+        out = residual.dtype
     kinds = (x.dtype, out, bias is not None, gelu, residual is not None)
     product = prepare(Problem(len(x), len(weight), x.shape[1], *kinds, device))
     number = None if factor is None else _number(factor, device)
-    return product(Operands(x, weight, alpha, bias, number, residual))
+    into = residual if in_place else None
+    return product(Operands(x, weight, alpha, bias, number, residual, into))

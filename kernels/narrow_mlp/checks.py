@@ -38,7 +38,9 @@ def check_shapes(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
-def why_not_triton(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> str | None:
+def why_not_triton(
+    x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, residual: Tensor
+) -> str | None:
     """Say why the kernel cannot take this call; ``None`` if it can."""
     reason = why_not_device(x)
     if reason is not None:
@@ -52,6 +54,10 @@ def why_not_triton(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> str | N
             return f"rows of {t.shape[1]} {t.dtype}; the kernel copies 16 bytes at a time"
         if torch.is_grad_enabled() and t.requires_grad:
             return "gradients are on, and this operation has none"
+    if residual.dtype not in DTYPES:
+        return f"residual has dtype {residual.dtype}; the kernel takes float32, bfloat16, float16"
+    if torch.is_grad_enabled() and residual.requires_grad:
+        return "gradients are on, and this operation has none"
     if x.numel() == 0 or len(x) >= 2**31 - 2**20:
         return f"{len(x)} rows; the kernel takes 1 to 2³¹"
     return None

@@ -26,10 +26,10 @@ def mlp(
 ) -> Tensor:
     """Compute the MLP of contiguous tensors, with the rule's tile or another."""
     rows, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(residual)
     device = device_of(x.device.index)
     tile = tile or tile_for(rows, width, x.dtype, device)
-    dtypes = (x.dtype, fc1_bias.dtype, fc2_bias.dtype)
+    dtypes = (x.dtype, fc1_bias.dtype, fc2_bias.dtype, residual.dtype)
     launch = prepare((rows, width, len(fc1_weight)), approximate, tile, dtypes, device)
     launch(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, out)
     return out
@@ -40,14 +40,14 @@ def prepare(
     sizes: tuple[int, int, int],
     approximate: Gelu,
     tile: MlpTile,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     device: Device,
 ) -> Launch:
     """Prepare the launch for a size and a tile; the kernel begins to compile."""
     rows, width, hidden = sizes
     cols = block(width)
     own = Box((rows, width), (tile.rows, cols))
-    kind, first, second = dtypes
+    kind, first, second, sums = dtypes
     return Launch(
         narrow_mlp_kernel,
         (ceil_div(rows, tile.rows),),
@@ -65,5 +65,5 @@ def prepare(
             (5, own),
             (6, own),
         ),
-        dtypes=(kind, kind, first, kind, second, kind, kind),
+        dtypes=(kind, kind, first, kind, second, sums, sums),
     )

@@ -39,13 +39,13 @@ def narrow_mlp(
         fc1_bias: [H], of any of these dtypes.
         fc2_weight: [C, H] in x's dtype.
         fc2_bias: [C], of any of these dtypes.
-        residual: [M, C] in x's dtype.
+        residual: [M, C]; any of these dtypes.
         approximate: of GELU, as PyTorch's: ``"none"``, or ``"tanh"`` for the form with tanh.
         backend: ``"auto"`` (Triton for CUDA tensors it covers, else the reference), ``"triton"``
             (an error that names the reason where it can't) or ``"reference"``.
 
     Returns:
-        [M, C] in x's dtype.
+        [M, C] in the residual's dtype.
 
     Raises:
         ValueError: a shape does not fit; the message names it.
@@ -53,7 +53,7 @@ def narrow_mlp(
     """
     args = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
     check_shapes(*args)
-    if choose_backend(backend, why_not_triton(x, fc1_weight, fc2_weight)) == "reference":
+    if choose_backend(backend, why_not_triton(x, fc1_weight, fc2_weight, residual)) == "reference":
         return narrow_mlp_reference(*args, approximate)
     from . import launches  # Triton is imported with the first call
 

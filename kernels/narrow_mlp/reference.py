@@ -21,4 +21,4 @@ def narrow_mlp_reference(
 ) -> Tensor:
     """Compute the MLP; arguments as :func:`~.op.narrow_mlp`."""
     hidden = F.gelu(F.linear(x, fc1_weight, fc1_bias.to(x.dtype)), approximate=approximate)
-    return residual + F.linear(hidden, fc2_weight, fc2_bias.to(x.dtype))
+    return residual + F.linear(hidden, fc2_weight, fc2_bias.to(x.dtype)).to(residual.dtype)

@@ -48,7 +48,7 @@ def narrow_mlp_kernel(
         if TANH:
             below = 1.0 / (1.0 + tl.exp2(h * (h * h * CUBE + 1.0) * -SLOPE))
         else:
-            below, _ = normal_integral(h, out_desc.dtype == tl.float32)
+            below, _ = normal_integral(h, fc1_desc.dtype == tl.float32)
         fc2 = fc2_desc.load([0, j])
         acc = tl.dot((h * below).to(fc2.dtype), fc2.T, acc, input_precision="ieee")
     o_c = tl.arange(0, BC)

@@ -29,11 +29,13 @@ def make(case, dtype, device="cpu"):
     return x, weight, torch.randn(shape, generator=generator).to(device)
 
 
-def assert_as_exact(case, dtype, device):
+def assert_as_exact(case, dtype, device, result=None):
     args = make(case, dtype, device)
     truth = depthwise_norm_reference(*(t.double() for t in args))
-    theirs = relative_error(depthwise_norm_reference(*args), truth)
-    assert relative_error(depthwise_norm(*args, backend="triton"), truth) <= 2 * theirs + 1e-7
+    theirs = relative_error(depthwise_norm_reference(*args, dtype=result), truth)
+    found = depthwise_norm(*args, dtype=result, backend="triton")
+    assert found.dtype == (result or dtype)
+    assert relative_error(found, truth) <= 2 * theirs + 1e-7
 
 
 @interpreted
@@ -49,7 +51,9 @@ def test_interpreted_strips_of_four():
 
     args = make((1, 3, 9, 16, True), torch.float32)
     truth = depthwise_norm_reference(*(t.double() for t in args))
-    assert relative_error(launches.convolve(*args, 1e-6, StripTile(4, 2, 2, 4)), truth) < 1e-6
+    tile = StripTile(4, 2, 2, 4)
+    for dtype, limit in ((None, 1e-6), (torch.float16, 1e-3)):
+        assert relative_error(launches.convolve(*args, 1e-6, tile, dtype=dtype), truth) < limit
 
 
 @gpu
@@ -71,6 +75,8 @@ def test_gpu_results_in_e4m3(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_error_is_at_most_twice_pytorchs(case, dtype):
     assert_as_exact(case, dtype, "cuda")
+    if dtype == torch.float32:
+        assert_as_exact(case, dtype, "cuda", torch.bfloat16)
 
 
 def test_the_reference_is_timms():

@@ -20,6 +20,14 @@ EPILOGUES = {
     "GELU to e4m3": {"bias": True, "gelu": True, "factor": 16.0},
     "sum": {"residual": True},
     "bias and sum": {"bias": True, "residual": True},
+    "bias and sum in fp32": {"bias": True, "residual": True, "wide": True},
+    "sum in new memory": {"residual": True, "in_place": False},
+    "bias and sum in new memory, fp32": {
+        "bias": True,
+        "residual": True,
+        "wide": True,
+        "in_place": False,
+    },
 }
 
 
@@ -27,11 +35,13 @@ def operands(shape, dtype, how, device="cpu"):
     """Draw a call's arguments; numbers of [rows, outputs, inputs]."""
     rows, outputs, inputs = shape
     half = BF16 if dtype == E4M3 else dtype
+    if "wide" in how:
+        half = FP32
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs) / inputs**0.5
     alpha = 1.0
     if dtype == E4M3:
         x, weight, alpha = to_e4m3(x, 16), to_e4m3(weight, 64), 1 / 1024
-    given = {"alpha": alpha, **how}
+    given = {"alpha": alpha, **{key: value for key, value in how.items() if key != "wide"}}
     for name, size in (("bias", (outputs,)), ("residual", (rows, outputs))):
         if name in how:
             given[name] = torch.randn(size).to(device, half)
@@ -60,7 +70,12 @@ def called(x, weight, given, backend):
     if residual is not None:
         given["residual"] = residual.clone()
     out = linear_epilogue(x, weight, **given, backend=backend)
-    assert residual is None or out is given["residual"]
+    if residual is not None:
+        assert out.dtype == residual.dtype
+        if given.get("in_place", True):
+            assert out is given["residual"]
+        else:
+            assert torch.equal(given["residual"], residual)
     return out
 
 
@@ -75,7 +90,8 @@ def test_the_reference_is_the_formula(name, dtype):
     x, weight, given = operands((5, 32, 48), dtype, how)
     out = called(x, weight, given, "auto")
     factor = given.get("factor")
-    assert out.dtype == (E4M3 if factor else BF16 if dtype == E4M3 else dtype)
+    if "residual" not in how:
+        assert out.dtype == (E4M3 if factor else BF16 if dtype == E4M3 else dtype)
     limit = 0.07 if factor else 1e-5 if dtype == FP32 else 0.02
     torch.testing.assert_close(
         in_numbers(out, factor), exact(x, weight, given), rtol=limit, atol=limit
@@ -89,6 +105,7 @@ def test_what_does_not_fit_is_refused():
         ((x, weight.half()), {}, "expected one dtype"),
         ((x, weight, torch.ones(3)), {}, r"expected \[N=32\]"),
         ((x, weight), {"residual": x}, r"expected \(3, 32\)"),
+        ((x, weight), {"residual": torch.ones(3, 32).half()}, "residual is torch.float16"),
         ((x, weight), {"residual": torch.ones(3, 32), "gelu": True}, "without GELU"),
         ((x, weight), {"backend": "cuda"}, "backend is 'cuda'; expected one of auto"),
     ):

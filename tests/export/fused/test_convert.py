@@ -10,9 +10,9 @@ from torch import nn
 import fastadapt as fa
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
-from fastadapt.export.fused.choices import Choices
 from fastadapt.export.fused.convert import fuse
 from fastadapt.export.graph_input import Deployed, GraphInput
+from fastadapt.fusion.kernel_choices import Choices
 
 SIZE = (3, 32, 32)
 

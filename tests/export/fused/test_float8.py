@@ -7,7 +7,6 @@ import torch
 
 import fastadapt as fa
 from fastadapt.export.backends.fastadapt import build_fused, calibrate_float8, load_fused
-from fastadapt.export.fused.choices import Choices
 from fastadapt.export.fused.convert import fuse
 from fastadapt.export.fused.float8 import (
     convertible,
@@ -16,6 +15,7 @@ from fastadapt.export.fused.float8 import (
     ranked_steps,
     to_float8,
 )
+from fastadapt.fusion.kernel_choices import Choices
 from fastadapt.kernels.common.e4m3 import E4M3
 from tests.export.fused.test_convert import (
     deployed,

@@ -5,8 +5,8 @@ import timm
 import torch
 
 import fastadapt as fa
-from fastadapt.export.fused.choices import Choices
 from fastadapt.export.fused.convert import fuse
+from fastadapt.fusion.kernel_choices import Choices
 from tests.export.fused.test_convert import (
     deployed,
     error,

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from fastadapt.errors import InputError
 from fastadapt.export.backends.fastadapt import build_fused, load_fused
-from fastadapt.export.fused.choices import Choices, default_choices
 from fastadapt.export.fused.convert import fuse
 from fastadapt.export.fused.steps import bias_map
 from fastadapt.export.runtimes import load_runtime
 from fastadapt.export.settings import Batches
+from fastadapt.fusion.kernel_choices import Choices, default_choices
 from tests.export.fused.test_convert import deployed, error, images, make_convnext, make_vit
 
 

@@ -1,4 +1,4 @@
-"""Weights as the steps of a fused model hold them, computed in fp64 and rounded once."""
+"""Weights of fused layers: norms, scales and normalisation folded in, in fp64, rounded once."""
 
 from __future__ import annotations
 

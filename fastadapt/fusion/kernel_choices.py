@@ -1,4 +1,4 @@
-"""Which kernels compute a fused model's operations."""
+"""Which kernels compute fused blocks, in training and in a fused model."""
 
 from __future__ import annotations
 
