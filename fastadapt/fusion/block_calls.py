@@ -217,6 +217,30 @@ class ConvNeXtBlock:
         return shifted_norm(y.contiguous(), None, self.eps)
 
 
+class NormAndConvolution:
+    """Run ConvNeXt's stem (a convolution, a norm) or downsampling (a norm, a convolution).
+
+    Args:
+        layers: an nn.Sequential of timm's ``LayerNorm2d`` and an nn.Conv2d, in either order.
+        dtype: of the convolution's operands under autocast.
+    """
+
+    def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
+        self.first, self.last = layers
+        # A convolution rounds its input: the norm before it may write what is rounded already.
+        self.dtype = None if isinstance(self.first, nn.Conv2d) else dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C', H', W']."""
+        return self._run(self.last, self._run(self.first, x))
+
+    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if not isinstance(layer, nn.LayerNorm):
+            return layer(x)
+        y = layer_norm(x.permute(0, 2, 3, 1), *_norm(layer), dtype=self.dtype)
+        return y.permute(0, 3, 1, 2)
+
+
 def stream_dtype(x: Tensor, scale: Tensor | None) -> Tensor:
     """Cast x to the dtype that it has once a layer scale's result is added."""
     return x if scale is None else x.to(torch.promote_types(x.dtype, scale.dtype))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.cuda_graph import before_replays
-from fastadapt.fusion.block_calls import ConvNeXtBlock, TransformerBlocks
+from fastadapt.fusion.block_calls import ConvNeXtBlock, NormAndConvolution, TransformerBlocks
 from fastadapt.kernels.common.dispatch import compute_dtype, why_not_device
 from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
 
@@ -69,7 +69,7 @@ def _parts() -> dict[type, dict[str, set[type]]]:
     drop_path: set[type] = {nn.Identity, layers.DropPath}
     scale: set[type] = {nn.Identity, vit.LayerScale}
     return {
-        nn.Sequential: {"*": {vit.Block}},
+        nn.Sequential: {"*": {vit.Block, layers.LayerNorm2d, nn.Conv2d}},
         vit.Block: {
             "norm1": norm,
             "attn": {vit.Attention},
@@ -94,6 +94,7 @@ def _parts() -> dict[type, dict[str, set[type]]]:
 
 def find_blocks(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
     """List the modules of the known kinds with the class that runs them fused."""
+    from timm.layers import LayerNorm2d
     from timm.models import convnext
     from timm.models import vision_transformer as vit
 
@@ -103,8 +104,12 @@ def find_blocks(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
             continue  # the backbone itself: a reference from the registry would keep it alive
         if type(module) is convnext.ConvNeXtBlock:
             found.append((module, ConvNeXtBlock))
-        elif type(module) is nn.Sequential and {type(block) for block in module} == {vit.Block}:
-            found.append((module, TransformerBlocks))
+        elif type(module) is nn.Sequential:
+            kinds = [type(part) for part in module]
+            if set(kinds) == {vit.Block}:
+                found.append((module, TransformerBlocks))
+            elif len(kinds) == 2 and set(kinds) == {LayerNorm2d, nn.Conv2d}:
+                found.append((module, NormAndConvolution))
     return found
 
 

@@ -166,7 +166,10 @@ def test_hooks_on_all_modules_and_training_are_seen():
     assert "norm is a LayerNorm2d" in frozen.why_not_fused(block)
 
 
-def test_other_backbones_have_no_candidates():
+def test_candidates():
+    kinds = [kind for _, kind in frozen.find_blocks(make_convnext())]
+    ends, block = block_calls.NormAndConvolution, block_calls.ConvNeXtBlock
+    assert kinds == [ends, block, ends, block, ends, block, block, ends, block]
     for name in ("test_efficientnet", "test_resnet", "test_vit3"):
         model = timm.create_model(name)
         for module, kind in frozen.find_blocks(model):

@@ -9,7 +9,11 @@ from tests.helpers.kernel_checks import run_interpreted, starts_interpreter
 HERE = Path(__file__).parent
 FILES = sorted(
     str(path)
-    for path in (*HERE.glob("*.py"), HERE.parent / "export" / "fused" / "test_kernels.py")
+    for path in (
+        *HERE.glob("*.py"),
+        HERE.parent / "export" / "fused" / "test_kernels.py",
+        HERE.parent / "fusion" / "test_frozen_blocks.py",
+    )
     if "\n@interpreted\n" in path.read_text()
 )
 
