@@ -31,7 +31,8 @@ NOTES = (
     "called within autograd's graph, the adapter with its [B, K, R, R]. Ours is what `fastadapt "
     "train` does: replays of a CUDA graph, the copy of the batch into it included, bf16 autocast, "
     "AdamW, no gradients for frozen features, kernels where they are the default; “ours, eager” is "
-    "the same with `--cuda-graph off`. Cached means that the features of stage 1 are there already "
+    "the same with `--cuda-graph off`, “compiled” the same with the frozen backbone through "
+    "torch.compile. Cached means that the features of stage 1 are there already "
     "(upstream has no cache: its stage 1 stands beside it). Peak memory includes weights, "
     "optimizer and batch, and of a graph its capture."
 )
@@ -102,6 +103,11 @@ def record(name: str, batch: int, first: tuple[float, ...], cached: tuple[float,
 
     parts = {"stage 1": {"upstream": theirs, **ours(model, last)}}
     release_fused_blocks(backbone)
+    if where.type == "cuda":
+        step = _step(model, _compiled(model), labels, last, True)
+        parts["stage 1"]["compiled"] = steps.measure(step, graph=True)
+        del step
+        torch.compiler.reset()
     parts["cached"] = {"upstream": theirs, **ours(from_cache, features)}
     model.unfreeze()
     parts["stage 2"] = {
@@ -153,6 +159,18 @@ def _step(
     optimizer = make_optimizer(model, TrainConfig(lr=LR))
     step = training_step(logits, optimizer, _autocast, graph=graph, say=steps.say)
     return lambda: step(LR, labels, inputs)
+
+
+def _compiled(model: AdaptedModel) -> Callable[[Tensor], Tensor]:
+    """Return the model's logits with its frozen backbone through torch.compile."""
+    features = torch.compile(lambda x: model.feature_fn(model.backbone, x), dynamic=False)
+
+    def logits(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = features(images)
+        return model.classify_features(model.adapter_input(found))
+
+    return logits
 
 
 def _upstream_step(
