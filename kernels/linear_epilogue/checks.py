@@ -44,9 +44,13 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}; expected {(len(x), len(weight))}"
         )
-    if residual is not None and residual.dtype not in (half_of(x.dtype), torch.float32):
+    if residual is None:
+        return
+    half = half_of(x.dtype)
+    if residual.dtype != half and (residual.dtype != torch.float32 or x.dtype == E4M3):
         raise ValueError(
-            f"residual is {residual.dtype}; expected {half_of(x.dtype)} or torch.float32"
+            f"residual is {residual.dtype}; expected {half}, or torch.float32 for x in half "
+            "precision"
         )
 
 

@@ -47,7 +47,8 @@ def linear_epilogue(
         gelu: apply GELU in its tanh form.
         factor: round the result times this to e4m3 (x in e4m3 alone); ``None``: the result is in
             half precision, bf16 for x in e4m3.
-        residual: [M, N] in half precision or fp32, to which the result is added.
+        residual: [M, N] in half precision, or fp32 where x is no e4m3, to which the result is
+            added.
         in_place: write the sum into the residual; else into new memory.
         backend: ``"auto"`` (cuBLASLt where it can, from compute capability 9.0 on, and products in
             e4m3 from 8.9 on; else the reference), ``"cublas"`` (an error that names the reason

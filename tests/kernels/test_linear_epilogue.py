@@ -83,6 +83,11 @@ def called(x, weight, given, backend):
 @pytest.mark.parametrize("dtype", [FP32, BF16, E4M3])
 def test_the_reference_is_the_formula(name, dtype):
     how = EPILOGUES[name]
+    if "wide" in how and dtype == E4M3:
+        x = torch.ones(2, 16).to(E4M3)
+        with pytest.raises(ValueError, match=r"residual is torch.float32; expected torch.bfloat16"):
+            linear_epilogue(x, x, residual=torch.ones(2, 2))
+        return
     if "factor" in how and dtype != E4M3:
         with pytest.raises(ValueError, match="`factor` goes with x in e4m3"):
             linear_epilogue(torch.ones(2, 16), torch.ones(16, 16), factor=2.0)
@@ -133,6 +138,8 @@ def test_gpu_is_the_reference(name, dtype, shape):
         pytest.skip("e4m3 alone is rounded to e4m3")
     if dtype == E4M3 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("the GPU has no products in e4m3")
+    if "wide" in how and dtype == E4M3:
+        pytest.skip("e4m3 is added in bf16 alone")
     x, weight, given = operands(shape, dtype, how, "cuda")
     truth, factor = exact(x, weight, given), given.get("factor")
 
