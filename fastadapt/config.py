@@ -86,7 +86,7 @@ class LoRAConfig(Settings):
     def check_together(self) -> None:
         """Refuse letters and patterns that mean nothing."""
         if not self.parts or set(self.parts) - set("qkv"):
-            raise InputError(f"LoRA parts is {self.parts!r}; expected some of the letters q, k, v")
+            raise InputError(f"parts is {self.parts!r}; expected some of the letters q, k, v")
         for rank in self.rank_pattern.values():
             if not 1 <= rank <= 65_536:
                 raise InputError(f"rank_pattern gives rank {rank}; expected at least 1")

@@ -132,6 +132,8 @@ def open_embedder(
     if image_size is not None:
         raise InputError(f"{path} has a size of its own: leave out `image_size`")
     if (folder / MANIFEST).is_file():
+        if weights is not None:
+            raise InputError(f"{path} is a bundle, which holds its weights: leave out `weights`")
         return _of_bundle(folder, device, trust, "features")
     if not (folder / CONFIG).is_file() and not (folder / FOLDS).is_file():
         raise _neither(folder)

@@ -34,6 +34,7 @@ ALONE = (
     "cannot be given with --resume and no DATA, which goes on with the run's own settings: leave "
     "it out, or give DATA and all options again"
 )
+STAGE_2 = frozenset(("epochs2", "lr2", "batch_size2"))
 INIT = "is the run's that --init names: leave it out"
 
 
@@ -191,10 +192,15 @@ def _asked_for(given: Given, run: RunSettings) -> Request:
         lora=given.build(LoRAConfig) if given.values["lora_rank"] else None,
         input_size=None if size is None else (3, size, size),
     )
+    config = given.build(TrainConfig, base.training)
+    if config.stages == 1:
+        _refuse(given, STAGE_2, "is of stage 2, and one is trained: give --stages 2, too")
+    if not given.values["lora_rank"]:
+        _refuse(given, _fields(LoRAConfig) - {"lora_rank"}, "is of LoRA: give --lora-rank, too")
     return Request(
         str(run.dataset),
         source.backbone,
-        given.build(TrainConfig, base.training),
+        config,
         adapt_config if init is None else None,
         images.preprocess(),
         source.pretrained,
@@ -233,5 +239,5 @@ def _fields(*groups: type[Settings]) -> frozenset[str]:
 
 
 def _refuse(given: Given, names: frozenset[str], why: str) -> None:
-    for name in given.names & names:
+    for name in sorted(given.names & names):
         raise InputError(f"{given.flag(name)} {why}")

@@ -127,6 +127,8 @@ def test_features_of_a_backbone(made, tmp_path, monkeypatch, capsys):
             "--resume keeps what is there and --overwrite does not",
         ),
         (("predict", "bundle", "images", "--out", "o.csv", "--labels", "x"), "is no table"),
+        (("embed", "bundle", "images", "--out", "o.csv", "--weights", "w"), "leave out --weights"),
+        (("predict", "bundle", "images", "--out", "bundle/o.csv"), "o.csv is in the bundle"),
         (("predict", "run", "images", "--out", "o.csv", "--device", "tpu"), "device is 'tpu'"),
         (("embed", "bundle", "images", "--out", "o.csv"), "has no output of features, only its"),
         (
