@@ -96,7 +96,9 @@ def _read(folder: Path) -> _Run:
         members = [read_json(folder / run["folder"] / CONFIG) for run in config["runs"]]
     for member in members:
         where = "trained low-rank adapters inside" if member.get("lora_layers") else None
-        if member.get("backbone", {}).get("trained") or member.get("changed"):
+        if member.get("backbone", {}).get("trained"):  # or random ones
+            where = "has weights of its own for"
+        elif member.get("changed"):
             where = "trained blocks of"
         if where is not None:
             raise InputError(

@@ -34,6 +34,7 @@ ALONE = (
     "cannot be given with --resume and no DATA, which goes on with the run's own settings: leave "
     "it out, or give DATA and all options again"
 )
+OF_ADAPTER = frozenset(("depth", "centers", "rank", "mlp_ratio", "mode", "proj_drop"))
 STAGE_2 = frozenset(("epochs2", "lr2", "batch_size2"))
 INIT = "is the run's that --init names: leave it out"
 
@@ -186,6 +187,8 @@ def _asked_for(given: Given, run: RunSettings) -> Request:
         _refuse(given, _fields(AdaptConfig, LoRAConfig) | {"image_size", "pretrained"}, INIT)
         if folds.several:
             raise InputError("--init is for one run: leave it out with --folds and --seeds")
+    if given.values["adapter"] == "none" or base.adapter.adapter == "none":
+        _refuse(given, OF_ADAPTER, "is of an adapter, and there is none: leave it out")
     adapt_config = given.build(
         AdaptConfig,
         base.adapter,

@@ -52,6 +52,7 @@ def test_it_needs_a_backbone(command, tmp_path):
         (("--lora-rank", -1), "--lora-rank is -1; expected at least 1"),
         (("--lora-parts", "qv", "--lora-rank", 0), "--lora-parts is of LoRA: give --lora-rank"),
         (("--lora-parts", "x", "--lora-rank", 2), "--lora-parts is 'x'; expected some of the"),
+        (("--adapter", "none", "--rank", 4), "--rank is of an adapter, and there is none: leave"),
         (("--lr2", 0.1), "--lr2 is of stage 2, and one is trained: give --stages 2, too"),
         (("--epochs2", 3, "--recipe", "paper", "--full"), "--epochs2 is of stage 2"),
         (("--views", 3), "--views is 3, but augment is 'none'"),

@@ -327,6 +327,10 @@ REFUSED = {
         lambda run: change_config(run, changed=["blocks.1.mlp.fc1.weight"]),
         "other trained blocks of its backbone",
     ),
+    "random weights": (
+        lambda run: change_config(run, backbone={"trained": True}),
+        "other has weights of its own for its backbone",
+    ),
     "GDPL": (lambda run: change_config(run, format=GDPL_FORMAT), "other is a GDPL run"),
     "backbone": (
         lambda run: change_config(run, backbone={"name": "test_vit2"}),
