@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.export.predict.decode_ahead import open_decoder
-from fastadapt.export.predict.decoders import DecodeOn, decoder_on
+from fastadapt.export.predict.decoders import decoder_on
 from fastadapt.export.predict.job import Job, Pool
 from fastadapt.export.predict.models import ImageModel
 from fastadapt.export.predict.part_maker import Todo

@@ -17,8 +17,11 @@ from fastadapt import environment_variables
 from fastadapt.adapted_model import AdaptedModel, adapt
 from fastadapt.config import AdaptConfig
 from fastadapt.data.dataset import Sample
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.data.decode_pool import DecodePool, Reading, default_workers
-from fastadapt.data.images import AHEAD, ImageSource, check_decoded
+from fastadapt.data.decode_ring import DecodeRing
+from fastadapt.data.gpu_decode import GpuDecoder
+from fastadapt.data.images import ImageSource, check_decoded
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.train.feature_cache import GPU_BATCH_SIZE, Extraction
 
@@ -27,13 +30,15 @@ from ..protocol import Benchmark, Row, Tables
 
 TITLE = "Streaming, from JPEGs to features"
 COUNT = "FASTADAPT_STREAMED_IMAGES"  # environment variable: how many
+DECODERS: dict[DecodeOn, str] = {"cpu": "processes", "gpu": "GPU"}
 DISTINCT = 1000  # images that are drawn; the others are copies of their files
 NOTES = (
     "Images a second of the frozen backbone's features where nothing is kept: worker processes "
-    "decode and resize (500 × 375 JPEGs, in the page cache), batches are copied to the GPU, and "
-    "the captured backbone runs in bf16. Decoder and GPU alone are the same loop without the other "
-    "half. The first pass, which loads libraries and captures, is not counted. The number of "
-    f"images is {COUNT}, 50,000 if that is not set, of which {DISTINCT} are distinct."
+    "decode and resize (500 × 375 JPEGs, in the page cache), or read files that the GPU decodes "
+    "and resizes (`--decode gpu`); batches are on the GPU, and the captured backbone runs in bf16. "
+    "Decoder and GPU alone are the same loop without the other half. The first pass, which loads "
+    "libraries and captures, is not counted. The number of images is "
+    f"{COUNT}, 50,000 if that is not set, of which {DISTINCT} are distinct."
 )
 
 
@@ -51,16 +56,19 @@ def run(quick: bool = False) -> Iterator[Tables]:
     preprocess = Preprocess.from_pretrained_cfg(model.pretrained_cfg)
     with tempfile.TemporaryDirectory() as folder:
         samples = write_images(Path(folder), count)
-        rates = measure(model, preprocess, samples, device, batch_size)
-    slower = min(rates["decoder alone"], rates["GPU alone"])
-    row: Row = {"backbone": f"{name}, {size} pixels", "images": count, "cores": os.cpu_count()}
-    row |= {title: f"{rate:,.0f}" for title, rate in rates.items()}
-    row["of the slower"] = f"{rates['streamed'] / slower:.2f}"
-    yield Tables(
-        {"Frozen features, images a second": [row]},
-        notes=[NOTES],
-        progress=f"{rates['streamed']:,.0f} images a second",
-    )
+        rows = list[Row]()
+        for place, rates in measure(model, preprocess, samples, device, batch_size):
+            slower = min(rates["decoder alone"], rates["GPU alone"])
+            row: Row = {"backbone": f"{name}, {size} pixels", "images": count}
+            row |= {"cores": os.cpu_count(), "decoded by": DECODERS[place]}
+            row |= {title: f"{rate:,.0f}" for title, rate in rates.items()}
+            row["of the slower"] = f"{rates['streamed'] / slower:.2f}"
+            rows.append(row)
+            yield Tables(
+                {"Frozen features, images a second": list(rows)},
+                notes=[NOTES],
+                progress=f"{DECODERS[place]}: {rates['streamed']:,.0f} images a second",
+            )
 
 
 def write_images(folder: Path, count: int) -> list[Sample]:
@@ -87,8 +95,8 @@ def measure(
     samples: list[Sample],
     device: torch.device,
     batch_size: int,
-) -> dict[str, float]:
-    """Return images a second of the decoder, of the GPU, and of both."""
+) -> Iterator[tuple[DecodeOn, dict[str, float]]]:
+    """Yield images a second of the decoder, of the GPU, and of both, for each kind of decoder."""
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -101,13 +109,9 @@ def measure(
     batch = batch.contiguous(memory_format=torch.channels_last)
 
     def decode(images: int) -> None:
-        def requests() -> Iterator[list[tuple[int, str]]]:
-            for start in range(0, images, batch_size):
-                first = start // batch_size % AHEAD * batch_size
-                yield [(first + i, paths[start + i]) for i in range(batch_size)]
-
-        for problems in pool.stream(requests(), reading, region, AHEAD):
-            check_decoded(problems)
+        starts = range(0, images, batch_size)
+        for batch in ring.batches(paths[start : start + batch_size] for start in starts):
+            check_decoded(batch.answers if finish is None else finish(batch)[1])
 
     def compute(images: int) -> None:
         for _ in range(images // batch_size):
@@ -125,14 +129,17 @@ def measure(
         _wait(device)
         return whole / (time.perf_counter() - started)
 
+    alone = rate(compute)
     with DecodePool(default_workers()) as pool:
-        source = ImageSource(samples, preprocess, device, pool=pool, resident=False)
-        region = pool.memory(AHEAD * batch_size, reading.geometry)
-        return {
-            "decoder alone": rate(decode),
-            "GPU alone": rate(compute),
-            "streamed": rate(stream),
-        }
+        places: tuple[DecodeOn, ...] = ("cpu", "gpu") if device.type == "cuda" else ("cpu",)
+        for place in places:
+            finish = GpuDecoder(reading, device) if place == "gpu" else None
+            ring = DecodeRing(pool, reading if finish is None else finish.reading, batch_size)
+            source = ImageSource(
+                samples, preprocess, device, pool=pool, resident=False, decode_on=place
+            )
+            rates = {"decoder alone": rate(decode), "GPU alone": alone, "streamed": rate(stream)}
+            yield place, rates
 
 
 def _wait(device: torch.device) -> None:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.decision import UNDECIDED, Decision
 
 from .decode_ahead import compute
-from .decoders import DecodeOn, decoder_on
+from .decoders import decoder_on
 from .models import ImageModel
 from .request import Request
 from .settings import PredictSettings

@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastadapt.data.decode import load_and_tell
-from fastadapt.data.decode_pool import DecodePool, Reading, Region
+from fastadapt.data.decode import load_and_tell, read_or_say
+from fastadapt.data.decode_pool import DecodePool, Reading
+from fastadapt.data.decode_ring import AHEAD, DecodeRing
 from fastadapt.data.pixels import ValueRange
-from fastadapt.errors import InputError, first_line
 from fastadapt.progress import prefetch
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from fastadapt.data.gpu_decode import GpuDecoder
 
-AHEAD = 4  # batches that are in work, waiting or being computed
-READ_AHEAD = 2  # batches before them whose files are read, where a GPU decodes
 HELD_BYTES = 128 * 2**20  # of decoded images of their own sizes that wait for a batch
 
 # Images of one size: their places in the batch, and uint8 [images, H, W, 3].
@@ -66,16 +65,24 @@ def open_decoder(
 
 def images_ahead(batch: int, workers: int) -> int:
     """Return how many images a decoder may ask for before it gives the first batch."""
-    return max((AHEAD + 1 + READ_AHEAD) * batch, 2 * workers + 1 + batch)
+    return max((AHEAD + 1) * batch, 2 * workers + 1 + batch)
 
 
 class PoolDecoder:
-    """Decode in processes, into a ring of shared memory."""
+    """Decode in processes, into a ring of shared memory.
 
-    def __init__(self, reading: Reading, batch: int, workers: int):
-        self.reading, self.batch = reading, batch
+    Args:
+        reading: how images become pixels of one size.
+        batch: most images of a batch.
+        workers: processes.
+        gpu: decodes JPEG files, if given.
+    """
+
+    def __init__(self, reading: Reading, batch: int, workers: int, gpu: GpuDecoder | None = None):
+        self.reading = reading if gpu is None else gpu.reading
+        self.batch, self._gpu = batch, gpu
         self.pool = DecodePool(workers)
-        self._region: Region | None = None
+        self._ring: DecodeRing | None = None
 
     def __enter__(self) -> Decoder:
         return self._decode
@@ -84,38 +91,20 @@ class PoolDecoder:
         self.pool.close()
 
     def _decode(self, batches: Iterable[Sequence[str]]) -> Iterator[DecodedBatch]:
-        geometry, size = self.reading.geometry, self.batch
-        if self._region is None:
-            self._region = self.pool.memory(AHEAD * size, geometry)
-        region = self._region
-        shape = (AHEAD * size, geometry.height, geometry.width, 3)
-        ring = np.frombuffer(region.bytes, np.uint8).reshape(shape)
-
-        def requests() -> Iterator[list[tuple[int, str]]]:
-            for number, paths in enumerate(batches):
-                first = number % AHEAD * size
-                yield [(first + i, path) for i, path in enumerate(paths)]
-
-        decoded = self.pool.stream(requests(), self.reading, region, AHEAD)
-        for number, answers in enumerate(decoded):
-            first = number % AHEAD * size
+        if self._ring is None:
+            self._ring = DecodeRing(self.pool, self.reading, self.batch)
+        for decoded in self._ring.batches(batches):
+            if self._gpu is None:
+                pixels, answers = self._ring.pixels(decoded), decoded.answers
+            else:
+                finished, answers = self._gpu(decoded)
+                pixels = finished.cpu().numpy()
             problems = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
             dropped = {i: answer for i, answer in enumerate(answers) if isinstance(answer, tuple)}
             rows = [i for i in range(len(answers)) if i not in problems]
-            pixels = ring[first : first + len(answers)]
             if problems:
                 pixels = pixels[rows]
             yield DecodedBatch([(rows, pixels)] if rows else [], problems, dropped)
-
-
-def read_or_say(read: Callable[[str], T], path: str) -> T | str:
-    """Read an image, or return why it cannot be read."""
-    try:
-        return read(path)
-    except InputError as error:
-        return str(error)
-    except Exception as error:  # an image that Pillow decodes and cannot convert, say
-        return f"{path} cannot be read as an image: {first_line(error)}"
 
 
 def _own_sizes(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal, TypeAlias
 
+from fastadapt.data.decode_on import DecodeOn, check_decode
 from fastadapt.data.decode_pool import Reading
 from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError
 from fastadapt.train.run import parse_device
 
-from .decode_ahead import Decoder, open_decoder
-
-DecodeOn: TypeAlias = Literal["cpu", "gpu"]
+from .decode_ahead import Decoder, PoolDecoder, open_decoder
 
 # As open_decoder.
 OpenDecoder = Callable[
@@ -34,9 +32,8 @@ def decoder_on(place: DecodeOn, device: str) -> OpenDecoder:
     if place == "cpu":
         return open_decoder
     target = parse_device(device)
-    if target.type != "cuda":
-        raise InputError("`decode` is 'gpu', and this computes on a CPU: leave it out")
-    from .gpu_decode import GpuDecoder
+    check_decode(place, target)
+    from fastadapt.data.gpu_decode import GpuDecoder  # torchvision: not for those who use no GPU
 
     def open_on_gpu(
         reading: Reading | None, value_range: ValueRange | None, batch: int, workers: int
@@ -45,6 +42,6 @@ def decoder_on(place: DecodeOn, device: str) -> OpenDecoder:
             raise InputError(
                 "this model resizes images itself, whose sizes differ: leave out `decode`"
             )
-        return GpuDecoder(reading, batch, workers, target)
+        return PoolDecoder(reading, batch, workers, GpuDecoder(reading, target))
 
     return open_on_gpu

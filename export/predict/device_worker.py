@@ -14,9 +14,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.errors import InputError
 
-from .decoders import DecodeOn, decoder_on
+from .decoders import decoder_on
 from .part_maker import PartMaker
 from .request import Request, described
 from .sources import Item

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.errors import InputError, counted, first_line
 
 from .batch_predictor import BatchPredictor
-from .decoders import DecodeOn
 from .models import ImageModel
 from .part_maker import PartMaker, Todo, part_size
 from .parts import Part

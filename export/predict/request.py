@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.errors import InputError
 
 from .columns import Columns, FeatureColumns, PredictionColumns
-from .decoders import DecodeOn
 from .models import ImageModel, identify, open_classifier, open_embedder
 from .settings import EmbedSettings, PredictSettings
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastadapt.data.decode_on import DECODE_HELP, DecodeOn
 from fastadapt.device_list import DEVICES_HELP, METAVAR, check_devices, check_one_way
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
@@ -143,13 +144,8 @@ class WorkSettings(Settings):
         ),
     ] = None
     decode: Annotated[
-        Literal["cpu", "gpu"],
-        Setting(
-            "Decode JPEG files in processes, or on the GPU that computes, which is faster where "
-            "processes cannot keep up; other files are decoded in processes either way.",
-            panel=WORK,
-            expected="cpu or gpu",
-        ),
+        DecodeOn,
+        Setting(DECODE_HELP, panel=WORK, expected="cpu or gpu"),
     ] = "cpu"
     executor: Annotated[
         Literal["local", "ray"],

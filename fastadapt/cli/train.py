@@ -140,6 +140,7 @@ def train(given: Given) -> None:
             default_workers() if run.workers is None else run.workers,
             request.config.intensity_range,
             place,
+            keep=request.config.decode == "cpu",
         ) as scan,
     ):
         begin_context(run.device)

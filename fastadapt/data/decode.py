@@ -9,9 +9,10 @@ so that :mod:`fastadapt.data.two_bytes` reads it twice.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,7 +21,9 @@ from fastadapt.data import tiff
 from fastadapt.data.formats import FORMATS
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.data.two_bytes import read_two_bytes
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, first_line
+
+T = TypeVar("T")
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTH, _PNG_COLOUR = 24, 25  # places in the file of IHDR's bit depth and colour type
@@ -87,6 +90,16 @@ def load_and_tell(
     """Read an image file as :func:`load_image`; return what of it is dropped, too."""
     decoded = decode(path)
     return to_eight_bit_rgb(decoded.image, value_range, str(path)), decoded.dropped
+
+
+def read_or_say(read: Callable[[str], T], path: str) -> T | str:
+    """Read an image, or return why it cannot be read."""
+    try:
+        return read(path)
+    except InputError as error:
+        return str(error)
+    except Exception as error:  # an image that Pillow decodes and cannot convert, say
+        return f"{path} cannot be read as an image: {first_line(error)}"
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:

@@ -20,6 +20,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,15 +42,47 @@ _START = (
 )
 
 
-# Of an image that is stored: None, what of the file is dropped, or why it cannot be read.
-Answer = str | tuple[str, ...] | None
+JPEG_BYTES = 256 * 2**10  # of a JPEG file that processes hand over; larger ones are read again
+
+
+@dataclass(frozen=True)
+class JpegFile:
+    """A JPEG file that is left to a GPU.
+
+    Attributes:
+        size: bytes of the file.
+        pixels: of the image.
+        sent: whether the bytes are where the image's pixels would be.
+    """
+
+    size: int
+    pixels: int
+    sent: bool
+
+
+# Of an image that is stored: None, what of the file is dropped, or why it cannot be read; or what
+# else is there than its pixels.
+Answer = str | tuple[str, ...] | JpegFile | None
 
 
 class Reading(NamedTuple):
-    """How an image becomes the pixels that are kept: its values' range, then its size."""
+    """How an image becomes the pixels that are kept: its values' range, then its size.
+
+    Attributes:
+        geometry: height, width, and how they are reached.
+        value_range: the values that become 0 and 255; ``None`` for the range of the file's type.
+        jpegs: whether JPEG files are left to a GPU (:mod:`fastadapt.data.gpu_decode`).
+    """
 
     geometry: Geometry
     value_range: ValueRange | None = None
+    jpegs: bool = False
+
+    @property
+    def slot(self) -> int:
+        """The bytes of memory that an image needs."""
+        pixels = self.geometry.height * self.geometry.width * 3
+        return max(pixels, JPEG_BYTES) if self.jpegs else pixels
 
 
 class Region(NamedTuple):
@@ -155,13 +188,12 @@ class DecodePool:
 
         return Job(self, self._parts(paths, CHUNK * self.workers), request, depth=8)
 
-    def memory(self, count: int, geometry: Geometry) -> Region:
-        """Return new shared memory for ``count`` images, [count, height, width, 3] uint8.
+    def memory(self, count: int, size: int) -> Region:
+        """Return new shared memory for ``count`` images of ``size`` bytes (:attr:`Reading.slot`).
 
         Raises:
             OSError: there is not as much memory.
         """
-        size = geometry.height * geometry.width * 3
         start, length = self._allocated, max(count * size, 1)
         os.posix_fallocate(self._memory_fd, start, length)
         self._allocated += -(-length // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY

@@ -6,7 +6,6 @@ It ends when its connection does, whatever became of the process at the other en
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import signal
@@ -18,10 +17,11 @@ import numpy as np
 from PIL import Image
 
 from fastadapt.data.decode import load_and_tell
-from fastadapt.data.decode_pool import Answer, Reading
+from fastadapt.data.decode_pool import Answer, JpegFile, Reading
 from fastadapt.data.facts import ImageFacts, look_at
 from fastadapt.data.intensity import IntensitySetting
 from fastadapt.data.pixels import DeepImage, to_eight_bit_rgb
+from fastadapt.data.plain_jpeg import read_plain_jpeg
 from fastadapt.errors import InputError
 
 
@@ -31,9 +31,9 @@ def main(connection_fd: int, memory_fd: int) -> None:
     A request is ``("look", keep, images)``, answered with a list of facts
     (:func:`fastadapt.data.facts.look_at`), or ``("store", reading, [(place, path), …], file)``,
     answered with a list that has ``None`` for each image that went well, a tuple that says what of
-    it is dropped, or the reason why it cannot be read. ``keep`` is how many bytes of decoded images
-    this process may hold until they are stored; ``file`` is where they go, if that is not the
-    memory that this process was started with.
+    it is dropped, the reason why it cannot be read, or the JPEG file that is there instead.
+    ``keep`` is how many bytes of decoded images this process may hold until they are stored;
+    ``file`` is where they go, if that is not the memory that this process was started with.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what Ctrl-C means
     connection = Connection(connection_fd)
@@ -82,26 +82,31 @@ class _Worker:
 
     def _store(self, path: str, place: int, reading: Reading, file: str | None) -> Answer:
         try:
-            return self._store_one(path, place, reading, file) or None
+            return self._store_one(path, place, reading, file)
         except Exception as error:  # an image that Pillow decodes, and that cannot be resized, say
             return str(error) if isinstance(error, InputError) else _line(path, error)
 
-    def _store_one(
-        self, path: str, place: int, reading: Reading, file: str | None
-    ) -> tuple[str, ...]:
+    def _store_one(self, path: str, place: int, reading: Reading, file: str | None) -> Answer:
         geometry = reading.geometry
         dropped: tuple[str, ...] = ()  # of an image that was looked at, it is known
         image = self.held.pop(path, None)
+        if image is not None:
+            self.held_bytes -= _bytes_of(image)
+        memory = self._memory(place + reading.slot) if file is None else self._opened(file)
+        jpeg = read_plain_jpeg(path, reading.value_range) if reading.jpegs else None
+        if jpeg is not None:
+            size = len(jpeg.data)
+            if size <= reading.slot:
+                memory[place : place + size] = jpeg.data
+            return JpegFile(size, jpeg.pixels, size <= reading.slot)
         if image is None:
             rgb, dropped = load_and_tell(path, reading.value_range)
         else:
-            self.held_bytes -= _bytes_of(image)
             rgb = to_eight_bit_rgb(image, reading.value_range, path)
         shape = (geometry.height, geometry.width, 3)
-        memory = self._memory(place + math.prod(shape)) if file is None else self._opened(file)
         target = np.ndarray(shape, np.uint8, memory, place)
         target[:] = np.asarray(geometry.apply(rgb))
-        return dropped
+        return dropped or None
 
     def _memory(self, needed: int) -> mmap.mmap:
         """Map the shared memory, again if it has grown since."""

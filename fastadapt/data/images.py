@@ -8,8 +8,10 @@ training, a few batches ahead. Both give the same batches.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from fastadapt.data.augment import Augmentation, draw, find_augmentation
 from fastadapt.data.dataset import Sample
 from fastadapt.data.decode import load_image
+from fastadapt.data.decode_on import DecodeOn, check_decode
 from fastadapt.data.decode_pool import (
     INLINE,
     Answer,
@@ -28,15 +31,19 @@ from fastadapt.data.decode_pool import (
     open_region,
     shared_file,
 )
+from fastadapt.data.decode_ring import DecodeRing
 from fastadapt.data.memory import available_memory
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError, counted, first_few
 from fastadapt.processes import ALONE, Processes
 
+if TYPE_CHECKING:
+    from fastadapt.data.gpu_decode import GpuDecoder
+
 HOST_SHARE = 0.5  # of the free memory that decoded images may take
 DEVICE_SHARE = 0.3
-AHEAD = 4  # batches that are in work or waiting where images are streamed
+STORED_AT_ONCE = 64  # images that a GPU decodes to be kept
 
 
 class ImageSource:
@@ -53,6 +60,11 @@ class ImageSource:
         timed: makes a context that decoding ahead runs in.
         resident: whether images are kept decoded; if ``None``, where they fit.
         processes: that train together: those of a machine decode a share each and keep one copy.
+        decode_on: what decodes JPEG files, processes or the GPU that ``device`` is; all others are
+            decoded by processes.
+
+    Raises:
+        InputError: ``device`` is no GPU, or has no filter to resize as ``preprocess`` says.
     """
 
     num_views: int | None = None
@@ -70,9 +82,12 @@ class ImageSource:
         timed: Callable[[], AbstractContextManager] = nullcontext,
         resident: bool | None = None,
         processes: Processes = ALONE,
+        decode_on: DecodeOn = "cpu",
     ):
+        check_decode(decode_on, device)
         self.samples = samples
         self.preprocess = preprocess
+        self.decode_on: DecodeOn = decode_on
         self.device = device
         self.workers = default_workers() if workers is None else workers
         self._augmentation = find_augmentation(augment)
@@ -84,7 +99,8 @@ class ImageSource:
         self._plain = preprocess.geometry
         self._decode_pool, self._timed, self._resident = pool, timed, resident
         self._stored: dict[Geometry, Tensor] = {}  # [n, height, width, 3] uint8
-        self._rings: dict[tuple[Geometry, int], tuple[Region, Tensor]] = {}
+        self._rings: dict[tuple[Geometry, int], DecodeRing] = {}
+        self._finishers: dict[Geometry, GpuDecoder] = {}
         self._draws: tuple[int, Tensor] | None = None  # of the last view
 
     def subset(
@@ -194,9 +210,19 @@ class ImageSource:
     def _reading(self, geometry: Geometry) -> Reading:
         return Reading(geometry, self.preprocess.intensity_range)
 
+    def _finisher(self, geometry: Geometry) -> GpuDecoder | None:
+        """Return what decodes JPEG files on the GPU, if they are decoded there."""
+        if self.decode_on == "cpu":
+            return None
+        if geometry not in self._finishers:
+            from fastadapt.data.gpu_decode import GpuDecoder  # torchvision: not for all others
+
+            self._finishers[geometry] = GpuDecoder(self._reading(geometry), self.device)
+        return self._finishers[geometry]
+
     def _decode_all(self, geometry: Geometry) -> Tensor:
         paths, shape = self._paths, (len(self._whole), geometry.height, geometry.width, 3)
-        if self._decode_pool is None and len(paths) <= INLINE:
+        if self._decode_pool is None and len(paths) <= INLINE and self.decode_on == "cpu":
             images = torch.empty(shape, dtype=torch.uint8)
             for place, path in enumerate(paths):
                 image = load_image(path, self._reading(geometry).value_range)
@@ -208,8 +234,8 @@ class ImageSource:
             if self.processes.place.local_size > 1:
                 region = self._decode_share(pool, geometry)
             else:
-                region = pool.memory(len(paths), geometry)
-                check_decoded(pool.store(paths, self._reading(geometry), region).wait())
+                region = pool.memory(len(paths), self._reading(geometry).slot)
+                check_decoded(self._store(pool, geometry, range(len(paths)), region))
             return torch.frombuffer(region.bytes, dtype=torch.uint8).view(shape)
         finally:
             if pool is not self._decode_pool:
@@ -223,36 +249,51 @@ class ImageSource:
             # Ranks of a machine follow each other, and the first of them has the memory.
             first = processes.gather(file)[place.rank - place.local_rank]
             if first is None:
-                region = pool.memory(len(paths), geometry)
+                region = pool.memory(len(paths), self._reading(geometry).slot)
                 mine = list(range(len(paths)))
             else:
                 region = open_region(first, len(paths), geometry)
                 mine = [i for i, path in enumerate(paths) if place.owns_here(path)]
             processes.gather(None)  # all of the memory is there before anyone maps it
-            job = pool.store([paths[i] for i in mine], self._reading(geometry), region, mine)
-            answers = processes.gather([answer for answer in job.wait() if answer is not None])
+            found = self._store(pool, geometry, mine, region)
+            answers = processes.gather([answer for answer in found if answer is not None])
         # Machines read the same files: one process's problem is everyone's.
         check_decoded([answer for found in answers for answer in found])
         return region
 
+    def _store(
+        self, pool: DecodePool, geometry: Geometry, rows: Sequence[int], region: Region
+    ) -> list[Answer]:
+        """Decode images into their places of a region; return the answers."""
+        paths, finish = self._paths, self._finisher(geometry)
+        if finish is None:
+            chosen = [paths[row] for row in rows]
+            return pool.store(chosen, self._reading(geometry), region, rows).wait()
+        stored = torch.frombuffer(region.bytes, dtype=torch.uint8)
+        stored = stored.view(-1, geometry.height, geometry.width, 3)
+        batches = [list(rows[i : i + STORED_AT_ONCE]) for i in range(0, len(rows), STORED_AT_ONCE)]
+        ring, answers = DecodeRing(pool, finish.reading, STORED_AT_ONCE), list[Answer]()
+        decoded = ring.batches([paths[row] for row in batch] for batch in batches)
+        for batch, found in zip(batches, decoded, strict=True):
+            pixels, said = finish(found)
+            stored[batch] = pixels.cpu()
+            answers += said
+        return answers
+
     def _streamed(self, order: np.ndarray, geometry: Geometry, batch_size: int) -> Iterator[Tensor]:
         """Decode batches ahead, in a ring of shared memory."""
-        if self._decode_pool is None:
-            self._decode_pool = DecodePool(self.workers)  # for all further passes, too
-        paths, pool = self._paths, self._decode_pool
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        region, ring = self._ring_of(pool, geometry, batch_size)
-
-        def requests() -> Iterator[list[tuple[int, str]]]:
-            for number, rows in enumerate(batches):
-                first = number % AHEAD * batch_size
-                yield [(first + i, paths[row]) for i, row in enumerate(rows)]
-
-        decoded = pool.stream(requests(), self._reading(geometry), region, AHEAD)
-        for number, (rows, problems) in enumerate(zip(batches, decoded, strict=True)):
-            check_decoded(problems)
-            first = number % AHEAD * batch_size
-            batch = ring[first : first + len(rows)]
+        paths, finish = self._paths, self._finisher(geometry)
+        ring = self._ring_of(geometry, batch_size)
+        starts = range(0, len(order), batch_size)
+        batches = ([paths[row] for row in order[i : i + batch_size]] for i in starts)
+        for decoded in ring.batches(batches):
+            if finish is not None:
+                batch, answers = finish(decoded)
+                check_decoded(answers)
+                yield batch.permute(0, 3, 1, 2)
+                continue
+            check_decoded(decoded.answers)
+            batch = torch.from_numpy(ring.pixels(decoded))
             if self.device.type == "cuda":
                 batch = batch.to(self.device, non_blocking=True)
                 torch.cuda.current_stream(self.device).synchronize()
@@ -260,19 +301,18 @@ class ImageSource:
                 batch = batch.clone()
             yield batch.permute(0, 3, 1, 2)
 
-    def _ring_of(
-        self, pool: DecodePool, geometry: Geometry, batch_size: int
-    ) -> tuple[Region, Tensor]:
+    def _ring_of(self, geometry: Geometry, batch_size: int) -> DecodeRing:
         """Return memory for the batches that are ahead, the same in each pass; page-locked."""
         key = (geometry, batch_size)
         if key not in self._rings:
-            region = pool.memory(AHEAD * batch_size, geometry)
-            ring = torch.frombuffer(region.bytes, dtype=torch.uint8)
+            if self._decode_pool is None:
+                self._decode_pool = DecodePool(self.workers)  # for all further passes, too
+            finish = self._finisher(geometry)
+            reading = self._reading(geometry) if finish is None else finish.reading
+            ring = DecodeRing(self._decode_pool, reading, batch_size)
             if self.device.type == "cuda":
-                # Copies wait for the host where this fails, and are right all the same.
-                torch.cuda.cudart().cudaHostRegister(ring.data_ptr(), ring.numel(), 0)
-            shape = (AHEAD * batch_size, geometry.height, geometry.width, 3)
-            self._rings[key] = (region, ring.view(shape))
+                lock_pages(ring, self.device)
+            self._rings[key] = ring
         return self._rings[key]
 
 
@@ -292,6 +332,21 @@ def check_decoded(answers: Sequence[Answer]) -> None:
             "Were they "
             "moved, deleted or overwritten while this command ran?"
         )
+
+
+def lock_pages(ring: DecodeRing, device: torch.device) -> None:
+    """Page-lock a ring's memory for as long as it lives, so that copies need no host.
+
+    Where that fails, copies wait for the host, and are right all the same.
+    """
+    runtime, memory = torch.cuda.cudart(), torch.from_numpy(ring.slots)
+    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0:
+        # Memory that is mapped later may have the same address.
+        unlock = weakref.finalize(ring, runtime.cudaHostUnregister, memory.data_ptr())
+        unlock.atexit = False
+        return
+    with suppress(RuntimeError):  # the error that the runtime keeps is the next call's
+        torch.zeros(1, device=device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastadapt.data.augment import Augmentation, check_augment
 from fastadapt.data.dataset import read_dataset
+from fastadapt.data.decode_on import DecodeOn
 from fastadapt.data.images import ImageSource
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
@@ -37,6 +38,7 @@ class ImageLoader:
         device: where batches go.
         seed: of order and views, and of the validation split where ``data`` gives none.
         workers: processes that decode; one for each core if ``None``.
+        decode: ``"gpu"`` to decode JPEG files on the GPU that ``device`` is.
 
     Attributes:
         classes: names of the classes, in the order of the labels.
@@ -57,6 +59,7 @@ class ImageLoader:
         device: str | torch.device = "cpu",
         seed: int = 0,
         workers: int | None = None,
+        decode: DecodeOn = "cpu",
     ):
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")
@@ -73,7 +76,9 @@ class ImageLoader:
         self._seed = seed
         self._training = split == "train"
         target = torch.device(device)
-        self._source = ImageSource(samples, preprocess, target, workers, augment, seed)
+        self._source = ImageSource(
+            samples, preprocess, target, workers, augment, seed, decode_on=decode
+        )
 
     def __len__(self) -> int:
         count = len(self._source.labels)

@@ -153,9 +153,14 @@ def to_eight_bit_rgb(
     if (low, high) == (0, 255):
         return _on_black(image)
     transparent = _is_transparent(image)
-    table = _scale(np.arange(256), low, high).tolist()
+    table = eight_bit_table(low, high).tolist()
     picture = image.convert("RGBA" if transparent else "RGB")
     return _on_black(picture.point(table * 3 + list(range(256)) * transparent))
+
+
+def eight_bit_table(low: float, high: float) -> np.ndarray:
+    """Return what equation (1) makes of the values of 8 bits, uint8 [256]."""
+    return _scale(np.arange(256), low, high)
 
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -63,6 +63,7 @@ class Scan:
         workers: processes that decode; a small data set is decoded by this one.
         intensity_range: see :mod:`fastadapt.data.intensity`.
         place: of this process among those that train together, each of which looks at its share.
+        keep: whether decoded images wait to be resized; a GPU decodes its own.
 
     Attributes:
         dataset: as given.
@@ -78,6 +79,7 @@ class Scan:
         workers: int,
         intensity_range: str = "dtype",
         place: Place = ALONE.place,
+        keep: bool = True,
     ):
         self.dataset = dataset
         self.pool: DecodePool | None = None
@@ -94,8 +96,8 @@ class Scan:
             self.pool = DecodePool(max(min(self._workers, share // 8), 1))
             own = [samples[i] for i in self._mine]
             looks = [(str(s.path), self._setting, s.split == "train") for s in own]
-            keep = int(KEPT_SHARE * available_memory()) // place.local_size
-            self._job = self.pool.look(looks, keep)
+            kept = int(KEPT_SHARE * available_memory()) // place.local_size if keep else 0
+            self._job = self.pool.look(looks, kept)
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from fastadapt.settings import Setting, Settings
 from fastadapt.train.augment_config import AUGMENTATION, AugmentSettings
 from fastadapt.train.run_settings import IMAGES
 from fastadapt.train.run_settings import RUN as RUN
+from fastadapt.train.run_settings import Decode as Decode
 from fastadapt.train.run_settings import RunSettings as RunSettings
 from fastadapt.train.run_settings import SavingSettings as SavingSettings
 
@@ -326,6 +327,7 @@ class TrainConfig(AugmentSettings):
         int, Setting("Seed of everything that is random.", panel=TRAINING, ge=0, limit=2**63 - 1)
     ] = 0
     intensity_range: IntensityRange = "dtype"
+    decode: Decode = "cpu"
 
     def check_together(self) -> None:
         """Refuse settings that exclude each other, and intensity ranges that are none."""

@@ -23,6 +23,7 @@ from torch import nn
 from fastadapt.adapted_model import adapt
 from fastadapt.config import AdaptConfig
 from fastadapt.data.dataset import Dataset
+from fastadapt.data.decode_on import check_decode
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.images import ImageSource
 from fastadapt.data.scan import Scan, Scanned
@@ -122,6 +123,7 @@ def train_folds(
     before = check_out(out, folds, resume, overwrite) if only is None else None
     target = parse_device(devices[0] if devices else device)
     precision(config.amp, target)
+    check_decode(config.decode, target)
     workers = default_workers() if workers is None else workers
     begun = scan or Scan(dataset_of(data, config, folds), workers, config.intensity_range)
     models = _Models(
@@ -379,6 +381,7 @@ class _Work:
             config.seed,
             pool=where.pool,
             timed=partial(where.phases, "decode"),
+            decode_on=config.decode,
         )
         features = None
         if prepared.cached:

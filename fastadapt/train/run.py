@@ -18,6 +18,7 @@ from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.config import AdaptConfig
 from fastadapt.data.augment import check_augment
 from fastadapt.data.dataset import Dataset
+from fastadapt.data.decode_on import check_decode, check_filter
 from fastadapt.data.decode_pool import DecodePool, default_workers
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.data.scan import Scan, Scanned
@@ -130,6 +131,7 @@ def train(
     target = parse_device(device if place.size == 1 else device_of_process(device, place))
     check_batch_sizes(config, place)
     precision(config.amp, target)  # refused now rather than after the features were computed
+    check_decode(config.decode, target)
     libraries = begin_libraries(target)
     workers = default_workers() if workers is None else workers
     phases = Phases(process_age() if profile else 0.0)
@@ -324,8 +326,11 @@ class Prepared:
         # The trained weights do not depend on these.
         for name in ("cuda_graph", "probe", "calibrate", "threshold", "abstain"):
             del settings[name]
+        # Runs of older versions do not know these.
         if not config.refit:
-            del settings["refit"]  # which runs of older versions do not know
+            del settings["refit"]
+        if config.decode == "cpu":
+            del settings["decode"]
         return settings if self.init is None else {**settings, "init": self.init}
 
 
@@ -375,6 +380,8 @@ def prepare(
     if images.intensity_range is not None:
         raise InputError("set the intensity range in TrainConfig(intensity_range=...)")
     check_augment(config.augmentation(), images)
+    if config.decode == "gpu":
+        check_filter(images.geometry)
     check_decision(config.threshold, len(scan.dataset.classes))
     cached = config.cache and not config.full and not lora_layers(model.backbone)
     if config.layer_decay < 1:

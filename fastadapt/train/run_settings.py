@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastadapt.config import MODEL
+from fastadapt.data.decode_on import DECODE_HELP, DecodeOn
 from fastadapt.errors import InputError
 from fastadapt.settings import Setting, Settings
 
@@ -15,6 +16,15 @@ DATA_HELP = (
     "A folder of class folders, one with train/, val/ (and test/) of such folders, or a CSV with "
     "path, label and optionally split (train, val, test)."
 )
+
+Decode = Annotated[
+    DecodeOn,
+    Setting(
+        f"{DECODE_HELP} It holds for images that are kept decoded, too.",
+        panel=IMAGES,
+        expected="cpu or gpu",
+    ),
+]
 
 
 @dataclass(frozen=True)

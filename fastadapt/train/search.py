@@ -24,6 +24,7 @@ from rich.progress import Progress
 from fastadapt.checkpoint import backbone_fingerprint
 from fastadapt.config import AdaptConfig
 from fastadapt.data.dataset import read_dataset
+from fastadapt.data.decode_on import check_decode
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.data.folds import assign_folds
 from fastadapt.data.scan import Scan
@@ -138,6 +139,7 @@ def search(
     names_of_devices = expand_devices(how.devices) if how.devices else (device,)
     devices = [parse_device(name) for name in names_of_devices]
     target, device = devices[0], names_of_devices[0]
+    check_decode(config.decode, target)
     started = time.perf_counter()
     names = [item.name for item in backbones]
     small = all(place.type == "cpu" for place in devices)

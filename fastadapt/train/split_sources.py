@@ -145,6 +145,7 @@ class SplitSources:
             pool=self.pool,
             timed=self.timed,
             processes=self.processes,
+            decode_on=config.decode,
         )
 
     def _rows(self, split: str) -> np.ndarray:

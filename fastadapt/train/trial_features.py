@@ -124,6 +124,7 @@ def trial_features(
             config.augmentation() if augmented else "none",
             config.seed,
             pool=pool,
+            decode_on=config.decode,
         )
         settings = CacheSettings(
             views=config.views if augmented else 1,

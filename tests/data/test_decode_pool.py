@@ -53,7 +53,7 @@ def test_images_are_looked_at_and_stored(paths, keep):
         assert "bad.png cannot be read as an image" in facts[70].problem
         assert "does not exist" in facts[71].problem
         assert sum(seen) == 72
-        first, second = pool.memory(70, GEOMETRY), pool.memory(1, GEOMETRY)
+        first, second = pool.memory(70, READING.slot), pool.memory(1, READING.slot)
         assert pool.store(paths, READING, first).wait() == [None] * 70
         assert pool.store(paths[5:6], READING, second).wait() == [None]
         (answer,) = pool.store([bad], READING, second).wait()
@@ -72,14 +72,14 @@ def test_values_are_scaled_as_the_range_says(tmp_path):
         for keep in (0, 1 << 20):
             with DecodePool(1) as pool:
                 pool.look(looks([str(path)]), keep).wait()
-                region = pool.memory(1, GEOMETRY)
+                region = pool.memory(1, READING.slot)
                 assert pool.store([str(path)], Reading(GEOMETRY, setting), region).wait() == [None]
                 assert (as_images(region, 1) == value).all()
 
 
 def test_a_stream_gives_every_batch_in_order_from_a_small_ring(paths):
     with DecodePool(3) as pool:
-        region = pool.memory(3 * 7, GEOMETRY)
+        region = pool.memory(3 * 7, READING.slot)
         images = as_images(region, 21)
         batches = [list(range(i, min(i + 7, 70))) for i in range(0, 70, 7)]
         requests = (

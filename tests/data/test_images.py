@@ -3,6 +3,7 @@
 import builtins
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -11,7 +12,7 @@ import torch
 
 from fastadapt.config import AdaptConfig
 from fastadapt.data.dataset import read_dataset
-from fastadapt.data.images import ImageSource
+from fastadapt.data.images import ImageSource, lock_pages
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.errors import InputError
 from fastadapt.train import loop
@@ -54,6 +55,33 @@ def test_an_image_that_went_away_is_named(samples, resident):
     samples[2].path.unlink()
     with pytest.raises(InputError, match=samples[2].path.name):
         list(source.batches(np.arange(len(samples)), None, 4))
+
+
+class Ring:
+    def __init__(self):
+        self.slots = np.zeros((2, 3), np.uint8)
+
+
+def test_locked_pages_are_unlocked_with_their_ring(monkeypatch):
+    locked, calls, answer = set(), [], [0]
+
+    def register(address, size, flags):
+        if not answer[0]:
+            locked.add(address)
+        return answer[0]
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.remove)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    ring = Ring()
+    lock_pages(ring, CPU)
+    assert locked == {ring.slots.ctypes.data}
+    del ring
+    assert not locked
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: calls.append(1) or 1 / 0)
+    answer[0] = 712  # already registered
+    with pytest.raises(ZeroDivisionError):
+        lock_pages(Ring(), CPU)
+    assert calls and not locked
 
 
 def test_nothing_decodes_and_no_image_is_opened_while_steps_run(tmp_path, monkeypatch):

@@ -18,13 +18,15 @@ def picture(kind: str, rng: np.random.Generator, size: int = 40) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def make_folders(root: Path, per_class: int = 12, classes=CLASSES, seed: int = 0) -> Path:
-    """A folder of class folders with PNGs."""
+def make_folders(
+    root: Path, per_class: int = 12, classes=CLASSES, seed: int = 0, suffix: str = ".png"
+) -> Path:
+    """A folder of class folders with PNGs, or images of another kind."""
     rng = np.random.default_rng(seed)
     for kind in classes:
         (root / kind).mkdir(parents=True)
         for index in range(per_class):
-            picture(kind, rng).save(root / kind / f"{index:02d}.png")
+            picture(kind, rng).save(root / kind / f"{index:02d}{suffix}")
     return root
 
 
