@@ -21,7 +21,7 @@ from fastadapt.data.decode_on import DecodeOn
 from fastadapt.data.decode_pool import DecodePool, Reading, default_workers
 from fastadapt.data.decode_ring import DecodeRing
 from fastadapt.data.gpu_decode import GpuDecoder
-from fastadapt.data.images import ImageSource, check_decoded
+from fastadapt.data.images import DECODED_AT_ONCE, ImageSource, check_decoded
 from fastadapt.data.preprocess import Preprocess
 from fastadapt.train.feature_cache import GPU_BATCH_SIZE, Extraction
 
@@ -109,8 +109,8 @@ def measure(
     batch = batch.contiguous(memory_format=torch.channels_last)
 
     def decode(images: int) -> None:
-        starts = range(0, images, batch_size)
-        for batch in ring.batches(paths[start : start + batch_size] for start in starts):
+        starts = range(0, images, at_once)
+        for batch in ring.batches(paths[i : min(i + at_once, images)] for i in starts):
             check_decoded(batch.answers if finish is None else finish(batch)[1])
 
     def compute(images: int) -> None:
@@ -134,7 +134,8 @@ def measure(
         places: tuple[DecodeOn, ...] = ("cpu", "gpu") if device.type == "cuda" else ("cpu",)
         for place in places:
             finish = GpuDecoder(reading, device) if place == "gpu" else None
-            ring = DecodeRing(pool, reading if finish is None else finish.reading, batch_size)
+            at_once = batch_size if finish is None else DECODED_AT_ONCE
+            ring = DecodeRing(pool, reading if finish is None else finish.reading, at_once)
             source = ImageSource(
                 samples, preprocess, device, pool=pool, resident=False, decode_on=place
             )

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 HOST_SHARE = 0.5  # of the free memory that decoded images may take
 DEVICE_SHARE = 0.3
-STORED_AT_ONCE = 64  # images that a GPU decodes to be kept
+DECODED_AT_ONCE = 128  # images, whole batches of them, where a GPU decodes
 
 
 class ImageSource:
@@ -271,8 +271,9 @@ class ImageSource:
             return pool.store(chosen, self._reading(geometry), region, rows).wait()
         stored = torch.frombuffer(region.bytes, dtype=torch.uint8)
         stored = stored.view(-1, geometry.height, geometry.width, 3)
-        batches = [list(rows[i : i + STORED_AT_ONCE]) for i in range(0, len(rows), STORED_AT_ONCE)]
-        ring, answers = DecodeRing(pool, finish.reading, STORED_AT_ONCE), list[Answer]()
+        size = DECODED_AT_ONCE
+        batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+        ring, answers = DecodeRing(pool, finish.reading, size), list[Answer]()
         decoded = ring.batches([paths[row] for row in batch] for batch in batches)
         for batch, found in zip(batches, decoded, strict=True):
             pixels, said = finish(found)
@@ -283,14 +284,18 @@ class ImageSource:
     def _streamed(self, order: np.ndarray, geometry: Geometry, batch_size: int) -> Iterator[Tensor]:
         """Decode batches ahead, in a ring of shared memory."""
         paths, finish = self._paths, self._finisher(geometry)
-        ring = self._ring_of(geometry, batch_size)
-        starts = range(0, len(order), batch_size)
-        batches = ([paths[row] for row in order[i : i + batch_size]] for i in starts)
+        size = batch_size
+        if finish is not None:
+            size *= max(DECODED_AT_ONCE // batch_size, 1)
+        ring = self._ring_of(geometry, size)
+        starts = range(0, len(order), size)
+        batches = ([paths[row] for row in order[i : i + size]] for i in starts)
         for decoded in ring.batches(batches):
             if finish is not None:
-                batch, answers = finish(decoded)
+                pixels, answers = finish(decoded)
                 check_decoded(answers)
-                yield batch.permute(0, 3, 1, 2)
+                for batch in pixels.split(batch_size):
+                    yield batch.permute(0, 3, 1, 2)
                 continue
             check_decoded(decoded.answers)
             batch = torch.from_numpy(ring.pixels(decoded))
