@@ -31,7 +31,7 @@ def convolve(
     tile = tile or tile_for((batch, height, width, channels), device)
     dtypes = (x.dtype, weight.dtype, bias.dtype, out.dtype)
     launch = prepare(tuple(x.shape), bias.dim() == 3, eps, tile, dtypes, device, factor)
-    launch(x, weight, bias, out)
+    launch(x, weight, bias, None, None, out)
     return out
 
 
@@ -64,5 +64,5 @@ def prepare(
             factor or 1.0,
         ),
         warps=tile.warps,
-        dtypes=dtypes,
+        dtypes=(*dtypes[:3], None, None, dtypes[3]),
     )

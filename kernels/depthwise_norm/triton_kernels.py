@@ -18,6 +18,8 @@ def depthwise_norm_kernel(
     x_ptr,  # [B, H, W, C]
     w_ptr,  # [49, C]
     bias_ptr,  # [C]; BIAS_MAP: [H, W, C]
+    g_ptr,  # [C] or None: the norm's weight
+    h_ptr,  # [C] or None: the norm's bias
     out_ptr,  # [B, H, W, C]
     height,
     width,
@@ -104,14 +106,20 @@ def depthwise_norm_kernel(
             four = (acc0 * acc0, acc1 * acc1, acc2 * acc2, acc3 * acc3)
             q0, q1, q2, q3 = tl.reduce(four, 1, _add4)
         p_out = out_ptr + o_pixel[:, None] * C + o_c[None, :]
-        _store(p_out, acc0, q0, o_col < width, m_c, C, EPS, FACTOR)
-        _store(p_out + C, acc1, q1, o_col + 1 < width, m_c, C, EPS, FACTOR)
-        _store(p_out + 2 * C, acc2, q2, o_col + 2 < width, m_c, C, EPS, FACTOR)
-        _store(p_out + 3 * C, acc3, q3, o_col + 3 < width, m_c, C, EPS, FACTOR)
+        _store(p_out, acc0, q0, o_col < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR)
+        _store(p_out + C, acc1, q1, o_col + 1 < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR)
+        _store(p_out + 2 * C, acc2, q2, o_col + 2 < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR)
+        _store(p_out + 3 * C, acc3, q3, o_col + 3 < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR)
         if STRIP > 4:
-            _store(p_out + 4 * C, acc4, q4, o_col + 4 < width, m_c, C, EPS, FACTOR)
-            _store(p_out + 5 * C, acc5, q5, o_col + 5 < width, m_c, C, EPS, FACTOR)
-            _store(p_out + 6 * C, acc6, q6, o_col + 6 < width, m_c, C, EPS, FACTOR)
+            _store(
+                p_out + 4 * C, acc4, q4, o_col + 4 < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR
+            )
+            _store(
+                p_out + 5 * C, acc5, q5, o_col + 5 < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR
+            )
+            _store(
+                p_out + 6 * C, acc6, q6, o_col + 6 < width, g_ptr, h_ptr, o_c, m_c, C, EPS, FACTOR
+            )
 
 
 @triton.jit
@@ -162,13 +170,20 @@ def _store(
     acc,
     squares,
     m_pixel,
+    g_ptr,
+    h_ptr,
+    o_c,
     m_c,
     C: tl.constexpr,
     EPS: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    """Scale to a variance of one, multiply and store."""
+    """Scale to a variance of one, apply the norm's weight and bias, multiply and store."""
     y = acc * (tl.rsqrt(squares * (1 / C) + EPS) * FACTOR)[:, None]
+    if g_ptr is not None:
+        g = tl.load(g_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + o_c, mask=m_c, other=0.0).to(tl.float32) * FACTOR
+        y = y * g[None, :] + h[None, :]
     tl.store(p_out, y.to(p_out.dtype.element_ty), mask=m_pixel[:, None] & m_c[None, :])
 
 

@@ -325,12 +325,12 @@ def qkv_attention(b, n, heads, size, dtype):
         qkv_attention(torch.empty(b, n, 3 * heads * size, dtype=dtype), heads, backend="triton")
 
 
-def depthwise_norm(b, height, width, c, dtype):
+def depthwise_norm(b, height, width, c, dtype, *, result=None):
     """A call of a depthwise convolution with normalisation."""
     from fastadapt.kernels.depthwise_norm.op import depthwise_norm
 
     x, weight = torch.empty(b, height, width, c, dtype=dtype), torch.empty(49, c, dtype=dtype)
-    depthwise_norm(x, weight, torch.empty(c), backend="triton")
+    depthwise_norm(x, weight, torch.empty(c), dtype=result, backend="triton")
 
 
 def patch_embedding(b, side, c, patch, outputs, dtype, *, prefix=0, norm=False):
@@ -353,13 +353,13 @@ def shifted_norm(m, c, dtype):
     shifted_norm(torch.empty(m, c, dtype=dtype), torch.empty(c), 1e-6, backend="triton")
 
 
-def narrow_mlp(m, c, hidden, dtype):
+def narrow_mlp(m, c, hidden, dtype, *, sums=None):
     """A call of an MLP of few channels."""
     from fastadapt.kernels.narrow_mlp.op import narrow_mlp
 
     x, fc1 = torch.empty(m, c, dtype=dtype), torch.empty(hidden, c, dtype=dtype)
-    fc2 = torch.empty(c, hidden, dtype=dtype)
-    narrow_mlp(x, fc1, torch.empty(hidden), fc2, torch.empty(c), x, backend="triton")
+    fc2, residual = torch.empty(c, hidden, dtype=dtype), torch.empty(m, c, dtype=sums or dtype)
+    narrow_mlp(x, fc1, torch.empty(hidden), fc2, torch.empty(c), residual, backend="triton")
 
 
 def _only(*numbers: int, of: int = 7) -> list[bool]:
@@ -420,6 +420,8 @@ _SMALL: list[Call] = [
 ]
 
 _MORE: list[Call] = [
+    (narrow_mlp, (25088, 128, 512, BF16), {"sums": FP32}),
+    (depthwise_norm, (64, 56, 56, 128, FP32), {"result": BF16}),
     (cluster_attention, (40, 197, 768, 64, 20, FP16), {}),  # one group
     (cluster_attention, (127, 197, 768, 128, 20, BF16), {}),  # three groups
     (cluster_attention, (127, 197, 1024, 256, 100, BF16, FP32), {}),
