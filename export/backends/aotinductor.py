@@ -3,8 +3,10 @@
 Inductor writes fused kernels for the folded model's ordinary operators (Triton's on a GPU, stored
 as cubins in the file; C++ on a CPU), so that loading needs neither this package nor Triton. On a
 GPU fastadapt's own kernels for the mixing of cluster attention's transforms are compiled into the
-file as well (:mod:`fastadapt.kernels.cluster_attention.aot`); where that fails, the file holds
-ordinary operators alone, and its details say why.
+file as well (:mod:`fastadapt.kernels.cluster_attention.aot`), and in half precision GELU goes into
+the product before it and ConvNeXt's norm into the convolution before it
+(:mod:`.graph_fusion`). Where that fails, the file holds ordinary operators alone, and its details
+say why.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from fastadapt.kernels.common.dispatch import why_not_device
 from ..folded_layers import FoldedClusterAttention
 from ..graph_input import BATCH
 from ..settings import DEFAULT_BATCHES, Batches
+from .graph_fusion import Fusions, fuse, on_gpu_in_half
 from .tracing import dynamic_shapes, quiet
 
 
@@ -66,9 +70,9 @@ def build_aoti(
         precision: of the model, to be recorded.
 
     Returns:
-        The content of the ``.json``: versions, target, batch, inputs, and ``"triton_kernels"``,
-        the names of fastadapt's own kernels in the file, or ``"no_triton_kernels"``, why there
-        are none.
+        The content of the ``.json``: versions, target, batch, inputs, ``"gelu_in_products"``, how
+        many GELUs are, and ``"triton_kernels"``, the names of fastadapt's own kernels in the file,
+        or ``"no_triton_kernels"``, why there are none.
 
     Raises:
         InputError: no compiler; the model cannot be traced or compiled, with the reason.
@@ -79,17 +83,14 @@ def build_aoti(
     # The compiler tunes for the batch that it sees; one of 1 it would take for a constant.
     rows = batch.min if fixed else max(2, batch.opt)
     example = tuple(x[:1].expand(rows, *x.shape[1:]).contiguous() for x in example)
-    sizes = None
+    dynamic = None
     if not fixed:
         dynamic = {0: torch.export.Dim(BATCH, min=batch.min, max=max(batch.max, 3))}
-        sizes = dynamic_shapes(model, dynamic, len(example))
     with quiet(), atomic_path(path) as temporary:
         # The compiler insists on the suffix, and a temporary name has another.
         package = temporary.with_name(f"{temporary.name}.pt2")
         try:
-            own, why_not = _compile_with_kernels(model, example, sizes, package)
-            if not own:
-                _compile(model, example, sizes, package)
+            own = _compile_fastest(model, example, dynamic, package)
             _check_linked(package)
             package.replace(temporary)
         finally:
@@ -101,17 +102,45 @@ def build_aoti(
         "batch": batch.to_dict(),
         "targets": [target(example[0].device)],
         "inputs": [_describe(x, fixed) for x in example],
-        "triton_kernels": list(own),
-        "no_triton_kernels": why_not,
+        "triton_kernels": list(own.kernels),
+        "no_triton_kernels": own.why_not,
+        "gelu_in_products": own.gelu,
     }
     write_json(path.with_name(f"{path.name}.json"), details)
     return details
 
 
-def _compile(model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path) -> None:
-    gpu = example[0].is_cuda
+@dataclass(frozen=True)
+class _Own:
+    """What a file has beyond Inductor's code.
+
+    Attributes:
+        kernels: names of fastadapt's kernels.
+        why_not: the reason where there are none.
+        gelu: GELUs that are computed in products.
+    """
+
+    kernels: tuple[str, ...] = ()
+    why_not: str | None = None
+    gelu: int = 0
+
+
+def _compile(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    dynamic: dict[int, Any] | None,
+    package: Path,
+    *,
+    takes: Callable[[Tensor], bool] | None = None,
+) -> Fusions:
+    """Compile a model; with ``takes``, fused as :func:`~.graph_fusion.fuse` says."""
+    gpu, fusions = example[0].is_cuda, Fusions()
     try:
-        program = torch.export.export(model.eval(), example, dynamic_shapes=sizes)
+        program = _export(model.eval(), example, dynamic)
+        if takes is not None:
+            module, fusions = fuse(program, takes)
+            if module is not None:
+                program = _export(module, example, dynamic)
         with no_probes(vectors=False) if gpu else contextlib.nullcontext():
             torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     except OSError:
@@ -119,28 +148,43 @@ def _compile(model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package:
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"AOTInductor cannot compile the model: {reason}") from error
+    return fusions
 
 
-def _compile_with_kernels(
-    model: nn.Module, example: tuple[Tensor, ...], sizes: Any, package: Path
-) -> tuple[tuple[str, ...], str | None]:
-    """Compile with fastadapt's own kernels; return their names, or none and the reason."""
+def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: dict[int, Any] | None) -> Any:
+    sizes = None if dynamic is None else dynamic_shapes(model, dynamic, len(example))
+    return torch.export.export(model, example, dynamic_shapes=sizes)
+
+
+def _compile_fastest(
+    model: nn.Module, example: tuple[Tensor, ...], dynamic: dict[int, Any] | None, package: Path
+) -> _Own:
+    """Compile with fastadapt's own kernels and fusions, or, where that fails, without."""
     layers = [m for m in model.modules() if isinstance(m, FoldedClusterAttention)]
     why_not = _why_not_kernels(layers, example[0].device)
     if why_not is not None:
-        return (), why_not
+        layers = []
+    takes = None if why_not_device(example[0]) is not None else on_gpu_in_half
+    if not layers and takes is None:
+        _compile(model, example, dynamic, package)
+        return _Own(why_not=why_not)
     try:
         from fastadapt.kernels.cluster_attention.aot import KERNELS
+        from fastadapt.kernels.depthwise_norm.aot import KERNELS as CONVOLUTION
 
         for layer in layers:
             layer.kernels = True
-        _compile(model, example, sizes, package)
+        fusions = _compile(model, example, dynamic, package, takes=takes)
     except (InputError, ImportError) as error:  # an ImportError: of another Triton
-        return (), str(error)
+        why_not = str(error)
+    else:
+        kernels = (KERNELS if layers else ()) + (CONVOLUTION if fusions.depthwise else ())
+        return _Own(kernels, None if kernels else why_not, fusions.gelu)
     finally:
         for layer in layers:
             layer.kernels = False
-    return KERNELS, None
+    _compile(model, example, dynamic, package)
+    return _Own(why_not=why_not)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,39 @@ def test_interpreted_strips_of_four():
         assert relative_error(launches.convolve(*args, 1e-6, tile, dtype=dtype), truth) < limit
 
 
+def assert_as_exact_ahead(operator, case, dtype, device):
+    """Compare the operator that compilers look into with PyTorch's convolution and norm."""
+    x, weight, bias = make((*case[:4], False), dtype, device)
+    vectors = [torch.randn(case[3]).to(device, dtype) for _ in range(2)]
+
+    def plain(x, weight, bias, g, h):
+        normal = depthwise_norm_reference(x, weight, bias)
+        return normal * g + h
+
+    args = (x, weight, bias.to(dtype), *vectors)
+    truth = plain(*(t.double() for t in args))
+    theirs = relative_error(plain(*args), truth)
+    assert relative_error(operator(*args, 1e-6), truth) <= 2 * theirs + 1e-6
+
+
+@interpreted
+def test_interpreted_operator_of_compilers(monkeypatch, poisoned_empty):
+    from fastadapt.kernels.depthwise_norm import aot
+
+    monkeypatch.setattr(aot, "wrap_triton", lambda kernel: kernel)
+    operator = aot.depthwise_layer_norm._init_fn
+    assert_as_exact_ahead(operator, (1, 2, 7, 24), torch.float16, "cpu")
+
+
+@gpu
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_operator_of_compilers(case, dtype):
+    from fastadapt.kernels.depthwise_norm.aot import depthwise_layer_norm
+
+    assert_as_exact_ahead(depthwise_layer_norm, case, dtype, "cuda")
+
+
 @gpu
 @pytest.mark.parametrize("case", LARGE)
 def test_gpu_results_in_e4m3(case):

@@ -145,7 +145,7 @@ def test_ordinary_operators_where_the_kernels_do_not_compile(made, tmp_path, mon
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
     details = build_aoti(model, (images[:1],), tmp_path / "m.pt2", Batches(1, 4, 8))
     assert compiled == [[True], [False]] and not layers[0].kernels
-    assert details["triton_kernels"] == []
+    assert (details["triton_kernels"], details["gelu_in_products"]) == ([], 0)
     assert details["no_triton_kernels"].endswith("RuntimeError: 0 active drivers")
 
 
@@ -159,6 +159,7 @@ def test_on_a_gpu(tmp_path):
     details = build_or_skip(build_aoti, model, (images[:1],), path, batches, precision="bf16")
     assert details["targets"] == [target("cuda")]
     assert (details["triton_kernels"], details["no_triton_kernels"]) == (list(KERNELS), None)
+    assert details["gelu_in_products"] == 1
     stored = b"".join(map(zipfile.ZipFile(path).read, zipfile.ZipFile(path).namelist()))
     assert all(name.encode() in stored for name in KERNELS)
     with torch.no_grad():
