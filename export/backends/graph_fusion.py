@@ -103,26 +103,18 @@ def _fuse_depthwise(module: GraphModule, node: Node, takes: Callable[[Tensor], b
     if node.target is not aten.layer_norm.default or len(node.args) < 4:
         return False
     permute = _producer(node, aten.permute.default)
-    if permute is None or list(permute.args[1]) != [0, 2, 3, 1]:
+    if permute is None or permute.args[1] != [0, 2, 3, 1]:
         return False
     conv = _producer(permute, aten.conv2d.default)
-    if conv is None:
+    if conv is None or not _is_covered(conv, takes):
         return False
-    values = [_value(argument) for argument in (*conv.args[:3], *node.args[2:4])]
-    if len(values) < 5 or any(value is None for value in values) or not takes(values[0]):
-        return False
-    x, filters = values[:2]
-    channels = x.shape[1]
-    form = [*conv.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(conv.args) - 3 :]]
-    if form != [[1, 1], [SIZE // 2] * 2, [1, 1], channels] or channels > MAX_CHANNELS:
-        return False
-    if tuple(filters.shape) != (channels, 1, SIZE, SIZE) or list(node.args[1]) != [channels]:
-        return False
-    if any(type(size) is not int for size in x.shape[1:]):
+    image, weight, bias = conv.args[:3]
+    vectors = [_value(argument) for argument in (bias, *node.args[2:4])]
+    x = _value(image)
+    if x is None or any(v is None for v in vectors) or node.args[1] != [x.shape[1]]:
         return False
     from fastadapt.kernels.depthwise_norm.aot import depthwise_layer_norm  # noqa: F401
 
-    image, weight, bias = conv.args[:3]
     taps = _constant(module, weight, lambda w: w.detach().flatten(1).t().contiguous())
     if taps is None:
         return False
@@ -136,6 +128,22 @@ def _fuse_depthwise(module: GraphModule, node: Node, takes: Callable[[Tensor], b
         )
     _replace(node, y)
     return True
+
+
+def _is_covered(conv: Node, takes: Callable[[Tensor], bool]) -> bool:
+    """Tell whether a convolution is a depthwise one that the kernel computes."""
+    x, filters = (_value(argument) for argument in conv.args[:2])
+    if x is None or filters is None or not takes(x):
+        return False
+    channels = x.shape[1]
+    defaults: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
+    form = [*conv.args[3:], *defaults[len(conv.args) - 3 :]]
+    return (
+        all(type(size) is int for size in x.shape[1:])
+        and channels <= MAX_CHANNELS
+        and form == [[1, 1], [SIZE // 2] * 2, [1, 1], channels]
+        and tuple(filters.shape) == (channels, 1, SIZE, SIZE)
+    )
 
 
 def _producer(node: Node, target: Any) -> Node | None:
@@ -184,11 +192,10 @@ def _replace(node: Node, new: Node) -> None:
     """Let a new node stand for another, and for the statements about what it was made of."""
     new.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(new)
-    while isinstance(node, Node) and node.op == "call_function":
-        for user in list(node.users):
-            if user.target is not aten._assert_tensor_metadata.default:
-                return
-            user.graph.erase_node(user)
-        given = node.args[0]
-        node.graph.erase_node(node)
-        node = given
+    old: Any = node
+    while isinstance(old, Node) and old.op == "call_function" and not _users(old):
+        for statement in list(old.users):
+            old.graph.erase_node(statement)
+        given = old.args[0]
+        old.graph.erase_node(old)
+        old = given
