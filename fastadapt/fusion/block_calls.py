@@ -24,6 +24,7 @@ measured, sums are computed in the norms' kernels and GELU is exact: (4) and (5)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from fastadapt.kernels.layer_norm.op import add_layer_norm, layer_norm
 from fastadapt.kernels.linear_epilogue.op import epilogues_are_fast, linear_epilogue
 from fastadapt.kernels.narrow_mlp.checks import WIDEST
 from fastadapt.kernels.narrow_mlp.op import narrow_mlp
+from fastadapt.kernels.patch_embedding.op import patch_embedding
 from fastadapt.kernels.qkv_attention.op import qkv_attention
 from fastadapt.kernels.residual_mlp.op import linear_gelu
 from fastadapt.kernels.shifted_norm.op import shifted_norm
@@ -217,6 +219,48 @@ class ConvNeXtBlock:
         return shifted_norm(y.contiguous(), None, self.eps)
 
 
+class PatchConvolution:
+    """Run a network's first convolution, of patches that do not overlap, as one product.
+
+    cuDNN takes channels by eights, and pads an image's three: for 256 images of ViT-B/16 that and
+    the convolution take 2.0 ms on an H100, rounding the images and this product 0.3.
+
+    Args:
+        conv: for which :func:`is_first_of_patches` is true.
+        dtype: of the product, bf16 or fp16.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+        self.conv, self.dtype = conv, dtype
+        self.patch = int(conv.stride[0])
+        rows = layer_weights.filters_as_rows(conv)
+        self.weight, self.bias = layer_weights.rounded(rows.weight, dtype), rows.vectors
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map images [B, D, H, W] to [B, C, H / P, W / P]."""
+        sides = [size // self.patch for size in x.shape[-2:]]
+        whole = x.dim() == 4 and tuple(x.shape[-2:]) == tuple(n * self.patch for n in sides)
+        if not whole or not sums_in_products(x, self.dtype):
+            return nn.Conv2d.forward(self.conv, x)
+        last = x.permute(0, 2, 3, 1).to(self.dtype, memory_format=torch.contiguous_format)
+        y = patch_embedding(last, self.weight, self.bias, self.patch)
+        return y.unflatten(1, sides).permute(0, 3, 1, 2)
+
+
+def is_first_of_patches(conv: nn.Module) -> bool:
+    """Tell whether a module is a convolution of images' patches that do not overlap."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride
+        and len(set(conv.stride)) == 1
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.in_channels % 8 != 0
+        and conv.bias is not None
+    )
+
+
 class NormAndConvolution:
     """Run ConvNeXt's stem (a convolution, a norm) or downsampling (a norm, a convolution).
 
@@ -226,15 +270,16 @@ class NormAndConvolution:
     """
 
     def __init__(self, layers: nn.Sequential, dtype: torch.dtype):
-        self.first, self.last = layers
+        first, self.last = layers
         # A convolution rounds its input: the norm before it may write what is rounded already.
-        self.dtype = None if isinstance(self.first, nn.Conv2d) else dtype
+        self.dtype = None if isinstance(first, nn.Conv2d) else dtype
+        self.first = PatchConvolution(first, dtype) if is_first_of_patches(first) else first
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C', H', W']."""
         return self._run(self.last, self._run(self.first, x))
 
-    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not isinstance(layer, nn.LayerNorm):
             return layer(x)
         y = layer_norm(x.permute(0, 2, 3, 1), *_norm(layer), dtype=self.dtype)

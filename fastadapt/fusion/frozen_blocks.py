@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.cuda_graph import before_replays
-from fastadapt.fusion.block_calls import ConvNeXtBlock, NormAndConvolution, TransformerBlocks
+from fastadapt.fusion.block_calls import (
+    ConvNeXtBlock,
+    NormAndConvolution,
+    PatchConvolution,
+    TransformerBlocks,
+    is_first_of_patches,
+)
 from fastadapt.kernels.common.dispatch import compute_dtype, why_not_device
 from fastadapt.layers.unmodified import has_global_hooks, is_unmodified
 
@@ -94,7 +100,7 @@ def _parts() -> dict[type, dict[str, set[type]]]:
 
 def find_blocks(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
     """List the modules of the known kinds with the class that runs them fused."""
-    from timm.layers import LayerNorm2d
+    from timm.layers import LayerNorm2d, PatchEmbed
     from timm.models import convnext
     from timm.models import vision_transformer as vit
 
@@ -104,6 +110,8 @@ def find_blocks(backbone: nn.Module) -> list[tuple[nn.Module, type]]:
             continue  # the backbone itself: a reference from the registry would keep it alive
         if type(module) is convnext.ConvNeXtBlock:
             found.append((module, ConvNeXtBlock))
+        elif type(module) is PatchEmbed and is_first_of_patches(module.proj):
+            found.append((module.proj, PatchConvolution))
         elif type(module) is nn.Sequential:
             kinds = [type(part) for part in module]
             if set(kinds) == {vit.Block}:
@@ -160,6 +168,8 @@ def _tensors(value: object) -> list[Tensor]:
         return [value]
     if isinstance(value, nn.Module):
         return list(value.parameters())
+    if isinstance(value, PatchConvolution):
+        value = vars(value)
     if isinstance(value, dict):
         value = list(value.values())
     return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []

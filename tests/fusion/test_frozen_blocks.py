@@ -120,7 +120,7 @@ def test_a_model_in_half_precision_keeps_no_copy(covered):
         with frozen.fused_blocks(model, images):
             ours = model.forward_features(images)
     assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
-    (made,) = frozen.caches[model].made.values()
+    made = frozen.caches[model].made[model.blocks]
     block = made.call.blocks[0]
     assert block.qkv.weight.data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
     assert block.fc1.weight.data_ptr() == model.blocks[0].mlp.fc1.weight.data_ptr()
@@ -152,7 +152,7 @@ def test_changed_blocks_run_as_ever(covered, change, reason):
     autocast = torch.autocast("cpu", torch.bfloat16)
     with torch.no_grad(), autocast, frozen.fused_blocks(model, torch.empty(0)):
         assert "forward" not in model.blocks.__dict__
-    assert not frozen.caches[model].made
+    assert model.blocks not in frozen.caches[model].made
 
 
 def test_hooks_on_all_modules_and_training_are_seen():
@@ -170,10 +170,13 @@ def test_candidates():
     kinds = [kind for _, kind in frozen.find_blocks(make_convnext())]
     ends, block = block_calls.NormAndConvolution, block_calls.ConvNeXtBlock
     assert kinds == [ends, block, ends, block, ends, block, block, ends, block]
+    kinds = [kind for _, kind in frozen.find_blocks(make_vit())]
+    assert kinds == [block_calls.PatchConvolution, block_calls.TransformerBlocks]
     for name in ("test_efficientnet", "test_resnet", "test_vit3"):
         model = timm.create_model(name)
         for module, kind in frozen.find_blocks(model):
-            assert kind is frozen.TransformerBlocks and module is model.blocks
+            expected = model.patch_embed.proj, model.blocks
+            assert module is expected[kind is frozen.TransformerBlocks]
 
 
 def adapted(backbone):
@@ -245,13 +248,28 @@ class TestInAGraph:
         self.captures, before = True, []
         with cuda_graph.collect_before_replays(before):
             assert features(model, images)[1]
-        (made,) = frozen.caches[model].made.values()
-        fc1 = made.call.blocks[0].fc1.weight
+        fc1 = frozen.caches[model].made[model.blocks].call.blocks[0].fc1.weight
         frozen.release_fused_blocks(model)  # the graph's own remain
         model.blocks[0].mlp.fc1.weight.fill_(2)
         (refresh,) = before
         refresh()
         assert torch.equal(fc1, torch.full_like(fc1, 2))
+
+    def test_the_first_convolution_follows_its_module(self, monkeypatch):
+        monkeypatch.setattr(block_calls, "epilogues_are_fast", lambda x: True)
+        for model in (make_vit(), make_convnext()):
+            images = torch.randn(2, 3, 32, 32)
+            before, _ = features(model, images)
+            conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+            conv.weight.mul_(-2)
+            changed, _ = features(model, images)
+            assert not torch.equal(changed, before)
+            frozen.release_fused_blocks(model)
+            assert torch.equal(features(model, images)[0], changed)
+        # Rows and columns that fill no patch are left out, as PyTorch does.
+        odd = torch.randn(2, 3, 35, 33)
+        expected = features(model, odd[..., :32, :32])[0]
+        assert relative_error(features(model, odd)[0], expected.double()) < 0.05
 
     def test_the_graphs_of_others_have_the_blocks_themselves(self):
         model, images = make_vit(), torch.randn(2, 3, 32, 32)
