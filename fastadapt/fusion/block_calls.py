@@ -25,7 +25,7 @@ measured, sums are computed in the norms' kernels and GELU is exact: (4) and (5)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +247,7 @@ class PatchConvolution:
         return y.unflatten(1, sides).permute(0, 3, 1, 2)
 
 
-def is_first_of_patches(conv: nn.Module) -> bool:
+def is_first_of_patches(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Tell whether a module is a convolution of images' patches that do not overlap."""
     return (
         type(conv) is nn.Conv2d
