@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,11 @@ class GraphedStep:
     """Run a training step eagerly a few times, then capture it in a CUDA graph and replay that.
 
     All calls train: the warm-up calls run operator by operator, the capture itself computes
-    nothing, and replays read copies of their inputs. What cannot be captured keeps running
-    operator by operator, with the same result: inputs of other shapes (a smaller last batch),
-    CPU tensors, a step that waits for the GPU (``.item()``), a graph that does not fit into
-    memory. A replay calls no Python, so the step must do the same work every time:
+    nothing, and replays read copies of their inputs. Inputs of another size (a smaller last batch)
+    are captured, too, at their first call after that. What cannot be captured keeps running
+    operator by operator, with the same result: further sizes, CPU tensors, a step that waits for
+    the GPU (``.item()``), a graph that does not fit into memory. A replay calls no Python, so the
+    step must do the same work every time:
 
     - it begins with ``optimizer.zero_grad(set_to_none=True)``, and has all of the forward and
       backward pass and the optimizer in it, with ``torch.autocast`` inside, not around it;
@@ -45,6 +46,7 @@ class GraphedStep:
 
     Args:
         step: a function of tensors without gradients that returns a tensor or a tuple of tensors.
+        most: the number of graphs, one for each size; each holds memory of its own.
         say: called once with the reason if the step stays uncaptured on a GPU.
         what: the subject of that line.
 
@@ -58,61 +60,86 @@ class GraphedStep:
         self,
         step: Callable[..., Outputs],
         *,
+        most: int = 2,
         say: Callable[[str], object] | None = None,
         what: str = "training",
     ):
         self._step = step
+        self._most = most
         self._say = say
         self._what = what
         self._gpu: GraphCapture | None = None
         self._calls: Counter[Shapes] = Counter()
-        self._decided = False  # a capture succeeded, or was ruled out
-        self._replay: Callable[[], Outputs] | None = None
-        self._shapes: Shapes | None = None  # of the captured inputs
-        self._inputs: tuple[Tensor, ...] = ()  # the memory that the graph reads
-        self._before: list[Callable[[], object]] = []  # called before every replay
+        self._graphs: dict[Shapes, _Graph] = {}
+        self._tried: set[Shapes] = set()
 
     @property
     def captured(self) -> bool:
         """Whether the step was captured."""
-        return self._replay is not None
+        return bool(self._graphs)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Run the step, or replay it once it is captured."""
         shapes = _shapes(inputs)
-        if shapes == self._shapes:
-            for static, x in zip(self._inputs, inputs, strict=True):
-                static.copy_(x)
-            for function in self._before:
-                function()
-            assert self._replay is not None
-            return map_outputs(self._replay(), Tensor.clone)
+        if shapes in self._graphs:
+            return self._graphs[shapes](inputs)
         self._gpu = self._gpu or graph_capture(inputs[0].device)
         if self._gpu is None:
             return map_outputs(self._step(*inputs), Tensor.detach)
-        if not self._decided:
-            self._calls[shapes] += 1
-            if self._calls[shapes] == WARMUP:
-                self._decided = True
-                return self._call_and_capture(self._gpu, shapes, inputs)
+        if self._is_due(shapes):
+            return self._call_and_capture(self._gpu, shapes, inputs)
         return self._gpu.run(lambda: self._step(*inputs))
+
+    def _is_due(self, shapes: Shapes) -> bool:
+        """Count a call; tell whether it is the one to capture."""
+        if shapes in self._tried or len(self._graphs) == self._most:
+            return False
+        if self._tried and not self._graphs:
+            return False  # what cannot be captured once cannot be at another size
+        self._calls[shapes] += 1
+        # Once one size was captured, libraries and optimizers are ready: this call warms up.
+        return bool(self._graphs) or self._calls[shapes] == WARMUP
 
     def _call_and_capture(
         self, gpu: GraphCapture, shapes: Shapes, inputs: tuple[Tensor, ...]
     ) -> Outputs:
+        self._tried.add(shapes)
         outputs, why_not = gpu.watch(lambda: self._step(*inputs))
         if why_not is None:
             # In the inputs' memory format (channels last, say).
             static = tuple(torch.empty_like(x).copy_(x) for x in inputs)
+            before: list[Callable[[], object]] = []
             try:
-                with collect_before_replays(self._before):
-                    self._replay = gpu.capture(lambda: self._step(*static))
-                self._shapes, self._inputs = shapes, static
+                with collect_before_replays(before):
+                    replay = gpu.capture(lambda: self._step(*static))
+                self._graphs[shapes] = _Graph(static, before, replay)
             except Exception as error:  # of any kind: the warm-up calls have trained correctly
                 why_not = next(iter(str(error).splitlines()), type(error).__name__)
-        if why_not is not None and self._say is not None:
+        if why_not is not None and not self._graphs and self._say is not None:
             self._say(f"{self._what} runs operator by operator, without a CUDA graph: {why_not}")
         return outputs
+
+
+class _Graph(NamedTuple):
+    """A captured step.
+
+    Attributes:
+        inputs: the memory that the graph reads.
+        before: called before every replay.
+        replay: returns the memory that the graph writes its outputs to.
+    """
+
+    inputs: tuple[Tensor, ...]
+    before: list[Callable[[], object]]
+    replay: Callable[[], Outputs]
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Outputs:
+        """Replay on copies of inputs; return copies of the outputs."""
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+        for function in self.before:
+            function()
+        return map_outputs(self.replay(), Tensor.clone)
 
 
 _collected = threading.local()  # .functions: of the graph that this thread is capturing
@@ -191,7 +218,7 @@ class GraphedCall:
             if shapes not in self._graphs:
                 if len(self._graphs) == self._most or graph_capture(inputs[0].device) is None:
                     return self._function(*inputs)
-                graph = GraphedStep(self._function, say=self._say, what="inference")
+                graph = GraphedStep(self._function, most=1, say=self._say, what="inference")
                 for _ in range(WARMUP):
                     graph(*inputs)
                 self._graphs[shapes] = graph

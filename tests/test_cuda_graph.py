@@ -22,14 +22,33 @@ class TestLogic:
         assert (stand_in.eager, stand_in.captures, stand_in.replays) == (WARMUP, 1, 12 - WARMUP)
         same(graphed, trained(kind, graph=False, dropout=0.3, clip_grad=0.5, label_smoothing=0.1))
 
-    def test_batches_of_other_sizes_are_eager(self, stand_in):
+    def test_a_smaller_last_batch_is_captured_too(self, stand_in):
         sizes = (8, 8, 3)
         same(trained(graph=True, sizes=sizes), trained(graph=False, sizes=sizes))
-        assert (stand_in.captures, stand_in.replays) == (1, 5)  # 8 of 12 have 8 rows
+        # The fourth step captures 8 rows, the sixth 3.
+        assert (stand_in.captures, stand_in.eager, stand_in.replays) == (2, 5, 7)
 
     def test_the_size_that_comes_first_often_enough_is_captured(self, stand_in):
-        trained(graph=True, sizes=(3, 8, 8))
-        assert stand_in.replays == 5
+        trained(graph=True, sizes=(3, 8, 8))  # steps 5 and 7 capture 8 rows and 3
+        assert (stand_in.captures, stand_in.replays) == (2, 6)
+
+    def test_there_are_no_more_graphs_than_asked_for(self, stand_in):
+        step = GraphedStep(lambda x: (2 * x,))
+        for rows in [1] * WARMUP + [2, 3, 1, 2, 3, 3]:
+            assert torch.equal(step(torch.ones(rows))[0], torch.full((rows,), 2.0))
+        assert (stand_in.captures, stand_in.replays) == (2, 2)
+
+    def test_a_size_that_cannot_be_captured_stays_eager(self, monkeypatch):
+        class Small(StandIn):
+            def watch(self, call):
+                outputs, _ = super().watch(call)
+                return outputs, "it does not fit" if len(outputs[0]) == 2 else None
+
+        gpu, said = Small().install(monkeypatch), []
+        step = GraphedStep(lambda x: (2 * x,), say=said.append)
+        for rows in [1] * WARMUP + [2, 1, 2, 1]:
+            step(torch.ones(rows))
+        assert (gpu.captures, gpu.replays, gpu.eager, said) == (1, 2, WARMUP + 2, [])
 
     @pytest.mark.parametrize("how", ["waits", "fails"])
     def test_what_cannot_be_captured_stays_eager_and_says_so_once(self, monkeypatch, how):

@@ -1,10 +1,12 @@
-"""Run depthwise convolutions and batch norms of a backbone with our kernels, in half precision.
+"""Run a backbone's convolutions and batch norms without plans of cuDNN, in half precision.
 
-On a GPU cuDNN plans a depthwise layer anew for each size of a batch, in a tenth of a second forward
-and half a second backward; with our kernels the first step of a training and its last, smaller
-batch cost what any other costs. A batch norm that trains is one operation with the activation that
-timm's modules hold: PyTorch passes over memory for each of them, forward and backward. No module is
-changed: calls of ``conv2d`` and ``batch_norm`` are taken over within a context.
+On a GPU cuDNN plans each convolution anew for each size of a batch: a depthwise layer in a tenth of
+a second forward and half a second backward, one of single pixels in about 10 ms for each direction.
+With our kernels for the first, and products of matrices for the second, the first step of a
+training and its last, smaller batch cost what any other costs; products are as fast as cuDNN. A
+batch norm that trains is one operation with the activation that timm's modules hold: PyTorch passes
+over memory for each of them, forward and backward. No module is changed: calls of ``conv2d`` and
+``batch_norm`` are taken over within a context.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fastadapt.kernels.common.dispatch import compute_dtype
 
 _NOTHING = contextlib.nullcontext()
 _HALF = (torch.bfloat16, torch.float16)
-_has_depthwise: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_has_convolution: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def image_operators(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager:
@@ -36,13 +38,14 @@ def image_operators(model: nn.Module, x: Tensor) -> contextlib.AbstractContextMa
     """
     if not x.is_cuda or torch.compiler.is_compiling() or compute_dtype(x) not in _HALF:
         return _NOTHING
-    if model not in _has_depthwise:
-        _has_depthwise[model] = any(
-            isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+    if model not in _has_convolution:
+        _has_convolution[model] = any(
+            isinstance(module, nn.Conv2d)
+            and (module.groups == module.in_channels > 1 or module.kernel_size == (1, 1))
             for module in model.modules()
         )
     norms = training_norms(model) if torch.is_grad_enabled() else {}
-    if not norms and not _has_depthwise[model]:
+    if not norms and not _has_convolution[model]:
         return _NOTHING
     return ImageOperators(norms, padded_channels(model))
 
@@ -82,7 +85,7 @@ _ACTIVATIONS = (F.relu, F.hardtanh, F.silu)
 
 
 class ImageOperators(TorchFunctionMode):
-    """Take over the calls of ``conv2d`` that are depthwise, and of ``batch_norm`` in training.
+    """Take over calls of ``conv2d``, depthwise or of single pixels, and of ``batch_norm``.
 
     Zeros that are added after the last row and column just before a depthwise convolution are added
     by its kernel: the call of ``pad`` gives memory that is filled only if any other function is
@@ -115,6 +118,10 @@ class ImageOperators(TorchFunctionMode):
                 return self._convolve(ours, pending)
         if pending is not None:
             pending.fill()
+        if func is torch.conv2d and not kwargs:
+            product = _product(*args)
+            if product is not None:
+                return product
         if func is F.pad and not kwargs:
             self._pending = _pad_later(self._padded, *args)
             if self._pending is not None:
@@ -224,6 +231,28 @@ def _depthwise(
     if step is None or border is None or _single(dilation) != 1:
         return None
     return _Convolution(x, weight, bias, step, border)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """Compute a convolution of single pixels as a product; ``None`` if the call is another.
+
+    With channels last, an image's pixels are the rows of a matrix as they lie in memory.
+    """
+    if groups != 1 or x.dim() != 4 or tuple(weight.shape[2:]) != (1, 1):
+        return None
+    if _single(stride) != 1 or _single(padding) != 0:
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _norm(

@@ -64,6 +64,33 @@ def test_calls_are_taken_over_and_activations_applied_once():
         assert torch.allclose(one.float(), other.float(), atol=1e-6), name
 
 
+def test_convolutions_of_single_pixels_are_products(monkeypatch):
+    """With channels last; other layouts, strides and groups stay as they are.
+
+    Channels-last weights make the first convolution's output so, whatever its input.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1),
+        nn.Conv2d(8, 6, 1, bias=False),
+        nn.Conv2d(6, 6, 1, groups=2),
+        nn.Conv2d(6, 6, 1, stride=2),
+        nn.Conv2d(6, 4, 1, padding=1),
+    ).to(memory_format=torch.channels_last)
+    products, real = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: products.append(a[1].shape) or real(*a))
+    expected = {torch.channels_last: [(8, 3), (6, 8)], torch.contiguous_format: [(6, 8)]}
+    for layout, taken in expected.items():
+        x = torch.randn(2, 3, 5, 7).to(memory_format=layout)
+        ours, ours_grads = gradients(model, x, ImageOperators({}))
+        assert products == taken
+        theirs, grads = gradients(model, x)
+        assert ours.stride() == theirs.stride() and torch.allclose(ours, theirs, atol=1e-5)
+        for name, gradient in grads.items():
+            assert torch.allclose(ours_grads[name], gradient, atol=1e-4), name
+        products.clear()
+
+
 class Same(nn.Module):
     """Depthwise convolutions with "same" padding, and other uses of padding."""
 
