@@ -47,7 +47,7 @@ def image_operators(model: nn.Module, x: Tensor) -> contextlib.AbstractContextMa
     norms = training_norms(model) if torch.is_grad_enabled() else {}
     if not norms and not _has_convolution[model]:
         return _NOTHING
-    return ImageOperators(norms, padded_channels(model))
+    return ImageOperators(norms, padded_channels(model), batch_counters(model))
 
 
 def padded_channels(model: nn.Module) -> frozenset[int]:
@@ -79,6 +79,18 @@ def training_norms(model: nn.Module) -> dict[int, str]:
     return found
 
 
+def batch_counters(model: nn.Module) -> frozenset[int]:
+    """Return the ids of the tensors in which batch norms that train count batches, and only that.
+
+    Without a momentum the running statistics are a mean over as many batches as were counted.
+    """
+    return frozenset(
+        id(module.num_batches_tracked)
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d) and module.training and module.momentum is not None
+    )
+
+
 # Of the modules, and of the functions that they call.
 _NAMES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
 _ACTIVATIONS = (F.relu, F.hardtanh, F.silu)
@@ -89,20 +101,27 @@ class ImageOperators(TorchFunctionMode):
 
     Zeros that are added after the last row and column just before a depthwise convolution are added
     by its kernel: the call of ``pad`` gives memory that is filled only if any other function is
-    called next.
+    called next. Batch norms count their batches all at once, when the context ends.
 
     Args:
         norms: see :func:`training_norms`; valid as long as the context.
         padded: see :func:`padded_channels`.
+        counters: see :func:`batch_counters`.
         backend: of the operations.
     """
 
     def __init__(
-        self, norms: dict[int, str], padded: frozenset[int] = frozenset(), backend: str = "auto"
+        self,
+        norms: dict[int, str],
+        padded: frozenset[int] = frozenset(),
+        counters: frozenset[int] = frozenset(),
+        backend: str = "auto",
     ):
         super().__init__()
         self._norms = norms
         self._padded = padded
+        self._counters = counters
+        self._counted: list[Tensor] = []
         self._backend = backend
         self._activated: Tensor | None = None  # the last norm's output, if it has its activation
         self._pending: _Padded | None = None
@@ -122,21 +141,27 @@ class ImageOperators(TorchFunctionMode):
             product = _product(*args)
             if product is not None:
                 return product
-        if func is F.pad and not kwargs:
-            self._pending = _pad_later(self._padded, *args)
+        if func is F.pad:
+            self._pending = _pad_later(self._padded, *args, **kwargs)
             if self._pending is not None:
                 return self._pending.result
         if func is F.batch_norm and self._norms:
             call = _norm(*args, **kwargs)
             if call is not None and id(call["weight"]) in self._norms:
                 return self._normalize(call)
+        if func is Tensor.add_ and id(args[0]) in self._counters and args[1:] == (1,):
+            self._counted.append(args[0])
+            return args[0]
         if func in _ACTIVATIONS and args and args[0] is self._activated:
             return args[0]
         return func(*args, **kwargs)
 
     def __exit__(self, *exception: Any) -> None:
-        """Fill what nobody has read."""
+        """Fill what nobody has read, and count the batch."""
         super().__exit__(*exception)
+        if self._counted:
+            torch._foreach_add_(self._counted, 1)
+            self._counted = []
         if self._pending is not None:
             self._pending.fill()
             self._pending = None
@@ -201,9 +226,10 @@ class _Unwritten(torch.autograd.Function):
 
 
 def _pad_later(
-    channels: frozenset[int], x: Tensor, pad: Any, mode: str = "constant", value: Any = None
+    channels: frozenset[int], input: Tensor, pad: Any, mode: str = "constant", value: Any = None
 ) -> _Padded | None:
     """Take a call of ``pad`` that may precede a depthwise convolution; ``None`` for others."""
+    x = input
     if x.dim() != 4 or x.shape[1] not in channels or mode != "constant" or value:
         return None
     if len(pad) != 4 or tuple(pad[:2]) != tuple(pad[2:]) or min(pad) < 0:

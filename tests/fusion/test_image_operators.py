@@ -10,10 +10,12 @@ from torch import nn
 
 from fastadapt.fusion.image_operators import (
     ImageOperators,
+    batch_counters,
     image_operators,
     padded_channels,
     training_norms,
 )
+from fastadapt.kernels import depthwise_conv2d
 from tests.helpers.kernel_checks import gpu
 
 
@@ -55,7 +57,9 @@ def test_calls_are_taken_over_and_activations_applied_once():
     )
     plain = copy.deepcopy(model)
     x = 3 * torch.randn(4, 3, 6, 6)
-    context = ImageOperators(training_norms(model), backend="reference")
+    counters = batch_counters(model)
+    context = ImageOperators(training_norms(model), counters=counters, backend="reference")
+    assert len(counters) == 3
     (ours, ours_grads), (theirs, grads) = gradients(model, x, context), gradients(plain, x)
     assert relative(ours, theirs) < 1e-5
     for name, gradient in grads.items():
@@ -106,8 +110,15 @@ class Same(nn.Module):
         return torch.cat([self.other(y), self.other(nn.functional.pad(x, (1, 0, 1, 0)))]), y
 
 
-def test_padding_before_a_depthwise_convolution_is_the_kernels():
+def test_padding_before_a_depthwise_convolution_is_the_kernels(monkeypatch):
     torch.manual_seed(0)
+    paddings = []
+
+    def convolve(**given):
+        paddings.append((given["padding"], given["padding_end"]))
+        return depthwise_conv2d(**given)
+
+    monkeypatch.setattr("fastadapt.fusion.image_operators.depthwise_conv2d", convolve)
     model = Same()
     assert padded_channels(model) == {4}
     x = torch.randn(2, 4, 14, 14, requires_grad=True)
@@ -119,6 +130,7 @@ def test_padding_before_a_depthwise_convolution_is_the_kernels():
         with context:
             y, last = model(x)
         found[name] = (y, last, *torch.autograd.grad(y.square().sum() + last.sum(), x))
+    assert paddings == [(0, 1), (2, 2)]
     for one, other in zip(found["ours"], found["plain"], strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
