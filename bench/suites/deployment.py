@@ -146,7 +146,7 @@ def prepare(subject: Subject, part: str, folder: str) -> float:
         half = _as_shipped(folded, torch.float16)
         path = Path(folder) / ONNX
         export_onnx(half, path, input_size=(3, SIZE, SIZE), graph_input=graph_input())
-        fuse_attention(path, path.with_name(ONNX_FUSED))
+        fuse_attention(path, path.with_name(ONNX_FUSED), gpu=True)
     elif part == "fused":
         build_fused(with_graph_input(folded), Path(folder) / FUSED)
     elif part == "fused fp8":

@@ -200,7 +200,7 @@ def _build_fused(options: EngineOptions, folded: FoldedModel, variant: Variant) 
     """
     precision = variant.precision
     path = folded.path(precision, "fused.onnx")
-    count = fuse_attention(variant.onnx, path)
+    count = fuse_attention(variant.onnx, path, gpu=precision == "fp16")
     details = {"batch": options.batch.to_dict(), **variant.notes, "fused_attention": count}
     if not count:
         artefact = describe_artefact("onnx", path, precision, details)

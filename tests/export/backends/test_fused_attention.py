@@ -67,7 +67,7 @@ def test_is_refused_where_it_is_not_worth_it(calibrated, speeds, monkeypatch):
     assert refused.reason.startswith("10.4 images/s at batch 8 where model.onnx has 10 (ONNX Run")
     fused = build.fuse_attention
 
-    def wrong(source, path):
+    def wrong(source, path, gpu):
         count = fused(source, path)
         model = onnx.load(path)
         weight = next(t for t in model.graph.initializer if t.name.endswith("head.weight"))
@@ -80,7 +80,7 @@ def test_is_refused_where_it_is_not_worth_it(calibrated, speeds, monkeypatch):
     monkeypatch.setattr(build, "fuse_attention", wrong)
     refused = build_fused(calibrated)
     assert refused.status == REFUSED and "error" in refused.reason
-    monkeypatch.setattr(build, "fuse_attention", lambda source, path: 0)
+    monkeypatch.setattr(build, "fuse_attention", lambda source, path, gpu: 0)
     assert build_fused(calibrated).reason == "there is no attention that ONNX Runtime fuses"
     assert [file.name for file in calibrated.folder.iterdir()] == ["model.onnx"]
 
