@@ -66,16 +66,10 @@ def training_norms(model: nn.Module) -> dict[int, str]:
 
     It is ``"none"`` where the activation is unknown, or a module of its own.
     """
-    from timm.layers import BatchNormAct2d
-
     found = {}
     for module in model.modules():
-        if not isinstance(module, nn.BatchNorm2d) or not module.training or not module.affine:
-            continue
-        activation = "none"
-        if type(module) is BatchNormAct2d and isinstance(module.drop, nn.Identity):
-            activation = _NAMES.get(type(module.act), "none")
-        found[id(module.weight)] = activation
+        if isinstance(module, nn.BatchNorm2d) and module.training and module.affine:
+            found[id(module.weight)] = activation_of(module)
     return found
 
 
@@ -89,6 +83,15 @@ def batch_counters(model: nn.Module) -> frozenset[int]:
         for module in model.modules()
         if isinstance(module, nn.BatchNorm2d) and module.training and module.momentum is not None
     )
+
+
+def activation_of(norm: nn.BatchNorm2d) -> str:
+    """Return the activation after a batch norm, as :func:`training_norms` does."""
+    from timm.layers import BatchNormAct2d
+
+    if type(norm) is BatchNormAct2d and isinstance(norm.drop, nn.Identity):
+        return _NAMES.get(type(norm.act), "none")
+    return "none"
 
 
 # Of the modules, and of the functions that they call.
@@ -141,7 +144,7 @@ class ImageOperators(TorchFunctionMode):
             product = _product(*args)
             if product is not None:
                 return product
-        if func is F.pad:
+        if func is F.pad:  # which names its mode and value, whoever called it
             self._pending = _pad_later(self._padded, *args, **kwargs)
             if self._pending is not None:
                 return self._pending.result
