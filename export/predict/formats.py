@@ -12,9 +12,9 @@ import json
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,19 +55,20 @@ class CsvFormat(Format):
 
     def _begin(self) -> None:
         self._text = io.StringIO()
-        self._writer = csv.writer(self._text, lineterminator="\n")
 
     def add(self, values: Values) -> None:
         """Add rows to the part that is being made."""
-        cells: list[Sequence[Any]] = []
+        cells: list[list[str]] = []
         for column, found in zip(self.columns, values, strict=True):
             if isinstance(found, list):
-                cells.append(found)
+                cells.append(_cells(found))
             elif column.numbers:
-                cells += [[f"{x:.7g}" for x in entry] for entry in found.T.tolist()]
+                # One pattern for a row is three times as fast as a number at a time.
+                pattern = ",".join(["%.7g"] * found.shape[1])
+                cells.append([pattern % tuple(row) for row in found.tolist()])
             else:
-                cells += found.T.tolist()
-        self._writer.writerows(zip(*cells, strict=True))
+                cells += [_cells(entry) for entry in found.T.tolist()]
+        self._text.writelines(f"{','.join(row)}\n" for row in zip(*cells, strict=True))
 
     def write_part(self, file: Path) -> None:
         """Write the rows, without the header."""
@@ -82,6 +83,19 @@ class CsvFormat(Format):
         header = io.StringIO()
         csv.writer(header, lineterminator="\n").writerow(names)
         _concatenate(header.getvalue(), parts, file)
+
+
+def _cells(values: Iterable[Any]) -> list[str]:
+    """Return values as a row of CSV holds them, in quotes where they need them."""
+    rows: list[str] = []
+    csv.writer(_Lines(rows.append), lineterminator="\n").writerows((value, 0) for value in values)
+    return [row.removesuffix(",0\n") for row in rows]
+
+
+class _Lines(NamedTuple):
+    """What csv.writer writes to, one row a call."""
+
+    write: Callable[[str], object]
 
 
 class JsonLinesFormat(Format):
