@@ -7,12 +7,13 @@ median counts.
 
 With several GPUs ``--devices`` and Ray Data are timed on 1, 2, 4 … of them, with the same number of
 decoding processes for each GPU. The environment variable ``FASTADAPT_PREDICT`` chooses parts: a
-regular expression that is searched for in "alone", "memory" and "devices".
+regular expression that is searched for in "alone", "memory", "devices" and "ray".
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import os
 import re
@@ -52,7 +53,12 @@ NOTES = (
 )
 CHOICE = "FASTADAPT_PREDICT"
 # By how their titles begin.
-PARTS = {"alone": "one device", "memory": "memory", "devices": "several GPUs"}
+PARTS = {
+    "alone": "one device",
+    "memory": "memory",
+    "devices": "several GPUs",
+    "ray": "Ray Data on several GPUs",
+}
 FEW = 100  # images of the small one of two memory measurements
 
 
@@ -89,11 +95,12 @@ def run(quick: bool = False) -> Iterator[Tables]:
     choice = re.compile(os.environ.get(CHOICE, ""), re.IGNORECASE)
     chosen = [part for part in PARTS if choice.search(part)]
     about = tuple(title for part, title in PARTS.items() if part in chosen)
+    several = {"devices", "ray"} & set(chosen)
     count = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photos = folder / "photos"
-        most = max(size.images * max(count if "devices" in chosen else 1, 1), size.many)
+        most = max(size.images * max(count if several else 1, 1), size.many)
         write_photos(photos, most)
         bundle = write_bundle(
             folder, size.backbone, photos, size=size.image_size, compiled=on_gpu and not quick
@@ -102,8 +109,13 @@ def run(quick: bool = False) -> Iterator[Tables]:
         cores = f"{default_workers()} cores"
         found: dict[str, list[Row]] = {}
         notes = [NOTES, f"{size.backbone} at {size.image_size}, batch {size.batch}; {cores}."]
-        for title, measure in (("alone", alone), ("memory", memory), ("devices", devices)):
-            if title in chosen:
+        for part, measure in (
+            ("alone", alone),
+            ("memory", memory),
+            ("devices", functools.partial(devices, executor="--devices")),
+            ("ray", functools.partial(devices, executor="Ray Data")),
+        ):
+            if part in chosen:
                 for table, row in measure(work):
                     found.setdefault(table, []).append(row)
                     shown = {key: list(rows) for key, rows in found.items()}
@@ -324,42 +336,38 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def devices(work: _Work) -> Iterator[tuple[str, Row]]:
-    """Time ``--devices`` and Ray Data on 1, 2, 4 … GPUs, as many images for each."""
+def devices(work: _Work, executor: str) -> Iterator[tuple[str, Row]]:
+    """Time ``--devices`` or Ray Data on 1, 2, 4 … GPUs, as many images for each."""
     count = torch.cuda.device_count() or (2 if work.size is QUICK else 0)
-    if count < 2:
+    if count < 2 or (executor == "Ray Data" and importlib.util.find_spec("ray") is None):
         return
     request = Request(PredictSettings(model=str(work.bundle)))
     each = max(default_workers() // count, 1)
-    numbers = [n for n in (1, 2, 4, 8) if n <= count]
-    first: dict[str, float] = {}
-    executors = ["--devices"]
-    if importlib.util.find_spec("ray") is not None:
-        executors.append("Ray Data")
-    for executor in executors:
-        for number in numbers:
-            settings = work.settings(work.size.images * number)
-            began = time.perf_counter()
-            with open_pool(executor, number, each, request, settings) as pool:
-                timed = Timed(pool)
-                images = ImageList(settings.images, classes=pool.model.classes)
-                columns = request.columns(pool.model)
-                job = Job(pool.model, images, columns, settings, request.identity, pool=timed)
-                summary = job.run()
-            seconds = time.perf_counter() - began
-            assert summary.images == work.size.images * number and not summary.unreadable
-            first.setdefault(executor, timed.speed)
-            yield (
-                f"several GPUs, {each} decoding processes for each",
-                {
-                    "executor": executor,
-                    "GPUs": str(number),
-                    "images": str(summary.images),
-                    "images/s": f"{timed.speed:.0f}",
-                    "times one GPU": f"{timed.speed / first[executor]:.2f}×",
-                    "with the start, s": f"{seconds:.1f}",
-                },
-            )
+    where = PARTS["devices" if executor == "--devices" else "ray"]
+    one: float | None = None
+    for number in [n for n in (1, 2, 4, 8) if n <= count]:
+        settings = work.settings(work.size.images * number)
+        began = time.perf_counter()
+        with open_pool(executor, number, each, request, settings) as pool:
+            timed = Timed(pool)
+            images = ImageList(settings.images, classes=pool.model.classes)
+            columns = request.columns(pool.model)
+            job = Job(pool.model, images, columns, settings, request.identity, pool=timed)
+            summary = job.run()
+        seconds = time.perf_counter() - began
+        assert summary.images == work.size.images * number and not summary.unreadable
+        one = one or timed.speed
+        yield (
+            f"{where}, {each} decoding processes for each",
+            {
+                "executor": executor,
+                "GPUs": str(number),
+                "images": str(summary.images),
+                "images/s": f"{timed.speed:.0f}",
+                "times one GPU": f"{timed.speed / one:.2f}×",
+                "with the start, s": f"{seconds:.1f}",
+            },
+        )
 
 
 def open_pool(
