@@ -35,6 +35,7 @@ from fastadapt.progress import progress_bars
 from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
 from fastadapt.train.devices import check_batch_sizes, device_of_process, locked, together
 from fastadapt.train.fold_settings import dataset_of
+from fastadapt.train.kernels_ahead import begin_kernels
 from fastadapt.train.loop import Trainer
 from fastadapt.train.optimizer import make_optimizer
 from fastadapt.train.outputs import frozen_probe, write_outputs
@@ -130,7 +131,7 @@ def train(
     place = place_from_environment()
     target = parse_device(device if place.size == 1 else device_of_process(device, place))
     check_batch_sizes(config, place)
-    precision(config.amp, target)  # refused now rather than after the features were computed
+    amp = precision(config.amp, target)  # refused now rather than after the features were computed
     check_decode(config.decode, target)
     libraries = begin_libraries(target)
     workers = default_workers() if workers is None else workers
@@ -165,6 +166,7 @@ def train(
                 weights=weights,
                 init=init,
             )
+            kernels = begin_kernels(prepared.model, config, target, amp, prepared.cached)
             with phases("decode"):
                 found = scanned(
                     begun, progress, skip_unreadable=skip_unreadable, processes=processes
@@ -174,8 +176,9 @@ def train(
                 prepared,
                 preprocess=replace(prepared.preprocess, intensity_range=found.value_range),
             )
-            if libraries is not None:
-                libraries.join()  # nothing launches beside a capture
+            for thread in (libraries, kernels):
+                if thread is not None:
+                    thread.join()  # nothing launches beside a capture
             result = run_prepared(
                 prepared,
                 dataset,

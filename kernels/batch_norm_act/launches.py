@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.arithmetic import ceil_div
+from ..common.direct_launch import launch
 from . import triton_kernels as kernels
 
 PROGRAMS = 528  # of the sums: four on each multiprocessor
@@ -63,12 +64,23 @@ def forward(
     """
     view = _view(x)
     sums = torch.empty((view.parts[0], 2, view.columns), dtype=torch.float32, device=x.device)
-    kernels.statistics_kernel[view.parts](
-        x, sums, view.rows, view.columns, view.channels, BR=ROWS, BC=COLUMNS, num_warps=4
+    launch(
+        kernels.statistics_kernel,
+        view.parts,
+        x,
+        sums,
+        view.rows,
+        view.columns,
+        view.channels,
+        BR=ROWS,
+        BC=COLUMNS,
+        num_warps=4,
     )
     channels = torch.empty((4, view.channels), dtype=torch.float32, device=x.device)
     mean, var = running or (x, x)
-    kernels.finish_statistics_kernel[(ceil_div(view.channels, FINISH_CHANNELS),)](
+    launch(
+        kernels.finish_statistics_kernel,
+        (ceil_div(view.channels, FINISH_CHANNELS),),
         x,
         sums,
         weight,
@@ -88,7 +100,9 @@ def forward(
         num_warps=4,
     )
     y = torch.empty_like(x)
-    kernels.normalize_kernel[view.tiles](
+    launch(
+        kernels.normalize_kernel,
+        view.tiles,
         x,
         channels,
         y,
@@ -109,7 +123,9 @@ def backward(
     """Return the gradients of x, weight and bias."""
     view = _view(x)
     parts = torch.empty((view.parts[0], 2, view.columns), dtype=torch.float32, device=x.device)
-    kernels.gradient_sums_kernel[view.parts](
+    launch(
+        kernels.gradient_sums_kernel,
+        view.parts,
         g,
         x,
         channels,
@@ -124,7 +140,9 @@ def backward(
     )
     dw, db = torch.empty_like(weight), torch.empty_like(bias)
     sums = torch.empty((2, view.channels), dtype=torch.float32, device=x.device)
-    kernels.finish_gradient_sums_kernel[(ceil_div(view.channels, FINISH_CHANNELS),)](
+    launch(
+        kernels.finish_gradient_sums_kernel,
+        (ceil_div(view.channels, FINISH_CHANNELS),),
         parts,
         channels,
         dw,
@@ -139,7 +157,9 @@ def backward(
         num_warps=4,
     )
     dx = torch.empty_like(x)
-    kernels.input_gradient_kernel[view.tiles](
+    launch(
+        kernels.input_gradient_kernel,
+        view.tiles,
         g,
         x,
         channels,

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..common.dispatch import choose_backend, on_device, why_not_device, without_autocast
 from .reference import ACTIVATIONS, batch_norm_act_reference
 
+# Numbers of pixels are not specialized: all multiples of 64 share their kernels.
+_LIKE_MOST = (1, 1, 64, 64)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,6 +74,33 @@ def why_not_triton(
         if running is not None and running.dtype != torch.float32:
             return f"running statistics in {running.dtype}; the kernels take float32"
     return None
+
+
+def compile_batch_norm_act(
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    """Begin to compile what calls and their backward will launch on the current GPU.
+
+    Args:
+        weight, bias, running_mean, running_var, activation: as for :func:`batch_norm_act`; of the
+            tensors only shapes and dtypes are read.
+        dtype: of x.
+    """
+    from . import launches
+
+    weight, bias = weight.detach().to("meta"), bias.detach().to("meta")
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = running_mean.to("meta"), running_var.to("meta")
+    x = torch.empty(_LIKE_MOST, dtype=dtype, device="meta").expand(-1, len(weight), -1, -1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, channels = launches.forward(x, weight, bias, running, 0.1, 1e-5, activation)
+    launches.backward(y, x, channels, weight, bias, activation)
 
 
 class _BatchNormAct(torch.autograd.Function):

@@ -10,9 +10,9 @@ side in a row here, L = R·C, so that rows are whole blocks of BC values. M·R =
 
 (1) and (3) are sums of programs, which a kernel adds. The guess is the mean of SAMPLE pixels over
 all images: squares of what is left cancel little, where one pixel, a dark corner say, may lie
-several deviations from the mean. Heights are not specialized: all layers of a network share their
-compiled kernels. What a channel needs is in ``channels``: μ, r · w, b, r, [4, C] fp32; of the
-backward, in ``sums``: db / n and r · dw / n.
+several deviations from the mean. Heights and numbers of pixels are not specialized: all
+layers of a network share their compiled kernels. What a channel needs is in ``channels``: μ, r · w,
+b, r, [4, C] fp32; of the backward, in ``sums``: db / n and r · dw / n.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def statistics_kernel(
     tl.store(p_part + columns, tl.sum(squares, 0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["parts", "repeats"])
+@triton.jit(do_not_specialize=["parts", "repeats", "pixels"])
 def finish_statistics_kernel(
     x_ptr,
     parts_ptr,

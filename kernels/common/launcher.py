@@ -15,7 +15,7 @@ import math
 import operator
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -205,6 +205,7 @@ class Launch:
         "device",
         "grid",
         "kernel",
+        "numbers",
         "options",
         "tensors",
         "used",
@@ -226,6 +227,7 @@ class Launch:
         self.kernel = kernel
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.device = device.index
+        self.numbers = numbers
         pdl = device.has_dependent_launch
         self.arguments = (*numbers, *constants, pdl)
         # Products and sums become one instruction; Triton 3.10 does not do so by default.
@@ -238,12 +240,12 @@ class Launch:
         self.compiled: dict[tuple, tuple] = {}
         self.ahead: Ahead | None = None
         if dtypes is not None and self.device is not None:
-            self.ahead = self._compile_ahead(self.device, dtypes, numbers)
+            self.ahead = self._compile_ahead(self.device, dtypes)
 
-    def _compile_ahead(self, device: int, dtypes: tuple, numbers: tuple) -> Ahead | None:
+    def _compile_ahead(self, device: int, dtypes: tuple) -> Ahead | None:
         """Start to compile, unless the same was begun for another size."""
-        rest = self.arguments[len(numbers) :]
-        kinds = [(n == 1, n % 16 == 0) for n in numbers]  # what Triton compiles apart
+        rest = self.arguments[len(self.numbers) :]
+        kinds = [(n == 1, n % 16 == 0) for n in self.numbers]  # what Triton compiles apart
         variant = (id(self.kernel), device, rest, *self.options.values(), dtypes, *kinds)
         if variant not in _begun:
             counts = {i: box.count for i, box in filter(None, self.tensors or ()) if box}
@@ -290,6 +292,11 @@ class Launch:
 
     def _prepare(self, key: tuple, stream: int, tensors) -> None:
         """Launch, and keep what the next launch of the same tensors needs."""
+        if getattr(_this_thread, "compiles_only", False):
+            if self.device is not None and (self.ahead is None or self.tensors is None):
+                dtypes = tuple([t if t is None else t.dtype for t in tensors])
+                self.ahead = self._compile_ahead(self.device, dtypes)
+            return
         given = tensors if self.tensors is None else self.used(tensors)
         _check_device(given, self.device)
         kind = tuple([t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in given])
@@ -316,6 +323,21 @@ class Launch:
 
 
 _address = Tensor.data_ptr
+_this_thread = threading.local()
+
+
+@contextlib.contextmanager
+def compiling_only() -> Iterator[None]:
+    """Launch nothing in this thread: what is called begins to compile, and gives any numbers.
+
+    Where a launch was repeated before with tensors at the same addresses, it runs.
+    """
+    _this_thread.compiles_only = True
+    try:
+        yield
+    finally:
+        _this_thread.compiles_only = False
+
 
 # What has begun to compile ahead of its launch.
 _begun: dict[tuple, Ahead] = {}

@@ -22,6 +22,8 @@ from .reference import depthwise_conv2d_reference
 
 LARGEST_FILTER = 9
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Heights are not specialized: images of any size from some 12 pixels on share their kernels.
+_LIKE_MOST = (1, 1, 64, 64)
 _WEIGHT_PROGRAMS = 1056  # of the weight's gradient: several on each multiprocessor
 
 
@@ -83,6 +85,33 @@ def why_not_triton(x: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
     return None
 
 
+def compile_depthwise_conv2d(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    *,
+    gradients: bool,
+) -> None:
+    """Begin to compile what calls with such a weight will launch on the current GPU.
+
+    Args:
+        weight, bias: as for :func:`depthwise_conv2d`; of them only shapes and dtypes are read.
+        stride, padding: as there.
+        dtype: that the calls compute in.
+        gradients: compile the backward, too.
+    """
+    weight = weight.detach().to("meta")
+    bias = None if bias is None else bias.detach().to("meta")
+    x = torch.empty(_LIKE_MOST, dtype=dtype, device="meta").expand(-1, len(weight), -1, -1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    g = _forward(x, weight, bias, stride, (padding, padding))
+    if gradients:
+        _input_gradient(g, x, weight, stride, padding)
+        _weight_gradient(g, x, weight, stride, padding)
+
+
 class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
@@ -139,6 +168,7 @@ def _forward(x, weight, bias, stride, padding):
 
 def _correlate(x, weight, bias, size, stride, padding, taps_reversed=False):
     """Compute equation (1) of the kernels for outputs of a size."""
+    from ..common.direct_launch import launch
     from . import triton_kernels as kernels
 
     batch, channels, height, width = x.shape
@@ -150,7 +180,9 @@ def _correlate(x, weight, bias, size, stride, padding, taps_reversed=False):
     )
     strips = size[0] * ceil_div(size[1], kernels.STRIP)
     rows, cols = _tile(channels)
-    kernels.forward_kernel[(ceil_div(strips, rows), ceil_div(channels, cols), batch)](
+    launch(
+        kernels.forward_kernel,
+        (ceil_div(strips, rows), ceil_div(channels, cols), batch),
         x,
         _taps_first(weight),
         weight if bias is None else bias,
@@ -172,6 +204,7 @@ def _correlate(x, weight, bias, size, stride, padding, taps_reversed=False):
 
 
 def _input_gradient(g, x, weight, stride, padding):
+    from ..common.direct_launch import launch
     from . import triton_kernels as kernels
 
     batch, channels, height, width = x.shape
@@ -182,7 +215,9 @@ def _input_gradient(g, x, weight, stride, padding):
     pixels = ceil_div(height, stride) * ceil_div(width, stride)
     rows, cols = 32 if pixels >= 32 else 16, 64 if channels > 32 else 32
     grid = (ceil_div(pixels, rows), ceil_div(channels, cols), batch * stride * stride)
-    kernels.input_gradient_kernel[grid](
+    launch(
+        kernels.input_gradient_kernel,
+        grid,
         g,
         _taps_first(weight),
         dx,
@@ -202,6 +237,7 @@ def _input_gradient(g, x, weight, stride, padding):
 
 
 def _weight_gradient(g, x, weight, stride, padding):
+    from ..common.direct_launch import launch
     from . import triton_kernels as kernels
 
     batch, channels, height, width = x.shape
@@ -211,7 +247,9 @@ def _weight_gradient(g, x, weight, stride, padding):
     blocks = ceil_div(channels, cols) * k
     parts = max(1, min(batch * ceil_div(strips, rows), _WEIGHT_PROGRAMS // blocks))
     sums = torch.empty((parts, k * k, channels), dtype=torch.float32, device=x.device)
-    kernels.weight_gradient_kernel[(parts, ceil_div(channels, cols), k)](
+    launch(
+        kernels.weight_gradient_kernel,
+        (parts, ceil_div(channels, cols), k),
         g,
         x,
         sums,

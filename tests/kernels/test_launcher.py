@@ -365,3 +365,20 @@ def test_sizes_that_triton_does_not_tell_apart_are_compiled_once():
 def test_the_interpreter_compiles_nothing():
     run = Launch(None, (5,), Device(None, 1, 1, 0), (), (), warps=4, dtypes=DTYPES)
     assert run.ahead is None and not launch._begun
+
+
+def test_a_thread_that_only_compiles_launches_nothing():
+    kernel, other = described_kernel(), Kernel(["*fp16", "constexpr", "*fp16", "i32", "i32"])
+    run, general = described(kernel), Launch(other, (5,), GPU, NUMBERS, CONSTANTS, warps=4)
+    x, y = halves()
+    with launch.compiling_only():
+        run(x, y)
+        run(x, y)
+        for dtype in (torch.float16, torch.bfloat16):
+            general(x, None, y.to(dtype))
+    for thread in launch.begun():
+        thread.join()
+    assert not kernel.compilations and not kernel.native.calls and len(kernel.warmups) == 1
+    assert [arguments[2].dtype for arguments in other.warmups] == [torch.float16, torch.bfloat16]
+    run(x, y)
+    assert kernel.compilations == 1

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -155,6 +156,20 @@ def test_second_stage_trains_the_backbone(tmp_path, data, backbone):
     rows = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["stage"] for row in rows] == [1, 1, 2, 2]
     fa.load_adapter(tmp_path / "two")
+
+
+def test_nothing_is_computed_while_kernels_compile(tmp_path, data, monkeypatch):
+    module, compiled = sys.modules[train.__module__], threading.Event()
+
+    def begin(model, config, device, dtype, cached):
+        assert isinstance(model, fa.AdaptedModel) and config.stages == 2 and cached
+        thread = threading.Timer(0.1, compiled.set)
+        thread.start()
+        return thread
+
+    monkeypatch.setattr(module, "begin_kernels", begin)
+    monkeypatch.setattr(module, "run_prepared", lambda *given: compiled.is_set())
+    assert run(data, tmp_path / "run", replace(QUICK, stages=2)) is True
 
 
 def test_without_cache_and_with_lora(tmp_path, data):
