@@ -47,6 +47,7 @@ from fastadapt.train.fold_results import (
 )
 from fastadapt.train.fold_settings import FoldSettings, dataset_of
 from fastadapt.train.jobs import Job, run_jobs
+from fastadapt.train.kernels_ahead import begin_kernels
 from fastadapt.train.phases import Phases
 from fastadapt.train.precision import precision
 from fastadapt.train.request import REQUEST, Request
@@ -122,7 +123,7 @@ def train_folds(
         devices = expand_devices(folds.devices)
     before = check_out(out, folds, resume, overwrite) if only is None else None
     target = parse_device(devices[0] if devices else device)
-    precision(config.amp, target)
+    amp = precision(config.amp, target)
     check_decode(config.decode, target)
     workers = default_workers() if workers is None else workers
     begun = scan or Scan(dataset_of(data, config, folds), workers, config.intensity_range)
@@ -142,7 +143,10 @@ def train_folds(
                 check_out(out, folds, resume, overwrite)  # again: no other process writes now
             progress = stack.enter_context(progress_bars(quiet or only is not None))
             first = models.prepared(seeds[0])  # settings that do not fit are refused now
+            kernels = begin_kernels(first.model, config, target, amp, first.cached)
             found = scanned(begun, progress, skip_unreadable=skip_unreadable)
+            if kernels is not None:
+                kernels.join()
             numbers, parts = parts_of(found, folds, config.seed, progress)
             plan = plan_of(folds, seeds)
             described: dict[str, Any] = {

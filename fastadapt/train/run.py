@@ -171,17 +171,13 @@ def train(
                 found = scanned(
                     begun, progress, skip_unreadable=skip_unreadable, processes=processes
                 )
-            dataset = found.dataset
-            prepared = replace(
-                prepared,
-                preprocess=replace(prepared.preprocess, intensity_range=found.value_range),
-            )
+            read = replace(prepared.preprocess, intensity_range=found.value_range)
             for thread in (libraries, kernels):
                 if thread is not None:
                     thread.join()  # nothing launches beside a capture
             result = run_prepared(
-                prepared,
-                dataset,
+                replace(prepared, preprocess=read),
+                found.dataset,
                 config,
                 Circumstances(
                     request,

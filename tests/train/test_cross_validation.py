@@ -1,6 +1,8 @@
 import csv
 import json
 import shutil
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -167,6 +169,26 @@ def test_what_cannot_be_folded_gets_one_line(tmp_path, change, options, message)
         run(file, tmp_path / "out", FoldSettings(folds=3), config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_computed_while_kernels_compile(tmp_path, monkeypatch):
+    compiled = threading.Event()
+
+    def begin(model, config, device, dtype, cached):
+        assert isinstance(model, fa.AdaptedModel) and cached
+        thread = threading.Timer(0.1, compiled.set)
+        thread.start()
+        return thread
+
+    def stop(*given):
+        raise InputError("compiled" if compiled.is_set() else "too early")
+
+    module = sys.modules[train_folds.__module__]
+    monkeypatch.setattr(module, "begin_kernels", begin)
+    monkeypatch.setattr(module, "parts_of", stop)
+    root = make_folders(tmp_path / "data", 6, CLASSES[:2])
+    with pytest.raises(InputError, match="compiled"):
+        run(root, tmp_path / "out", FoldSettings(folds=3))
 
 
 def test_more_folds_than_images_and_given_splits_are_refused(tmp_path):
