@@ -31,10 +31,9 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.files import write_json
 from fastadapt.processes import Processes, place_from_environment
 from fastadapt.train.config import TrainConfig
-from fastadapt.train.devices import device_of_process, together
+from fastadapt.train.devices import device_of_process, parse_device, together
 from fastadapt.train.gradient_sum import BUCKET_BYTES
 from fastadapt.train.optimizer import make_optimizer
-from fastadapt.train.run import parse_device
 from fastadapt.train.step import training_step
 
 WARM = 8  # steps before the first that counts: three run eagerly, then one is captured

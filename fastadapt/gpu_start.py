@@ -23,7 +23,7 @@ def begin_context(device: str) -> threading.Thread | None:
     """Create the context that PyTorch will use, in a thread, before PyTorch is imported.
 
     Args:
-        device: as for :func:`fastadapt.train.run.parse_device`.
+        device: as for :func:`fastadapt.train.devices.parse_device`.
 
     Returns:
         The thread; ``None`` where PyTorch is imported already, or the device is no GPU.

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fastadapt.train.run import parse_device
+from fastadapt.train.devices import parse_device
 
 from ..image_sets import image_sets
 from ..protocol import Benchmark, LeftOut, Outcome, Row, Tables

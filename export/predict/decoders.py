@@ -9,7 +9,7 @@ from fastadapt.data.decode_on import DecodeOn, check_decode
 from fastadapt.data.decode_pool import Reading
 from fastadapt.data.pixels import ValueRange
 from fastadapt.errors import InputError
-from fastadapt.train.run import parse_device
+from fastadapt.train.devices import parse_device
 
 from .decode_ahead import Decoder, PoolDecoder, open_decoder
 
@@ -24,7 +24,7 @@ def decoder_on(place: DecodeOn, device: str) -> OpenDecoder:
 
     Args:
         place: ``"cpu"`` for processes, ``"gpu"`` for JPEG files on the GPU.
-        device: that computes, as for :func:`fastadapt.train.run.parse_device`.
+        device: that computes, as for :func:`fastadapt.train.devices.parse_device`.
 
     Raises:
         InputError: there is no GPU.

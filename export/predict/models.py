@@ -20,9 +20,9 @@ from fastadapt.data.preprocess import Preprocess
 from fastadapt.decision import LIKELIEST, Decision
 from fastadapt.errors import InputError
 from fastadapt.files import sha256_file
+from fastadapt.train.devices import parse_device
 from fastadapt.train.fold_results import FOLDS
 from fastadapt.train.request import REQUEST
-from fastadapt.train.run import parse_device
 from fastadapt.train.run_folder import meant_run
 
 from ..bundle.manifest import MANIFEST

@@ -38,10 +38,11 @@ from fastadapt.info import versions
 from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
+from fastadapt.train.devices import parse_device
 from fastadapt.train.outputs import RECORDED
 from fastadapt.train.phases import Phases, phase_table, process_age
 from fastadapt.train.precision import precision
-from fastadapt.train.run import full_disk_or_memory, parse_device, scanned
+from fastadapt.train.run import full_disk_or_memory, scanned
 from fastadapt.train.run_folder import (
     LABELS,
     PROFILE,

@@ -33,6 +33,7 @@ from fastadapt.locks import lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
+from fastadapt.train.devices import parse_device
 from fastadapt.train.ensemble_fit import fit_ensemble
 from fastadapt.train.feature_cache import CacheSettings, CacheWriter, cached_source
 from fastadapt.train.fold_plan import check_out, parts_of, plan_of, remove_others
@@ -56,7 +57,6 @@ from fastadapt.train.run import (
     Circumstances,
     Prepared,
     full_disk_or_memory,
-    parse_device,
     prepare,
     run_prepared,
     scanned,

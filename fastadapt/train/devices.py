@@ -30,6 +30,27 @@ def check_batch_sizes(config: TrainConfig, place: Place) -> None:
             )
 
 
+def parse_device(name: str) -> torch.device:
+    """Return a device by its name; ``"auto"`` is the first GPU, or the CPU.
+
+    Raises:
+        InputError: the device is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}; expected auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        here = f"{count} are there, from cuda:0" if count else "PyTorch finds no GPU"
+        raise InputError(f"device is {name!r}, but {here}: give `device='auto'`")
+    return device
+
+
 def device_of_process(name: str, place: Place) -> str:
     """Return the device of this process of several, as :func:`parse_device` takes it.
 

@@ -33,7 +33,13 @@ from fastadapt.output_place import check_output
 from fastadapt.processes import ALONE, Processes, place_from_environment
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
-from fastadapt.train.devices import check_batch_sizes, device_of_process, locked, together
+from fastadapt.train.devices import (
+    check_batch_sizes,
+    device_of_process,
+    locked,
+    parse_device,
+    together,
+)
 from fastadapt.train.fold_settings import dataset_of
 from fastadapt.train.kernels_ahead import begin_kernels
 from fastadapt.train.loop import Trainer
@@ -436,23 +442,6 @@ def _state_of(
         reason = "the backbone trains" if config.full else reason
         say(f"features are not cached ({reason}): every epoch runs the backbone")
     return state
-
-
-def parse_device(name: str) -> torch.device:
-    """``"auto"`` is the first GPU, or the CPU. Raises InputError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"device is {name!r}; expected auto, cpu, cuda or cuda:0")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        here = f"{count} are there, from cuda:0" if count else "PyTorch finds no GPU"
-        raise InputError(f"device is {name!r}, but {here}: give `device='auto'`")
-    return device
 
 
 def scanned(

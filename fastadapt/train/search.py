@@ -35,9 +35,10 @@ from fastadapt.locks import LOCK, lock_folder
 from fastadapt.output_place import check_output
 from fastadapt.progress import progress_bars
 from fastadapt.train.config import DEFAULT_ADAPTER, TrainConfig
+from fastadapt.train.devices import parse_device
 from fastadapt.train.linear_probe import probe_by_folds
 from fastadapt.train.results import TrainResult
-from fastadapt.train.run import parse_device, scanned, train
+from fastadapt.train.run import scanned, train
 from fastadapt.train.run_folder import CACHE
 from fastadapt.train.search_config import NamedBackbone, SearchConfig
 from fastadapt.train.search_processes import run_trials
