@@ -3,18 +3,27 @@
 What a backbone's layers launch follows from its modules. Adapter and head are called once for each
 kind of step to come, with launches that only begin to compile; their other operators compute on
 memory as it is, on the GPU, and nobody reads the results.
+
+A file in Triton's cache marks what was compiled, so that later runs do nothing of it: looking all
+kernels up takes a second, most of it under Python's lock. With the cache the mark goes, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import importlib.metadata
+import os
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import fastadapt.kernels
+from fastadapt._version import __version__
 from fastadapt.adapted_model import AdaptedModel
 from fastadapt.fusion.compile_image_operators import compile_image_operators
 from fastadapt.kernels.common.dispatch import why_not_device
@@ -88,6 +97,9 @@ def _compile(
     with contextlib.suppress(Exception), torch.cuda.device(device):
         if why_not_device(torch.empty(0, device=device)) is not None:
             return
+        mark = mark_of(model, calls, device, dtype)
+        if mark.exists():
+            return
         from fastadapt.kernels.common.launcher import begun, compiling_only
 
         trains = any(call.from_backbone for call in calls)
@@ -96,6 +108,34 @@ def _compile(
             call_adapter(model, calls, device, dtype)
         for thread in (*begun(), *threads):
             thread.join()
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def mark_of(
+    model: AdaptedModel, calls: list[Call], device: torch.device, dtype: torch.dtype
+) -> Path:
+    """Return the file in Triton's cache that says that all of this was compiled.
+
+    It is another one for other modules, steps, versions, kernels or GPUs.
+    """
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    cache = Path(folder) if folder else home / ".triton" / "cache"
+    sources = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(Path(fastadapt.kernels.__file__).parent.rglob("*.py"))
+    ]
+    made_of = (
+        repr(model),
+        model.spec,
+        calls,
+        dtype,
+        torch.cuda.get_device_name(device),
+        (__version__, torch.__version__, importlib.metadata.version("triton")),
+        sources,
+    )
+    return cache / f"fastadapt-{hashlib.sha256(repr(made_of).encode()).hexdigest()}"
 
 
 def call_adapter(

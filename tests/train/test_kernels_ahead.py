@@ -1,6 +1,8 @@
 """Kernels compile before a run's first launch, and nothing else changes."""
 
+import shutil
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -90,10 +92,33 @@ def test_a_failure_is_left_to_the_launch(monkeypatch):
     assert asked == [GPU] and not seen
 
 
+def test_what_was_compiled_is_marked(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(kernels_ahead, "why_not_device", lambda x: None)
+    monkeypatch.setattr(
+        kernels_ahead, "compile_image_operators", lambda *given: called.append(given) or []
+    )
+
+    def compile_all(calls, **settings):
+        kernels_ahead._compile(adapted(**settings), calls, torch.device("cpu"), BF16)
+        return len(called)
+
+    first, other = ([Call(rows, FP16, True, False)] for rows in (4, 8))
+    assert [compile_all(calls) for calls in (first, first, other, first)] == [1, 1, 2, 2]
+    assert compile_all(first, mlp_ratio=1.0) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    shutil.rmtree(tmp_path / "cache")
+    assert compile_all(first) == 4
+
+
 @gpu
-def test_launches_find_what_was_compiled():
+def test_launches_find_what_was_compiled(tmp_path, monkeypatch):
     from fastadapt.kernels.common.launcher import begun
 
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     model = adapted(mlp_ratio=1.0).cuda().train()
     calls = [Call(8, FP16, True, False), Call(64, FP16, False, False)]
     kernels_ahead._compile(model, calls, GPU, BF16)
