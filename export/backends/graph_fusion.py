@@ -7,8 +7,6 @@ norm after it in another kernel. Here, in the program that :func:`torch.export.e
                                                 in cuBLASLt's epilogue
     (2) layer_norm(conv2d(x, filters, b))       fastadapt's kernel, which the file then holds, where
         over channels, 7 × 7, depthwise         the convolution's result is otherwise unused
-    (3) conv2d(x, filters, b) of patches that   a product, whose rows Inductor gathers where it
-        do not overlap, of an image's channels  normalises the image; cuDNN would pad the channels
 
 Inductor has no decomposition of ``_addmm_activation`` and calls it as it is (the C interface of
 libtorch has it, in PyTorch 2.11 and 2.14). A residual sum has no such operator: ``addmm`` copies
@@ -41,7 +39,6 @@ class Fusions:
 
     gelu: int = 0
     depthwise: int = 0
-    patches: int = 0
 
 
 def fuse(program: Any, takes: Callable[[Tensor], bool]) -> tuple[nn.Module | None, Fusions]:
@@ -58,8 +55,7 @@ def fuse(program: Any, takes: Callable[[Tensor], bool]) -> tuple[nn.Module | Non
     nodes = list(module.graph.nodes)
     depthwise = sum(_fuse_depthwise(module, node, takes) for node in nodes)
     gelu = sum(_fuse_gelu(module, node, takes) for node in nodes)
-    patches = sum(_multiply_patches(module, node, takes) for node in nodes)
-    found = Fusions(gelu, depthwise, patches)
+    found = Fusions(gelu, depthwise)
     if found == Fusions():
         return None, found
     module.graph.eliminate_dead_code()
@@ -134,52 +130,18 @@ def _fuse_depthwise(module: GraphModule, node: Node, takes: Callable[[Tensor], b
     return True
 
 
-def _multiply_patches(module: GraphModule, node: Node, takes: Callable[[Tensor], bool]) -> bool:
-    """Let a product stand for a convolution of an image's patches that do not overlap."""
-    if node.target is not aten.conv2d.default:
-        return False
-    x, filters = (_value(argument) for argument in node.args[:2])
-    if x is None or filters is None or not takes(x) or x.shape[1] % MULTIPLE == 0:
-        return False
-    patch, channels = filters.shape[2], x.shape[1]
-    if _form(node) != [[patch, patch], [0, 0], [1, 1], 1] or filters.shape[3] != patch:
-        return False
-    if any(type(n) is not int for n in x.shape[1:]) or any(n % patch for n in x.shape[2:]):
-        return False
-    rows = _constant(module, node.args[1], lambda w: w.detach().permute(0, 2, 3, 1).flatten(1))
-    if rows is None:
-        return False
-    height, width = (n // patch for n in x.shape[2:])
-    graph = module.graph
-    with graph.inserting_before(node):
-        sizes = [-1, channels, height, patch, width, patch]
-        y = graph.call_function(aten.reshape.default, (node.args[0], sizes))
-        y = graph.call_function(aten.permute.default, (y, [0, 2, 4, 3, 5, 1]))
-        y = graph.call_function(aten.reshape.default, (y, [-1, patch * patch * channels]))
-        bias = node.args[2] if len(node.args) > 2 else None
-        y = graph.call_function(aten.linear.default, (y, graph.get_attr(rows), bias))
-        y = graph.call_function(aten.reshape.default, (y, [-1, height, width, len(filters)]))
-        y = graph.call_function(aten.permute.default, (y, [0, 3, 1, 2]))
-    _replace(node, y)
-    return True
-
-
-def _form(conv: Node) -> list[Any]:
-    """Return a convolution's stride, padding, dilation and groups."""
-    defaults: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
-    return [*conv.args[3:], *defaults[max(0, len(conv.args) - 3) :]]
-
-
 def _is_covered(conv: Node, takes: Callable[[Tensor], bool]) -> bool:
     """Tell whether a convolution is a depthwise one that the kernel computes."""
     x, filters = (_value(argument) for argument in conv.args[:2])
     if x is None or filters is None or not takes(x):
         return False
     channels = x.shape[1]
+    defaults: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
+    form = [*conv.args[3:], *defaults[len(conv.args) - 3 :]]
     return (
         all(type(size) is int for size in x.shape[1:])
         and channels <= MAX_CHANNELS
-        and _form(conv) == [[1, 1], [SIZE // 2] * 2, [1, 1], channels]
+        and form == [[1, 1], [SIZE // 2] * 2, [1, 1], channels]
         and tuple(filters.shape) == (channels, 1, SIZE, SIZE)
     )
 
