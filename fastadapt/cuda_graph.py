@@ -92,7 +92,7 @@ class GraphedStep:
 
     def _is_due(self, shapes: Shapes) -> bool:
         """Count a call; tell whether it is the one to capture."""
-        if shapes in self._tried or len(self._graphs) == self._most:
+        if shapes in self._tried or len(self._graphs) >= self._most:
             return False
         if self._tried and not self._graphs:
             return False  # what cannot be captured once cannot be at another size

@@ -6,6 +6,7 @@ the tokens. With the operators of its contrib domain there are fewer of them:
     bytes → ... → Conv → tokens             MatMul of patches, [B·N, p·p·3] × [p·p·3, C]
     MatMul, Add → q, k, v → attention       Attention: bias and heads in one pass
     MatMul, Add → Gelu                      MatMul → BiasGelu
+    MatMul, Add → Mul by a layer scale      MatMul, Add: the scale is in weights and bias
     MatMul, Add → Add → LayerNormalization  MatMul → SkipLayerNormalization: bias, sum and norm
 
 The patches' weights take over the normalisation of the bytes, W / (255 σ), and their bias its
@@ -34,7 +35,7 @@ def fuse_for_gpu(model: Any) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = model.graph
-    for fuse in (_attention, _bias_gelu, _skip_layer_norm, _patches):
+    for fuse in (_attention, _bias_gelu, _layer_scale, _skip_layer_norm, _patches):
         for number, node in enumerate(list(graph)):
             fuse(_At(graph, node, f"{fuse.__name__}{number}"))
         RemoveUnusedNodesPass()(model)
@@ -142,6 +143,22 @@ def _bias_gelu(at: _At) -> None:
         product, _, bias = found
         made = at.add("BiasGelu", [product.outputs[0], bias], DOMAIN)
         at.replace(at.node.outputs[0], made.outputs[0])
+
+
+def _layer_scale(at: _At) -> None:
+    """Multiply a layer's weights and bias by the scale after it."""
+    if not at.is_a("Mul"):
+        return
+    for value, scale in (at.node.inputs, at.node.inputs[::-1]):
+        found, factors = _biased_product(value), _array(scale)
+        if found is None or factors is None or factors.size != found[1].shape[1]:
+            continue
+        product, weight, bias = found
+        dtype, factors = weight.dtype.numpy(), factors.reshape(-1).astype(np.float64)
+        scaled = [at.constant((_array(v) * factors).astype(dtype)) for v in (weight, bias)]
+        y = at.add("MatMul", [product.inputs[0], scaled[0]]).outputs[0]
+        at.replace(at.node.outputs[0], at.add("Add", [y, scaled[1]]).outputs[0])
+        return
 
 
 def _skip_layer_norm(at: _At) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 
 from fastadapt.export.backends.fused_attention import fuse_attention
@@ -57,3 +58,35 @@ def test_what_is_not_covered_stays(tmp_path):
     before = Counter(node.op_type for node in model.graph)
     fuse_for_gpu(model)
     assert Counter(node.op_type for node in model.graph) == before
+
+
+def test_a_layer_scale_is_in_the_weights(tmp_path):
+    rng = np.random.default_rng(0)
+    graph = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 20]>
+        model (float16[batch, 5, 4] x) => (float16[batch, 5, 4] y, float16[batch, 5, 4] z) {
+          product = MatMul(x, w)
+          branch = Add(product, b)
+          scaled = Mul(branch, g)
+          total = Add(x, scaled)
+          normal = LayerNormalization <axis = -1, epsilon = 1e-6> (total, g, b)
+          y = Relu(normal)
+          z = Relu(total)
+        }"""
+    )
+    for name, shape in (("w", (4, 4)), ("b", (4,)), ("g", (4,))):
+        array = rng.normal(size=shape).astype(np.float16)
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(graph, tmp_path / "m.onnx")
+    model = onnx_ir.load(tmp_path / "m.onnx")
+    fuse_for_gpu(model)
+    onnx_ir.save(model, tmp_path / "gpu.onnx")
+    expected = {"MatMul": 1, "SkipLayerNormalization": 1, "Relu": 2}
+    assert operators(tmp_path / "gpu.onnx") == expected
+    x = rng.normal(size=(3, 5, 4)).astype(np.float16)
+    found, expected = (
+        onnxruntime.InferenceSession(tmp_path / name).run(None, {"x": x})
+        for name in ("gpu.onnx", "m.onnx")
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one.astype(float) - other).max() < 0.01 * np.ptp(other)
