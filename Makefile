@@ -30,8 +30,9 @@ test: $(VENV)/.test style
 suite: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
+# With names as tests end: what is cut off has told what failed.
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m gpu
+	$(BIN)/python -m pytest -n auto --dist worksteal -m gpu -vv
 
 lint: types layers style
 
