@@ -47,7 +47,8 @@ def image_operators(model: nn.Module, x: Tensor) -> contextlib.AbstractContextMa
     norms = training_norms(model) if torch.is_grad_enabled() else {}
     if not norms and not _has_convolution[model]:
         return _NOTHING
-    return ImageOperators(norms, padded_channels(model), batch_counters(model))
+    counters = batch_counters(model) if norms else frozenset()
+    return ImageOperators(norms, padded_channels(model), counters)
 
 
 def padded_channels(model: nn.Module) -> frozenset[int]:
@@ -134,16 +135,15 @@ class ImageOperators(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         pending, self._pending = self._pending, None
-        if func is torch.conv2d and not kwargs:
-            ours = _depthwise(*args)
-            if ours is not None:
-                return self._convolve(ours, pending)
+        conv = _Conv2d(*args) if func is torch.conv2d and not kwargs else None
+        depthwise = conv.depthwise() if conv is not None else None
+        if depthwise is not None:
+            return self._convolve(depthwise, pending)
         if pending is not None:
             pending.fill()
-        if func is torch.conv2d and not kwargs:
-            product = _product(*args)
-            if product is not None:
-                return product
+        product = conv.product() if conv is not None else None
+        if product is not None:
+            return product
         if func is F.pad:  # which names its mode and value, whoever called it
             self._pending = _pad_later(self._padded, *args, **kwargs)
             if self._pending is not None:
@@ -169,7 +169,7 @@ class ImageOperators(TorchFunctionMode):
             self._pending.fill()
             self._pending = None
 
-    def _convolve(self, call: _Convolution, pending: _Padded | None) -> Tensor:
+    def _convolve(self, call: _Depthwise, pending: _Padded | None) -> Tensor:
         if pending is not None and call.x is pending.result and call.padding == 0:
             call = call._replace(
                 x=pending.source, padding=pending.before, padding_end=pending.after
@@ -185,7 +185,45 @@ class ImageOperators(TorchFunctionMode):
         return y
 
 
-class _Convolution(NamedTuple):
+class _Conv2d(NamedTuple):
+    """A call of ``conv2d``, whose arguments PyTorch gives by their order."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    def depthwise(self) -> _Depthwise | None:
+        """Return what our operation takes of the call; ``None`` if it is another."""
+        x, weight, channels = self.x, self.weight, self.weight.shape[0]
+        if not (x.dim() == 4 and self.groups == channels == x.shape[1] > 1):
+            return None
+        if weight.shape[2] != weight.shape[3] or (x.is_cuda and compute_dtype(x) not in _HALF):
+            return None
+        step, border = _single(self.stride), _single(self.padding)
+        if step is None or border is None or _single(self.dilation) != 1:
+            return None
+        return _Depthwise(x, weight, self.bias, step, border)
+
+    def product(self) -> Tensor | None:
+        """Compute a convolution of single pixels as a product; ``None`` if the call is another.
+
+        With channels last, an image's pixels are the rows of a matrix as they lie in memory.
+        """
+        x, weight = self.x, self.weight
+        if self.groups != 1 or x.dim() != 4 or tuple(weight.shape[2:]) != (1, 1):
+            return None
+        if _single(self.stride) != 1 or _single(self.padding) != 0:
+            return None
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class _Depthwise(NamedTuple):
     """What our operation takes."""
 
     x: Tensor
@@ -239,49 +277,6 @@ def _pad_later(
         return None
     before, after = pad[:2]
     return _Padded(_Unwritten.apply(x, before, after), x, before, after)
-
-
-def _depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> _Convolution | None:
-    """Return what our operation takes of a call of ``conv2d``; ``None`` if it is another."""
-    channels = weight.shape[0]
-    if not (x.dim() == 4 and groups == channels == x.shape[1] > 1):
-        return None
-    if weight.shape[2] != weight.shape[3] or (x.is_cuda and compute_dtype(x) not in _HALF):
-        return None
-    step, border = _single(stride), _single(padding)
-    if step is None or border is None or _single(dilation) != 1:
-        return None
-    return _Convolution(x, weight, bias, step, border)
-
-
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    """Compute a convolution of single pixels as a product; ``None`` if the call is another.
-
-    With channels last, an image's pixels are the rows of a matrix as they lie in memory.
-    """
-    if groups != 1 or x.dim() != 4 or tuple(weight.shape[2:]) != (1, 1):
-        return None
-    if _single(stride) != 1 or _single(padding) != 0:
-        return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _norm(
