@@ -17,7 +17,7 @@ from .steps import ConvNextBlock, Downsample, Patches, Step, Tokens
 def why_not(backbone: Any) -> str | None:
     """Say why a ConvNeXt has no steps; ``None`` if it has."""
     stem = backbone.stem
-    if len(stem) != 2 or not _is_patches(stem[0]) or not isinstance(stem[1], nn.LayerNorm):
+    if len(stem) != 2 or not layers.is_of_patches(stem[0]) or not isinstance(stem[1], nn.LayerNorm):
         return "its stem is no convolution of patches with a norm"
     if stem[0].out_channels > WIDEST_NORM:
         return f"its stem has more than {WIDEST_NORM} channels"
@@ -26,7 +26,7 @@ def why_not(backbone: Any) -> str | None:
     for stage in backbone.stages:
         down = stage.downsample
         if type(down) is not nn.Identity and not (
-            len(down) == 2 and isinstance(down[0], nn.LayerNorm) and _is_patches(down[1])
+            len(down) == 2 and isinstance(down[0], nn.LayerNorm) and layers.is_of_patches(down[1])
         ):
             return "a stage begins with other layers than a norm and a convolution of patches"
         for block in stage.blocks:
@@ -37,17 +37,6 @@ def why_not(backbone: Any) -> str | None:
             if reason is not None:
                 return f"of its blocks {reason}"
     return None
-
-
-def _is_patches(conv: nn.Module) -> bool:
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == conv.stride
-        and len(set(conv.stride)) == 1
-        and conv.padding == (0, 0)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-    )
 
 
 def steps_of(backbone: Any, mean: Tensor, std: Tensor, dtype: torch.dtype) -> list[Step]:

@@ -20,9 +20,7 @@ def why_not(backbone: Any) -> str | None:
     embed = backbone.patch_embed
     if type(embed) is not timm_layers.PatchEmbed or type(embed.proj) is not nn.Conv2d:
         return f"its patch embedding is a {type(embed).__name__}"
-    conv = embed.proj
-    plain = conv.kernel_size == conv.stride and len(set(conv.stride)) == 1
-    if not plain or any(conv.padding) or conv.groups != 1 or embed.dynamic_img_pad:
+    if not layers.is_of_patches(embed.proj) or embed.dynamic_img_pad:
         return "its patches overlap or are padded"
     if type(embed.norm) is not nn.Identity:
         return "its patches are normalised"

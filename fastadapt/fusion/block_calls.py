@@ -203,8 +203,9 @@ class ConvNeXtBlock:
         choices = default_choices(rows, self.dtype, x.device)
         if choices.narrow and channels <= WIDEST:
             layers = (self.fc1.weight, self.fc1.wide_bias, self.fc2.weight, self.fc2.wide_bias)
-            flat = (t.view(rows, channels) for t in (normal, x))
-            x = narrow_mlp(next(flat), *layers, next(flat), approximate=choices.gelu).view(x.shape)
+            normal, sums = (t.view(rows, channels) for t in (normal, x))
+            y = narrow_mlp(normal, *layers, sums, approximate=choices.gelu)
+            x = y.view(x.shape)
         else:
             stream = ResidualStream(x, self.dtype)
             stream.add(stream.hidden(normal, self.fc1), self.fc2)
@@ -249,16 +250,7 @@ class PatchConvolution:
 
 def is_first_of_patches(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Tell whether a module is a convolution of images' patches that do not overlap."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == conv.stride
-        and len(set(conv.stride)) == 1
-        and conv.padding == (0, 0)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.in_channels % 8 != 0
-        and conv.bias is not None
-    )
+    return layer_weights.is_of_patches(conv) and conv.in_channels % 8 != 0 and conv.bias is not None
 
 
 class NormAndConvolution:

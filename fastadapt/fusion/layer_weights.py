@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ def after_norm(layer: Linear, norm: nn.LayerNorm, repeats: int = 1) -> Linear:
     """
     weight, bias = (t.detach().double().repeat(repeats) for t in (norm.weight, norm.bias))
     return Linear(layer.weight * weight, layer.bias + layer.weight @ bias)
+
+
+def is_of_patches(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Tell whether a layer is a convolution of patches that neither overlap nor are padded."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == layer.stride
+        and len(set(layer.stride)) == 1
+        and layer.padding == (0, 0)
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+    )
 
 
 def filters_as_rows(conv: nn.Conv2d) -> Linear:
