@@ -59,6 +59,7 @@ PARTS = {
     "devices": "several GPUs",
     "ray": "Ray Data on several GPUs",
 }
+EXECUTORS = {"devices": "--devices", "ray": "Ray Data"}  # of the parts on several GPUs
 FEW = 100  # images of the small one of two memory measurements
 
 
@@ -112,8 +113,8 @@ def run(quick: bool = False) -> Iterator[Tables]:
         for part, measure in (
             ("alone", alone),
             ("memory", memory),
-            ("devices", functools.partial(devices, executor="--devices")),
-            ("ray", functools.partial(devices, executor="Ray Data")),
+            ("devices", functools.partial(devices, part="devices")),
+            ("ray", functools.partial(devices, part="ray")),
         ):
             if part in chosen:
                 for table, row in measure(work):
@@ -336,14 +337,14 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def devices(work: _Work, executor: str) -> Iterator[tuple[str, Row]]:
+def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
     """Time ``--devices`` or Ray Data on 1, 2, 4 … GPUs, as many images for each."""
+    executor = EXECUTORS[part]
     count = torch.cuda.device_count() or (2 if work.size is QUICK else 0)
-    if count < 2 or (executor == "Ray Data" and importlib.util.find_spec("ray") is None):
+    if count < 2 or (part == "ray" and importlib.util.find_spec("ray") is None):
         return
     request = Request(PredictSettings(model=str(work.bundle)))
     each = max(default_workers() // count, 1)
-    where = PARTS["devices" if executor == "--devices" else "ray"]
     one: float | None = None
     for number in [n for n in (1, 2, 4, 8) if n <= count]:
         settings = work.settings(work.size.images * number)
@@ -358,7 +359,7 @@ def devices(work: _Work, executor: str) -> Iterator[tuple[str, Row]]:
         assert summary.images == work.size.images * number and not summary.unreadable
         one = one or timed.speed
         yield (
-            f"{where}, {each} decoding processes for each",
+            f"{PARTS[part]}, {each} decoding processes for each",
             {
                 "executor": executor,
                 "GPUs": str(number),
