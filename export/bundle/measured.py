@@ -46,12 +46,13 @@ def measured_rows(
         files: the manifest's entries, with hashes.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    hashes = _hashes(files)
     return [
         {
             "machine": machine(not on_cpu(runtime)),
             "runtime": runtime,
             "file": artefact.path,
-            "sha256": _hashes(files)[artefact.path],
+            "sha256": hashes[artefact.path],
             "precision": artefact.precision,
             "batch": int(batch),
             "images_per_second": round(speed, 2),
