@@ -71,6 +71,7 @@ class Size:
         backbone: timm's name.
         image_size: of its images, in pixels.
         images: of a timed run on one device.
+        each: images for each of several GPUs, whose workers do not begin at the same time.
         rounds: of timing.
         many: images of the large one of two memory measurements.
         batch: images that are computed at once.
@@ -79,14 +80,15 @@ class Size:
     backbone: str
     image_size: int
     images: int
+    each: int
     rounds: int
     many: int
     batch: int
 
 
-ON_GPU = Size("vit_base_patch16_224", 224, 20_000, 3, 10_000, 256)
-ON_CPU = Size("tf_efficientnet_lite0", 224, 600, 5, 10_000, 32)
-QUICK = Size("test_vit", 160, 24, 1, 48, 8)
+ON_GPU = Size("vit_base_patch16_224", 224, 20_000, 40_000, 3, 10_000, 256)
+ON_CPU = Size("tf_efficientnet_lite0", 224, 600, 600, 5, 10_000, 32)
+QUICK = Size("test_vit", 160, 24, 48, 1, 48, 8)
 
 
 def run(quick: bool = False) -> Iterator[Tables]:
@@ -101,7 +103,7 @@ def run(quick: bool = False) -> Iterator[Tables]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         photos = folder / "photos"
-        most = max(size.images * max(count if several else 1, 1), size.many)
+        most = max(size.images, size.each * max(count, 2) if several else 0, size.many)
         write_photos(photos, most)
         bundle = write_bundle(
             folder, size.backbone, photos, size=size.image_size, compiled=on_gpu and not quick
@@ -150,13 +152,18 @@ class _Work:
 
 
 class Timed:
-    """A pool, and the speed from its first finished images to its last.
+    """A pool, and the speed once as many pieces of work have ended as it has workers.
 
-    What starts with the work (Ray's workers load their model then) is left out.
+    What starts with the work (Ray's workers load their model then) is left out, and what several
+    workers had begun together is not counted as if one had made it.
+
+    Args:
+        pool: what computes.
+        workers: of the pool.
     """
 
-    def __init__(self, pool: Pool):
-        self.pool, self.images = pool, 0
+    def __init__(self, pool: Pool, workers: int):
+        self.pool, self.images, self._warming = pool, 0, workers
         self.first = self.last = 0.0
 
     def run(self, todo: Todo, advance: Callable[[int], Any]) -> None:
@@ -164,7 +171,8 @@ class Timed:
 
         def note(images: int) -> None:
             self.last = time.perf_counter()
-            if not self.first:
+            if self._warming:
+                self._warming -= 1
                 self.first = self.last
             else:
                 self.images += images
@@ -173,9 +181,9 @@ class Timed:
         self.pool.run(todo, note)
 
     @property
-    def speed(self) -> float:
-        """Images per second."""
-        return self.images / max(self.last - self.first, 1e-9)
+    def speed(self) -> float | None:
+        """Images per second; None if nothing was left to time."""
+        return self.images / (self.last - self.first) if self.images else None
 
 
 def alone(work: _Work) -> Iterator[tuple[str, Row]]:
@@ -347,16 +355,16 @@ def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
     each = max(default_workers() // count, 1)
     one: float | None = None
     for number in [n for n in (1, 2, 4, 8) if n <= count]:
-        settings = work.settings(work.size.images * number)
+        settings = work.settings(work.size.each * number)
         began = time.perf_counter()
         with open_pool(executor, number, each, request, settings) as pool:
-            timed = Timed(pool)
+            timed = Timed(pool, number)
             images = ImageList(settings.images, classes=pool.model.classes)
             columns = request.columns(pool.model)
             job = Job(pool.model, images, columns, settings, request.identity, pool=timed)
             summary = job.run()
         seconds = time.perf_counter() - began
-        assert summary.images == work.size.images * number and not summary.unreadable
+        assert summary.images == work.size.each * number and not summary.unreadable
         one = one or timed.speed
         yield (
             f"{PARTS[part]}, {each} decoding processes for each",
@@ -364,8 +372,8 @@ def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
                 "executor": executor,
                 "GPUs": str(number),
                 "images": str(summary.images),
-                "images/s": f"{timed.speed:.0f}",
-                "times one GPU": f"{timed.speed / one:.2f}×",
+                "images/s": f"{timed.speed:.0f}" if timed.speed else None,
+                "times one GPU": f"{timed.speed / one:.2f}×" if timed.speed and one else None,
                 "with the start, s": f"{seconds:.1f}",
             },
         )

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fastadapt.bench.reporting import tables
 from fastadapt.bench.suites import predict
+from fastadapt.export.predict import part_maker
 
 
 def test_decoder_runtime_and_both(monkeypatch):
@@ -55,14 +58,26 @@ def test_memory_of_a_tree_of_processes():
         process.wait()
 
 
-def test_speed_from_the_first_images_on():
+def test_speed_once_all_workers_have_begun():
     class Pool:
         def run(self, todo, advance):
             for images in todo:
                 advance(images)
 
-    timed = predict.Timed(Pool())
-    seen = []
-    timed.run([3, 4, 5], seen.append)
-    assert seen == [3, 4, 5] and timed.images == 9
-    assert timed.speed == 9 / (timed.last - timed.first)
+    timed, seen = predict.Timed(Pool(), 2), []
+    timed.run([3, 4, 5, 6], seen.append)
+    assert seen == [3, 4, 5, 6] and timed.images == 11
+    assert timed.speed == 11 / (timed.last - timed.first)
+    timed = predict.Timed(Pool(), 2)
+    timed.run([3, 4], seen.append)
+    assert timed.speed is None
+
+
+def test_ray_on_two_workers(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv(predict.CHOICE, "ray")
+    monkeypatch.setattr(part_maker, "PART", 8)
+    *_, last = predict.run(quick=True)
+    (rows,) = last.tables.values()
+    assert [(row["GPUs"], row["images"]) for row in rows] == [("1", "48"), ("2", "96")]
+    assert all(float(row["images/s"]) > 0 for row in rows)
