@@ -21,9 +21,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
@@ -101,11 +102,25 @@ class Region(NamedTuple):
         return self.start + index * self.size
 
 
-class _Part(NamedTuple):
-    """What was sent at once: for each process, the places of its images."""
+class _Part:
+    """What was sent at once, and what came back.
 
-    shares: dict[int, list[int]]
-    images: int
+    Args:
+        shares: for each process, the places of its images.
+
+    Attributes:
+        answers: by the places of images.
+        waits: processes that have not answered.
+    """
+
+    def __init__(self, shares: dict[int, list[int]]):
+        self.shares, self.waits = shares, set(shares)
+        self.answers: dict[int, Any] = {}
+
+    @property
+    def images(self) -> int:
+        """The number of images."""
+        return sum(map(len, self.shares.values()))
 
 
 class DecodePool:
@@ -123,6 +138,7 @@ class DecodePool:
         self._owner: dict[str, int] = {}  # which process holds an image since a check
         self._children: list[subprocess.Popen] = []
         self._connections: list[Connection] = []
+        self._asked: list[deque[_Part]] = []  # of each process: what it has not answered
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         for _ in range(max(workers, 1)):
             ours, theirs = socket.socketpair()
@@ -139,6 +155,7 @@ class DecodePool:
                     )
                 )
             self._connections.append(Connection(ours.detach()))
+            self._asked.append(deque())
 
     def __enter__(self) -> DecodePool:
         return self
@@ -211,11 +228,8 @@ class DecodePool:
 
         The job's answers are of the type :data:`Answer`.
         """
-
-        def request(rows: list[int]) -> tuple:
-            placed = [(region.place(i if places is None else places[i]), paths[i]) for i in rows]
-            return ("store", reading, placed, region.file)
-
+        placed = list(zip(range(len(paths)) if places is None else places, paths, strict=True))
+        request = partial(_request_to_store, reading, region, placed)
         return Job(self, self._parts(paths, CHUNK * self.workers), request, depth=8)
 
     def stream(
@@ -244,10 +258,9 @@ class DecodePool:
             shares: dict[int, list[int]] = {}
             for index in range(len(batch)):
                 shares.setdefault(index % self.workers, []).append(index)
-            for worker, rows in shares.items():
-                placed = [(region.place(batch[i][0]), batch[i][1]) for i in rows]
-                self._send(worker, ("store", reading, placed, region.file))
-            waiting.append(_Part(shares, len(batch)))
+            part = _Part(shares)
+            self.send(part, partial(_request_to_store, reading, region, batch))
+            waiting.append(part)
         while waiting:
             yield self.collect(waiting.popleft())
 
@@ -257,36 +270,52 @@ class DecodePool:
             for index in range(start, min(start + size, len(paths))):
                 worker = self._owner.get(paths[index], index % self.workers)
                 shares.setdefault(worker, []).append(index)
-            yield _Part(shares, min(size, len(paths) - start))
+            yield _Part(shares)
 
     def send(self, part: _Part, request: Callable[[list[int]], tuple]) -> None:
         """Send every process its share of a part."""
         for worker, rows in part.shares.items():
-            self._send(worker, request(rows))
-
-    def _send(self, worker: int, request: tuple) -> None:
-        try:
-            self._connections[worker].send(request)
-        except (BrokenPipeError, ConnectionResetError):
-            self._fail(worker)
+            try:
+                self._connections[worker].send(request(rows))
+            except (BrokenPipeError, ConnectionResetError):
+                self._fail(worker)
+            self._asked[worker].append(part)
 
     def collect(self, part: _Part) -> list[Any]:
-        """Wait for the answers to a part; return them in the order of its images."""
-        answers: dict[int, Any] = {}
-        for worker, rows in part.shares.items():
-            try:
-                answers.update(zip(rows, self._connections[worker].recv(), strict=True))
-            except (EOFError, OSError):
-                self._fail(worker)
-        return [answers[index] for index in sorted(answers)]
+        """Wait for the answers to a part; return them in the order of its images.
 
-    def _fail(self, worker: int) -> None:
+        Answers to others come first, of a pass that nobody went on with or of another one.
+        """
+        for worker in part.shares:
+            while worker in part.waits:
+                self._receive(worker)
+        return [part.answers[index] for index in sorted(part.answers)]
+
+    def _receive(self, worker: int) -> None:
+        """Wait for a process's next answer, to what it was asked first."""
+        try:
+            answers = self._connections[worker].recv()
+        except (EOFError, OSError):
+            self._fail(worker)
+        part = self._asked[worker].popleft()
+        part.answers.update(zip(part.shares[worker], answers, strict=True))
+        part.waits.remove(worker)
+
+    def _fail(self, worker: int) -> NoReturn:
         code = self._children[worker].wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         raise InputError(
             f"a process that decodes images ended {how}, probably for lack of memory: "
             "use fewer workers"
         )
+
+
+def _request_to_store(
+    reading: Reading, region: Region, placed: Sequence[tuple[int, str]], rows: list[int]
+) -> tuple:
+    """Return the request to decode some of the images, each into its place of the region."""
+    chosen = [(region.place(placed[row][0]), placed[row][1]) for row in rows]
+    return ("store", reading, chosen, region.file)
 
 
 class Job:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,7 +100,8 @@ class ImageSource:
         self._plain = preprocess.geometry
         self._decode_pool, self._timed, self._resident = pool, timed, resident
         self._stored: dict[Geometry, Tensor] = {}  # [n, height, width, 3] uint8
-        self._rings: dict[tuple[Geometry, int], DecodeRing] = {}
+        # Those that no pass uses.
+        self._rings: dict[tuple[Geometry, int], list[DecodeRing]] = defaultdict(list)
         self._finishers: dict[Geometry, GpuDecoder] = {}
         self._draws: tuple[int, Tensor] | None = None  # of the last view
 
@@ -287,38 +289,48 @@ class ImageSource:
         size = batch_size
         if finish is not None:
             size *= max(DECODED_AT_ONCE // batch_size, 1)
-        ring = self._ring_of(geometry, size)
         starts = range(0, len(order), size)
         batches = ([paths[row] for row in order[i : i + size]] for i in starts)
-        for decoded in ring.batches(batches):
-            if finish is not None:
-                pixels, answers = finish(decoded)
-                check_decoded(answers)
-                for batch in pixels.split(batch_size):
-                    yield batch.permute(0, 3, 1, 2)
-                continue
-            check_decoded(decoded.answers)
-            batch = torch.from_numpy(ring.pixels(decoded))
-            if self.device.type == "cuda":
-                batch = batch.to(self.device, non_blocking=True)
-                torch.cuda.current_stream(self.device).synchronize()
-            else:
-                batch = batch.clone()
-            yield batch.permute(0, 3, 1, 2)
+        with self._free_ring(geometry, size) as ring:
+            for decoded in ring.batches(batches):
+                if finish is not None:
+                    pixels, answers = finish(decoded)
+                    check_decoded(answers)
+                    for batch in pixels.split(batch_size):
+                        yield batch.permute(0, 3, 1, 2)
+                    continue
+                check_decoded(decoded.answers)
+                batch = torch.from_numpy(ring.pixels(decoded))
+                if self.device.type == "cuda":
+                    batch = batch.to(self.device, non_blocking=True)
+                    torch.cuda.current_stream(self.device).synchronize()
+                else:
+                    batch = batch.clone()
+                yield batch.permute(0, 3, 1, 2)
 
-    def _ring_of(self, geometry: Geometry, batch_size: int) -> DecodeRing:
-        """Return memory for the batches that are ahead, the same in each pass; page-locked."""
-        key = (geometry, batch_size)
-        if key not in self._rings:
-            if self._decode_pool is None:
-                self._decode_pool = DecodePool(self.workers)  # for all further passes, too
-            finish = self._finisher(geometry)
-            reading = self._reading(geometry) if finish is None else finish.reading
-            ring = DecodeRing(self._decode_pool, reading, batch_size)
-            if self.device.type == "cuda":
-                lock_pages(ring, self.device)
-            self._rings[key] = ring
-        return self._rings[key]
+    @contextmanager
+    def _free_ring(self, geometry: Geometry, batch_size: int) -> Iterator[DecodeRing]:
+        """Give memory for the batches that are ahead: page-locked, and of one pass at a time.
+
+        What a pass that was left early still had in work is overwritten in time: the same process
+        decodes the same place, one request after the other.
+        """
+        free = self._rings[geometry, batch_size]
+        ring = free.pop() if free else self._new_ring(geometry, batch_size)
+        try:
+            yield ring
+        finally:
+            free.append(ring)
+
+    def _new_ring(self, geometry: Geometry, batch_size: int) -> DecodeRing:
+        if self._decode_pool is None:
+            self._decode_pool = DecodePool(self.workers)  # for all further passes, too
+        finish = self._finisher(geometry)
+        reading = self._reading(geometry) if finish is None else finish.reading
+        ring = DecodeRing(self._decode_pool, reading, batch_size)
+        if self.device.type == "cuda":
+            lock_pages(ring, self.device)
+        return ring
 
 
 def check_decoded(answers: Sequence[Answer]) -> None:
