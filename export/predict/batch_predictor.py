@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +14,7 @@ import numpy as np
 from fastadapt.data.decode_on import DecodeOn
 from fastadapt.decision import UNDECIDED, Decision
 
-from .decode_ahead import compute
+from .decode_ahead import DecodedBatch, compute
 from .decoders import decoder_on
 from .models import ImageModel
 from .request import Request
@@ -26,8 +29,31 @@ class Outputs(NamedTuple):
     dropped: list[tuple[str, ...]]
 
 
+@dataclass
+class _Call:
+    """The paths of one call, and what has become of them.
+
+    Attributes:
+        paths: of images.
+        found: what is known of them.
+        left: images that are still to be computed.
+        error: what ended the work on them.
+    """
+
+    paths: Sequence[str]
+    found: Outputs
+    left: int = field(init=False)
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.left = len(self.paths)
+
+
 class BatchPredictor:
     """Paths in, rows out: made once in each worker, then called with batches.
+
+    Several threads may call at once. Their images are one stream: those of the next call are
+    decoded while those of the one before are computed. Three calls at a time leave no gaps.
 
     >>> predict = BatchPredictor("bundle")
     >>> predict({"path": np.array(["a.png", "b.png"])})["prediction"]
@@ -71,6 +97,12 @@ class BatchPredictor:
         self._decode = self._open.enter_context(
             open_decoder(found.reading, found.value_range, batch, workers)
         )
+        self._waiting: deque[_Call] = deque()
+        self._turn, self._busy = threading.Condition(), False
+        # Of the thread whose turn it is, as the model:
+        self._begun: list[_Call] = []  # calls whose images are in the stream
+        self._stream: Iterator[DecodedBatch] | None = None
+        self._decoding: deque[tuple[_Call, int]] = deque()  # calls and places of their batches
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Add columns to a batch.
@@ -114,19 +146,71 @@ class BatchPredictor:
 
     def all_outputs(self, paths: Sequence[str]) -> Outputs:
         """Return the same, and what of each file is not read, pages after the first for one."""
-        outputs = np.full((len(paths), self.model.width), np.nan, np.float32)
-        problems = [""] * len(paths)
-        dropped: list[tuple[str, ...]] = [()] * len(paths)
-        starts = range(0, len(paths), self.batch)
-        batches = [paths[start : start + self.batch] for start in starts]
-        for start, decoded in zip(starts, self._decode(batches), strict=True):
+        values = np.full((len(paths), self.model.width), np.nan, np.float32)
+        call = _Call(paths, Outputs(values, [""] * len(paths), [()] * len(paths)))
+        self._waiting.append(call)
+        while not self._over(call):  # one thread at a time computes a batch, of whichever call
+            try:
+                self._advance()
+            finally:
+                with self._turn:
+                    self._busy = False
+                    self._turn.notify_all()
+        if call.error is not None:
+            raise call.error
+        return call.found
+
+    def _over(self, call: _Call) -> bool:
+        """Wait for this thread's turn, or for the end of its call; say which."""
+
+        def over() -> bool:
+            return not call.left or call.error is not None
+
+        with self._turn:
+            self._turn.wait_for(lambda: over() or not self._busy)
+            self._busy = self._busy or not over()
+            return over()
+
+    def _advance(self) -> None:
+        """Compute the next batch of the stream, or end it where no call waits."""
+        if self._stream is None:
+            self._stream = self._decode(self._batches())
+        try:
+            decoded = next(self._stream, None)
+            if decoded is None:
+                self._stream = None
+                return
+            call, start = self._decoding.popleft()
             computed = compute(decoded, self.model.run, self.model.width)
-            outputs[[start + place for place in computed.rows]] = computed.values
-            for place, problem in computed.problems.items():
-                problems[start + place] = problem
-            for place, kinds in computed.dropped.items():
-                dropped[start + place] = kinds
-        return Outputs(outputs, problems, dropped)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        found = call.found
+        found.values[[start + place for place in computed.rows]] = computed.values
+        for place, problem in computed.problems.items():
+            found.problems[start + place] = problem
+        for place, kinds in computed.dropped.items():
+            found.dropped[start + place] = kinds
+        call.left -= len(computed.rows) + len(computed.problems)
+        if not call.left:
+            self._begun.remove(call)
+
+    def _batches(self) -> Iterator[Sequence[str]]:
+        """Take batches from the calls that wait, until none does."""
+        while self._waiting:
+            call = self._waiting.popleft()
+            if call.left:
+                self._begun.append(call)
+            for start in range(0, len(call.paths), self.batch):
+                self._decoding.append((call, start))
+                yield call.paths[start : start + self.batch]
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the calls whose images are in the stream that it broke; the next begin another."""
+        for call in self._begun:
+            call.error = error
+        self._begun, self._stream = [], None
+        self._decoding.clear()
 
     def close(self) -> None:
         """End the processes that decode."""

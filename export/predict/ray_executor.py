@@ -34,6 +34,8 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 ORDER, PLACE, PATH, LABEL, PROBLEM, OUTPUTS = "part", "place", "path", "label", "problem", "outputs"
 DROPPED = "dropped"  # one kind a line
 CONNECT = 10.0  # seconds
+# Parts that a worker has at a time: it decodes the next while it computes one and hands one back.
+AT_ONCE = 3
 
 
 class RayPool:
@@ -162,7 +164,12 @@ class RayPool:
             batch_format="numpy",
             num_cpus=1,
             num_gpus=self._gpus,
-            compute=data.ActorPoolStrategy(size=self._count),
+            compute=data.ActorPoolStrategy(
+                size=self._count,
+                max_tasks_in_flight_per_actor=AT_ONCE + 1,
+                max_concurrent_calls_per_actor=AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
         )
         waiting: dict[int, list[dict[str, np.ndarray]]] = {}
         for batch in mapped.iter_batches(batch_size=None, batch_format="numpy"):
@@ -177,7 +184,7 @@ class RayPool:
 
 
 class RayWorker:
-    """What a worker runs: paths in, outputs out.
+    """What a worker runs, in several threads: paths in, outputs out.
 
     Args:
         request: the model.
