@@ -397,8 +397,12 @@ def open_pool(
         on_gpu = torch.cuda.is_available()
         names = tuple(f"cuda:{index}" if on_gpu else "cpu" for index in range(number))
         return DevicePool(request, replace(settings, devices=names, workers=each * number))
+    from ray.data import DataContext
+
     from fastadapt.export.predict.ray_executor import RayPool
 
+    # All workers have loaded their model before the first begins, as with --devices.
+    DataContext.get_current().wait_for_min_actors_s = 120
     ray = replace(settings, executor="ray", ray_workers=number, workers=each)
     return RayPool(request, ray)
 

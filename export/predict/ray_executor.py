@@ -102,16 +102,17 @@ class RayPool:
 
     def _loaded(self) -> ImageModel:
         """Load the model in a worker, to know its classes and what it runs in."""
-        request = self._request
-
-        def load() -> ImageModel | str:
-            try:
-                return described(request.open("auto"))
-            except InputError as error:
-                return str(error)
-
-        remote = self._ray.remote(num_cpus=1, num_gpus=self._gpus, max_calls=1)(load)
-        found = self._ray.get(remote.remote())
+        remote = self._ray.remote(num_cpus=1, num_gpus=self._gpus)(_Loader)
+        loader = remote.remote(self._request)
+        try:
+            found = self._ray.get(loader.load.remote())
+        except self._ray.exceptions.RayError as error:
+            raise InputError(
+                f"Ray's worker ended while it loaded {self._request.settings.model}: "
+                f"{first_line(error)}"
+            ) from error
+        # Killed, it leaves its GPU to the next worker seconds sooner than if it ended.
+        self._ray.kill(loader)
         if isinstance(found, str):
             raise InputError(found)
         return found
@@ -181,6 +182,19 @@ class RayPool:
                 if sum(len(piece[PLACE]) for piece in waiting[number]) == counts[number]:
                     del counts[number]
                     yield number, _joined(waiting.pop(number))
+
+
+class _Loader:
+    """Loads a model, and says what it is or what is wrong with it."""
+
+    def __init__(self, request: Request):
+        self._request = request
+
+    def load(self) -> ImageModel | str:
+        try:
+            return described(self._request.open("auto"))
+        except InputError as error:
+            return str(error)
 
 
 class RayWorker:
