@@ -86,7 +86,7 @@ class Size:
     batch: int
 
 
-ON_GPU = Size("vit_base_patch16_224", 224, 20_000, 40_000, 3, 10_000, 256)
+ON_GPU = Size("vit_base_patch16_224", 224, 20_000, 80_000, 3, 10_000, 256)
 ON_CPU = Size("tf_efficientnet_lite0", 224, 600, 600, 5, 10_000, 32)
 QUICK = Size("test_vit", 160, 24, 48, 1, 48, 8)
 
@@ -152,18 +152,18 @@ class _Work:
 
 
 class Timed:
-    """A pool, and the speed once as many pieces of work have ended as it has workers.
+    """A pool, and the speed once the pieces of work that it began with have ended.
 
     What starts with the work (Ray's workers load their model then) is left out, and what several
-    workers had begun together is not counted as if one had made it.
+    workers had begun together is not counted as if it were made one after the other.
 
     Args:
         pool: what computes.
-        workers: of the pool.
+        begins: pieces of work that are begun at once.
     """
 
-    def __init__(self, pool: Pool, workers: int):
-        self.pool, self.images, self._warming = pool, 0, workers
+    def __init__(self, pool: Pool, begins: int):
+        self.pool, self.images, self._warming = pool, 0, begins
         self.first = self.last = 0.0
 
     def run(self, todo: Todo, advance: Callable[[int], Any]) -> None:
@@ -358,7 +358,7 @@ def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
         settings = work.settings(work.size.each * number)
         began = time.perf_counter()
         with open_pool(executor, number, each, request, settings) as pool:
-            timed = Timed(pool, number)
+            timed = Timed(pool, number * at_once(executor))
             images = ImageList(settings.images, classes=pool.model.classes)
             columns = request.columns(pool.model)
             job = Job(pool.model, images, columns, settings, request.identity, pool=timed)
@@ -377,6 +377,15 @@ def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
                 "with the start, s": f"{seconds:.1f}",
             },
         )
+
+
+def at_once(executor: str) -> int:
+    """Return the pieces of work that a worker begins with: a batch, or several parts."""
+    if executor == "--devices":
+        return 1
+    from fastadapt.export.predict.ray_executor import AT_ONCE
+
+    return AT_ONCE
 
 
 def open_pool(

@@ -58,7 +58,7 @@ def test_memory_of_a_tree_of_processes():
         process.wait()
 
 
-def test_speed_once_all_workers_have_begun():
+def test_speed_without_what_was_begun_together():
     class Pool:
         def run(self, todo, advance):
             for images in todo:
