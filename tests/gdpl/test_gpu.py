@@ -284,8 +284,9 @@ def test_the_token_embedding_may_stay_on_the_cpu():
 @pytest.mark.parametrize("half", [False, True])
 def test_compiles_whole(half):
     """Twice as far from fp32 as eager calls in the same precision, at most, by medians."""
-    model = small_model(QUIET).to(DEVICE).train()
-    batches = [batch(seed=seed) for seed in range(1, 10)]
+    torch.manual_seed(0)
+    model = randomize(small_model(QUIET)).to(DEVICE).train()  # else some gradients are zero
+    batches = [batch(seed=seed) for seed in range(1, 26)]
     exact = [logits_and_gradients(model, *given) for given in batches]
     if half:
         model.set_frozen_dtype(torch.bfloat16)
