@@ -411,7 +411,8 @@ def open_pool(
     from fastadapt.export.predict.ray_executor import RayPool
 
     # All workers have loaded their model before the first begins, as with --devices.
-    DataContext.get_current().wait_for_min_actors_s = 120
+    context = DataContext.get_current()
+    context.wait_for_min_actors_s = 120
     ray = replace(settings, executor="ray", ray_workers=number, workers=each)
     return RayPool(request, ray)
 
