@@ -110,7 +110,7 @@ def run(quick: bool = False) -> Iterator[Tables]:
         )
         work = _Work(bundle, photos, folder, size)
         cores = f"{default_workers()} cores"
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[Row]] = {}  # what each part has so far
         notes = [NOTES, f"{size.backbone} at {size.image_size}, batch {size.batch}; {cores}."]
         for part, measure in (
             ("alone", alone),
@@ -119,11 +119,10 @@ def run(quick: bool = False) -> Iterator[Tables]:
             ("ray", functools.partial(devices, part="ray")),
         ):
             if part in chosen:
-                for table, row in measure(work):
-                    found.setdefault(table, []).append(row)
-                    shown = {key: list(rows) for key, rows in found.items()}
-                    said = ", ".join(str(value) for value in row.values() if value)
-                    yield Tables(shown, notes=notes, about=about, progress=said)
+                for table, rows in measure(work):
+                    found[table] = rows
+                    said = ", ".join(str(value) for value in rows[-1].values() if value)
+                    yield Tables(dict(found), notes=notes, about=about, progress=said)
         harness.release()
 
 
@@ -186,8 +185,8 @@ class Timed:
         return self.images / (self.last - self.first) if self.images else None
 
 
-def alone(work: _Work) -> Iterator[tuple[str, Row]]:
-    """Time the decoder, the runtime, and predict and embed, which use both."""
+def alone(work: _Work) -> Iterator[tuple[str, list[Row]]]:
+    """Time the decoder, the runtime, and predict and embed, which use both; yield each round."""
     size = work.size
     predict = Request(PredictSettings(model=str(work.bundle)))
     embed = Request(EmbedSettings(model=str(work.bundle)))
@@ -200,6 +199,7 @@ def alone(work: _Work) -> Iterator[tuple[str, Row]]:
         ("embed", "embed", "cpu"),
     ]
     jobs += [("predict, decoding on the GPU", "predict", "gpu")] * on_gpu
+    table = f"one device, {models['predict'].name}: {size.images} images, {size.rounds} rounds"
     results: dict[str, list[str]] = {}
     rounds: dict[str, list[Timing]] = {}
     for _ in range(size.rounds):
@@ -218,13 +218,11 @@ def alone(work: _Work) -> Iterator[tuple[str, Row]]:
             assert summary.images == size.images and not summary.unreadable
             rounds.setdefault(name, []).append(began.timing(summary.images))
             results[name] = predictions_of(summary.out) if command == "predict" else []
-    table = f"one device, {models['predict'].name}: {size.images} images, {size.rounds} rounds"
-    for row in rows_of(rounds, on_gpu=on_gpu):
-        yield table, row
+        yield table, rows_of(rounds, on_gpu=on_gpu)
     if on_gpu:
         pairs = list(zip(results["predict"], results["predict, decoding on the GPU"], strict=True))
         same = sum(one == other for one, other in pairs)
-        yield "decoding on the GPU", {"images": f"{len(pairs)}", "same class": f"{same}"}
+        yield "decoding on the GPU", [{"images": f"{len(pairs)}", "same class": f"{same}"}]
 
 
 def predictions_of(path: Path) -> list[str]:
@@ -312,9 +310,9 @@ def run_alone(model: ImageModel, paths: list[str], batch: int) -> Timing:
     return began.timing(calls * len(pixels))
 
 
-def memory(work: _Work) -> Iterator[tuple[str, Row]]:
+def memory(work: _Work) -> Iterator[tuple[str, list[Row]]]:
     """Measure the most memory that ``fastadapt predict`` takes, for few images and for many."""
-    peaks = []
+    peaks, rows = list[int](), list[Row]()
     for images in (FEW, work.size.many):
         settings = work.settings(images)
         command = [sys.executable, "-m", "fastadapt", "predict", str(work.bundle)]
@@ -329,7 +327,8 @@ def memory(work: _Work) -> Iterator[tuple[str, Row]]:
         peaks.append(peak)
         row: Row = {"images": str(images), "peak MiB": f"{peak / 2**20:.0f}"}
         row["more than for few, MiB"] = f"{(peak - peaks[0]) / 2**20:+.0f}"
-        yield "memory of predict and its decoding processes", row
+        rows.append(row)
+        yield "memory of predict and its decoding processes", list(rows)
 
 
 def tree_memory(pid: int) -> int:
@@ -345,7 +344,7 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
+def devices(work: _Work, part: str) -> Iterator[tuple[str, list[Row]]]:
     """Time ``--devices`` or Ray Data on 1, 2, 4 … GPUs, as many images for each."""
     executor = EXECUTORS[part]
     count = torch.cuda.device_count() or (2 if work.size is QUICK else 0)
@@ -354,6 +353,7 @@ def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
     request = Request(PredictSettings(model=str(work.bundle)))
     each = max(default_workers() // count, 1)
     one: float | None = None
+    rows = list[Row]()
     for number in [n for n in (1, 2, 4, 8) if n <= count]:
         settings = work.settings(work.size.each * number)
         began = time.perf_counter()
@@ -366,17 +366,16 @@ def devices(work: _Work, part: str) -> Iterator[tuple[str, Row]]:
         seconds = time.perf_counter() - began
         assert summary.images == work.size.each * number and not summary.unreadable
         one = one or timed.speed
-        yield (
-            f"{PARTS[part]}, {each} decoding processes for each",
-            {
-                "executor": executor,
-                "GPUs": str(number),
-                "images": str(summary.images),
-                "images/s": f"{timed.speed:.0f}" if timed.speed else None,
-                "times one GPU": f"{timed.speed / one:.2f}×" if timed.speed and one else None,
-                "with the start, s": f"{seconds:.1f}",
-            },
-        )
+        row: Row = {
+            "executor": executor,
+            "GPUs": str(number),
+            "images": str(summary.images),
+            "images/s": f"{timed.speed:.0f}" if timed.speed else None,
+            "times one GPU": f"{timed.speed / one:.2f}×" if timed.speed and one else None,
+            "with the start, s": f"{seconds:.1f}",
+        }
+        rows.append(row)
+        yield f"{PARTS[part]}, {each} decoding processes for each", list(rows)
 
 
 def at_once(executor: str) -> int:
