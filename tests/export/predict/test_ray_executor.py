@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -12,10 +14,12 @@ from PIL import Image
 
 import fastadapt as fa
 from fastadapt.export.predict import job, part_maker, ray_executor
+from fastadapt.export.predict.request import Request
 from fastadapt.export.predict.settings import PredictSettings, WorkSettings
 from tests.helpers.command import command
 
 ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
 
 
 def workers():
@@ -90,6 +94,20 @@ def test_without_ray(made, tmp_path, monkeypatch):
     work = WorkSettings(images=(str(made / "images"),), out=tmp_path / "o.csv", executor="ray")
     with pytest.raises(fa.InputError, match=r"needs Ray Data: pip install"):
         job.predict_images(PredictSettings(model=str(made / "bundle")), work)
+
+
+def test_a_worker_that_dies_while_it_loads_is_named(made, tmp_path, monkeypatch):
+    def dies(_):
+        raise ray.exceptions.ActorDiedError()
+
+    # Without a cluster, which takes seconds to start.
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda kind: SimpleNamespace(remote=Mock()))
+    monkeypatch.setattr(ray, "get", dies)
+    work = WorkSettings(images=(str(made / "images"),), out=tmp_path / "o.csv", executor="ray")
+    with pytest.raises(fa.InputError, match=r"worker ended while it loaded .*bundle"):
+        ray_executor.RayPool(Request(PredictSettings(model=str(made / "bundle"))), work)
 
 
 def test_a_cluster_that_does_not_answer_is_named():
