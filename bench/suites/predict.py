@@ -48,7 +48,8 @@ from ..protocol import Benchmark, Row, Tables
 TITLE = "Prediction from image files"
 NOTES = (
     "Images per second from JPEGs of 500 × 375 pixels that are in the file cache, from the first "
-    "image to the last row on disk, without the start of Python and the loading of the model. "
+    "image to the last row on disk, without the start of Python and the loading of the model; on "
+    "several GPUs from when all workers are busy. "
     "Random weights, ten classes."
 )
 CHOICE = "FASTADAPT_PREDICT"
