@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -150,6 +151,20 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
     raise InputError(
         f"{path} cannot be read as text in UTF-8, UTF-16 or Windows-1252: save it as UTF-8"
     )
+
+
+def check_ordinary(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no ordinary file: reading a pipe or a device may never end.
+
+    Raises:
+        InputError: it is a folder, a pipe, a socket or a device.
+        OSError: it is not there, or cannot be looked at.
+    """
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path} is a folder; expected a file")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is a pipe, a socket or a device; expected a file")
 
 
 @contextlib.contextmanager

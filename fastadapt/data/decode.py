@@ -22,6 +22,7 @@ from fastadapt.data.formats import FORMATS
 from fastadapt.data.pixels import DeepImage, ValueRange, to_eight_bit_rgb
 from fastadapt.data.two_bytes import read_two_bytes
 from fastadapt.errors import InputError, first_line
+from fastadapt.files import check_ordinary
 
 T = TypeVar("T")
 
@@ -49,9 +50,10 @@ def decode(path: str | os.PathLike[str]) -> Decoded:
     """Decode an image file without scaling its values.
 
     Raises:
-        InputError: the file is missing, damaged, truncated or no image.
+        InputError: the file is missing, damaged, truncated, no ordinary file or no image.
     """
     try:
+        check_ordinary(path)
         with Path(path).open("rb") as file:
             return _decode(file, str(path))
     except InputError:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from fastadapt.data.pixels import ValueRange
+from fastadapt.files import check_ordinary
 
 _ORIENTATION, _UPRIGHT = 0x0112, 1
 _RGB = [ord(letter) for letter in "RGB"]  # ids of components that are not luma and chroma
@@ -37,6 +38,7 @@ def read_plain_jpeg(
     if value_range is not None and (value_range[0] < 0 or value_range[1] > 255):
         return None  # of deeper images: those of 8 bits are refused
     try:
+        check_ordinary(path)
         data = Path(path).read_bytes()
         if not data.startswith(b"\xff\xd8\xff") or not data.rstrip(b"\0").endswith(b"\xff\xd9"):
             return None  # nvJPEG takes a truncated file for a whole one

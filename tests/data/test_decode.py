@@ -1,3 +1,4 @@
+import os
 import shutil
 import struct
 import zlib
@@ -8,6 +9,7 @@ from PIL import EpsImagePlugin, Image
 
 from fastadapt.data.decode import decode, load_image, to_rgb
 from fastadapt.data.formats import FORMATS
+from fastadapt.data.plain_jpeg import read_plain_jpeg
 from fastadapt.errors import InputError
 from tests.helpers.imagesets import truncate
 
@@ -207,3 +209,17 @@ def test_images_that_pillow_opened_are_read_alike(tmp_path):
             for value_range in (None, (100, 3000)):
                 right = load_image(tmp_path / name, value_range)
                 assert np.array_equal(to_rgb(opened, value_range), right)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)  # opened, it would wait for a writer for ever
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"a\.jpg is a .*; expected a file"):
+        load_image(path)
+    assert read_plain_jpeg(path) is None
