@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 BUNDLE = "fastadapt-bundle"  # the format of a bundle's manifest
@@ -22,7 +23,8 @@ RUN_FILES = frozenset(
 
 def is_ours(folder: Path) -> bool:
     """Say whether this package wrote the folder: a run, finished or not, runs, or a bundle."""
-    if (folder / "state.safetensors").is_file() and (folder / "metrics.jsonl").is_file():
+    # Of a folder that nobody may enter, pathlib's is_file() would raise PermissionError.
+    if all(os.path.isfile(folder / name) for name in ("state.safetensors", "metrics.jsonl")):  # noqa: PTH113
         return True
     return any(_format_of(folder / name).startswith("fastadapt-") for name in _NAMED)
 

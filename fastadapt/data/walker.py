@@ -24,6 +24,8 @@ SYSTEM_FOLDERS = frozenset(
     ("__macosx", "@eadir", "__pycache__", "$recycle.bin", "system volume information", "lost+found")
 )
 LISTS = (".txt", ".lst")
+DEAD_LINKS, NO_FILES = "links that lead nowhere", "pipes, sockets or devices"
+UNREADABLE = "unreadable folders"
 MANY_RUNS = 8  # of more, the first one and their number are named
 
 PathLike = str | os.PathLike[str]
@@ -56,6 +58,11 @@ class WalkReport:
         """Note a folder of a run or a bundle that is left out."""
         if not self.own(folder):
             self.runs.append(folder)
+
+    @property
+    def unreadable_folders(self) -> int:
+        """The number of folders that could not be entered, whose images nobody knows."""
+        return sum(n for why, (n, _) in self.skipped.items() if why.startswith(UNREADABLE))
 
     def add(self, other: WalkReport) -> None:
         """Take in what another walk left out."""
@@ -110,8 +117,9 @@ def walk(
         elif glob.has_magic(str(source)):
             yield from _walk_pattern(str(source), report)
         else:
+            is_ = "is a pipe, a socket or a device" if path.exists() else "does not exist"
             raise InputError(
-                f"{source} does not exist; expected a folder, an image file, a list of files "
+                f"{source} {is_}; expected a folder, an image file, a list of files "
                 f"({', '.join(LISTS)}) or a pattern such as 'images/*.png'"
             )
 
@@ -143,7 +151,7 @@ def list_entries(
         with os.scandir(root) as found:
             entries = sorted(found, key=lambda entry: entry.name)
     except OSError as error:
-        report.skip(root, f"unreadable folders ({error.strerror})")
+        report.skip(root, f"{UNREADABLE} ({error.strerror})")
         return files, folders
     for entry in entries:
         path = root / entry.name
@@ -153,7 +161,7 @@ def list_entries(
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError as error:  # links in a circle, or to where nobody may look
-            report.skip(path, f"links that lead nowhere ({error.strerror})")
+            report.skip(path, f"{DEAD_LINKS} ({error.strerror})")
             continue
         if is_folder:
             if entry.name.lower() in SYSTEM_FOLDERS:
@@ -170,13 +178,14 @@ def list_entries(
             else:
                 report.skip(path, _kind(path))
         else:
-            what = "links that lead nowhere" if entry.is_symlink() else "pipes, sockets or devices"
-            report.skip(path, what)
+            report.skip(path, DEAD_LINKS if entry.is_symlink() else NO_FILES)
     return files, folders
 
 
 def _of_one(reason: str) -> str:
     """Return why files are left out, of a single one: "links that lead back" become a link."""
+    if reason == NO_FILES:
+        return "pipe, socket or device"
     found = re.sub(r"\b(folder|link|image|file)s\b", r"\1", reason, count=1)
     return found.replace("that lead ", "that leads ")
 
@@ -195,9 +204,11 @@ def _walk_pattern(pattern: str, report: WalkReport) -> Iterator[Path]:
     found = False
     for name in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 (may be absolute)
         path = Path(name)
-        if not path.is_file():
+        if path.is_dir():
             continue
-        if is_image_file(path):
+        if not path.is_file():
+            report.skip(path, NO_FILES if path.exists() else DEAD_LINKS)
+        elif is_image_file(path):
             found = True
             yield path
         else:

@@ -1,4 +1,6 @@
+import errno
 import itertools
+import os
 
 import pytest
 
@@ -100,3 +102,34 @@ def test_what_is_told_is_one_line_each(tree):
         assert len(lines) == 1 + (number + 1 if number < MANY_RUNS else 1)
         assert all(line.isprintable() for line in lines)
     assert lines[1].startswith("left out: 10 folders that fastadapt wrote (first ")
+
+
+def test_a_folder_that_nobody_may_enter_stops_no_walk(tree, monkeypatch):
+    def refusing(function):
+        def call(path, *args, **more):
+            if "x/y" in os.fspath(path):
+                raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+            return function(path, *args, **more)
+
+        return call
+
+    report = WalkReport()
+    with monkeypatch.context() as patch:  # for root there is no such folder
+        for name in ("stat", "scandir"):
+            patch.setattr(os, name, refusing(getattr(os, name)))
+        found = list(walk(tree, report))
+    assert names(found, tree) == ["a.png", "b.png", "x/c.jpg"]
+    assert report.skipped["unreadable folders (Permission denied)"] == (1, tree / "x" / "y")
+    assert report.unreadable_folders == 1
+
+
+def test_what_is_no_file_is_told(tree):
+    os.mkfifo(tree / "pipe.png")
+    (tree / "gone.png").symlink_to("nowhere")
+    for source in (tree, tree / "*"):
+        report = WalkReport()
+        assert {"a.png", "b.png"} <= set(names(walk(str(source), report), tree))
+        assert report.skipped["links that lead nowhere"] == (1, tree / "gone.png")
+        assert f"1 pipe, socket or device ({tree}/pipe.png)" in report.lines()[0]
+    with pytest.raises(InputError, match=r"pipe\.png is a pipe, a socket or a device; expected"):
+        list(walk(tree / "pipe.png"))
