@@ -27,6 +27,15 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def said_by_system(error: OSError) -> str:
+    """Return in one line what the system said of which file."""
+    if error.strerror is None:
+        return str(error)
+    where = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    shown = " and ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in where)
+    return f"{shown}: {error.strerror}" if shown else error.strerror
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 5) -> str:
     """Name the choices most like ``word``, for the end of an error message."""
     import difflib

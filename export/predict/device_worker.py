@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from fastadapt.data.decode_on import DecodeOn
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, said_by_system
 
 from .decoders import decoder_on
 from .part_maker import PartMaker
@@ -53,7 +53,7 @@ def main(connection_fd: int) -> None:
 
     Receives an :class:`Assignment`, then parts ``(number, images)``, and ``None`` whenever there
     are no more for now. Sends ``("model", model)``, then ``("step", images, finished)`` for every
-    batch, or ``("error", line)``.
+    batch, or ``("error", line)``, or ``("system", line)`` for what the system refused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what Ctrl-C means
     connection = Connection(connection_fd)
@@ -63,6 +63,8 @@ def main(connection_fd: int) -> None:
         return
     except InputError as error:
         connection.send(("error", str(error)))
+    except OSError as error:  # a full disk, say, on which no other process can write either
+        connection.send(("system", said_by_system(error)))
 
 
 def _serve(connection: Connection) -> None:

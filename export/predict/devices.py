@@ -27,6 +27,7 @@ from .decode_ahead import images_ahead
 from .device_worker import Assignment
 from .models import ImageModel
 from .part_maker import Todo, part_size
+from .parts import KEPT
 from .request import Request
 from .settings import WorkSettings
 from .sources import Item
@@ -115,7 +116,7 @@ class DevicePool:
             kind, value = process.connection.recv()
         except (EOFError, OSError):
             raise InputError(f"the process for {process.device} {_end(process)}") from None
-        if kind == "error":
+        if kind != "model":
             raise InputError(value)
         return value
 
@@ -146,6 +147,8 @@ class DevicePool:
                     continue
                 if kind == "error":
                     raise InputError(values[0])
+                if kind == "system":
+                    raise InputError(f"{values[0]}; {KEPT}")
                 images, finished = values
                 advance(images)
                 if finished is not None:
@@ -181,8 +184,7 @@ class DevicePool:
         how = _end(process)
         if not self._running:
             raise InputError(
-                f"the process for {process.device} {how}, and no other is left: finished parts "
-                "are kept, go on with `resume=True`"
+                f"the process for {process.device} {how}, and no other is left: {KEPT}"
             )
         print(
             f"the process for {process.device} {how}; the others do its parts",

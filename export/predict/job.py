@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.decision import UNDECIDED
-from fastadapt.errors import InputError, counted, form, printable
+from fastadapt.errors import InputError, counted, form, printable, said_by_system
 from fastadapt.progress import progress_bars
 
 from .complete import check_complete
@@ -30,7 +30,7 @@ from .decode_ahead import open_decoder
 from .decoders import OpenDecoder, decoder_on
 from .formats import check_ending
 from .part_maker import PartMaker, Todo, part_size
-from .parts import Part, Parts
+from .parts import KEPT, Part, Parts
 from .settings import EmbedSettings, PredictSettings, WorkSettings
 from .sources import STDIN, ImageList, Item, ListDigest
 
@@ -56,6 +56,7 @@ class Summary:
         metrics: where labels were given, as :func:`fastadapt.train.metrics.confusion_metrics`, of
             the images that are decided; ``undecided`` counts the others.
         notes: lines for the terminal: what was left out.
+        unreadable_folders: number of folders that cannot be entered.
     """
 
     out: Path
@@ -66,6 +67,7 @@ class Summary:
     seconds: float
     metrics: dict[str, Any] | None
     notes: tuple[str, ...]
+    unreadable_folders: int = 0
 
 
 def predict_images(settings: PredictSettings, work: WorkSettings) -> Summary:
@@ -162,6 +164,15 @@ class _Counts:
     computed: int = 0
 
 
+@contextmanager
+def _telling_what_is_kept() -> Iterator[None]:
+    """Say of what the system refuses, to write to a full disk for one, how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{said_by_system(error)}; {KEPT}") from error
+
+
 class Pool(Protocol):
     """What computes parts elsewhere, and writes them."""
 
@@ -224,7 +235,8 @@ class Job:
                 counts.computed += count
                 progress.advance(task, count)
 
-            self._compute(self._todo(finished, keep), advance)
+            with _telling_what_is_kept():
+                self._compute(self._todo(finished, keep), advance)
             seconds = time.perf_counter() - began
         total = counts.kept + counts.computed
         if not total:
@@ -241,7 +253,8 @@ class Job:
             confusion += part.confusion
             for what, (files, first) in part.dropped.items():
                 all_parts.drop(what, first, files)
-        self.parts.join(count, self.rows, {**self.identity, "images": self._digest.to_dict()})
+        with _telling_what_is_kept():
+            self.parts.join(count, self.rows, {**self.identity, "images": self._digest.to_dict()})
         return Summary(
             work.out,
             total,
@@ -259,6 +272,7 @@ class Job:
                 ),
                 *self._without_labels(confusion),
             ),
+            self.images.report.unreadable_folders,
         )
 
     def _without_labels(self, confusion: Counter[tuple[int, int]]) -> list[str]:

@@ -30,6 +30,7 @@ from .sources import Item
 MANIFEST = "manifest.json"  # by which the walker tells that the folder is ours
 KIND, VERSION = "fastadapt-parts", 2
 JOB = "fastadapt-results"  # format of the file that tells how results were made
+KEPT = "finished parts are kept, go on with `resume=True`"
 _NAME = re.compile(r"part-[0-9]{6,}\.(json|jsonl|csv|parquet)|manifest\.json")
 
 
@@ -126,8 +127,11 @@ class Parts:
         """
         manifest = self.folder / MANIFEST
         self._check_own()
-        if overwrite or not manifest.is_file():  # made or removed by halves, else
+        finished = {int(record.stem[5:]) - 1 for record in self.folder.glob("part-*.json")}
+        nothing = not finished and not resume and not self.file.exists()  # that could be lost
+        if overwrite or nothing or not manifest.is_file():  # made or removed by halves, else
             self.remove()
+            finished = set()
         elif not resume:
             raise InputError(
                 f"{self.folder} holds finished parts of an earlier command: go on from them with "
@@ -143,7 +147,7 @@ class Parts:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(manifest, {"format": KIND, "version": VERSION, **identity})
-        return {int(record.stem[5:]) - 1 for record in self.folder.glob("part-*.json")}
+        return finished
 
     def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         if before.get("format") != KIND or before.get("version") != VERSION:

@@ -74,7 +74,7 @@ class ImageList:
                     f"the labels are the column {self.labels!r}, and {source} is no table "
                     f"({', '.join(TABLES)}): give a table, or --labels {FOLDERS}"
                 )
-            elif source != STDIN and not Path(source).exists():
+            elif source != STDIN and not Path(source).is_file() and not Path(source).is_dir():
                 next(walk(source), None)
 
     def check_labels(self) -> None:
@@ -133,9 +133,9 @@ class ImageList:
         if source == STDIN:
             # Not as text: names of files need not be any.
             for number, line in enumerate(sys.stdin.buffer):
-                name = os.fsdecode(line if number else line.removeprefix(codecs.BOM_UTF8)).strip()
-                if name:
-                    yield Item(name)
+                name = os.fsdecode(line if number else line.removeprefix(codecs.BOM_UTF8))
+                if name.strip():
+                    yield Item(_listed(Path(), name))
         elif _is_table(source):
             with open_text(source) as file:
                 column = None if self.labels == FOLDERS else self.labels
@@ -145,7 +145,7 @@ class ImageList:
             with open_text(source) as file:
                 for line in file:
                     if line.strip():
-                        yield Item(_below(folder, line.strip()))
+                        yield Item(_below(folder, _listed(folder, line)))
         else:
             for path in walk(source, report):
                 yield Item(str(path))
@@ -220,6 +220,13 @@ class ListDigest:
 def _below(folder: Path, path: str) -> str:
     """Return a path of a list or table, which are relative to its folder, Windows' ones too."""
     return str(resolve_listed(folder, path) if "\\" in path else folder / path)
+
+
+def _listed(folder: Path, line: str) -> str:
+    """Return the path in a line of a list, with the spaces around it where its file has them."""
+    name = line.rstrip("\r\n")
+    path = name.strip()
+    return name if name != path and os.path.lexists(folder / name) else path
 
 
 def _is_table(source: str) -> bool:

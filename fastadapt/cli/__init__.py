@@ -22,7 +22,7 @@ from fastadapt.cli.search import search
 from fastadapt.cli.sign import sign
 from fastadapt.cli.train import TrainCommand, train
 from fastadapt.environment_variables import flag
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, said_by_system
 
 DEBUG = "FASTADAPT_DEBUG"
 BACKEND, BACKENDS = "FASTADAPT_BACKEND", ("auto", "triton", "reference")
@@ -98,7 +98,7 @@ def main() -> None:
         if isinstance(error, (InputError, *_backend_error())):
             _fail(str(error))
         if isinstance(error, OSError):
-            _fail(_of_system(error))
+            _fail(said_by_system(error))
         full = _full_memory(error)
         if full is not None:
             _fail(f"the {full}'s memory is full: close other programs, or use smaller batches")
@@ -128,15 +128,6 @@ def _refuse_usage(error: Any) -> NoReturn:
     said = error.format_message().replace("Value error, ", "").removesuffix(".")
     name = "fastadapt" if context is None else context.command_path
     _fail(f"{said}; {name} --help has all options", code=error.exit_code)
-
-
-def _of_system(error: OSError) -> str:
-    """Say what the system said of which file."""
-    if error.strerror is None:
-        return str(error)
-    where = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    shown = " and ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in where)
-    return f"{shown}: {error.strerror}" if shown else error.strerror
 
 
 def _full_memory(error: Exception) -> str | None:

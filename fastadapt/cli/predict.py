@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from fastadapt.cli.options import Given, command
-from fastadapt.errors import counted
+from fastadapt.errors import counted, form
 from fastadapt.export.predict.settings import EmbedSettings, PredictSettings, WorkSettings
 from fastadapt.interrupt import EXIT_CODE, came, working
 from fastadapt.locks import lock_beside
@@ -20,7 +20,7 @@ from fastadapt.output_place import check_output
 if TYPE_CHECKING:
     from fastadapt.export.predict.job import Summary
 
-UNREADABLE = 3  # exit code where files could not be read; all others are in the results
+UNREADABLE = 3  # exit code where files or folders could not be read; all others are in the results
 
 
 @command(PredictSettings, WorkSettings)
@@ -66,7 +66,7 @@ def _run(job: Callable[[], Summary], work: WorkSettings) -> None:
         raise typer.Exit(EXIT_CODE) from None
     if not work.quiet:
         _print(summary)
-    if summary.unreadable:
+    if summary.unreadable or summary.unreadable_folders:
         raise typer.Exit(UNREADABLE)
 
 
@@ -82,17 +82,18 @@ def _print(summary: Summary) -> None:
             file=sys.stderr,
         )
     speed = ""
-    if summary.computed and summary.seconds > 0:
+    if summary.computed and summary.images > summary.unreadable and summary.seconds > 0:
         speed = f", {summary.computed / summary.seconds:.0f} images/s"
     print(f"{counted(summary.images - summary.unreadable, 'image')}{speed}: {summary.out}")
     if summary.metrics is not None:
         scores = summary.metrics
         if scores.get("undecided"):
-            print(f"{scores['undecided']} labelled images are left undecided")
+            count = scores["undecided"]
+            print(f"{counted(count, 'labelled image')} {form(count, 'is', 'are')} left undecided")
         if not scores["images"]:
             return
         print(
             f"accuracy {scores['accuracy']:.2%}, balanced accuracy "
             f"{scores['balanced_accuracy']:.2%}, macro-F1 {scores['macro_f1']:.4f} "
-            f"({scores['images']} labelled images)"
+            f"({counted(scores['images'], 'labelled image')})"
         )

@@ -1,13 +1,17 @@
 """Several devices write the file of one; what a killed process leaves, the others do."""
 
+import errno
 import os
 import signal
+import socket
+from multiprocessing.connection import Connection
 
 import pytest
 
 import fastadapt as fa
-from fastadapt.export.predict import devices, job, part_maker
+from fastadapt.export.predict import device_worker, devices, job, part_maker
 from fastadapt.export.predict.settings import PredictSettings, WorkSettings
+from fastadapt.export.predict.sources import Item
 from tests.helpers.command import command
 
 
@@ -80,3 +84,18 @@ def test_one_device_or_several(made, tmp_path, monkeypatch, capsys):
     args = ("predict", made / "bundle", made / "images", "--out", tmp_path / "o.csv")
     assert command(monkeypatch, *args, "--devices", "cpu", "--device", "cpu") == 1
     assert "--device is one device and --devices are several" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch):
+    def serve(connection):
+        raise OSError(errno.ENOSPC, "No space left on device", "out.csv.parts/part-000002.csv")
+
+    monkeypatch.setattr(device_worker, "_serve", serve)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ours, theirs = socket.socketpair()
+    device_worker.main(theirs.detach())
+    pool = object.__new__(devices.DevicePool)
+    pool._running = [devices._Process("cpu", None, Connection(ours.detach()))]
+    pool._size, pool._ahead = 3, 0
+    with pytest.raises(fa.InputError, match=r"part-000002\.csv: No space.*; finished parts are"):
+        pool.run([(0, [Item("a.png")])], lambda count: None)

@@ -1,6 +1,7 @@
 """Rows in a file: the same whatever stopped the command before, and in little memory."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from fastadapt.export.predict.columns import FeatureColumns, PredictionColumns
 from fastadapt.export.predict.decode_ahead import DecodedBatch
 from fastadapt.export.predict.job import Job
 from fastadapt.export.predict.models import ImageModel
+from fastadapt.export.predict.parts import Parts
 from fastadapt.export.predict.settings import WorkSettings
 from fastadapt.export.predict.sources import ImageList, Item
 from fastadapt.files import read_json
@@ -263,6 +265,26 @@ class TestWhatIsThere:
             with pytest.raises(fa.InputError, match="give another `out`"):
                 make_job(tmp_path / "out.csv", count=10, overwrite=overwrite).run()
         assert (tmp_path / name).read_text() == content
+
+    def test_a_command_that_finished_no_part_is_in_nobodys_way(self, tmp_path):
+        out = tmp_path / "out.csv"
+        for batch in (32, 16):
+            with pytest.raises(Stop):
+                make_job(out, count=60, stop_at=1, batch=batch).run()
+        assert make_job(out, count=60).run().images == 60
+
+    def test_a_full_disk_is_told_with_what_is_kept(self, tmp_path, monkeypatch):
+        def finish(parts, number, part, rows):
+            if number == 1:
+                raise OSError(errno.ENOSPC, "No space left on device", "part")
+            real(parts, number, part, rows)
+
+        out, real = tmp_path / "out.csv", Parts.finish
+        monkeypatch.setattr(Parts, "finish", finish)
+        with pytest.raises(fa.InputError, match="part: No space left on device; finished parts"):
+            make_job(out).run()
+        monkeypatch.undo()
+        assert make_job(out, resume=True).run().computed == 2300 - 1024
 
     def test_no_images(self, tmp_path):
         out = tmp_path / "out.csv"

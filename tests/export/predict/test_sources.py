@@ -2,9 +2,12 @@
 
 import io
 import itertools
+import os
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastadapt as fa
 from fastadapt.export.predict.sources import ImageList, Item
@@ -162,3 +165,26 @@ def test_paths_of_windows(folder):
     (folder / "a.txt").write_text("images\\good\\b.png\r\n")
     for name in ("a.csv", "a.txt"):
         assert found(folder, folder / name) == [("images/good/b.png", "")]
+
+
+NAMES = st.text(st.sampled_from(" \t\u00a0\u2028aé,'"), min_size=1, max_size=8)
+
+
+@given(name=NAMES.filter(str.strip))
+@settings(max_examples=40, deadline=None)
+def test_names_with_spaces_around_them(tmp_path_factory, name):
+    folder = tmp_path_factory.mktemp("names")
+    (folder / name).write_bytes(b"")
+    (folder / "list.txt").write_text(f"{name}\n", encoding="utf-8-sig")
+    assert list(ImageList([str(folder / "list.txt")])) == [Item(str(folder / name))]
+    # A name on standard input begins with its folder; what is to be stripped is at its end.
+    stdin = io.TextIOWrapper(io.BytesIO(f"{folder}/{name}\r\n".encode()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        assert list(ImageList(["-"])) == [Item(str(folder / name))]
+
+
+def test_pipes_are_refused_before_any_work(folder):
+    os.mkfifo(folder / "pipe.csv")
+    with pytest.raises(fa.InputError, match=r"pipe\.csv is a pipe, a socket or a device"):
+        ImageList([str(folder / "pipe.csv")]).check()
