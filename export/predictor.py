@@ -170,6 +170,11 @@ class Predictor:
         """
         if batch < 1:
             raise InputError(f"batch is {batch}; expected at least 1")
+        if isinstance(paths, str | bytes | os.PathLike):  # a text would be taken letter by letter
+            raise InputError(
+                f"paths is {os.fsdecode(paths)!r}, a single path; expected several: give a list, "
+                "of a folder sorted(Path(folder).rglob('*.jpg')) for one"
+            )
         preprocess = self.graph_input.preprocess
         workers = default_workers() if workers is None else workers
         source = iter(paths)
@@ -178,7 +183,7 @@ class Predictor:
         def batches() -> Iterator[list[str]]:
             while chunk := list(itertools.islice(source, batch)):
                 sent.append(chunk)
-                yield [os.fspath(path) for path in chunk]
+                yield [os.fsdecode(path) for path in chunk]
 
         with open_decoder(self.reading, preprocess.intensity_range, batch, workers) as decode:
             for decoded in decode(batches()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,7 +118,7 @@ class BatchPredictor:
             has columns of its own, ``prediction:TASK`` for one. Numbers of a file that cannot be
             read are NaN.
         """
-        outputs, problems = self.outputs([str(path) for path in batch["path"]])
+        outputs, problems = self.outputs(list(map(_text, batch["path"])))
         found = {**batch, "problem": np.array(problems, dtype=object)}
         model = self.model
         for task in model.tasks:
@@ -215,6 +216,11 @@ class BatchPredictor:
     def close(self) -> None:
         """End the processes that decode."""
         self._open.close()
+
+
+def _text(path: Any) -> str:
+    """Return a path as text; engines have columns of bytes, too."""
+    return os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
 
 
 def _columns(

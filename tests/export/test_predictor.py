@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +177,9 @@ class TestMany:
         assert list(predict.iter([])) == []
         with pytest.raises(fa.InputError, match="batch is 0"):
             next(predict.iter([path], batch=0))
+        for single in (path, Path(path)):
+            with pytest.raises(fa.InputError, match="a single path; expected several"):
+                next(predict.iter(single))
 
 
 class TestProcesses:

@@ -25,6 +25,8 @@ def test_paths_in_rows_out(made, tmp_path):
             given = [*paths[:4], str(bad), *paths[4:]]
             rows = predict({"path": np.array(given), "id": np.arange(8)})
         assert len(asked) == 1
+    named_in_bytes = predict({"path": np.array(paths[:2], dtype=bytes)})
+    assert named_in_bytes["prediction"].tolist() == want.labels[:2]
     predict.close()
     assert rows["path"].tolist() == given and rows["id"].tolist() == list(range(8))
     readable = [0, 1, 2, 3, 5, 6, 7]
