@@ -5,27 +5,23 @@ each of its thousands of calls. Processes don't, and are started before PyTorch 
 time the model is there, the images of a small data set are decoded.
 
 The memory is an anonymous file, which goes with the last process that has it; nothing is left over
-after a kill. Requests go to each process over a connection of its own, and are answered in order.
+after a kill. :mod:`fastadapt.data.decode_process` has what is asked of one of the processes.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastadapt.data.decode_process import DecodeProcess, Part
 from fastadapt.data.resize import Geometry
 from fastadapt.errors import InputError
 from fastadapt.processes import place_from_environment
@@ -37,12 +33,6 @@ if TYPE_CHECKING:
 INLINE = 128  # images that are decoded sooner than processes start
 # As many images go to a process at once: few messages, and still an even share.
 CHUNK = 16
-_START = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from fastadapt.data.decode_worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
-)
-
-
 JPEG_BYTES = 256 * 2**10  # of a JPEG file that processes hand over; larger ones are read again
 
 
@@ -102,27 +92,6 @@ class Region(NamedTuple):
         return self.start + index * self.size
 
 
-class _Part:
-    """What was sent at once, and what came back.
-
-    Args:
-        shares: for each process, the places of its images.
-
-    Attributes:
-        answers: by the places of images.
-        waits: processes that have not answered.
-    """
-
-    def __init__(self, shares: dict[int, list[int]]):
-        self.shares, self.waits = shares, set(shares)
-        self.answers: dict[int, Any] = {}
-
-    @property
-    def images(self) -> int:
-        """The number of images."""
-        return sum(map(len, self.shares.values()))
-
-
 class DecodePool:
     """Processes that decode images.
 
@@ -136,26 +105,9 @@ class DecodePool:
         self._memory_fd = _anonymous_file()
         self._allocated = 0  # bytes of the memory
         self._owner: dict[str, int] = {}  # which process holds an image since a check
-        self._children: list[subprocess.Popen] = []
-        self._connections: list[Connection] = []
-        self._asked: list[deque[_Part]] = []  # of each process: what it has not answered
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        for _ in range(max(workers, 1)):
-            ours, theirs = socket.socketpair()
-            with theirs:
-                fds = (theirs.fileno(), self._memory_fd)
-                command = [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, fds)]
-                self._children.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        pass_fds=fds,
-                        env=environment,
-                        start_new_session=True,  # Ctrl-C is this process's alone
-                    )
-                )
-            self._connections.append(Connection(ours.detach()))
-            self._asked.append(deque())
+        self._workers: list[DecodeProcess] = []
+        for number in range(max(workers, 1)):
+            self._workers.append(DecodeProcess(number, self._memory_fd))
 
     def __enter__(self) -> DecodePool:
         return self
@@ -165,15 +117,13 @@ class DecodePool:
 
     def close(self) -> None:
         """End the processes. Memory that was handed out stays until nothing refers to it."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._children:
-            process.terminate()
-        for process in self._children:
-            process.wait()
+        for process in self._workers:
+            process.stop()
+        for process in self._workers:
+            process.join()
         if self._memory_fd >= 0:
             os.close(self._memory_fd)
-        self._connections, self._children, self._memory_fd = [], [], -1
+        self._workers, self._memory_fd = [], -1
 
     def __del__(self):
         with suppress(Exception):
@@ -181,13 +131,19 @@ class DecodePool:
 
     @property
     def workers(self) -> int:
-        """The number of processes."""
-        return len(self._connections)
+        """The number of processes.
+
+        Raises:
+            InputError: they were ended.
+        """
+        if not self._workers:
+            raise InputError("the processes that decode images were closed: open others")
+        return len(self._workers)
 
     @property
     def pids(self) -> list[int]:
         """The process ids."""
-        return [process.pid for process in self._children]
+        return [process.pid for process in self._workers]
 
     def look(self, images: Sequence[tuple[str, IntensitySetting, bool]], keep: int = 0) -> Job:
         """Start to look at every image (:func:`fastadapt.data.facts.look_at`).
@@ -251,63 +207,40 @@ class DecodePool:
         Yields:
             An answer for each image of a batch, once the batch is there.
         """
-        waiting: deque[_Part] = deque()
+        waiting: deque[Part] = deque()
         for batch in batches:
             if len(waiting) == ahead:
                 yield self.collect(waiting.popleft())
             shares: dict[int, list[int]] = {}
             for index in range(len(batch)):
                 shares.setdefault(index % self.workers, []).append(index)
-            part = _Part(shares)
+            part = Part(shares)
             self.send(part, partial(_request_to_store, reading, region, batch))
             waiting.append(part)
         while waiting:
             yield self.collect(waiting.popleft())
 
-    def _parts(self, paths: Sequence[str], size: int) -> Iterator[_Part]:
+    def _parts(self, paths: Sequence[str], size: int) -> Iterator[Part]:
         for start in range(0, len(paths), size):
             shares: dict[int, list[int]] = {}
             for index in range(start, min(start + size, len(paths))):
                 worker = self._owner.get(paths[index], index % self.workers)
                 shares.setdefault(worker, []).append(index)
-            yield _Part(shares)
+            yield Part(shares)
 
-    def send(self, part: _Part, request: Callable[[list[int]], tuple]) -> None:
+    def send(self, part: Part, request: Callable[[list[int]], tuple]) -> None:
         """Send every process its share of a part."""
         for worker, rows in part.shares.items():
-            try:
-                self._connections[worker].send(request(rows))
-            except (BrokenPipeError, ConnectionResetError):
-                self._fail(worker)
-            self._asked[worker].append(part)
+            self._workers[worker].ask(part, request(rows))
 
-    def collect(self, part: _Part) -> list[Any]:
+    def collect(self, part: Part) -> list[Any]:
         """Wait for the answers to a part; return them in the order of its images.
 
         Answers to others come first, of a pass that nobody went on with or of another one.
         """
         for worker in part.shares:
-            while worker in part.waits:
-                self._receive(worker)
+            self._workers[worker].wait_for(part)
         return [part.answers[index] for index in sorted(part.answers)]
-
-    def _receive(self, worker: int) -> None:
-        """Wait for a process's next answer, to what it was asked first."""
-        try:
-            answers = self._connections[worker].recv()
-        except (EOFError, OSError):
-            self._fail(worker)
-        part = self._asked[worker].popleft()
-        part.answers.update(zip(part.shares[worker], answers, strict=True))
-        part.waits.remove(worker)
-
-    def _fail(self, worker: int) -> NoReturn:
-        code = self._children[worker].wait()
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        raise InputError(
-            f"a process that decodes images ended {how}, probably for lack of memory: "
-            "use fewer workers"
-        )
 
 
 def _request_to_store(
@@ -324,12 +257,12 @@ class Job:
     def __init__(
         self,
         pool: DecodePool,
-        parts: Iterator[_Part],
+        parts: Iterator[Part],
         request: Callable[[list[int]], tuple],
         depth: int,
     ):
         self._decode_pool, self._parts, self._request = pool, parts, request
-        self._sent: deque[_Part] = deque()
+        self._sent: deque[Part] = deque()
         for _ in range(depth):
             self._send_next()
 

@@ -11,6 +11,8 @@ import os
 import signal
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -37,16 +39,25 @@ def main(connection_fd: int, memory_fd: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides what Ctrl-C means
     connection = Connection(connection_fd)
-    worker = _Worker(memory_fd)
-    while True:
-        try:
-            request = connection.recv()
-        except (EOFError, OSError):
-            return
+    worker, requests = _Worker(memory_fd), SimpleQueue[tuple | None]()
+    # Requests are taken at once: else each end could wait for the other to take what it sends.
+    Thread(target=_receive, args=(connection, requests), daemon=True).start()
+    while (request := requests.get()) is not None:
         try:
             connection.send(worker.answer(*request))
         except BrokenPipeError:
             return
+
+
+def _receive(connection: Connection, requests: SimpleQueue[tuple | None]) -> None:
+    """Put requests into a queue, and None once the connection ends."""
+    try:
+        while True:
+            requests.put(connection.recv())
+    except (EOFError, OSError):
+        pass
+    finally:
+        requests.put(None)
 
 
 class _Worker:

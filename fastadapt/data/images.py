@@ -316,7 +316,10 @@ class ImageSource:
         decodes the same place, one request after the other.
         """
         free = self._rings[geometry, batch_size]
-        ring = free.pop() if free else self._new_ring(geometry, batch_size)
+        try:  # at once: another thread may take the last one
+            ring = free.pop()
+        except IndexError:
+            ring = self._new_ring(geometry, batch_size)
         try:
             yield ring
         finally:
