@@ -29,6 +29,7 @@ from fastadapt.files import sha256_tensors
 from fastadapt.fusion.batch_norm import fuse_batch_norms
 from fastadapt.fusion.cpu_activations import fuse_activations
 from fastadapt.fusion.frozen_blocks import release_fused_blocks
+from fastadapt.train.backbone_code import describe_code
 from fastadapt.train.cache_file import open_cache, writing
 from fastadapt.train.halving import InParts
 from fastadapt.train.sources import FeatureSource, padded
@@ -146,18 +147,22 @@ def backbone_hash(model: AdaptedModel) -> str:
 def cache_key(model: AdaptedModel, images: ImageSource, settings: CacheSettings) -> str:
     """Return a hash of everything that cached features depend on."""
     function = model.feature_fn
+    features = model.config.features
+    features = "" if callable(features) else str(features)  # a function's text is its address
     pooled = isinstance(model.adapter, nn.Identity)
     ingredients = {
         "version": FORMAT_VERSION,
         "torch": torch.__version__.split(".")[:2],
         "device": images.device.type,
         "backbone": [model.source.get("name"), backbone_hash(model)],
-        "function": [function.__module__, function.__qualname__, str(model.config.features)],
+        "function": [function.__module__, getattr(function, "__qualname__", ""), features],
         "spec": asdict(model.spec),
         "pooled": "token" if model.config.pool == "token" else pooled,
         "preprocess": images.preprocess.to_dict(),
         **asdict(settings),
     }
+    if code := describe_code(model):
+        ingredients["code"] = code
     if images.decode_on == "gpu":  # whose pixels differ by a value or two
         ingredients["decode"] = images.decode_on
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode())

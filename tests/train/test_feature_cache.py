@@ -138,6 +138,9 @@ def test_key_depends_on_every_ingredient(images):
     keys.append(cache_key(model, replaced(images, samples=images.samples[::-1]), SETTINGS))
     keys.append(cache_key(make_model(adapter="none"), images, SETTINGS))
     keys.append(cache_key(make_model(features="forward_features"), images, SETTINGS))
+    for factor in (1, 2):  # functions of one name
+        own = make_model(features=lambda net, x, f=factor: f * net.forward_features(x))
+        keys.append(cache_key(own, images, SETTINGS))
     os.utime(sample.path, ns=(1, 1))
     keys.append(cache_key(model, images, SETTINGS))
     sample.path.write_bytes(images.samples[1].path.read_bytes() + b" ")
