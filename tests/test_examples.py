@@ -1,8 +1,10 @@
 """Run the examples on tiny generated data, without a network."""
 
 import runpy
+import struct
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import timm
@@ -77,7 +79,16 @@ def test_http_server(tmp_path):
     assert found["prediction"] == want.labels[0]
     assert list(found["probabilities"]) == names
     assert list(found["probabilities"].values()) == pytest.approx(want.probabilities[0].tolist())
-    assert client.post("/predict", content=b"no image").status_code == 422
+    for content in (b"no image", b"", b"%!PS-Adobe-3.0 EPSF-3.0", too_large_png()):
+        answer = client.post("/predict", content=content)
+        assert answer.status_code == 422
+        assert answer.json()["detail"].startswith("the image cannot be read as an image: ")
+
+
+def too_large_png():
+    """Return a small file of 3.6 gigapixels, of which Pillow raises an error of its own."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", crc32(header))
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
