@@ -73,11 +73,17 @@ class Decision:
         return np.where(self.undecided(probabilities), UNDECIDED, self.classes(probabilities))
 
     def of_logits(self, logits: np.ndarray) -> np.ndarray:
-        """Return what :meth:`decide` does, of logits [N, K]."""
+        """Return what :meth:`decide` does, of logits [N, K].
+
+        Images whose probabilities are NaN, since a logit is or overflowed, are left undecided: by
+        comparisons they would all be of the first class.
+        """
+        known = np.isfinite(logits.max(1))
         if self.plain:
-            return logits.argmax(1)
-        powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-        return self.decide(powers / powers.sum(1, keepdims=True))
+            return np.where(known, logits.argmax(1), UNDECIDED)
+        logits = np.where(known[:, None], logits, 0).astype(np.float64)
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return np.where(known, self.decide(powers / powers.sum(1, keepdims=True)), UNDECIDED)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the decision for JSON."""

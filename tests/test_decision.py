@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn import metrics
 
-from fastadapt.decision import UNDECIDED, Decision, choose_decision
+from fastadapt.decision import LIKELIEST, UNDECIDED, Decision, choose_decision
 from fastadapt.errors import InputError
 
 
@@ -78,3 +80,21 @@ def test_it_is_what_a_file_holds():
     ):
         with pytest.raises(InputError, match=message):
             Decision.from_dict(values, "file")
+
+
+LOGITS = st.sampled_from((0.0, 1.0, -2.0, 1e38, np.nan, np.inf, -np.inf))
+
+
+@given(rows=st.lists(st.lists(LOGITS, min_size=2, max_size=2), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("decision", [LIKELIEST, Decision(threshold=0.7, band=(0.6, 0.8))])
+def test_what_is_no_number_is_of_no_class(decision, rows):
+    logits = np.array(rows, np.float32)
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+        shares = powers / powers.sum(1, keepdims=True)
+    with np.errstate(all="raise", under="ignore"):
+        found = decision.of_logits(logits)
+    unknown = np.isnan(shares).any(1)
+    assert (found[unknown] == UNDECIDED).all()
+    np.testing.assert_array_equal(found[~unknown], decision.decide(shares[~unknown]))

@@ -227,8 +227,9 @@ def _columns(
     logits: np.ndarray, classes: tuple[str, ...], decision: Decision, problems: list[str]
 ) -> dict[str, np.ndarray]:
     """Return predictions, probabilities and logits, by their names."""
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    best = decision.of_logits(np.nan_to_num(logits))
+    with np.errstate(invalid="ignore"):  # of infinite logits probabilities are NaN
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    best = decision.of_logits(logits)
     names = [
         "" if problem or i == UNDECIDED else classes[i]
         for i, problem in zip(best, problems, strict=True)

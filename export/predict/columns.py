@@ -74,7 +74,8 @@ class _TaskColumns:
     def values(self, labels: list[str], outputs: np.ndarray) -> Values:
         """Return the columns' values of logits [images, classes]."""
         classes = np.array(self.classes, dtype=object)
-        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        with np.errstate(invalid="ignore"):  # of infinite logits probabilities are NaN
+            powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
         chosen = self.decision.of_logits(outputs)
         found: Values = [np.where(chosen == UNDECIDED, "", classes[chosen]).tolist()]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .columns import Columns
     from .models import ImageModel
 
+NO_NUMBERS = "numbers: outputs of the model are NaN or infinite"  # completes "2 images lose"
 PART = 1024  # images of a part, rounded up to whole batches
 
 # Numbers of parts, each with its images.
@@ -118,6 +119,8 @@ class PartMaker:
             return
         readable = [batch[place] for place in rows]
         paths, labels = [item.path for item in readable], [item.label for item in readable]
+        for row in np.flatnonzero(~np.isfinite(outputs).all(axis=1)).tolist():
+            part.drop(NO_NUMBERS, paths[row])
         self.rows.add(self.columns.values(paths, labels, outputs))
         if any(labels):
             part.confusion += self.columns.confusion(labels, outputs)

@@ -190,7 +190,8 @@ def test_numbers_that_are_none_and_names_that_are_no_text(tmp_path, monkeypatch)
             lambda batches: (DecodedBatch([([0], np.full((1, 1, 1, 1), np.nan))]) for _ in batches)
         )
         monkeypatch.setattr(job, "images", _Listed(job.images))
-        job.run()
+        notes = job.run().notes
+        assert notes[0].startswith("warning: 1 of 1 image loses numbers: outputs of the model are ")
         (row,) = rows_of(tmp_path / f"out{ending}")
         assert row["path"] == "caf\\udce9.png"
     assert json.loads((tmp_path / "out.jsonl").read_text())["features"] == [None] * 5
