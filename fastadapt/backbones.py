@@ -30,6 +30,10 @@ CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}  # 
 LAYOUTS = ("tokens", "channels_first", "channels_last")
 
 
+class UnknownModel(InputError):
+    """A name that is none of timm's."""
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """Describe the output of a backbone's feature function.
@@ -116,7 +120,7 @@ def create_backbone(
     architecture = name.partition(".")[0]
     if not name.startswith(SCHEMES) and not timm.is_model(architecture):
         known = [*timm.list_models(), *timm.list_models(pretrained=True)]
-        raise InputError(f"timm has no model {name!r}. Nearest: {nearest(name, known)}")
+        raise UnknownModel(f"timm has no model {name!r}. Nearest: {nearest(name, known)}")
     kwargs: dict[str, Any] = {"pretrained": pretrained and weights is None}
     if num_classes is not None:
         kwargs["num_classes"] = num_classes

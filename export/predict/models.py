@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapted_model import adapt
+from fastadapt.backbones import UnknownModel
 from fastadapt.checkpoint import CONFIG, backbone_fingerprint
 from fastadapt.config import AdaptConfig
 from fastadapt.data.decode_pool import Reading
@@ -128,7 +129,7 @@ def open_embedder(
     """
     folder = Path(path)
     if not folder.exists():
-        return _of_backbone(path, device, weights, image_size)
+        return _of_name(path, device, weights, image_size)
     if image_size is not None:
         raise InputError(f"{path} has a size of its own: leave out `image_size`")
     if (folder / MANIFEST).is_file():
@@ -161,7 +162,7 @@ def identify(
         return hash_run(folder, read_run(folder))
     if folder.exists():
         raise _neither(folder)
-    model = _of_backbone(path, "cpu", weights, image_size)
+    model = _of_name(path, "cpu", weights, image_size)
     return {key: value for key, value in model.identity.items() if key != "runtime"}
 
 
@@ -225,6 +226,14 @@ def _of_bundle(folder: Path, device: str, trust: bool, wanted: str) -> ImageMode
         predictor.decision,
         predictor.tasks,
     )
+
+
+def _of_name(name: str, device: str, weights: str | None, image_size: int | None) -> ImageModel:
+    """Open a backbone by its name; where it is none, it may be a folder that is not there."""
+    try:
+        return _of_backbone(name, device, weights, image_size)
+    except UnknownModel as error:
+        raise InputError(f"there is no folder {name}, and {error}") from None
 
 
 def _of_backbone(name: str, device: str, weights: str | None, image_size: int | None) -> ImageModel:

@@ -135,7 +135,7 @@ def test_features_of_a_backbone(made, tmp_path, monkeypatch, capsys):
             ("predict", "bundle", "images", "--out", "o.csv", "--embeddings"),
             "export it with --with-features",
         ),
-        (("embed", "vit_gone", "images", "--out", "o.csv"), "timm has no model 'vit_gone'"),
+        (("embed", "vit_gone", "images", "--out", "o.csv"), "no folder vit_gone, and timm has no"),
     ],
 )
 def test_what_does_not_fit(made, tmp_path, monkeypatch, capsys, args, says):
