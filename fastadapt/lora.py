@@ -25,8 +25,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Wrap the chosen linear layers of ``model`` in place and return their names.
 
     Raises:
-        InputError: no layer matches, or a matching one cannot take an adapter.
+        InputError: no layer matches, a matching one cannot take an adapter, or some have one.
     """
+    if there := list(lora_layers(model)):
+        raise InputError(
+            f"the backbone has low-rank adapters already ({there[0]} and {len(there) - 1} more): "
+            "merge them first (backbone = fa.fold(backbone)), or leave out `lora` to train them on"
+        )
     slices = {}
     names = [name for name, _ in model.named_modules()]
     check_patterns([*config.rank_pattern, *config.alpha_pattern], names)

@@ -168,6 +168,18 @@ class TestPeft:
         torch.testing.assert_close(ours(x), wrapped(x), rtol=1e-5, atol=1e-5)
         assert (ours(x) - plain).abs().max() > 1e-3
 
+    @pytest.mark.parametrize("targets", [("qkv",), ("proj",), "all-linear"])
+    def test_more_of_them_are_refused_until_it_is_merged(self, tmp_path, targets):
+        self.trained(tmp_path, vit(), target_modules=["blocks.0.attn.qkv"])
+        ours = vit()
+        names = fa.load_peft(ours, tmp_path)
+        config = fa.AdaptConfig(lora=LoRAConfig(r=2, targets=targets))
+        with pytest.raises(fa.InputError, match=r"already \(blocks.0.attn.qkv and 0 more\)"):
+            fa.adapt(ours, config, 3)
+        assert list(lora_layers(ours)) == names  # as it was
+        adapted = fa.adapt(fa.fold(ours), config, 3)
+        assert not any("base" in name for name in lora_layers(adapted.backbone))
+
     def test_modules_to_save_replace_the_classifier(self, tmp_path):
         backbone = timm.create_model("test_vit", num_classes=5).eval()
         state = {k: v.clone() for k, v in backbone.state_dict().items()}
