@@ -161,5 +161,5 @@ def _on_device(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation [3, 1, 1]; made anew, they would wait for the GPU."""
-    shaped = [torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std)]
-    return shaped[0], shaped[1]
+    both = torch.tensor([mean, std], dtype=torch.float32, device=device).view(2, -1, 1, 1)
+    return both[0], both[1]
