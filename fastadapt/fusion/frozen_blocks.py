@@ -251,9 +251,9 @@ def fused_blocks(backbone: nn.Module, images: Tensor) -> Iterator[None]:
                 calls = (cache.calls_in_graph if is_capturing(images) else cache.calls)(dtype)
     # An instance's own forward, for this call alone: the modules, their names and their state
     # dict, timm's interface, stay as they are.
-    for module, call in calls.items():
-        module.forward = call  # type: ignore[method-assign]
     try:
+        for module, call in calls.items():
+            module.forward = call  # type: ignore[method-assign]
         yield
     finally:
         for module in calls:
