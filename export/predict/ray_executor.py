@@ -166,7 +166,7 @@ class RayPool:
             num_cpus=1,
             num_gpus=self._gpus,
             compute=data.ActorPoolStrategy(
-                size=self._count,
+                size=min(self._count, len(blocks)),
                 max_tasks_in_flight_per_actor=AT_ONCE + 1,
                 max_concurrent_calls_per_actor=AT_ONCE,
                 enable_true_multi_threading=True,
