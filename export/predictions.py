@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fastadapt.decision import LIKELIEST, UNDECIDED, Decision
+from fastadapt.decision import LIKELIEST, UNDECIDED, Decision, softmax
 from fastadapt.errors import InputError
 
 from .tasks import Task, find_task
@@ -58,8 +58,7 @@ class Prediction:
     def probabilities(self) -> np.ndarray:
         """The softmax of the logits [images, classes]."""
         self._check_one("probabilities")
-        powers = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
+        return softmax(self.logits)
 
     def _check_one(self, what: str) -> None:
         if self.tasks:

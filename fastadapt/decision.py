@@ -26,6 +26,13 @@ UNDECIDED = -1
 CLOSEST = 1e-6  # probabilities are kept so far from 0 and 1, where a logit is infinite
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities [N, K] of logits, in their dtype; NaN where the largest is infinite."""
+    with np.errstate(invalid="ignore"):
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 @dataclass(frozen=True)
 class Decision:
     """How probabilities become a class; the defaults take the likeliest one.
@@ -82,8 +89,7 @@ class Decision:
         if self.plain:
             return np.where(known, logits.argmax(1), UNDECIDED)
         logits = np.where(known[:, None], logits, 0).astype(np.float64)
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        return np.where(known, self.decide(powers / powers.sum(1, keepdims=True)), UNDECIDED)
+        return np.where(known, self.decide(softmax(logits)), UNDECIDED)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the decision for JSON."""

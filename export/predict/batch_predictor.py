@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastadapt.data.decode_on import DecodeOn
-from fastadapt.decision import UNDECIDED, Decision
+from fastadapt.decision import UNDECIDED, Decision, softmax
 
 from .decode_ahead import DecodedBatch, compute
 from .decoders import decoder_on
@@ -227,8 +227,6 @@ def _columns(
     logits: np.ndarray, classes: tuple[str, ...], decision: Decision, problems: list[str]
 ) -> dict[str, np.ndarray]:
     """Return predictions, probabilities and logits, by their names."""
-    with np.errstate(invalid="ignore"):  # of infinite logits probabilities are NaN
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     best = decision.of_logits(logits)
     names = [
         "" if problem or i == UNDECIDED else classes[i]
@@ -236,6 +234,6 @@ def _columns(
     ]
     return {
         "prediction": np.array(names, dtype=object),
-        "probabilities": powers / powers.sum(axis=1, keepdims=True),
+        "probabilities": softmax(logits),
         "logits": logits,
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastadapt.decision import UNDECIDED, Decision
+from fastadapt.decision import UNDECIDED, Decision, softmax
 
 if TYPE_CHECKING:
     from .models import ImageModel
@@ -74,9 +74,7 @@ class _TaskColumns:
     def values(self, labels: list[str], outputs: np.ndarray) -> Values:
         """Return the columns' values of logits [images, classes]."""
         classes = np.array(self.classes, dtype=object)
-        with np.errstate(invalid="ignore"):  # of infinite logits probabilities are NaN
-            powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
-        probabilities = powers / powers.sum(axis=1, keepdims=True)
+        probabilities = softmax(outputs)
         chosen = self.decision.of_logits(outputs)
         found: Values = [np.where(chosen == UNDECIDED, "", classes[chosen]).tolist()]
         if self.target:
