@@ -36,6 +36,11 @@ def said_by_system(error: OSError) -> str:
     return f"{shown}: {error.strerror}" if shown else error.strerror
 
 
+def how_it_ended(code: int) -> str:
+    """Say how a process ended, of its exit code as subprocess and multiprocessing give it."""
+    return f"by signal {-code}" if code < 0 else f"with exit code {code}"
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 5) -> str:
     """Name the choices most like ``word``, for the end of an error message."""
     import difflib

@@ -20,7 +20,7 @@ from typing import Any
 
 from fastadapt.data.decode_pool import default_workers
 from fastadapt.device_list import expand_devices
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, how_it_ended
 from fastadapt.processes import VISIBLE, visible_name
 
 from .decode_ahead import images_ahead
@@ -220,5 +220,4 @@ def _start(device: str, environment: dict[str, str], given: Assignment) -> _Proc
 
 
 def _end(process: _Process) -> str:
-    code = process.child.wait()
-    return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"ended {how_it_ended(process.child.wait())}"

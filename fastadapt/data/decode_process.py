@@ -19,7 +19,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, NoReturn
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, how_it_ended
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -155,8 +155,7 @@ class DecodeProcess:
         with suppress(subprocess.TimeoutExpired):
             self._child.wait(_TO_END)
         self._child.kill()  # which one that has ended does not notice
-        code = self._child.wait()
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        how = how_it_ended(self._child.wait())
         error = InputError(
             f"a process that decodes images ended {how}, probably for lack of memory: "
             "use fewer workers"

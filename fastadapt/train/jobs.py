@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, how_it_ended
 from fastadapt.processes import VARIABLES, VISIBLE, visible_name
 
 PATIENCE = 30.0  # seconds for a process to save its state once another one has failed
@@ -100,8 +100,7 @@ class _Running:
             return value
         if kind == "error":
             raise InputError(f"{self.job.name}: {value}")
-        code = self.process.exitcode or 0
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        how = how_it_ended(self.process.exitcode or 0)
         raise InputError(
             f"{self.job.name}: its process ended {how}, perhaps for lack of memory: use fewer "
             "`devices`, and continue with `resume=True`"

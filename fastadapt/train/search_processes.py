@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.errors import InputError
+from fastadapt.errors import InputError, how_it_ended
 from fastadapt.host_memory import keep_freed_memory
 from fastadapt.train.search_trials import Task, end_running, open_study, run_one
 
@@ -80,8 +80,7 @@ class _Process:
     def end(self) -> str:
         """Wait for its end, and say how it came."""
         self.process.join()
-        code = self.process.exitcode or 0
-        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return how_it_ended(self.process.exitcode or 0)
 
 
 def _hand_out(
