@@ -24,7 +24,7 @@ from fastadapt.errors import InputError, counted, first_line
 from .batch_predictor import BatchPredictor
 from .models import ImageModel
 from .part_maker import PartMaker, Todo, part_size
-from .parts import Part
+from .parts import KEPT, Part
 from .request import Request, described
 from .settings import WorkSettings
 from .sources import Item
@@ -143,12 +143,9 @@ class RayPool:
                 _write(maker, number, rows, self.model.width)
                 advance(len(rows[PLACE]))
         except self._ray.exceptions.RayError as error:
-            raise InputError(
-                f"Ray gave up: {first_line(error)}. Finished parts are kept, go on with "
-                "`resume=True`"
-            ) from error
+            raise InputError(f"Ray gave up: {first_line(error)}; {KEPT}") from error
         if counts:
-            raise InputError(f"Ray lost {counted(len(counts), 'part')}: go on with `resume=True`")
+            raise InputError(f"Ray lost {counted(len(counts), 'part')}; {KEPT}")
 
     def _rows(
         self, blocks: list[Any], counts: dict[int, int]
