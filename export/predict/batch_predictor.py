@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,11 +43,13 @@ class _Call:
 
     paths: Sequence[str]
     found: Outputs
-    left: int = field(init=False)
+    left: int
     error: BaseException | None = None
 
-    def __post_init__(self) -> None:
-        self.left = len(self.paths)
+    @property
+    def over(self) -> bool:
+        """Whether it has all outputs, or never will."""
+        return not self.left or self.error is not None
 
 
 class BatchPredictor:
@@ -148,9 +150,10 @@ class BatchPredictor:
     def all_outputs(self, paths: Sequence[str]) -> Outputs:
         """Return the same, and what of each file is not read, pages after the first for one."""
         values = np.full((len(paths), self.model.width), np.nan, np.float32)
-        call = _Call(paths, Outputs(values, [""] * len(paths), [()] * len(paths)))
+        outputs = Outputs(values, [""] * len(paths), [()] * len(paths))
+        call = _Call(paths, outputs, left=len(paths))
         self._waiting.append(call)
-        while not self._over(call):  # one thread at a time computes a batch, of whichever call
+        while self._takes_turn(call):  # one thread at a time computes a batch, of whichever call
             try:
                 self._advance()
             finally:
@@ -161,16 +164,14 @@ class BatchPredictor:
             raise call.error
         return call.found
 
-    def _over(self, call: _Call) -> bool:
-        """Wait for this thread's turn, or for the end of its call; say which."""
-
-        def over() -> bool:
-            return not call.left or call.error is not None
-
+    def _takes_turn(self, call: _Call) -> bool:
+        """Wait until this thread may work, or its call is over; say whether it is to work."""
         with self._turn:
-            self._turn.wait_for(lambda: over() or not self._busy)
-            self._busy = self._busy or not over()
-            return over()
+            self._turn.wait_for(lambda: call.over or not self._busy)
+            if call.over:
+                return False
+            self._busy = True
+            return True
 
     def _advance(self) -> None:
         """Compute the next batch of the stream, or end it where no call waits."""
