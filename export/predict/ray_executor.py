@@ -58,7 +58,9 @@ class RayPool:
             import ray
             import ray.data
         except ImportError:
-            raise InputError("`executor='ray'` needs Ray Data: pip install 'ray[data]'") from None
+            raise InputError(
+                "`executor='ray'` needs Ray Data: pip install 'fastadapt[ray]'"
+            ) from None
         self._ray: Any = ray
         self._request, self._work = request, work
         check_address(work.ray_address)
